@@ -1,0 +1,48 @@
+"""Pixels: to numbers and back, and pictures on disk."""
+
+import os
+
+import numpy as np
+
+
+def to_float(images: np.ndarray) -> np.ndarray:
+    """uint8 0…255 → float32 in [−1, 1]: x/127.5 − 1."""
+    return images.astype(np.float32) / np.float32(127.5) - np.float32(1)
+
+
+def to_uint8(x: np.ndarray) -> np.ndarray:
+    """float in [−1, 1] → uint8: (x + 1)·127.5, clamped, then truncated as the published code does."""
+    return np.clip((np.asarray(x, np.float32) + 1) * 127.5, 0, 255).astype(np.uint8)
+
+
+def grid(images: np.ndarray, columns: int, scale: int = 1, gap: int = 1) -> np.ndarray:
+    """[N, H, W, C] uint8 → one picture [rows·H', columns·W', C], each image enlarged `scale` times."""
+    images = np.repeat(np.repeat(images, scale, axis=1), scale, axis=2)
+    images = np.pad(images, [(0, 0), (0, gap * scale), (0, gap * scale), (0, 0)])
+    rows = -(-len(images) // columns)
+    missing = rows * columns - len(images)
+    images = np.pad(images, [(0, missing), (0, 0), (0, 0), (0, 0)])
+    _, height, width, channels = images.shape
+    tiled = images.reshape(rows, columns, height, width, channels).swapaxes(1, 2)
+    picture = tiled.reshape(rows * height, columns * width, channels)
+    return picture[: -gap * scale, : -gap * scale]
+
+
+def save_grid(path: str, images: np.ndarray, columns: int = 10) -> None:
+    """Write [N, H, W, C] uint8, C 1 or 3, as a PNG; small images are enlarged. Whole or not at all."""
+    from PIL import Image
+
+    picture = grid(images, columns, scale=max(1, 32 // images.shape[1]))
+    temporary = f"{path}.tmp"
+    Image.fromarray(picture.squeeze(-1) if picture.shape[-1] == 1 else picture).save(
+        temporary, format="PNG"
+    )
+    os.replace(temporary, path)
+
+
+def save_npz(path: str, images: np.ndarray, labels: np.ndarray) -> None:
+    """Write what ADM's evaluator reads: arr_0 uint8 [N, H, W, C], arr_1 labels. Whole or not at all."""
+    temporary = f"{path}.tmp"
+    with open(temporary, "wb") as file:
+        np.savez(file, arr_0=images, arr_1=labels)
+    os.replace(temporary, path)

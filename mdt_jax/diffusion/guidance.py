@@ -1,0 +1,58 @@
+"""Classifier-free guidance with MDT's power-cosine weight (the paper's appendix D)."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+Network = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+def _rise(t: jax.Array, power: float, total: int) -> jax.Array:
+    """From 0 at the noisy end (t = total) to 1 at t = 0; constantly 1 for power 0."""
+    return (1 - jnp.cos(jnp.pi * (1 - t.astype(jnp.float32) / total) ** power)) / 2
+
+
+def power_cosine(t: jax.Array, scale: float, power: float, total: int = 1000) -> jax.Array:
+    """The weight as the published code has it: 1 + (w − 1)·(1 − cos π(1 − t/T)^p)/2.
+
+    t: [B] timesteps 0…T−1 → [B] float32, from 1 at the noisy end to w at t = 0.
+    """
+    return 1 + (scale - 1) * _rise(t, power, total)
+
+
+def power_cosine_printed(t: jax.Array, scale: float, power: float, total: int = 1000) -> jax.Array:
+    """The weight as the paper prints it: w·(1 − cos π(t'/t_max)^s)/2, from 0 to w.
+
+    The paper counts t' along sampling, so t' = T − t here.
+    """
+    return scale * _rise(t, power, total)
+
+
+WEIGHTS = {"power_cosine": power_cosine, "power_cosine_printed": power_cosine_printed}
+
+
+def guide(
+    network: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
+    labels: jax.Array,
+    null_label: int,
+    weight: Callable[[jax.Array], jax.Array],
+    channels: int | None = 3,
+) -> Network:
+    """The guided network (x, t) → [B, H, W, 2C].
+
+    ε = ε_null + w(t)·(ε_cond − ε_null) on the first `channels` channels of ε (None: on all); the
+    other channels and the variance are the conditional prediction's.
+    network: (x, t, y) → [.., 2C]; labels: [B] int; weight: t [B] → [B].
+    """
+    batch = labels.shape[0]
+    both_labels = jnp.concatenate([labels, jnp.full_like(labels, null_label)])
+
+    def guided(x: jax.Array, t: jax.Array) -> jax.Array:
+        count = x.shape[-1] if channels is None else min(channels, x.shape[-1])
+        out = network(jnp.concatenate([x, x]), jnp.concatenate([t, t]), both_labels)
+        cond, null = out[:batch], out[batch:, ..., :count]
+        eps = null + weight(t)[:, None, None, None] * (cond[..., :count] - null)
+        return jnp.concatenate([eps, cond[..., count:]], axis=-1)
+
+    return guided

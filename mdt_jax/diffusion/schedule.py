@@ -1,0 +1,120 @@
+"""Noise schedules of DDPM (Ho et al. 2020) and their respacing (Nichol & Dhariwal 2021).
+
+Constants are computed in float64 NumPy and rounded to float32 once, where they are used.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Schedule:
+    """A diffusion of S steps: ᾱ [S] float64, and the training timestep [S] each step stands for."""
+
+    alphas_cumprod: np.ndarray
+    timesteps: np.ndarray
+
+    @property
+    def num_steps(self) -> int:
+        return len(self.timesteps)
+
+    @property
+    def alphas_cumprod_prev(self) -> np.ndarray:
+        return np.append(1.0, self.alphas_cumprod[:-1])
+
+    @property
+    def betas(self) -> np.ndarray:
+        return 1 - self.alphas_cumprod / self.alphas_cumprod_prev
+
+    @property
+    def posterior_variance(self) -> np.ndarray:
+        """Variance of q(x_{t−1} | x_t, x_0): β_t (1 − ᾱ_{t−1}) / (1 − ᾱ_t)."""
+        return self.betas * (1 - self.alphas_cumprod_prev) / (1 - self.alphas_cumprod)
+
+    @property
+    def posterior_log_variance(self) -> np.ndarray:
+        """Its logarithm; step 0, where the variance is 0, takes the value of step 1."""
+        variance = self.posterior_variance
+        return np.log(np.append(variance[1:2] if len(variance) > 1 else self.betas, variance[1:]))
+
+    @property
+    def posterior_mean_x0(self) -> np.ndarray:
+        """Factor of x_0 in the mean of q(x_{t−1} | x_t, x_0)."""
+        return self.betas * np.sqrt(self.alphas_cumprod_prev) / (1 - self.alphas_cumprod)
+
+    @property
+    def posterior_mean_xt(self) -> np.ndarray:
+        """Factor of x_t in the mean of q(x_{t−1} | x_t, x_0)."""
+        alphas = 1 - self.betas
+        return (1 - self.alphas_cumprod_prev) * np.sqrt(alphas) / (1 - self.alphas_cumprod)
+
+
+def linear_schedule(steps: int = 1000) -> Schedule:
+    """β linear from 1e-4 to 0.02 at 1,000 steps, scaled by 1000/steps at other lengths."""
+    scale = 1000 / steps
+    betas = np.linspace(scale * 1e-4, scale * 0.02, steps, dtype=np.float64)
+    return Schedule(np.cumprod(1 - betas), np.arange(steps))
+
+
+def spaced_timesteps(num_steps: int, total: int) -> np.ndarray:
+    """`num_steps` timesteps spread evenly over 0…total−1, both ends included."""
+    if num_steps == 1:
+        return np.array([0])
+    stride = (total - 1) / (num_steps - 1)
+    # Built up by addition and rounded half to even, as the published code does.
+    position, chosen = 0.0, []
+    for _ in range(num_steps):
+        chosen.append(round(position))
+        position += stride
+    return np.array(chosen)
+
+
+def strided_timesteps(num_steps: int, total: int) -> np.ndarray:
+    """`num_steps` timesteps 0, s, 2s, … with an integer stride: "ddimN" of the published code.
+
+    Raises ValueError when no stride gives exactly `num_steps`.
+    """
+    for stride in range(1, total + 1):
+        if len(range(0, total, stride)) == num_steps:
+            return np.arange(0, total, stride)
+    raise ValueError(f"no integer stride takes exactly {num_steps} of {total} timesteps")
+
+
+def respace(schedule: Schedule, timesteps: np.ndarray) -> Schedule:
+    """The schedule that visits only `timesteps` (ascending) of `schedule`."""
+    return Schedule(schedule.alphas_cumprod[timesteps], schedule.timesteps[timesteps])
+
+
+def extract(constants: np.ndarray, t: jax.Array) -> jax.Array:
+    """constants: [S] float64, t: [B] step indices → [B, 1, 1, 1] float32."""
+    return jnp.asarray(constants, jnp.float32)[t][:, None, None, None]
+
+
+def q_sample(schedule: Schedule, x0: jax.Array, t: jax.Array, noise: jax.Array) -> jax.Array:
+    """x_t ~ q(x_t | x_0) = √ᾱ_t · x_0 + √(1 − ᾱ_t) · noise; x0, noise: [B, H, W, C], t: [B]."""
+    signal = extract(np.sqrt(schedule.alphas_cumprod), t)
+    return signal * x0 + extract(np.sqrt(1 - schedule.alphas_cumprod), t) * noise
+
+
+def predict_x0(schedule: Schedule, x: jax.Array, t: jax.Array, eps: jax.Array) -> jax.Array:
+    """x_0 = x_t/√ᾱ_t − √(1/ᾱ_t − 1) · ε, not clipped."""
+    inverse = 1 / schedule.alphas_cumprod
+    return extract(np.sqrt(inverse), t) * x - extract(np.sqrt(inverse - 1), t) * eps
+
+
+def posterior_mean(schedule: Schedule, x0: jax.Array, x: jax.Array, t: jax.Array) -> jax.Array:
+    """Mean of q(x_{t−1} | x_t, x_0)."""
+    return (
+        extract(schedule.posterior_mean_x0, t) * x0 + extract(schedule.posterior_mean_xt, t) * x
+    )
+
+
+def learned_log_variance(schedule: Schedule, v: jax.Array, t: jax.Array) -> jax.Array:
+    """log σ² between the posterior's (v = −1) and β_t (v = 1): Nichol & Dhariwal 2021, eq. 15."""
+    low = extract(schedule.posterior_log_variance, t)
+    high = extract(np.log(schedule.betas), t)
+    fraction = (v + 1) / 2
+    return fraction * high + (1 - fraction) * low

@@ -1,0 +1,5 @@
+"""The error for what a user can put right."""
+
+
+class UserError(ValueError):
+    """Says in one line what was wrong, where, and what to do. Commands print it and exit with 2."""

@@ -1,0 +1,281 @@
+"""Train: python -m mdt_jax.main --config=configs/digits.py --workdir=runs/digits
+
+Any field of the config can be set by a flag: --config.optim.lr=1e-3. The same command again goes
+on where the run stopped, to the same bits as if it had not stopped; SIGTERM and Ctrl-C save first.
+"""
+
+import json
+import os
+import pathlib
+import signal
+import sys
+import time
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from mdt_jax import cli, config as configs, evaluation, parallel
+from mdt_jax.data import images as pictures, pipeline, sources
+from mdt_jax.diffusion.schedule import linear_schedule
+from mdt_jax.errors import UserError
+from mdt_jax.models.mdt import MDT
+from mdt_jax.sampling import SampleOptions, generate
+from mdt_jax.train.checkpoints import Checkpoints
+from mdt_jax.train.metrics import MetricsLog
+from mdt_jax.train.optimizers import make_optimizer
+from mdt_jax.train.state import init_state
+from mdt_jax.train.step import draw, make_train_step
+
+
+def train(config: ConfigDict, workdir: pathlib.Path, stop: "StopSignal") -> None:
+    """The whole of a run: start or go on, train, sample, report."""
+    mesh = parallel.data_mesh()
+    configs.validate(config, mesh.size)
+    data, held_out = sources.load(config.data.name)
+    check_data(config, data)
+
+    # The model and its state, as shapes: nothing is computed yet.
+    model = MDT.from_config(config)
+    schedule = linear_schedule(config.diffusion.steps)
+    optimizer = make_optimizer(config.optim)
+    seed_key, init_key = jax.random.split(jax.random.key(config.train.seed))
+    whole, split = parallel.replicated(mesh), parallel.split_batch(mesh)
+    new_state = jax.jit(lambda key: init_state(model, optimizer, key), out_shardings=whole)
+    abstract = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole),
+        jax.eval_shape(new_state, init_key),
+    )
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(abstract.params))
+
+    # Start, or go on from the newest sound checkpoint.
+    make_workdir(workdir)
+    checkpoints = Checkpoints(workdir, config.train.keep)
+    restored = checkpoints.restore(abstract, lambda meta: check_same_model(meta, config, workdir))
+    if restored is None:
+        state, seconds, start = new_state(init_key), 0.0, 0
+        print(f"{workdir} holds no checkpoint: starting at step 0", file=sys.stderr)
+    else:
+        state, meta = restored
+        seconds, start = meta["seconds"], meta["step"]
+        print(f"going on from step {start} in {workdir}", file=sys.stderr)
+    write_json(workdir / "config.json", config.to_dict())
+
+    # One step, compiled once, ahead of time.
+    def step_with_draws(state, batch):
+        size = config.data.batch_size
+        draws = draw(seed_key, state.step, model, size, schedule.num_steps)
+        return train_step(state, batch, draws)
+
+    def next_batch(k):
+        size, flip = config.data.batch_size, config.data.flip
+        return jax.device_put(pipeline.batch(data, config.train.seed, k, size, flip), split)
+
+    train_step = make_train_step(
+        model, schedule, optimizer, config.mask.ratio, config.optim.ema_decay
+    )
+    jitted = jax.jit(step_with_draws, donate_argnums=0, out_shardings=(whole, whole))
+    compile_seconds = time.perf_counter()
+    compiled = jitted.lower(state, next_batch(start)).compile()
+    compile_seconds = time.perf_counter() - compile_seconds
+
+    steps, options = config.train.steps, SampleOptions.from_config(config)
+    samples_dir = workdir / "samples"
+    waiting = None  # the step whose metrics are still on the device
+    with (
+        checkpoints,
+        MetricsLog(workdir / "metrics.jsonl", start) as log,
+        tqdm(total=steps, initial=min(start, steps), desc="training", unit="step",
+             mininterval=0.5 if sys.stderr.isatty() else 10) as bar,
+    ):  # fmt: skip
+        clock = time.perf_counter()
+
+        def finish_waiting():
+            nonlocal waiting
+            if waiting is None:
+                return
+            (step, metrics), waiting = waiting, None
+            metrics = jax.device_get(metrics)
+            if step % config.train.log_every == 0:
+                log.write(step, metrics | {"seconds": round(spent(), 3)})
+            rate = (step - start) * config.data.batch_size / max(spent() - seconds, 1e-9)
+            bar.set_postfix_str(f"{rate:.0f} img/s, loss {metrics['loss']:.3f}", refresh=False)
+            bar.update(step - bar.n)
+            if metrics["skipped_in_row"] >= config.train.max_skipped:
+                raise UserError(
+                    f"the loss or gradient was not finite {config.train.max_skipped} steps in a "
+                    f"row, up to step {step}; the last good state is in {checkpoints.directory}: "
+                    "lower optim.lr or set optim.clip_norm, then run again"
+                )
+
+        def spent():
+            return seconds + time.perf_counter() - clock
+
+        def save():
+            finish_waiting()
+            meta = {"config": config.to_dict(), "seconds": spent()}
+            checkpoints.save(state, meta)
+
+        # Save → next batch → step → log the step before: the host never waits on the device.
+        for step in range(start, steps):
+            if stop.asked or (step % config.train.checkpoint_every == 0 and step > start):
+                save()
+            if stop.asked:
+                checkpoints.close()
+                print(f"stopped at step {step}, saved; the same command goes on", file=sys.stderr)
+                return
+            if config.train.sample_every and step % config.train.sample_every == 0 and step > start:
+                paused = time.perf_counter()
+                draw_grid(samples_dir / f"{step:07d}.png", model, state.ema, config, options)
+                clock += time.perf_counter() - paused
+            state, metrics = compiled(state, next_batch(step))
+            finish_waiting()
+            waiting = (step + 1, metrics)
+        save()
+        seconds = spent()
+        skipped = int(state.skipped)
+
+    stop.exit_at_once()  # the state is saved: nothing below needs finishing
+    if start >= steps and (workdir / "report.json").exists():
+        print(f"{workdir} is trained to step {start} and reported already", file=sys.stderr)
+        return
+    report = {
+        "steps": max(start, steps),
+        "parameters": parameters,
+        "seconds": round(seconds, 1),
+        "compile_seconds": round(compile_seconds, 1),
+        "images_per_second": round(max(start, steps) * config.data.batch_size / seconds, 1),
+        "skipped": skipped,
+    }
+    if config.sample.num_samples:
+        report |= sample_and_measure(workdir, model, state.ema, config, options, data, held_out)
+    write_json(workdir / "report.json", report)
+    print(json.dumps(report, indent=1))
+
+
+class StopSignal:
+    """Turns SIGTERM and Ctrl-C into a wish that the training loop looks at between steps."""
+
+    def __init__(self):
+        self.asked = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._ask)
+
+    def _ask(self, *_):
+        self.asked = True
+
+    def exit_at_once(self) -> None:
+        """From here on (and if it was asked meanwhile) leave with exit code 0."""
+        if self.asked:
+            sys.exit(0)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: sys.exit(0))
+
+
+def check_data(config: ConfigDict, data: sources.Images) -> None:
+    """Raise UserError where the config's shapes are not the data's."""
+    _, height, width, channels = data.images.shape
+    size = config.data.image_size
+    if (height, width, channels) != (size, size, config.data.channels):
+        raise UserError(
+            f"{config.data.name} holds {height}×{width} images with {channels} channels, but "
+            f"data.image_size is {size} and data.channels {config.data.channels}"
+        )
+    classes = int(data.labels.max()) + 1
+    if 0 < config.model.num_classes < classes:
+        raise UserError(
+            f"{config.data.name} has {classes} classes, but model.num_classes is "
+            f"{config.model.num_classes}; set it to {classes}, or to 0 to train without classes"
+        )
+
+
+def check_same_model(meta: dict, config: ConfigDict, workdir: pathlib.Path) -> None:
+    """Raise UserError where a checkpoint is of another model; print what else has changed."""
+    old, new = (ConfigDict(c).to_dict() for c in (meta["config"], config.to_dict()))
+    changed = []
+    for group, fields in new.items():
+        for name, value in fields.items():
+            before = old.get(group, {}).get(name)
+            if before != value:
+                changed.append((f"{group}.{name}", before, value))
+    shape = ("model.", "data.image_size", "data.channels")
+    other = [f"{name} is {was}, not {now}" for name, was, now in changed if name.startswith(shape)]
+    if other:
+        raise UserError(
+            f"{workdir} holds a checkpoint of another model ({'; '.join(other)}); "
+            "choose another workdir or the same config"
+        )
+    for name, was, now in changed:
+        print(f"going on with {name} changed from {was} to {now}", file=sys.stderr)
+
+
+def make_workdir(workdir: pathlib.Path) -> None:
+    """Raise UserError where nothing can be written."""
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        probe = workdir / ".write-test"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"workdir {workdir} cannot be written to: {error.strerror}") from None
+
+
+def write_json(path: pathlib.Path, content: dict) -> None:
+    """Whole or not at all."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(temporary, path)
+
+
+def balanced_labels(count: int, num_classes: int) -> np.ndarray:
+    """0, 1, …, num_classes−1, 0, 1, …: `count` labels, every class equally often."""
+    return np.arange(count, dtype=np.int32) % max(num_classes, 1)
+
+
+def draw_grid(path, model, params, config: ConfigDict, options: SampleOptions) -> None:
+    """A PNG of one batch of EMA samples, the same noise each time."""
+    path.parent.mkdir(exist_ok=True)
+    size = config.sample.batch_size
+    labels = balanced_labels(size, model.num_classes)
+    samples = generate(
+        model, params, labels, seed=config.train.seed, batch_size=size, options=options
+    )
+    pictures.save_grid(str(path), pictures.to_uint8(samples))
+
+
+def sample_and_measure(workdir, model, params, config, options, data, held_out) -> dict:
+    """Write samples.npz and samples.png; returns how good they are."""
+    labels = balanced_labels(config.sample.num_samples, model.num_classes)
+    started = time.perf_counter()
+    samples = generate(
+        model,
+        params,
+        labels,
+        seed=config.train.seed,
+        batch_size=config.sample.batch_size,
+        progress=True,
+        options=options,
+    )
+    seconds = time.perf_counter() - started
+    images = pictures.to_uint8(samples)
+    pictures.save_npz(str(workdir / "samples.npz"), images, labels)
+    pictures.save_grid(str(workdir / "samples.png"), images[:100])
+    measured = evaluation.evaluate_samples(
+        images, labels if model.num_classes else None, data, held_out
+    )
+    return measured | {"sample_seconds": round(seconds, 1)}
+
+
+def main(argv: list[str]) -> None:
+    """Parse the flags and train."""
+    usage = (
+        "usage: python -m mdt_jax.main --config=configs/digits.py --workdir=runs/digits "
+        "[--config.field=value …]\nFields and defaults: mdt_jax/config.py"
+    )
+    config, flags = cli.parse_config(argv, usage, workdir="where checkpoints and results go")
+    train(config, pathlib.Path(flags.workdir), StopSignal())
+
+
+if __name__ == "__main__":
+    cli.run(main)

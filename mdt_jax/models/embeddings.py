@@ -1,0 +1,65 @@
+"""Embeddings of timesteps, labels and token positions."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mdt_jax.models.layers import Linear
+
+
+def sincos_positions(grid: tuple[int, int], dim: int) -> np.ndarray:
+    """2-D sine-cosine position embedding, [H·W, dim] float32, tokens in row-major order.
+
+    The first half of the channels encodes x (the column), the second half y (the row), each as
+    `[sin, cos]` with frequencies 10000^(−i / (dim/4)). `dim` must be a multiple of 4.
+    """
+    height, width = grid
+    frequencies = 1.0 / 10000 ** (np.arange(dim // 4, dtype=np.float64) / (dim / 4))
+    rows, columns = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
+    halves = []
+    for position in (columns, rows):
+        angles = position.reshape(-1, 1) * frequencies
+        halves += [np.sin(angles), np.cos(angles)]
+    return np.concatenate(halves, axis=1).astype(np.float32)
+
+
+def timestep_features(t: jax.Array, dim: int = 256) -> jax.Array:
+    """Sinusoids of raw timesteps: t [B], 0…T−1 → [B, dim] float32, `[cos, sin]`."""
+    half = dim // 2
+    # The exponent is rounded to float32 before exp, as the published code does.
+    exponent = np.float32(-np.log(10000)) * np.arange(half, dtype=np.float32) / np.float32(half)
+    angles = t.astype(jnp.float32)[:, None] * np.exp(exponent)
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+class TimestepEmbedder(nn.Module):
+    """Timesteps [B] → [B, dim]: sinusoids, then Linear–SiLU–Linear."""
+
+    dim: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, t: jax.Array) -> jax.Array:
+        init = nn.initializers.normal(0.02)
+        x = timestep_features(t)
+        x = Linear(self.dim, kernel_init=init, dtype=self.dtype, name="in_proj")(x)
+        return Linear(self.dim, kernel_init=init, dtype=self.dtype, name="out_proj")(nn.silu(x))
+
+
+class LabelEmbedder(nn.Module):
+    """Labels [B] in 0…num_classes → [B, dim]; row `num_classes` is the null label of guidance."""
+
+    num_classes: int
+    dim: int
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, y: jax.Array) -> jax.Array:
+        return nn.Embed(
+            self.num_classes + 1,
+            self.dim,
+            embedding_init=nn.initializers.normal(0.02),
+            dtype=self.dtype,
+            name="table",
+        )(y)

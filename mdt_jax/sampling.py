@@ -1,0 +1,159 @@
+"""Labels → images: guidance, sampler and noise put together, batch by batch."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mdt_jax import parallel
+from mdt_jax.diffusion import schedule as sch
+from mdt_jax.diffusion.guidance import WEIGHTS, guide
+from mdt_jax.diffusion.samplers import SAMPLERS, sample
+from mdt_jax.errors import UserError
+from mdt_jax.models.mdt import MDT
+
+SPACINGS = {"even": sch.spaced_timesteps, "stride": sch.strided_timesteps}
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleOptions:
+    """How samples are drawn; the defaults are the published ones."""
+
+    sampler: str = "ddpm"
+    num_steps: int = 250
+    spacing: str = "even"
+    guidance_scale: float = 3.8
+    guidance_power: float = 4.0
+    guidance: str = "power_cosine"
+    guidance_channels: int = 3
+    diffusion_steps: int = 1000
+
+    @classmethod
+    def from_config(cls, config) -> "SampleOptions":
+        """From a config's `sample` and `diffusion` fields."""
+        names = {field.name for field in dataclasses.fields(cls)} - {"diffusion_steps"}
+        fields = {name: config.sample[name] for name in names}
+        return cls(**fields, diffusion_steps=config.diffusion.steps)
+
+    def check(self, num_classes: int) -> None:
+        """Raise UserError, naming the option, for what cannot be sampled."""
+        for name, known in (("sampler", SAMPLERS), ("spacing", SPACINGS), ("guidance", WEIGHTS)):
+            if getattr(self, name) not in known:
+                choices = ", ".join(known)
+                raise UserError(f"unknown {name} {getattr(self, name)!r}; choose one of {choices}")
+        if not 1 <= self.num_steps <= self.diffusion_steps:
+            raise UserError(
+                f"num_steps is {self.num_steps}; it must be between 1 and the "
+                f"{self.diffusion_steps} steps of the training schedule"
+            )
+        try:
+            SPACINGS[self.spacing](self.num_steps, self.diffusion_steps)
+        except ValueError as error:
+            raise UserError(f"num_steps {self.num_steps} with spacing {self.spacing}: {error}") from None
+        if not np.isfinite(self.guidance_scale):
+            raise UserError(f"guidance_scale is {self.guidance_scale}; it must be a finite number")
+        if not 0 <= self.guidance_power < np.inf:
+            raise UserError(f"guidance_power is {self.guidance_power}; it must be 0 or more")
+        if self.guidance_channels < 0:
+            raise UserError(f"guidance_channels is {self.guidance_channels}; 0 (all) or more")
+        if self.guided and not num_classes:
+            raise UserError("an unconditional model takes no guidance: set guidance_scale to 1")
+
+    @property
+    def guided(self) -> bool:
+        """Whether the unconditional half is needed at all."""
+        return self.guidance != "power_cosine" or self.guidance_scale != 1
+
+    def schedule(self) -> sch.Schedule:
+        timesteps = SPACINGS[self.spacing](self.num_steps, self.diffusion_steps)
+        return sch.respace(sch.linear_schedule(self.diffusion_steps), timesteps)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "options"))
+def _sample_batch(model: MDT, options: SampleOptions, params, key, indices, labels):
+    """Samples number `indices` [B] of classes `labels` [B] → [B, H, W, C] float32."""
+    shape = (*model.input_size, model.in_channels)
+    keys = jax.vmap(lambda n: jax.random.fold_in(key, n))(indices)
+
+    def draws(k):
+        return jax.vmap(lambda one: jax.random.normal(jax.random.fold_in(one, k), shape))(keys)
+
+    def network(x, t, y):
+        return model.apply({"params": params}, x, t, y)
+
+    if options.guided:
+        weight = functools.partial(
+            WEIGHTS[options.guidance],
+            scale=options.guidance_scale,
+            power=options.guidance_power,
+            total=options.diffusion_steps,
+        )
+        channels = options.guidance_channels or None
+        denoise = guide(network, labels, model.num_classes, weight, channels)
+    else:
+        denoise = functools.partial(network, y=labels)
+    sampler = SAMPLERS[options.sampler]
+    return sample(denoise, sampler, options.schedule(), draws(0), lambda k: draws(k + 1))
+
+
+def generate(
+    model: MDT,
+    params: dict,
+    labels: Sequence[int],
+    *,
+    seed: int = 0,
+    batch_size: int = 64,
+    progress: bool = False,
+    options: SampleOptions | None = None,
+    **changes,
+) -> np.ndarray:
+    """Draw one sample for each label.
+
+    labels: N ints in 0…num_classes−1 (an unconditional model reads only how many there are).
+    seed: sample n depends on (seed, n, its label) alone, not on batch_size or the devices.
+    changes: fields of `options`, such as num_steps=250, guidance_scale=3.8, sampler="ddim".
+    Returns [N, H, W, C] float32, what the model was trained on: pixels in about [−1, 1], not
+    clipped (`mdt_jax.to_uint8` makes images of them). Raises UserError for options and labels that
+    make no sense.
+    """
+    try:
+        options = dataclasses.replace(options or SampleOptions(), **changes)
+    except TypeError as error:
+        raise UserError(f"generate: {error}") from None
+    options.check(model.num_classes)
+    labels = np.asarray(labels, np.int32).reshape(-1)
+    check_labels(labels, model.num_classes)
+    if batch_size < 1:
+        raise UserError(f"batch_size is {batch_size}; it must be at least 1")
+
+    mesh = parallel.data_mesh()
+    params = jax.device_put(params, parallel.replicated(mesh))
+    key = jax.device_put(jax.random.key(seed), parallel.replicated(mesh))
+    # Every batch has one shape, a multiple of the devices: the program compiles once.
+    size = -(-min(batch_size, len(labels)) // mesh.size) * mesh.size if len(labels) else mesh.size
+    images = []
+    for start in _progress(range(0, len(labels), size), progress):
+        indices = np.arange(start, start + size, dtype=np.int32)
+        inputs = (indices, labels[np.minimum(indices, len(labels) - 1)])
+        inputs = jax.device_put(inputs, parallel.split_batch(mesh))
+        images.append(np.asarray(_sample_batch(model, options, params, key, *inputs)))
+    shape = (*model.input_size, model.in_channels)
+    return np.concatenate([np.zeros((0, *shape), np.float32), *images])[: len(labels)]
+
+
+def check_labels(labels: np.ndarray, num_classes: int) -> None:
+    """Raise UserError for a label outside the classes."""
+    wrong = labels[(labels < 0) | (labels >= num_classes)] if num_classes else labels[:0]
+    if wrong.size:
+        raise UserError(f"label {wrong[0]} is outside the classes 0 to {num_classes - 1}")
+
+
+def _progress(batches: range, show: bool):
+    if not show:
+        return batches
+    from tqdm import tqdm
+
+    return tqdm(batches, desc="sampling", unit="batch")

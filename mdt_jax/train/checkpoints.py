@@ -1,0 +1,187 @@
+"""Checkpoints: everything a run needs to go on, in one atomic Orbax step.
+
+A step directory holds the items `params`, `ema`, `progress` (optimiser state and counters) and
+`meta` (config, step and checksums as JSON). It gets its final name only when all of it is written.
+"""
+
+import logging
+import os
+import pathlib
+import shutil
+import sys
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from ml_collections import ConfigDict
+
+from mdt_jax.errors import UserError
+from mdt_jax.models.mdt import MDT, init_params
+from mdt_jax.train.state import TrainState
+
+FOLDER = "checkpoints"
+
+
+def _items(state: TrainState) -> dict[str, object]:
+    progress = {
+        name: getattr(state, name) for name in ("step", "opt_state", "skipped", "skipped_in_row")
+    }
+    return {"params": state.params, "ema": state.ema, "progress": progress}
+
+
+@jax.jit
+def _checksum(tree) -> jax.Array:
+    """A uint32 of all bits of a tree, on the devices where it lies; independent of the sharding."""
+    total = jnp.zeros((), jnp.uint32)
+    for number, leaf in enumerate(jax.tree.leaves(tree)):
+        words = jax.lax.bitcast_convert_type(leaf, jnp.uint32)
+        total += jnp.uint32(2 * number + 1) * words.sum(dtype=jnp.uint32)
+    return total
+
+
+def _steps(directory: pathlib.Path) -> list[int]:
+    """Finished steps, newest first: unfinished ones still have a temporary name."""
+    if not directory.is_dir():
+        return []
+    return sorted((int(p.name) for p in directory.iterdir() if p.name.isdigit()), reverse=True)
+
+
+def _restore(folder: pathlib.Path, items: dict[str, object]) -> dict[str, object]:
+    """Restore items (abstract trees by name) of one step folder; ValueError if bits have changed."""
+    args = {name: ocp.args.StandardRestore(tree) for name, tree in items.items()}
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        restored = checkpointer.restore(
+            folder, ocp.args.Composite(meta=ocp.args.JsonRestore(), **args)
+        )
+    for name in items:
+        if int(_checksum(restored[name])) != restored["meta"]["checksums"][name]:
+            raise ValueError(f"the values of {name} are not those that were saved")
+    return restored
+
+
+def read_meta(folder: pathlib.Path) -> dict:
+    """The JSON of a step folder: {"config", "step", "seconds", "checksums"}."""
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        return checkpointer.restore(folder, ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+
+
+def _newest_sound(directory: pathlib.Path, read: Callable[[pathlib.Path], object]):
+    """read(folder) of the newest step that can be read, and the damaged steps passed over.
+
+    Returns (None, []) where there is no step at all; raises UserError where none can be read.
+    """
+    damaged = []
+    for step in _steps(directory):
+        try:
+            return read(directory / str(step)), damaged
+        except UserError:
+            raise
+        except Exception as error:  # whatever Orbax makes of a damaged folder
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+            damaged.append((step, reason))
+            print(f"checkpoint {directory / str(step)} is damaged: {reason}", file=sys.stderr)
+    if damaged:
+        raise UserError(
+            f"none of the {len(damaged)} checkpoints in {directory} can be read; restore one from a "
+            "backup, or train anew in another workdir"
+        )
+    return None, damaged
+
+
+class Checkpoints:
+    """Saves a run's state in the background, and finds the newest sound one to go on from."""
+
+    def __init__(self, workdir: str | os.PathLike, keep: int = 1):
+        # Orbax reports each background save at INFO and leftovers of killed ones at WARNING.
+        logging.getLogger("absl").setLevel(logging.ERROR)
+        self.directory = pathlib.Path(workdir).absolute() / FOLDER
+        self._keep = keep
+        self._manager = None
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def restore(self, state: TrainState, check: Callable[[dict], None]):
+        """(state, meta) of the newest sound step, or None where nothing was ever saved.
+
+        state: the shapes and shardings to restore to. check(meta) may raise UserError before
+        anything else is read. A damaged newer step is set aside in `damaged/`, and this is said.
+        """
+
+        def read(folder: pathlib.Path):
+            meta = read_meta(folder)
+            check(meta)
+            return _restore(folder, _items(state))
+
+        items, damaged = _newest_sound(self.directory, read)
+        if items is None:
+            return None
+        for step, _ in damaged:
+            aside = self.directory.parent / "damaged"
+            aside.mkdir(exist_ok=True)
+            shutil.rmtree(aside / str(step), ignore_errors=True)
+            (self.directory / str(step)).rename(aside / str(step))
+            print(f"going on without step {step}, now in {aside / str(step)}", file=sys.stderr)
+        state = TrainState(params=items["params"], ema=items["ema"], **items["progress"])
+        return state, items["meta"]
+
+    def save(self, state: TrainState, meta: dict) -> None:
+        """Start to save; returns once the state is copied. A failed earlier save raises here."""
+        if self._manager is None:
+            options = ocp.CheckpointManagerOptions(max_to_keep=self._keep, create=True)
+            self._manager = ocp.CheckpointManager(self.directory, options=options)
+        step = int(state.step)
+        if step in self._manager.all_steps():
+            return
+        items = _items(state)
+        checksums = {name: int(_checksum(tree)) for name, tree in items.items()}
+        args = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
+        meta = ocp.args.JsonSave({"step": step, "checksums": checksums, **meta})
+        self._manager.save(step, args=ocp.args.Composite(meta=meta, **args))
+
+    def close(self) -> None:
+        """Wait until what was saved is on disk."""
+        if self._manager is not None:
+            self._manager.close()
+            self._manager = None
+
+
+def load_run(path: str | os.PathLike) -> tuple[MDT, dict, ConfigDict]:
+    """(model, EMA parameters, config) from a workdir, its checkpoints folder, or one step of it.
+
+    Raises UserError when the path does not exist, holds no checkpoint, or none can be read.
+    """
+    root = pathlib.Path(path).absolute()
+    if not root.exists():
+        raise UserError(f"checkpoint {path} does not exist")
+
+    def read(folder: pathlib.Path):
+        config = ConfigDict(read_meta(folder)["config"])
+        model = MDT.from_config(config)
+        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        abstract = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
+            jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0)),
+        )
+        return model, _restore(folder, {"ema": abstract})["ema"], config
+
+    if root.name.isdigit() and (root / "meta").is_dir():
+        try:
+            return read(root)
+        except Exception as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+            raise UserError(f"checkpoint {path} is damaged: {reason}") from None
+    found, _ = _newest_sound(root / FOLDER if (root / FOLDER).is_dir() else root, read)
+    if found is None:
+        raise UserError(f"{path} holds no checkpoint: expected a workdir that was trained in")
+    return found
+
+
+def load(path: str | os.PathLike) -> tuple[MDT, dict]:
+    """(model, EMA parameters) of a checkpoint; paths and errors as in `load_run`."""
+    model, params, _ = load_run(path)
+    return model, params

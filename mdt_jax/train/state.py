@@ -1,0 +1,37 @@
+"""What a training step changes."""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from mdt_jax.models.mdt import MDT, init_params
+
+
+@flax.struct.dataclass
+class TrainState:
+    """step: steps taken. skipped: non-finite ones among them, in all and in a row just now."""
+
+    step: jax.Array
+    params: dict
+    ema: dict
+    opt_state: optax.OptState
+    skipped: jax.Array
+    skipped_in_row: jax.Array
+
+
+def state_from_params(params: dict, optimizer: optax.GradientTransformation) -> TrainState:
+    """Step 0; the EMA starts as a copy of the parameters."""
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        ema=jax.tree.map(jnp.copy, params),
+        opt_state=optimizer.init(params),
+        skipped=jnp.zeros((), jnp.int32),
+        skipped_in_row=jnp.zeros((), jnp.int32),
+    )
+
+
+def init_state(model: MDT, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:
+    """Freshly initialised parameters at step 0."""
+    return state_from_params(init_params(model, key), optimizer)
