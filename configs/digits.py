@@ -18,7 +18,8 @@ def get_config(variant=""):
     config.train.log_every = 1
     config.train.sample_every = 1000
     config.train.checkpoint_every = 500
-    config.sample.guidance_scale = 1.0
+    config.sample.num_steps = 100
+    config.sample.guidance_scale = 2.0
     config.sample.num_samples = 1000
     if variant == "smoke":
         config.model.hidden_size = 16

@@ -1,7 +1,7 @@
 """Masked Diffusion Transformers (MDT) in JAX and Flax.
 
-    model, params = mdt_jax.load("runs/digits")
-    images = mdt_jax.generate(model, params, labels=[0, 1, 2], guidance_scale=2.0)
+model, params = mdt_jax.load("runs/digits")
+images = mdt_jax.generate(model, params, labels=[0, 1, 2], guidance_scale=2.0)
 """
 
 import importlib

@@ -31,7 +31,9 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
-def parse_config(argv: list[str], usage: str, **strings: str) -> tuple[ConfigDict, flags.FlagValues]:
+def parse_config(
+    argv: list[str], usage: str, **strings: str
+) -> tuple[ConfigDict, flags.FlagValues]:
     """Read `--config=FILE.py[:variant]`, `--config.field=value` and string flags.
 
     strings: name → help of the further flags, all required. Raises UserError for an unknown file,
@@ -49,7 +51,7 @@ def parse_config(argv: list[str], usage: str, **strings: str) -> tuple[ConfigDic
         stray = values(argv)[1:]
     except flags.Error as error:
         raise UserError(str(error)) from None
-    except AttributeError as error:
+    except (AttributeError, KeyError) as error:
         raise UserError(_unknown_field(argv, error)) from None
     except Exception as error:  # whatever the user's own Python file raises
         raise UserError(f"the config could not be read: {type(error).__name__}: {error}") from None
@@ -70,8 +72,8 @@ def _check_file(argv: list[str]) -> None:
                 raise UserError(f"config file {path} does not exist")
 
 
-def _unknown_field(argv: list[str], error: AttributeError) -> str:
-    """ConfigDict's error names the last part of the field only; name the whole flag."""
+def _unknown_field(argv: list[str], error: Exception) -> str:
+    """ConfigDict's error names one part of the field only; name the whole flag."""
     text = str(error).replace("\\n", " ").replace("\\", "").strip("'\" ")
     wrong = text.partition(" ")[0].strip("'\"")
     given = [a for a in argv if a.startswith("--config.") and wrong in a.partition("=")[0]]

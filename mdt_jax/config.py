@@ -109,7 +109,9 @@ def validate(config: ConfigDict, num_devices: int = 1) -> None:
     optim = config.optim
     _require(0 < optim.lr < math.inf, f"optim.lr is {optim.lr}; it must be positive")
     _require(0 <= optim.clip_norm < math.inf, f"optim.clip_norm is {optim.clip_norm}; 0 or more")
-    _require(0 <= optim.ema_decay < 1, f"optim.ema_decay is {optim.ema_decay}; it must be in [0, 1)")
+    _require(
+        0 <= optim.ema_decay < 1, f"optim.ema_decay is {optim.ema_decay}; it must be in [0, 1)"
+    )
     for name in ("steps", "log_every", "checkpoint_every", "keep", "max_skipped"):
         _require(train[name] >= 1, f"train.{name} is {train[name]}; it must be at least 1")
     _require(train.sample_every >= 0, f"train.sample_every is {train.sample_every}; 0 or more")
@@ -120,7 +122,8 @@ def validate(config: ConfigDict, num_devices: int = 1) -> None:
     )
     SampleOptions.from_config(config).check(model.num_classes)
     _require(
-        config.sample.num_samples >= 0, f"sample.num_samples is {config.sample.num_samples}; 0 or more"
+        config.sample.num_samples >= 0,
+        f"sample.num_samples is {config.sample.num_samples}; 0 or more",
     )
     _require(
         config.sample.batch_size >= 1, f"sample.batch_size is {config.sample.batch_size}; 1 or more"

@@ -16,8 +16,10 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from mdt_jax import cli, config as configs, evaluation, parallel
-from mdt_jax.data import images as pictures, pipeline, sources
+from mdt_jax import cli, evaluation, parallel
+from mdt_jax import config as configs
+from mdt_jax.data import images as pictures
+from mdt_jax.data import pipeline, sources
 from mdt_jax.diffusion.schedule import linear_schedule
 from mdt_jax.errors import UserError
 from mdt_jax.models.mdt import MDT

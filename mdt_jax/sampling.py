@@ -5,7 +5,6 @@ import functools
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from mdt_jax import parallel
@@ -52,7 +51,9 @@ class SampleOptions:
         try:
             SPACINGS[self.spacing](self.num_steps, self.diffusion_steps)
         except ValueError as error:
-            raise UserError(f"num_steps {self.num_steps} with spacing {self.spacing}: {error}") from None
+            raise UserError(
+                f"num_steps {self.num_steps} with spacing {self.spacing}: {error}"
+            ) from None
         if not np.isfinite(self.guidance_scale):
             raise UserError(f"guidance_scale is {self.guidance_scale}; it must be a finite number")
         if not 0 <= self.guidance_power < np.inf:

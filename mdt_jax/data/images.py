@@ -11,12 +11,12 @@ def to_float(images: np.ndarray) -> np.ndarray:
 
 
 def to_uint8(x: np.ndarray) -> np.ndarray:
-    """float in [−1, 1] → uint8: (x + 1)·127.5, clamped, then truncated as the published code does."""
+    """float in [−1, 1] → uint8: (x + 1)·127.5, clamped, then truncated as published."""
     return np.clip((np.asarray(x, np.float32) + 1) * 127.5, 0, 255).astype(np.uint8)
 
 
 def grid(images: np.ndarray, columns: int, scale: int = 1, gap: int = 1) -> np.ndarray:
-    """[N, H, W, C] uint8 → one picture [rows·H', columns·W', C], each image enlarged `scale` times."""
+    """[N, H, W, C] uint8 → one picture [rows·H', columns·W', C], images enlarged `scale` times."""
     images = np.repeat(np.repeat(images, scale, axis=1), scale, axis=2)
     images = np.pad(images, [(0, 0), (0, gap * scale), (0, gap * scale), (0, 0)])
     rows = -(-len(images) // columns)
@@ -29,7 +29,7 @@ def grid(images: np.ndarray, columns: int, scale: int = 1, gap: int = 1) -> np.n
 
 
 def save_grid(path: str, images: np.ndarray, columns: int = 10) -> None:
-    """Write [N, H, W, C] uint8, C 1 or 3, as a PNG; small images are enlarged. Whole or not at all."""
+    """Write [N, H, W, C] uint8, C 1 or 3, as a PNG, small images enlarged; whole or not at all."""
     from PIL import Image
 
     picture = grid(images, columns, scale=max(1, 32 // images.shape[1]))
@@ -41,7 +41,7 @@ def save_grid(path: str, images: np.ndarray, columns: int = 10) -> None:
 
 
 def save_npz(path: str, images: np.ndarray, labels: np.ndarray) -> None:
-    """Write what ADM's evaluator reads: arr_0 uint8 [N, H, W, C], arr_1 labels. Whole or not at all."""
+    """Write arr_0 uint8 [N, H, W, C] and arr_1 labels, as ADM has it; whole or not at all."""
     temporary = f"{path}.tmp"
     with open(temporary, "wb") as file:
         np.savez(file, arr_0=images, arr_1=labels)

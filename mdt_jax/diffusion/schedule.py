@@ -107,9 +107,7 @@ def predict_x0(schedule: Schedule, x: jax.Array, t: jax.Array, eps: jax.Array) -
 
 def posterior_mean(schedule: Schedule, x0: jax.Array, x: jax.Array, t: jax.Array) -> jax.Array:
     """Mean of q(x_{t−1} | x_t, x_0)."""
-    return (
-        extract(schedule.posterior_mean_x0, t) * x0 + extract(schedule.posterior_mean_xt, t) * x
-    )
+    return extract(schedule.posterior_mean_x0, t) * x0 + extract(schedule.posterior_mean_xt, t) * x
 
 
 def learned_log_variance(schedule: Schedule, v: jax.Array, t: jax.Array) -> jax.Array:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 
 def keep_length(num_tokens: int, ratio: float) -> int:
-    """How many of `num_tokens` stay when a share `ratio` in [0, 1) is masked: `int(L · (1 − ratio))`."""
+    """How many of L tokens stay when a share `ratio` in [0, 1) is masked: int(L · (1 − ratio))."""
     return int(num_tokens * (1 - ratio))
 
 
@@ -33,7 +33,7 @@ def scatter_tokens(kept: jax.Array, ids: jax.Array, fill: jax.Array, num_tokens:
 
 
 def masked_positions(ids: jax.Array, num_tokens: int) -> jax.Array:
-    """ids: [B, K] kept tokens → [B, num_tokens] float32, 1 where a token is masked, 0 where kept."""
+    """ids: [B, K] kept tokens → [B, num_tokens] bool, true where a token is masked."""
     batch = ids.shape[0]
-    ones = jnp.ones((batch, num_tokens), jnp.float32)
-    return ones.at[jnp.arange(batch)[:, None], ids].set(0.0, unique_indices=True)
+    masked = jnp.ones((batch, num_tokens), bool)
+    return masked.at[jnp.arange(batch)[:, None], ids].set(False, unique_indices=True)

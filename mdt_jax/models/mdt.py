@@ -5,6 +5,8 @@ the masked pass only), and a decoder. The network draws no random numbers: which
 and which labels are dropped comes in from outside.
 """
 
+import functools
+
 import einops
 import flax.linen as nn
 import jax
@@ -62,7 +64,9 @@ class Modulation(nn.Module):
     @nn.compact
     def __call__(self, c: jax.Array) -> list[jax.Array]:
         zeros = nn.initializers.zeros
-        linear = Linear(self.parts * c.shape[-1], kernel_init=zeros, dtype=self.dtype, name="linear")
+        linear = Linear(
+            self.parts * c.shape[-1], kernel_init=zeros, dtype=self.dtype, name="linear"
+        )
         return jnp.split(linear(nn.silu(c))[:, None, :], self.parts, axis=-1)
 
 
@@ -216,9 +220,10 @@ class MDT(nn.Module):
         """Side-interpolater with the masked shortcut: only masked tokens take its prediction."""
         predicted, _ = self.side_interpolater(tokens, c, index)
         masked = masking.masked_positions(keep_ids, self.num_tokens)[:, :, None]
-        return jnp.where(masked > 0, predicted, tokens)
+        return jnp.where(masked, predicted, tokens)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def init_params(model: MDT, key: jax.Array) -> dict:
     """Fresh float32 parameters of every part, the training-only ones included."""
     x = jnp.zeros((1, *model.input_size, model.in_channels))

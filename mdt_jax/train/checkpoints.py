@@ -48,7 +48,7 @@ def _steps(directory: pathlib.Path) -> list[int]:
 
 
 def _restore(folder: pathlib.Path, items: dict[str, object]) -> dict[str, object]:
-    """Restore items (abstract trees by name) of one step folder; ValueError if bits have changed."""
+    """Restore items (abstract trees by name) of a step folder; ValueError if bits have changed."""
     args = {name: ocp.args.StandardRestore(tree) for name, tree in items.items()}
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
         restored = checkpointer.restore(
@@ -83,8 +83,8 @@ def _newest_sound(directory: pathlib.Path, read: Callable[[pathlib.Path], object
             print(f"checkpoint {directory / str(step)} is damaged: {reason}", file=sys.stderr)
     if damaged:
         raise UserError(
-            f"none of the {len(damaged)} checkpoints in {directory} can be read; restore one from a "
-            "backup, or train anew in another workdir"
+            f"none of the {len(damaged)} checkpoints in {directory} can be read; restore "
+            "one from a backup, or train anew in another workdir"
         )
     return None, damaged
 

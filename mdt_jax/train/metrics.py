@@ -11,7 +11,7 @@ class MetricsLog:
     def __init__(self, path: str | os.PathLike, step: int):
         self._path = path
         self._drop_after(step)
-        self._file = open(path, "a")
+        self._file = open(path, "a")  # noqa: SIM115 (closed in __exit__)
 
     def __enter__(self) -> "MetricsLog":
         return self

@@ -17,7 +17,7 @@ LABEL_DROPOUT = 0.1
 
 
 class Draws(NamedTuple):
-    """All the randomness of one step. Both passes share the latents and t; the rest is their own."""
+    """All the randomness of one step. Both passes share t; the rest is each one's own."""
 
     t: jax.Array  # [B] int32, 0…T−1
     noise_full: jax.Array  # [B, H, W, C] float32, standard normal

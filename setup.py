@@ -1,0 +1,38 @@
+import pathlib
+
+from setuptools import find_packages, setup
+
+here = pathlib.Path(__file__).parent
+
+TEST = ["pytest", "ruff", "mlxtend"]
+
+setup(
+    name="mdt_jax",
+    version="0.1.0",
+    description="Masked Diffusion Transformers (MDT) in JAX and Flax, for CPUs, GPUs and TPU pods",
+    long_description=(here / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["mdt_jax", "mdt_jax.*"]),
+    python_requires=">=3.11",
+    install_requires=[
+        "absl-py",
+        "einops",
+        "flax>=0.12",
+        "jax>=0.10",
+        "ml-collections>=1.0",
+        "numpy>=2.0",
+        "optax>=0.2.5",
+        "orbax-checkpoint>=0.11",
+        "pillow",
+        "scikit-learn",
+        "tensorflow-datasets",
+        "tqdm",
+    ],
+    extras_require={
+        "cuda": ["jax[cuda13]>=0.10"],
+        "tpu": ["jax[tpu]>=0.10"],
+        "data": ["mlxtend"],
+        "test": TEST,
+    },
+)

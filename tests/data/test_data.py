@@ -1,0 +1,83 @@
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mdt_jax.data import images, pipeline, sources
+from mdt_jax.errors import UserError
+from tests.conftest import ROOT
+
+
+@pytest.mark.parametrize("name, total, size", [("digits", 1797, 8), ("mnist", 5000, 28)])
+def test_sources(name, total, size):
+    train, held_out = sources.load(name)
+    assert len(train) + len(held_out) == total
+    assert len(held_out) == pytest.approx(0.2 * total, abs=3)
+    for part in (train, held_out):
+        assert part.images.dtype == np.uint8 and part.images.shape[1:] == (size, size, 1)
+        assert part.images.min() == 0 and part.images.max() == 255
+        assert sorted(set(part.labels.tolist())) == list(range(10))
+    counts = np.bincount(held_out.labels) / np.bincount(np.r_[train.labels, held_out.labels])
+    np.testing.assert_allclose(counts, 0.2, atol=0.01)
+    seen = {image.tobytes() for image in train.images}
+    assert sum(image.tobytes() in seen for image in held_out.images) <= 1
+    again = sources.load(name)[1]
+    np.testing.assert_array_equal(again.images, held_out.images)
+
+
+def test_unknown_source():
+    with pytest.raises(UserError, match="cifar.*choose one of digits, mnist"):
+        sources.load("cifar")
+
+
+def test_every_image_once_an_epoch_in_a_new_order():
+    taken = np.concatenate([pipeline.batch_indices(3, k, 7, 20) for k in range(20)])
+    epochs = taken.reshape(7, 20)
+    for epoch in epochs:
+        assert sorted(epoch.tolist()) == list(range(20))
+    assert len({tuple(epoch) for epoch in epochs.tolist()}) == 7
+    np.testing.assert_array_equal(pipeline.batch_indices(3, 11, 7, 20), taken[77:84])
+    assert not np.array_equal(pipeline.batch_indices(4, 0, 7, 20), taken[:7])
+    assert len(pipeline.batch_indices(0, 0, 50, 20)) == 50
+
+
+def test_batches_and_their_mirror_images():
+    train, _ = sources.load("digits")
+    plain = pipeline.batch(train, 0, 5, 64, flip=False)
+    flipped = pipeline.batch(train, 0, 5, 64, flip=True)
+    assert plain["latents"].dtype == np.float32 and plain["latents"].min() == -1
+    assert plain["latents"].max() == 1 and plain["labels"].dtype == np.int32
+    np.testing.assert_array_equal(plain["labels"], flipped["labels"])
+    mirrored = 0
+    for a, b in zip(plain["latents"], flipped["latents"], strict=True):
+        assert np.array_equal(a, b) or np.array_equal(a[:, ::-1], b)
+        mirrored += not np.array_equal(a, b)
+    assert 15 < mirrored < 50
+    again = pipeline.batch(train, 0, 5, 64, flip=True)
+    np.testing.assert_array_equal(again["latents"], flipped["latents"])
+
+
+def test_pixels_there_and_back():
+    every = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1)
+    back = images.to_uint8(images.to_float(every))
+    assert np.abs(back.astype(int) - every).max() <= 1  # truncation, as published
+    np.testing.assert_array_equal(
+        images.to_uint8([-2, -1, 0, 0.9999, 1, 5]), [0, 0, 127, 254, 255, 255]
+    )
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_grid(tmp_path, channels):
+    samples = np.full((5, 8, 8, channels), 200, np.uint8)
+    images.save_grid(str(tmp_path / "grid.png"), samples, columns=3)
+    picture = np.asarray(Image.open(tmp_path / "grid.png"))
+    assert picture.shape[:2] == (2 * 32 + 4, 3 * 32 + 2 * 4)
+    assert picture[0, 0].min() == 200 and picture[-1, -1].max() == 0
+    assert [p.name for p in tmp_path.iterdir()] == ["grid.png"]
+
+
+def test_data_never_imports_jax():
+    code = "import sys, mdt_jax.data.pipeline, mdt_jax.data.images; assert 'jax' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

@@ -1,0 +1,42 @@
+import numpy as np
+import pytest
+
+from mdt_jax.diffusion import schedule as sch
+from tests.published import v1_numbers
+
+GOLDEN = v1_numbers()
+LINEAR = sch.linear_schedule(1000)
+
+
+@pytest.mark.parametrize(
+    "name, timesteps",
+    [
+        ("full", np.arange(1000)),
+        ("250", sch.spaced_timesteps(250, 1000)),
+        ("50", sch.spaced_timesteps(50, 1000)),
+        ("ddim25", sch.strided_timesteps(25, 1000)),
+    ],
+)
+def test_constants_are_the_published_ones(name, timesteps):
+    respaced = sch.respace(LINEAR, timesteps)
+    np.testing.assert_array_equal(respaced.timesteps, GOLDEN[f"schedule_{name}_timesteps"])
+    for constant in ("alphas_cumprod", "posterior_log_variance"):
+        expected = GOLDEN[f"schedule_{name}_{constant}"]
+        np.testing.assert_allclose(getattr(respaced, constant), expected, rtol=1e-12)
+
+
+def test_spaced_timesteps():
+    many = sch.spaced_timesteps(250, 1000)
+    assert many[:8].tolist() == [0, 4, 8, 12, 16, 20, 24, 28]
+    assert many[-8:].tolist() == [971, 975, 979, 983, 987, 991, 995, 999]
+    assert sch.spaced_timesteps(25, 1000).tolist() == [
+        0, 42, 83, 125, 166, 208, 250, 291, 333, 375, 416, 458, 500, 541, 583, 624, 666, 708, 749,
+        791, 832, 874, 916, 957, 999,
+    ]  # fmt: skip
+    assert sch.spaced_timesteps(1000, 1000).tolist() == list(range(1000))
+    assert sch.spaced_timesteps(1, 1000).tolist() == [0]
+
+
+def test_strided_timesteps_must_exist():
+    with pytest.raises(ValueError, match="exactly 600 of 1000"):
+        sch.strided_timesteps(600, 1000)

@@ -1,0 +1,107 @@
+"""The rules of import in docs/architecture.md."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT
+
+PACKAGE = ROOT / "mdt_jax"
+MODULES = sorted(p.relative_to(ROOT) for p in PACKAGE.rglob("*.py"))
+
+# A room may import from itself and from rooms of a lower level.
+LEVELS = {
+    "errors": 0,
+    "models": 1,
+    "diffusion": 2,
+    "parallel": 2,
+    "data": 3,
+    "sampling": 3,
+    "interop": 3,
+    "config": 4,
+    "evaluation": 4,
+    "train": 4,
+    "cli": 5,
+    "main": 6,
+    "sample": 6,
+}
+NEVER = {("diffusion", "models"), ("data", "jax"), ("data", "models"), ("data", "diffusion")}
+# What the core needs; everything else is imported where it is used.
+CORE = {"jax", "flax", "optax", "orbax", "einops", "numpy", "ml_collections", "absl", "mdt_jax"}
+ENTRY_POINTS = {"main", "sample"}
+
+
+def room(module: str) -> str:
+    return module.split(".")[1] if "." in module else ""
+
+
+def imports(path: pathlib.Path, everywhere: bool) -> list[str]:
+    tree = ast.parse((ROOT / path).read_text())
+    found = []
+    for node in ast.walk(tree) if everywhere else tree.body:
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            if node.module == "mdt_jax":
+                found += [f"mdt_jax.{alias.name}" for alias in node.names]
+            else:
+                found.append(node.module)
+    return found
+
+
+@pytest.mark.parametrize("path", MODULES, ids=str)
+def test_imports_run_downward(path):
+    here = room(".".join(path.with_suffix("").parts))
+    if here == "__init__":
+        return
+    for name in imports(path, everywhere=True):
+        top = name.split(".")[0]
+        assert (here, top) not in NEVER, f"{path} imports {name}"
+        if top == "mdt_jax":
+            there = room(name)
+            assert (here, there) not in NEVER, f"{path} imports {name}"
+            assert there == here or LEVELS[there] < LEVELS[here], f"{path} imports {name} upward"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=str)
+def test_heavy_packages_are_imported_where_they_are_used(path):
+    if path.stem in ENTRY_POINTS:
+        return
+    for name in imports(path, everywhere=False):
+        top = name.split(".")[0]
+        assert top in CORE or top in sys.stdlib_module_names, f"{path} imports {name} at the top"
+
+
+def test_flags_are_read_in_entry_points_only():
+    for path in MODULES:
+        if path.stem not in ENTRY_POINTS | {"cli"}:
+            names = imports(path, everywhere=True)
+            assert not {"argparse", "absl.flags", "absl"} & set(names), path
+
+
+def test_files_are_short():
+    for path in MODULES:
+        assert len((ROOT / path).read_text().splitlines()) <= 400, path
+
+
+def test_the_core_imports_with_its_seven_packages_alone():
+    code = """
+import sys, importlib, pkgutil
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {"PIL", "sklearn", "tqdm", "tensorflow", "tensorflow_datasets",
+                                  "torch", "mlxtend", "matplotlib", "pandas", "grain"}:
+            raise ImportError(f"{name} is blocked")
+sys.meta_path.insert(0, Block())
+import mdt_jax
+for module in pkgutil.walk_packages(mdt_jax.__path__, "mdt_jax."):
+    if module.name not in ("mdt_jax.main", "mdt_jax.sample"):
+        importlib.import_module(module.name)
+for name in mdt_jax.__all__:
+    getattr(mdt_jax, name)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

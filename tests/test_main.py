@@ -1,0 +1,340 @@
+import json
+import pathlib
+import random
+import re
+import signal
+import time
+
+import jax
+import numpy as np
+import pytest
+
+import mdt_jax
+from mdt_jax import cli, main, sample
+from mdt_jax.train.checkpoints import Checkpoints
+from tests.conftest import ROOT, SMOKE, run_command, start_command
+
+LONG = [SMOKE, "--config.train.steps=240", "--config.train.checkpoint_every=20",
+        "--config.train.sample_every=0", "--config.sample.num_samples=0"]  # fmt: skip
+
+
+def steps_of(workdir: pathlib.Path) -> list[int]:
+    path = workdir / "metrics.jsonl"
+    return (
+        [json.loads(line)["step"] for line in path.read_text().splitlines()]
+        if path.exists()
+        else []
+    )
+
+
+def arrays(workdir: pathlib.Path, item: str) -> list[np.ndarray]:
+    """The bits of one item of the newest checkpoint, read with Orbax alone."""
+    import orbax.checkpoint as ocp
+
+    newest = max((workdir / "checkpoints").iterdir(), key=lambda p: int(p.name))
+    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+        return jax.tree.leaves(checkpointer.restore(newest / item))
+
+
+def assert_same_run(workdir, reference):
+    for item in ("params", "ema", "progress"):
+        for a, b in zip(arrays(workdir, item), arrays(reference, item), strict=True):
+            np.testing.assert_array_equal(a, b)
+    assert steps_of(workdir) == list(range(1, 241))
+    for name in ("loss", "grad_norm"):
+        values = [
+            [json.loads(line)[name] for line in (w / "metrics.jsonl").read_text().splitlines()]
+            for w in (workdir, reference)
+        ]
+        assert values[0] == values[1]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("undisturbed") / "run"
+    run_command("mdt_jax.main", *LONG, f"--workdir={workdir}")
+    return workdir
+
+
+def kill_after(workdir, steps: int, number: signal.Signals, seconds: float = 0.0):
+    """Start the long run and send a signal once it has logged `steps` steps."""
+    process = start_command("mdt_jax.main", *LONG, f"--workdir={workdir}")
+    deadline = time.time() + 200
+    while len(steps_of_safely(workdir)) < steps:
+        assert process.poll() is None and time.time() < deadline, process.communicate()
+        time.sleep(0.005)
+    time.sleep(seconds)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=100)
+    return process.returncode, out + err
+
+
+def steps_of_safely(workdir):
+    path = workdir / "metrics.jsonl"
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def test_killed_twice_ends_with_the_same_bits(undisturbed, tmp_path):
+    moments = sorted(random.SystemRandom().sample(range(5, 200), 2))
+    print("killed after steps", moments)  # shown when the test fails
+    workdir = tmp_path / "run"
+    for moment in moments:
+        code, _ = kill_after(workdir, moment, signal.SIGKILL, random.random() / 20)
+        assert code == -signal.SIGKILL
+    printed = run_command("mdt_jax.main", *LONG, f"--workdir={workdir}")
+    if moments[1] > 60:
+        assert "going on from step" in printed
+    assert_same_run(workdir, undisturbed)
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(undisturbed, tmp_path):
+    workdir = tmp_path / "run"
+    code, printed = kill_after(workdir, 33, signal.SIGTERM)
+    assert code == 0, printed
+    stopped = int(re.search(r"stopped at step (\d+), saved", printed)[1])
+    assert 33 <= stopped < 240 and (workdir / "checkpoints" / str(stopped)).is_dir()
+    assert steps_of(workdir) == list(range(1, stopped + 1))
+    assert not (workdir / "report.json").exists()
+    printed = run_command("mdt_jax.main", *LONG, f"--workdir={workdir}")
+    assert f"going on from step {stopped}" in printed
+    assert_same_run(workdir, undisturbed)
+
+
+def test_a_finished_run(trained):
+    steps = [line["step"] for line in map(json.loads, (trained / "metrics.jsonl").open())]
+    assert steps == [1, 2, 3, 4]
+    line = json.loads((trained / "metrics.jsonl").read_text().splitlines()[0])
+    for part in ("mse/full", "vb/full", "mse/masked", "vb/masked"):
+        assert {f"{part}{q}" for q in ("", "/q1", "/q2", "/q3", "/q4")} <= set(line)
+    assert {"loss", "loss/full", "loss/masked", "grad_norm", "skipped", "seconds"} <= set(line)
+    assert sorted(p.name for p in (trained / "checkpoints").iterdir()) == ["2", "4"]
+    assert sorted(p.name for p in (trained / "samples").iterdir()) == ["0000002.png"]
+    assert {p.name for p in trained.iterdir()} == {
+        "checkpoints", "config.json", "metrics.jsonl", "report.json", "samples", "samples.npz",
+        "samples.png",
+    }  # fmt: skip
+    report = json.loads((trained / "report.json").read_text())
+    assert report["steps"] == 4 and report["num_samples"] == 20 and report["skipped"] == 0
+    assert 0.95 < report["classifier_accuracy"] <= 1 and 0 <= report["class_agreement"] <= 1
+    assert report["frechet_distance"] > report["frechet_distance_real"] > 0
+    for name in ("seconds", "compile_seconds", "images_per_second"):
+        assert report[name] > 0
+    saved = np.load(trained / "samples.npz")
+    assert saved["arr_0"].shape == (20, 8, 8, 1) and saved["arr_0"].dtype == np.uint8
+    assert np.bincount(saved["arr_1"]).tolist() == [2] * 10
+    config = json.loads((trained / "config.json").read_text())
+    assert config["model"]["hidden_size"] == 16 and config["train"]["steps"] == 4
+
+
+def test_steps_stop_and_can_be_raised(trained, tmp_path):
+    import shutil
+
+    workdir = shutil.copytree(trained, tmp_path / "run")
+    before = (workdir / "report.json").read_text()
+    printed = run_command("mdt_jax.main", SMOKE, f"--workdir={workdir}")
+    assert "trained to step 4" in printed and (workdir / "report.json").read_text() == before
+    printed = run_command(
+        "mdt_jax.main", SMOKE, f"--workdir={workdir}", "--config.train.steps=6",
+        "--config.sample.num_samples=0",
+    )  # fmt: skip
+    assert "train.steps changed from 4 to 6" in printed and "going on from step 4" in printed
+    assert steps_of(workdir) == [1, 2, 3, 4, 5, 6]
+    assert json.loads((workdir / "report.json").read_text())["steps"] == 6
+
+
+def test_the_step_compiles_once(tmp_path):
+    """Counted in JAX's own compile log, over a run with a checkpoint and a sample grid inside."""
+    printed = run_command(
+        "mdt_jax.main", SMOKE, f"--workdir={tmp_path / 'run'}", "--config.train.steps=8",
+        JAX_LOG_COMPILES="1",
+    )  # fmt: skip
+    assert len(re.findall(r"Finished XLA compilation of jit\(step_with_draws\)", printed)) == 1
+    assert len(re.findall(r"Compiling jit\(step_with_draws\)", printed)) == 1
+
+
+@pytest.mark.parametrize("flags", [
+    ["--config.model.num_classes=0", "--config.sample.guidance_scale=1", "--config.data.flip=True",
+     "--config.optim.clip_norm=1"],
+    ["--config.train.dtype=bfloat16", "--config.train.remat=True"],
+], ids=["unconditional", "bfloat16"])  # fmt: skip
+def test_variants_train(tmp_path, flags):
+    workdir = tmp_path / "run"
+    run_command("mdt_jax.main", SMOKE, f"--workdir={workdir}", *flags)
+    report = json.loads((workdir / "report.json").read_text())
+    assert report["skipped"] == 0 and np.isfinite(report["frechet_distance"])
+    assert ("class_agreement" in report) == ("num_classes" not in flags[0])
+
+
+def test_mnist_recipe(tmp_path):
+    run_command("mdt_jax.main", "--config=configs/mnist.py:smoke", f"--workdir={tmp_path / 'run'}")
+    assert np.load(tmp_path / "run" / "samples.npz")["arr_0"].shape == (20, 28, 28, 1)
+
+
+def test_eight_devices_train_as_one(trained, tmp_path):
+    workdir = tmp_path / "run"
+    run_command(
+        "mdt_jax.main", SMOKE, f"--workdir={workdir}", "--config.sample.num_samples=0",
+        "--config.train.sample_every=0",
+        XLA_FLAGS="--xla_force_host_platform_device_count=8",
+    )  # fmt: skip
+    one, eight = (
+        [json.loads(line) for line in (w / "metrics.jsonl").read_text().splitlines()]
+        for w in (trained, workdir)
+    )
+    for name in ("loss", "grad_norm", "mse/full", "mse/masked"):
+        np.testing.assert_allclose(
+            [line[name] for line in eight], [line[name] for line in one], rtol=1e-5
+        )
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    workdir = tmp_path / "run"
+    printed = run_command(
+        "mdt_jax.main", SMOKE, f"--workdir={workdir}", "--config.optim.lr=1e30",
+        "--config.train.max_skipped=3", "--config.train.steps=50", expect=2,
+    )  # fmt: skip
+    assert "not finite 3 steps in a row" in printed and "Traceback" not in printed
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["skipped_in_row"] == 3 and lines[-1]["loss"] is None
+
+
+BAD_CONFIGS = {
+    "no config": ([], "--config is missing"),
+    "missing file": (["--config=configs/nothing.py"], "configs/nothing.py does not exist"),
+    "a folder": (["--config=configs"], "configs does not exist"),
+    "unknown variant": (["--config=configs/digits.py:tiny"], "unknown variant 'tiny'"),
+    "unknown field": ([SMOKE, "--config.optim.lrr=1"], "unknown config field --config.optim.lrr=1"),
+    "unknown group": ([SMOKE, "--config.optimizer.lr=1"], "unknown config field"),
+    "unknown flag": ([SMOKE, "--workdirr=x"], "workdirr"),
+    "stray argument": ([SMOKE, "train"], "unexpected argument 'train'"),
+    "wrong type": ([SMOKE, "--config.train.steps=many"], "config.train.steps=many"),
+    "fraction of a step": ([SMOKE, "--config.train.steps=1.5"], "config.train.steps=1.5"),
+    "not a boolean": ([SMOKE, "--config.data.flip=perhaps"], "config.data.flip=perhaps"),
+    "patch size": ([SMOKE, "--config.model.patch_size=3"], "model.patch_size 3 does not divide"),
+    "heads": ([SMOKE, "--config.model.num_heads=3"], "not divisible by model.num_heads 3"),
+    "decoder": ([SMOKE, "--config.model.decoder_layers=3"], "decoder_layers 3 must be smaller"),
+    "no decoder": ([SMOKE, "--config.model.decoder_layers=0"], "model.decoder_layers is 0"),
+    "ratio of one": ([SMOKE, "--config.mask.ratio=1.0"], "mask.ratio is 1.0"),
+    "negative ratio": ([SMOKE, "--config.mask.ratio=-0.1"], "mask.ratio is -0.1"),
+    "nothing kept": ([SMOKE, "--config.mask.ratio=0.99"], "leaves none of the 16 tokens"),
+    "batch": ([SMOKE, "--config.data.batch_size=0"], "data.batch_size is 0"),
+    "learning rate": ([SMOKE, "--config.optim.lr=nan"], "optim.lr is nan"),
+    "steps": ([SMOKE, "--config.train.steps=0"], "train.steps is 0"),
+    "keep": ([SMOKE, "--config.train.keep=0"], "train.keep is 0"),
+    "dtype": ([SMOKE, "--config.train.dtype=float16"], "train.dtype is 'float16'"),
+    "data": ([SMOKE, "--config.data.name=cifar"], "choose one of digits, mnist"),
+    "image size": ([SMOKE, "--config.data.image_size=16"], "holds 8×8 images"),
+    "classes": ([SMOKE, "--config.model.num_classes=5"], "has 10 classes"),
+    "sampler": ([SMOKE, "--config.sample.sampler=heun"], "unknown sampler 'heun'"),
+    "sampler steps": ([SMOKE, "--config.sample.num_steps=1001"], "between 1 and the 1000 steps"),
+    "guidance": (
+        [SMOKE, "--config.model.num_classes=0", "--config.sample.guidance_scale=2"],
+        "takes no guidance",
+    ),
+}  # fmt: skip
+
+
+def exits_with_one_line(command, argv, capsys, monkeypatch) -> str:
+    monkeypatch.setattr("sys.argv", ["command", *argv])
+    with pytest.raises(SystemExit) as exit_:
+        cli.run(command)
+    printed = capsys.readouterr()
+    assert exit_.value.code == 2
+    assert printed.err.startswith("error: ") and printed.err.count("\n") == 1, printed.err
+    assert printed.out == ""
+    return printed.err
+
+
+@pytest.mark.parametrize("name", BAD_CONFIGS)
+def test_bad_configs(name, tmp_path, capsys, monkeypatch, in_root, keep_signals):
+    argv, message = BAD_CONFIGS[name]
+    workdir = tmp_path / "run"
+    argv = [*argv, f"--workdir={workdir}"]
+    assert message in exits_with_one_line(main.main, argv, capsys, monkeypatch)
+    assert not workdir.exists()
+
+
+def test_bad_recipe(tmp_path, capsys, monkeypatch, in_root, keep_signals):
+    recipe = tmp_path / "recipe.py"
+    for text, message in {
+        "def get_config(": "could not be read: SyntaxError",
+        "from mdt_jax.config import default\n"
+        "def get_config():\n    c = default()\n    c.optim.lrr = 1\n    return c": "lrr",
+        "from mdt_jax.config import default\n"
+        "def get_config():\n    c = default()\n    c.optim.lr = 'a'\n    return c": "TypeError",
+    }.items():
+        recipe.write_text(text)
+        argv = [f"--config={recipe}", f"--workdir={tmp_path / 'run'}"]
+        assert message in exits_with_one_line(main.main, argv, capsys, monkeypatch)
+
+
+def test_workdir_missing_or_not_writable(capsys, monkeypatch, in_root, keep_signals):
+    printed = exits_with_one_line(main.main, [SMOKE], capsys, monkeypatch)
+    assert "--workdir is missing" in printed
+    argv = [SMOKE, "--workdir=/dev/null/run"]
+    printed = exits_with_one_line(main.main, argv, capsys, monkeypatch)
+    assert "workdir /dev/null/run cannot be written to" in printed
+
+
+def test_workdir_of_another_model(trained, capsys, monkeypatch, in_root, keep_signals):
+    before = {p: p.read_bytes() for p in trained.rglob("*") if p.is_file()}
+    argv = [SMOKE, f"--workdir={trained}", "--config.model.hidden_size=32"]
+    printed = exits_with_one_line(main.main, argv, capsys, monkeypatch)
+    assert "another model (model.hidden_size is 16, not 32)" in printed
+    assert before == {p: p.read_bytes() for p in trained.rglob("*") if p.is_file()}
+
+
+def test_batch_not_divisible_by_the_devices(tmp_path):
+    printed = run_command(
+        "mdt_jax.main", SMOKE, f"--workdir={tmp_path / 'run'}", "--config.data.batch_size=12",
+        expect=2, XLA_FLAGS="--xla_force_host_platform_device_count=8",
+    )  # fmt: skip
+    assert printed.strip() == "error: data.batch_size 12 is not divisible by the 8 devices"
+
+
+BAD_SAMPLING = {
+    "no checkpoint flag": (["--out=g.png"], "--checkpoint"),
+    "no such path": (["--checkpoint=nothing", "--out=g.png"], "nothing does not exist"),
+    "no checkpoint there": (["--checkpoint=.", "--out=g.png"], "holds no checkpoint"),
+    "label": (["--checkpoint=RUN", "--out=g.png", "--labels=3,10"], "label 10 is outside"),
+    "label unused": (
+        ["--checkpoint=RUN", "--out=g.png", "--labels=3,10", "--num_samples=1"],
+        "label 10 is outside",
+    ),
+    "not a label": (["--checkpoint=RUN", "--out=g.png", "--labels=cat"], "--labels=cat"),
+    "steps": (["--checkpoint=RUN", "--out=g.png", "--num_steps=2000"], "1000 steps"),
+    "sampler": (["--checkpoint=RUN", "--out=g.png", "--sampler=x"], "unknown sampler 'x'"),
+    "suffix": (["--checkpoint=RUN", "--out=g.jpg"], "unknown suffix '.jpg'; use .png or .npz"),
+    "count": (["--checkpoint=RUN", "--out=g.png", "--num_samples=0"], "--num_samples=0"),
+    "seed": (["--checkpoint=RUN", "--out=g.png", "--seed=-1"], "--seed=-1"),
+    "wrong type": (["--checkpoint=RUN", "--out=g.png", "--num_steps=ten"], "--num_steps"),
+    "unknown flag": (["--checkpoint=RUN", "--out=g.png", "--stepps=3"], "--stepps"),
+    "out is nowhere": (["--checkpoint=RUN", "--out=/dev/null/g.png"], "--out=/dev/null/g.png"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_SAMPLING)
+def test_bad_sampling(name, trained, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    argv, message = BAD_SAMPLING[name]
+    argv = [argument.replace("RUN", str(trained)) for argument in argv]
+    assert message in exits_with_one_line(sample.main, argv, capsys, monkeypatch)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_real_process_shows_no_traceback(tmp_path):
+    printed = run_command(
+        "mdt_jax.main", SMOKE, f"--workdir={tmp_path / 'run'}", "--config.optim.lrr=1", expect=2
+    )
+    assert printed.startswith("error: unknown config field") and printed.count("\n") == 1
+
+
+def test_checkpoints_keep_k(tmp_path):
+    workdir = tmp_path / "run"
+    run_command(
+        "mdt_jax.main", SMOKE, f"--workdir={workdir}", "--config.train.checkpoint_every=1",
+        "--config.train.keep=2", "--config.sample.num_samples=0",
+    )  # fmt: skip
+    assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["3", "4"]
+    assert mdt_jax.load(workdir)[0].hidden_size == 16
+    assert Checkpoints(workdir).directory == workdir / "checkpoints" and ROOT.exists()

@@ -1,0 +1,173 @@
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+import mdt_jax
+from mdt_jax.errors import UserError
+from mdt_jax.models.mdt import MDT, init_params
+from tests.conftest import ROOT, run_command
+
+OPTIONS = dict(seed=3, num_steps=5, guidance_scale=2.0)
+LABELS = np.arange(70) % 10
+
+EIGHT_DEVICES = """
+import sys, jax, numpy as np, mdt_jax
+assert jax.device_count() == 8
+model, params = mdt_jax.load(sys.argv[1])
+for size in (1, 7, 64):
+    x = mdt_jax.generate(model, params, np.arange(70) % 10, batch_size=size,
+                         seed=3, num_steps=5, guidance_scale=2.0)
+    np.save(f"{sys.argv[2]}/{size}.npy", x)
+"""
+
+
+@pytest.fixture(scope="session")
+def reference(trained):
+    model, params = mdt_jax.load(trained)
+    return mdt_jax.generate(model, params, LABELS, batch_size=64, **OPTIONS)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7])
+def test_samples_do_not_depend_on_the_batch_size(trained, reference, batch_size):
+    model, params = mdt_jax.load(trained)
+    samples = mdt_jax.generate(model, params, LABELS, batch_size=batch_size, **OPTIONS)
+    np.testing.assert_allclose(samples, reference, atol=2e-5)
+    assert np.abs(reference[0] - reference[10]).max() > 0.1, "same label, another sample"
+
+
+def test_samples_do_not_depend_on_the_number_of_devices(trained, reference, tmp_path):
+    script = tmp_path / "eight.py"
+    script.write_text(EIGHT_DEVICES)
+    process = __import__("subprocess").run(
+        [sys.executable, str(script), str(trained), str(tmp_path)],
+        cwd=ROOT,
+        env={
+            **__import__("os").environ,
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+            "PYTHONPATH": str(ROOT),
+        },
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 0, process.stderr
+    for size in (1, 7, 64):
+        np.testing.assert_allclose(np.load(tmp_path / f"{size}.npy"), reference, atol=2e-5)
+
+
+def test_a_sample_depends_on_seed_number_and_label_alone(trained, reference):
+    model, params = mdt_jax.load(trained)
+    labels = LABELS.copy()
+    labels[3] = 7
+    samples = mdt_jax.generate(model, params, labels, batch_size=64, **OPTIONS)
+    changed = np.abs(samples - reference).max(axis=(1, 2, 3)) > 1e-3
+    assert np.flatnonzero(changed).tolist() == [3]
+    other = mdt_jax.generate(model, params, LABELS[:4], **{**OPTIONS, "seed": 4})
+    assert np.abs(other - reference[:4]).max() > 0.1
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(sampler="ddim"),
+        dict(num_steps=4),
+        dict(num_steps=4, spacing="stride"),
+        dict(guidance_scale=5.0),
+        dict(guidance_power=1.0),
+        dict(guidance="power_cosine_printed"),
+    ],
+)
+def test_every_option_changes_the_samples(trained, reference, changes):
+    model, params = mdt_jax.load(trained)
+    # The weights of a smoke run barely differ from their start: make them matter.
+    params = jax.tree.map(lambda a: a + 0.1, params)
+    base, changed = (
+        mdt_jax.generate(model, params, [1, 2, 3], **{**OPTIONS, **more}) for more in ({}, changes)
+    )
+    assert np.isfinite(changed).all() and np.abs(base - changed).max() > 1e-4
+
+
+def test_guidance_channels():
+    model = MDT(input_size=(4, 4), in_channels=4, hidden_size=16, depth=2, num_heads=2,
+                decoder_layers=1, num_classes=3)  # fmt: skip
+    params = jax.tree.map(lambda a: a + 0.05, init_params(model, jax.random.key(0)))
+
+    def run(channels):
+        return mdt_jax.generate(
+            model, params, [1], num_steps=1, sampler="ddim", guidance_power=0,
+            guidance_channels=channels,
+        )  # fmt: skip
+
+    three, everything = run(3), run(0)
+    np.testing.assert_allclose(three[..., :3], everything[..., :3], atol=1e-6)
+    assert np.abs(three[..., 3] - everything[..., 3]).max() > 1e-4
+    np.testing.assert_array_equal(run(4), everything)
+
+
+def test_unconditional_model():
+    model = MDT(input_size=(4, 4), in_channels=1, hidden_size=16, depth=2, num_heads=2,
+                decoder_layers=1, num_classes=0)  # fmt: skip
+    params = init_params(model, jax.random.key(0))
+    samples = mdt_jax.generate(model, params, np.zeros(3), num_steps=2, guidance_scale=1.0)
+    assert samples.shape == (3, 4, 4, 1)
+    with pytest.raises(UserError, match="unconditional model takes no guidance"):
+        mdt_jax.generate(model, params, np.zeros(3), num_steps=2)
+
+
+@pytest.mark.parametrize(
+    "labels, changes, message",
+    [
+        ([10], {}, "label 10 is outside the classes 0 to 9"),
+        ([-1], {}, "label -1 is outside"),
+        ([1], dict(num_steps=1001), "between 1 and the 1000 steps"),
+        ([1], dict(num_steps=0), "between 1 and"),
+        ([1], dict(num_steps=600, spacing="stride"), "no integer stride"),
+        ([1], dict(sampler="euler"), "unknown sampler 'euler'; choose one of ddpm, ddim"),
+        ([1], dict(guidance="x"), "unknown guidance"),
+        ([1], dict(guidance_scale=float("nan")), "guidance_scale"),
+        ([1], dict(guidance_power=-1.0), "guidance_power"),
+        ([1], dict(guidance_channels=-1), "guidance_channels"),
+        ([1], dict(batch_size=0), "batch_size"),
+        ([1], dict(scale=2.0), "scale"),
+    ],
+)
+def test_what_cannot_be_sampled(labels, changes, message):
+    model = MDT(input_size=(4, 4), in_channels=1, hidden_size=16, depth=2, num_heads=2,
+                decoder_layers=1, num_classes=10)  # fmt: skip
+    with pytest.raises(UserError, match=message):
+        mdt_jax.generate(model, {}, labels, **changes)
+
+
+def test_no_labels_no_samples(trained):
+    model, params = mdt_jax.load(trained)
+    assert mdt_jax.generate(model, params, []).shape == (0, 8, 8, 1)
+
+
+def test_command_writes_npz_and_png(trained, tmp_path):
+    common = ["mdt_jax.sample", f"--checkpoint={trained}", "--labels=0,1,2", "--num_samples=7"]
+    common += ["--seed=3", "--num_steps=5", "--guidance_scale=2", "--guidance_power=4"]
+    common += ["--guidance_channels=all", "--sampler=ddpm", "--batch_size=4"]
+    run_command(*common, f"--out={tmp_path}/new/samples.npz")
+    saved = np.load(tmp_path / "new" / "samples.npz")
+    assert saved["arr_0"].dtype == np.uint8 and saved["arr_0"].shape == (7, 8, 8, 1)
+    assert saved["arr_1"].tolist() == [0, 1, 2, 0, 1, 2, 0]
+    model, params = mdt_jax.load(trained)
+    expected = mdt_jax.generate(
+        model, params, saved["arr_1"], seed=3, num_steps=5, guidance_scale=2.0
+    )
+    difference = mdt_jax.to_uint8(expected).astype(int) - saved["arr_0"]
+    assert np.abs(difference).max() <= 1
+    run_command(*common, f"--out={tmp_path}/grid.png")
+    assert Image.open(tmp_path / "grid.png").size == (10 * 36 - 4, 32)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["grid.png", "new"]
+
+
+def test_the_same_bits_twice(trained):
+    model, params = mdt_jax.load(trained)
+    a, b = (mdt_jax.generate(model, params, [1, 2], **OPTIONS) for _ in range(2))
+    np.testing.assert_array_equal(a, b)
+    assert json.dumps(model.grid) == "[4, 4]" and a.dtype == jnp.float32

@@ -1,0 +1,168 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mdt_jax import config as configs
+from mdt_jax.diffusion.schedule import linear_schedule
+from mdt_jax.models.mdt import MDT
+from mdt_jax.train.optimizers import make_optimizer
+from mdt_jax.train.state import init_state, state_from_params
+from mdt_jax.train.step import Draws, draw, make_train_step, training_loss
+from tests.published import V1_MODEL, relative_error, v1_numbers, v1_params
+
+GOLDEN = v1_numbers()
+MODEL = MDT(input_size=(8, 8), in_channels=1, hidden_size=16, depth=3, num_heads=2, num_classes=10)
+
+
+def published_step(i: int) -> tuple[dict, Draws]:
+    batch = {
+        "latents": jnp.asarray(GOLDEN["train_x0"][i]),
+        "labels": jnp.asarray(GOLDEN["train_y"][i]),
+    }
+    draws = Draws(
+        t=jnp.asarray(GOLDEN["train_t"][i]),
+        noise_full=jnp.asarray(GOLDEN["train_noise_full"][i]),
+        noise_masked=jnp.asarray(GOLDEN["train_noise_masked"][i]),
+        drop_full=jnp.asarray(GOLDEN["train_labeldrop_full"][i] < 0.1),
+        drop_masked=jnp.asarray(GOLDEN["train_labeldrop_masked"][i] < 0.1),
+        mask_noise=jnp.asarray(GOLDEN["train_mask_noise"][i]),
+    )
+    return batch, draws
+
+
+def optimizer(**changes):
+    optim = configs.default().optim
+    with optim.unlocked():
+        optim.update(changes)
+    return make_optimizer(optim)
+
+
+def small_state(**changes):
+    return init_state(MODEL, optimizer(**changes), jax.random.key(0))
+
+
+def small_batch(size=8):
+    latents = jax.random.uniform(jax.random.key(5), (size, 8, 8, 1), minval=-1)
+    return {"latents": latents, "labels": jnp.arange(size) % 10}
+
+
+def small_step(**changes):
+    step = make_train_step(MODEL, linear_schedule(), optimizer(**changes), 0.3, 0.9)
+    return jax.jit(step)
+
+
+def test_five_steps_are_the_published_ones():
+    initial = v1_params()
+    adamw = optimizer(lr=float(GOLDEN["train_lr"]))
+    state = state_from_params(jax.tree.map(jnp.asarray, initial), adamw)
+    decay = float(GOLDEN["train_ema_rate"])
+    step = jax.jit(make_train_step(V1_MODEL, linear_schedule(), adamw, 0.3, decay))
+    names = ("loss", "mse/full", "vb/full", "mse/masked", "vb/masked")
+    for i in range(5):
+        state, metrics = step(state, *published_step(i))
+        got = np.array([metrics[name] for name in names])
+        np.testing.assert_allclose(got, GOLDEN["train_losses"][i], rtol=2e-6)
+    for got, name in ((state.params, "v1_params_after"), (state.ema, "v1_ema_after")):
+        moved, expected = (
+            jax.tree.map(lambda a, b: np.float64(a) - np.float64(b), tree, initial)
+            for tree in (got, v1_params(name))
+        )
+        assert relative_error(moved, expected) < 1e-4
+    assert step._cache_size() == 1
+
+
+def test_first_gradient_is_the_published_one():
+    batch, draws = published_step(0)
+
+    def loss(params):
+        return training_loss(V1_MODEL, linear_schedule(), 0.3, params, batch, draws)[0]
+
+    assert relative_error(jax.jit(jax.grad(loss))(v1_params()), v1_params("v1_grad_step0")) < 2e-6
+
+
+def test_draws_depend_on_the_step_alone_and_differ_everywhere():
+    key = jax.random.key(0)
+    one, again, two = (draw(key, jnp.int32(s), MODEL, 64, 1000) for s in (1, 1, 2))
+    for a, b in zip(one, again, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert not np.array_equal(one.t, two.t)
+    for noise in (one.noise_full, one.noise_masked, one.mask_noise):
+        assert len(np.unique(np.asarray(noise).reshape(64, -1)[:, 0])) == 64
+    assert not np.array_equal(one.noise_full, one.noise_masked)
+    assert not np.array_equal(one.drop_full, one.drop_masked)
+
+
+def test_timesteps_cover_the_whole_range_and_labels_drop_one_in_ten():
+    draws = draw(jax.random.key(0), jnp.int32(0), MODEL, 20_000, 1000)
+    assert draws.t.min() == 0 and draws.t.max() == 999
+    for drop in (draws.drop_full, draws.drop_masked):
+        assert np.mean(drop) == pytest.approx(0.1, abs=0.01)
+
+
+def test_dropped_labels_are_the_null_label():
+    state, batch = small_state(), small_batch()
+    params = jax.tree.map(lambda a: a + 0.05, state.params)
+    draws = draw(jax.random.key(0), jnp.int32(0), MODEL, 8, 1000)
+    draws = draws._replace(drop_full=jnp.ones(8, bool), drop_masked=jnp.zeros(8, bool))
+    null = {**batch, "labels": jnp.full(8, 10)}
+
+    def metrics(batch):
+        return training_loss(MODEL, linear_schedule(), 0.3, params, batch, draws)[1]
+
+    given, nulled = metrics(batch), metrics(null)
+    assert given["loss/full"] == nulled["loss/full"]
+    assert given["loss/masked"] != nulled["loss/masked"]
+
+
+def test_quartiles_average_to_the_whole():
+    draws = draw(jax.random.key(0), jnp.int32(0), MODEL, 8, 1000)
+    draws = draws._replace(t=jnp.array([0, 249, 250, 499, 500, 749, 750, 999]))
+    _, metrics = training_loss(
+        MODEL, linear_schedule(), 0.3, small_state().params, small_batch(), draws
+    )
+    for name in ("mse/full", "vb/full", "mse/masked", "vb/masked"):
+        quartiles = [metrics[f"{name}/q{q}"] for q in (1, 2, 3, 4)]
+        assert np.mean(quartiles) == pytest.approx(float(metrics[name]), rel=1e-5)
+
+
+def test_gradient_norm_is_the_norm():
+    state, batch = small_state(), small_batch()
+    draws = draw(jax.random.key(0), state.step, MODEL, 8, 1000)
+
+    def loss(params):
+        return training_loss(MODEL, linear_schedule(), 0.3, params, batch, draws)[0]
+
+    leaves = jax.tree.leaves(jax.grad(loss)(state.params))
+    expected = np.sqrt(sum(np.square(np.float64(leaf)).sum() for leaf in leaves))
+    _, metrics = small_step()(state, batch, draws)
+    assert metrics["grad_norm"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_ema_and_clipping():
+    state, batch = small_state(), small_batch()
+    draws = draw(jax.random.key(0), state.step, MODEL, 8, 1000)
+    after, _ = small_step(lr=0.01)(state, batch, draws)
+    expected = jax.tree.map(lambda e, p: 0.9 * e + 0.1 * p, state.params, after.params)
+    assert relative_error(after.ema, expected) < 1e-6
+
+    # AdamW divides out the size of a gradient, except against eps.
+    clipped, metrics = small_step(lr=0.01, clip_norm=1e-9)(state, batch, draws)
+    assert metrics["grad_norm"] > 1e-3
+    moved = jax.tree.map(lambda a, b: a - b, clipped.params, state.params)
+    assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(moved)) < 0.01 * 0.2
+
+
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted():
+    state, batch, step = small_state(), small_batch(), small_step()
+    draws = draw(jax.random.key(0), state.step, MODEL, 8, 1000)
+    state, _ = step(state, batch, draws)
+    broken = {**batch, "latents": batch["latents"].at[0, 0, 0, 0].set(jnp.nan)}
+    after, metrics = step(state, broken, draws)
+    after, metrics = step(after, broken, draws)
+    for name in ("params", "ema", "opt_state"):
+        before, now = jax.tree.leaves(getattr(state, name)), jax.tree.leaves(getattr(after, name))
+        assert all(np.array_equal(a, b) for a, b in zip(before, now, strict=True))
+    assert (after.step, after.skipped, after.skipped_in_row) == (3, 2, 2)
+    after, metrics = step(after, batch, draws)
+    assert (after.step, metrics["skipped"], metrics["skipped_in_row"]) == (4, 2, 0)
