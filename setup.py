@@ -22,7 +22,7 @@ setup(
         "jax>=0.10",
         "ml-collections>=1.0",
         "numpy>=2.0",
-        "optax>=0.2.5",
+        "optax>=0.2.6",
         "orbax-checkpoint>=0.11",
         "pillow",
         "scikit-learn",

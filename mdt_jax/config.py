@@ -122,8 +122,8 @@ def validate(config: ConfigDict, num_devices: int = 1) -> None:
     )
     SampleOptions.from_config(config).check(model.num_classes)
     _require(
-        config.sample.num_samples >= 0,
-        f"sample.num_samples is {config.sample.num_samples}; 0 or more",
+        config.sample.num_samples == 0 or config.sample.num_samples >= 2,
+        f"sample.num_samples is {config.sample.num_samples}; 0, or at least 2 to be measured",
     )
     _require(
         config.sample.batch_size >= 1, f"sample.batch_size is {config.sample.batch_size}; 1 or more"

@@ -56,11 +56,14 @@ def train(config: ConfigDict, workdir: pathlib.Path, stop: "StopSignal") -> None
     checkpoints = Checkpoints(workdir, config.train.keep)
     restored = checkpoints.restore(abstract, lambda meta: check_same_model(meta, config, workdir))
     if restored is None:
-        state, seconds, start = new_state(init_key), 0.0, 0
+        state, start = new_state(init_key), 0
+        seconds = compile_seconds = 0.0
         print(f"{workdir} holds no checkpoint: starting at step 0", file=sys.stderr)
     else:
         state, meta = restored
-        seconds, start = meta["seconds"], meta["step"]
+        start, seconds, compile_seconds = (
+            meta[name] for name in ("step", "seconds", "compile_seconds")
+        )
         print(f"going on from step {start} in {workdir}", file=sys.stderr)
     write_json(workdir / "config.json", config.to_dict())
 
@@ -78,11 +81,12 @@ def train(config: ConfigDict, workdir: pathlib.Path, stop: "StopSignal") -> None
         model, schedule, optimizer, config.mask.ratio, config.optim.ema_decay
     )
     jitted = jax.jit(step_with_draws, donate_argnums=0, out_shardings=(whole, whole))
-    compile_seconds = time.perf_counter()
-    compiled = jitted.lower(state, next_batch(start)).compile()
-    compile_seconds = time.perf_counter() - compile_seconds
-
     steps, options = config.train.steps, SampleOptions.from_config(config)
+    if start < steps:
+        clock = time.perf_counter()
+        compiled = jitted.lower(state, next_batch(start)).compile()
+        compile_seconds += time.perf_counter() - clock
+
     samples_dir = workdir / "samples"
     waiting = None  # the step whose metrics are still on the device
     with (
@@ -101,13 +105,17 @@ def train(config: ConfigDict, workdir: pathlib.Path, stop: "StopSignal") -> None
             metrics = jax.device_get(metrics)
             if step % config.train.log_every == 0:
                 log.write(step, metrics | {"seconds": round(spent(), 3)})
-            rate = (step - start) * config.data.batch_size / max(spent() - seconds, 1e-9)
-            bar.set_postfix_str(f"{rate:.0f} img/s, loss {metrics['loss']:.3f}", refresh=False)
+            each = (spent() - seconds) / (step - start)
+            bar.set_postfix_str(
+                f"{config.data.batch_size / each:.0f} img/s, {1000 * each:.0f} ms a step, "
+                f"loss {metrics['loss']:.3f}",
+                refresh=False,
+            )
             bar.update(step - bar.n)
             if metrics["skipped_in_row"] >= config.train.max_skipped:
                 raise UserError(
                     f"the loss or gradient was not finite {config.train.max_skipped} steps in a "
-                    f"row, up to step {step}; the last good state is in {checkpoints.directory}: "
+                    f"row, up to step {step}; the last good checkpoint is {checkpoints.newest()}: "
                     "lower optim.lr or set optim.clip_norm, then run again"
                 )
 
@@ -116,8 +124,8 @@ def train(config: ConfigDict, workdir: pathlib.Path, stop: "StopSignal") -> None
 
         def save():
             finish_waiting()
-            meta = {"config": config.to_dict(), "seconds": spent()}
-            checkpoints.save(state, meta)
+            times = {"seconds": spent(), "compile_seconds": compile_seconds}
+            checkpoints.save(state, {"config": config.to_dict(), **times})
 
         # Save → next batch → step → log the step before: the host never waits on the device.
         for step in range(start, steps):

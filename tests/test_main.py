@@ -195,6 +195,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     )  # fmt: skip
     assert "not finite 3 steps in a row" in printed and "Traceback" not in printed
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    good = max(int(p.name) for p in (workdir / "checkpoints").iterdir())
+    assert f"the last good checkpoint is {workdir}/checkpoints/{good}:" in printed
     assert lines[-1]["skipped_in_row"] == 3 and lines[-1]["loss"] is None
 
 

@@ -61,7 +61,7 @@ def _restore(folder: pathlib.Path, items: dict[str, object]) -> dict[str, object
 
 
 def read_meta(folder: pathlib.Path) -> dict:
-    """The JSON of a step folder: {"config", "step", "seconds", "checksums"}."""
+    """The JSON of a step folder: config, step, checksums and the times of the run."""
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
         return checkpointer.restore(folder, ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
 
@@ -142,6 +142,12 @@ class Checkpoints:
         args = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
         meta = ocp.args.JsonSave({"step": step, "checksums": checksums, **meta})
         self._manager.save(step, args=ocp.args.Composite(meta=meta, **args))
+
+    def newest(self) -> str:
+        """The folder of the newest finished step, or "none", once what was saved is on disk."""
+        self.close()
+        steps = _steps(self.directory)
+        return str(self.directory / str(steps[0])) if steps else "none"
 
     def close(self) -> None:
         """Wait until what was saved is on disk."""

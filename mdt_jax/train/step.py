@@ -100,7 +100,7 @@ def make_train_step(
             return training_loss(model, schedule, mask_ratio, params, batch, draws)
 
         grads, metrics = jax.grad(loss_fn, has_aux=True)(state.params)
-        metrics["grad_norm"] = optax.global_norm(grads)
+        metrics["grad_norm"] = optax.tree.norm(grads)
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
 
         def update(params, ema, opt_state):

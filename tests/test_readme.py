@@ -1,0 +1,104 @@
+"""Every command and every line of Python in the README runs, on the recipes' smoke variants."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT
+
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.S)
+
+
+COMMANDS = [line for block in blocks("bash") for line in block.strip().splitlines()]
+MODULE_COMMANDS = [line for line in COMMANDS if line.startswith("python -m")]
+
+
+@pytest.fixture(scope="module")
+def runs(trained, tmp_path_factory):
+    """A folder whose runs/digits is a finished smoke run, as after `make demo`."""
+    folder = tmp_path_factory.mktemp("readme")
+    (folder / "runs").mkdir()
+    (folder / "runs" / "digits").symlink_to(trained)
+    return folder
+
+
+def run(command: str, folder, **kwargs):
+    done = subprocess.run(command, shell=True, cwd=folder, capture_output=True, text=True, **kwargs)
+    assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    return done.stdout + done.stderr
+
+
+def smoke(command: str) -> str:
+    """The same command on the smallest variant, in this interpreter."""
+    command = re.sub(r"(configs/\w+\.py)(?!:)", rf"{ROOT}/\1:smoke", command)
+    command = re.sub(r"--config=configs", f"--config={ROOT}/configs", command)
+    command = command.replace("train.steps=4000", "train.steps=4")
+    command = command.replace("num_steps=250", "num_steps=5").replace("num_steps=50", "num_steps=5")
+    return command.replace("python", sys.executable, 1)
+
+
+def test_no_command_is_left_out():
+    known = ("make demo", "make test", "python3 -m venv .venv", "source .venv/bin/activate")
+    rest = [c for c in COMMANDS if c not in known and not c.startswith("python -m mdt_jax.")]
+    assert all(c.startswith(".venv/bin/pip install -e") for c in rest), rest
+    assert len(MODULE_COMMANDS) >= 6 and {"make demo", "make test"} < set(COMMANDS)
+
+
+@pytest.mark.parametrize("command", MODULE_COMMANDS)
+def test_module_commands(command, runs):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    run(smoke(command), runs, env=environment)
+    out = re.search(r"--out=(\S+)", command)
+    workdir = re.search(r"--workdir=(\S+)", command)
+    assert (runs / out[1]).is_file() if out else (runs / workdir[1] / "report.json").is_file()
+
+
+def test_make_demo(tmp_path):
+    """With the environment there is; `make test` itself makes one the same way."""
+    prefix, workdir = sys.prefix, tmp_path / "demo"
+    variables = f"VENV={prefix} CONFIG=configs/digits.py:smoke WORKDIR={workdir}"
+    run(f"make demo -o {prefix}/.installed {variables}", ROOT)
+    for name in ("samples.npz", "samples.png", "report.json", "metrics.jsonl"):
+        assert (workdir / name).is_file()
+
+
+def test_make_test():
+    """CI runs it; from inside itself, only what it would do is looked at."""
+    plan = run("make --dry-run test VENV=elsewhere PYTHON=python3.12", ROOT)
+    assert "python3.12 -m venv elsewhere" in plan and "elsewhere/bin/python -m pytest" in plan
+    assert "make test" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_installation(tmp_path):
+    """The commands under "On your own", without fetching again what is installed here."""
+    (tmp_path / "project").symlink_to(ROOT)
+    folder = tmp_path / "project"
+    lines = [c for c in COMMANDS if ".venv" in c]
+    assert len(lines) == 4
+    venv = tmp_path / "venv"
+    for line in lines:
+        line = line.replace(".venv", str(venv))
+        line = line.replace("pip install", "pip install --quiet --no-deps")
+        run(f"bash -c '{line}'" if line.startswith("source") else line, folder)
+    run(f"{venv}/bin/python -c 'import mdt_jax; print(mdt_jax.__version__)'", tmp_path)
+
+
+def test_python_blocks(runs, monkeypatch):
+    monkeypatch.chdir(runs)
+    names = {}
+    for block in blocks("python"):
+        exec(block.replace("num_steps=50", "num_steps=5"), names)
+    assert names["pixels"].shape == (5, 8, 8, 1) and names["pixels"].dtype == "uint8"
+    assert names["out"].shape == names["masked_out"].shape == (2, 8, 8, 2)
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r"\]\((?!http)([^)]+)\)", README):
+        assert (ROOT / target).is_file(), target
