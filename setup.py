@@ -4,7 +4,7 @@ from setuptools import find_packages, setup
 
 here = pathlib.Path(__file__).parent
 
-TEST = ["pytest", "ruff", "mlxtend"]
+TEST = ["mlxtend", "pytest", "pytest-xdist", "ruff"]
 
 setup(
     name="mdt_jax",

@@ -53,7 +53,8 @@ def test_no_command_is_left_out():
 
 @pytest.mark.parametrize("command", MODULE_COMMANDS)
 def test_module_commands(command, runs):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    flags = "--xla_backend_optimization_level=0"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": flags}
     run(smoke(command), runs, env=environment)
     out = re.search(r"--out=(\S+)", command)
     workdir = re.search(r"--workdir=(\S+)", command)
@@ -64,7 +65,8 @@ def test_make_demo(tmp_path):
     """With the environment there is; `make test` itself makes one the same way."""
     prefix, workdir = sys.prefix, tmp_path / "demo"
     variables = f"VENV={prefix} CONFIG=configs/digits.py:smoke WORKDIR={workdir}"
-    run(f"make demo -o {prefix}/.installed {variables}", ROOT)
+    environment = {**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    run(f"make demo -o {prefix}/.installed {variables}", ROOT, env=environment)
     for name in ("samples.npz", "samples.png", "report.json", "metrics.jsonl"):
         assert (workdir / name).is_file()
 

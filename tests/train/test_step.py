@@ -9,6 +9,7 @@ from mdt_jax.models.mdt import MDT
 from mdt_jax.train.optimizers import make_optimizer
 from mdt_jax.train.state import init_state, state_from_params
 from mdt_jax.train.step import Draws, draw, make_train_step, training_loss
+from tests.conftest import FAST_COMPILE
 from tests.published import V1_MODEL, relative_error, v1_numbers, v1_params
 
 GOLDEN = v1_numbers()
@@ -47,14 +48,17 @@ def small_batch(size=8):
     return {"latents": latents, "labels": jnp.arange(size) % 10}
 
 
-@jax.jit
-def losses(params, batch, draws):
+def plain_losses(params, batch, draws):
     return training_loss(MODEL, linear_schedule(), 0.3, params, batch, draws)
+
+
+losses = jax.jit(plain_losses, compiler_options=FAST_COMPILE)
+gradient = jax.jit(jax.grad(plain_losses, has_aux=True), compiler_options=FAST_COMPILE)
 
 
 def small_step(**changes):
     step = make_train_step(MODEL, linear_schedule(), optimizer(**changes), 0.3, 0.9)
-    return jax.jit(step)
+    return jax.jit(step, compiler_options=FAST_COMPILE)
 
 
 def test_five_steps_are_the_published_ones():
@@ -129,9 +133,7 @@ def test_quartiles_average_to_the_whole():
 def test_gradient_norm_is_the_norm():
     state, batch = small_state(), small_batch()
     draws = draw(jax.random.key(0), state.step, MODEL, 8, 1000)
-
-    gradient, _ = jax.jit(jax.grad(losses, has_aux=True))(state.params, batch, draws)
-    leaves = jax.tree.leaves(gradient)
+    leaves = jax.tree.leaves(gradient(state.params, batch, draws)[0])
     expected = np.sqrt(sum(np.square(np.float64(leaf)).sum() for leaf in leaves))
     _, metrics = small_step()(state, batch, draws)
     assert metrics["grad_norm"] == pytest.approx(expected, rel=1e-5)
