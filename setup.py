@@ -34,5 +34,6 @@ setup(
         "tpu": ["jax[tpu]>=0.10"],
         "data": ["mlxtend"],
         "test": TEST,
+        "torch": ["torch"],  # to read published .pt files: see mdt_jax/interop/mdt_weights.py
     },
 )

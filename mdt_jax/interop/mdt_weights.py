@@ -1,4 +1,9 @@
-"""The published PyTorch names and layouts of MDT's weights, turned into ours. NumPy only."""
+"""The published PyTorch names and layouts of MDT's weights, turned into ours. NumPy only.
+
+state = torch.load("mdt_xl2_v1_ckpt.pt", weights_only=True)
+params = params_from_published({k: v.numpy() for k, v in state.items()}, decoder_layers=2)
+model = MDT(input_size=(32, 32), in_channels=4, **SIZES["XL"])
+"""
 
 from collections.abc import Mapping
 

@@ -34,32 +34,25 @@ def timestep_features(t: jax.Array, dim: int = 256) -> jax.Array:
 
 
 class TimestepEmbedder(nn.Module):
-    """Timesteps [B] → [B, dim]: sinusoids, then Linear–SiLU–Linear."""
+    """Timesteps [B] → [B, dim] float32: sinusoids, then Linear–SiLU–Linear."""
 
     dim: int
-    dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, t: jax.Array) -> jax.Array:
         init = nn.initializers.normal(0.02)
         x = timestep_features(t)
-        x = Linear(self.dim, kernel_init=init, dtype=self.dtype, name="in_proj")(x)
-        return Linear(self.dim, kernel_init=init, dtype=self.dtype, name="out_proj")(nn.silu(x))
+        x = Linear(self.dim, kernel_init=init, name="in_proj")(x)
+        return Linear(self.dim, kernel_init=init, name="out_proj")(nn.silu(x))
 
 
 class LabelEmbedder(nn.Module):
-    """Labels [B] in 0…num_classes → [B, dim]; row `num_classes` is the null label of guidance."""
+    """Labels [B] in 0…num_classes → [B, dim] float32; `num_classes` is guidance's null label."""
 
     num_classes: int
     dim: int
-    dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, y: jax.Array) -> jax.Array:
-        return nn.Embed(
-            self.num_classes + 1,
-            self.dim,
-            embedding_init=nn.initializers.normal(0.02),
-            dtype=self.dtype,
-            name="table",
-        )(y)
+        init = nn.initializers.normal(0.02)
+        return nn.Embed(self.num_classes + 1, self.dim, embedding_init=init, name="table")(y)

@@ -114,7 +114,7 @@ class MDT(nn.Module):
     input_size: (H, W) of x, both divisible by patch_size; in_channels: C of x.
     depth: encoder and decoder blocks together; decoder_layers: how many of them decode.
     num_classes: 0 for an unconditional model; else the null label is `num_classes`.
-    dtype: of matmuls and activations; parameters, softmax and norms stay float32.
+    dtype: of matmuls and activations; parameters, conditioning, softmax and norms stay float32.
     remat: recompute blocks in the backward pass instead of storing their activations.
     unroll: lay the blocks out one by one instead of scanning them (same parameters and result);
         compiles longer, runs faster on a CPU.
@@ -160,9 +160,9 @@ class MDT(nn.Module):
         self.pos_embed = self.param("pos_embed", lambda _: jnp.asarray(positions))
         self.decoder_pos_embed = self.param("decoder_pos_embed", lambda _: jnp.asarray(positions))
         self.mask_token = self.param("mask_token", nn.initializers.normal(0.02), (dim,))
-        self.timestep_embed = TimestepEmbedder(dim, self.dtype)
+        self.timestep_embed = TimestepEmbedder(dim)
         if self.num_classes:
-            self.label_embed = LabelEmbedder(self.num_classes, dim, self.dtype)
+            self.label_embed = LabelEmbedder(self.num_classes, dim)
         self.encoder = self._blocks(self.depth - self.decoder_layers)
         self.side_interpolater = self._blocks(1)
         self.decoder = self._blocks(self.decoder_layers)
