@@ -3,14 +3,14 @@
 Every value is ours, chosen for this small set.
 """
 
-from configs import digits
+from mdt_jax import config as configs
 
 
 def get_config(variant=""):
-    config = digits.get_config(variant)
-    config.model.patch_size = 4
-    config.data.name = "mnist"
-    config.data.image_size = 28
-    if not variant:
-        config.model.hidden_size = 128
-    return config
+    config = configs.default()
+    config.model.update(hidden_size=128, depth=6, num_heads=4, patch_size=4)
+    config.data.update(name="mnist", image_size=28, batch_size=64)
+    config.optim.update(lr=1e-3, ema_decay=0.999)
+    config.train.update(steps=6000, log_every=1, sample_every=1000, checkpoint_every=500)
+    config.sample.update(num_steps=100, guidance_scale=2.0, num_samples=1000)
+    return configs.variant(config, variant)

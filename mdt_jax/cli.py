@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Callable
 
@@ -12,10 +13,10 @@ from mdt_jax.errors import UserError
 
 
 def run(main: Callable[[list[str]], None]) -> None:
-    """Call main(argv); a UserError prints as one line and exits with code 2."""
+    """Call main(argv); a mistake of the user's or of the file system is one line, exit code 2."""
     try:
         main(sys.argv)
-    except UserError as error:
+    except (UserError, OSError) as error:
         line = " ".join(str(error).split())
         print(f"error: {line}", file=sys.stderr)
         sys.exit(2)
@@ -37,45 +38,56 @@ def parse_config(
     """Read `--config=FILE.py[:variant]`, `--config.field=value` and string flags.
 
     strings: name → help of the further flags, all required. Raises UserError for an unknown file,
-    field or flag and for a value of the wrong type.
+    field or flag, for a value of the wrong type, and for a file that gives no config.
     """
     if "--help" in argv or "-h" in argv:
         print(usage)
         sys.exit(0)
+    path = _config_path(argv)
     values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", flag_values=values)
     for name, help_text in strings.items():
         flags.DEFINE_string(name, None, help_text, flag_values=values)
-    _check_file(argv)
     try:
+        config_flags.DEFINE_config_file("config", flag_values=values)
         stray = values(argv)[1:]
-    except flags.Error as error:
-        raise UserError(str(error)) from None
-    except (AttributeError, KeyError) as error:
-        raise UserError(_unknown_field(argv, error)) from None
-    except Exception as error:  # whatever the user's own Python file raises
-        raise UserError(f"the config could not be read: {type(error).__name__}: {error}") from None
+    except Exception as error:  # whatever the user's own Python file raises, too
+        raise UserError(_what_is_wrong(argv, path, error)) from None
     if stray:
         raise UserError(f"unexpected argument {stray[0]!r}; fields are set as --config.field=value")
-    for name in ("config", *strings):
-        if values[name].value is None:
+    for name in strings:
+        if not values[name].value:
             raise UserError(f"--{name} is missing; {usage.splitlines()[0]}")
-    return values["config"].value, values
+    config = values["config"].value
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"{path}: get_config() must return a ConfigDict, not {config!r}")
+    return config, values
 
 
-def _check_file(argv: list[str]) -> None:
+def _config_path(argv: list[str]) -> str:
+    """The path in --config=PATH[:variant] or --config PATH; UserError where there is none."""
     for flag, following in zip(argv, [*argv[1:], ""], strict=True):
         name, equals, value = flag.lstrip("-").partition("=")
         if flag.startswith("-") and name == "config":
             path = (value if equals else following).partition(":")[0]
             if not os.path.isfile(path):
-                raise UserError(f"config file {path} does not exist")
+                wrong = "is a folder" if os.path.isdir(path) else "does not exist"
+                raise UserError(f"config file '{path}' {wrong}")
+            return path
+    raise UserError("--config is missing, such as --config=configs/digits.py")
 
 
-def _unknown_field(argv: list[str], error: Exception) -> str:
-    """ConfigDict's error names one part of the field only; name the whole flag."""
-    text = str(error).replace("\\n", " ").replace("\\", "").strip("'\" ")
-    wrong = text.partition(" ")[0].strip("'\"")
-    given = [a for a in argv if a.startswith("--config.") and wrong in a.partition("=")[0]]
-    hint = text[text.find("Did you mean") :] if "Did you mean" in text else ""
-    return f"unknown config field {given[0] if given else wrong}. {hint}".strip()
+def _what_is_wrong(argv: list[str], path: str, error: Exception) -> str:
+    """One line about an error that arose in reading the flags or the config's file."""
+    # ml_collections puts the traceback of the user's file into its message.
+    text = str(error).strip().splitlines()[-1] if "Traceback" in str(error) else str(error)
+    if isinstance(error, flags.Error):
+        return f"{path}: {text}" if "Traceback" in str(error) else text
+    if isinstance(error, (AttributeError, KeyError)):
+        words = set(re.findall(r"\w+", text))
+        for flag in argv:
+            if flag.startswith("--config.") and words & set(flag.partition("=")[0].split(".")[1:]):
+                hint = re.search(r"Did you mean[^?]*\?", text.replace("\\n", " "))
+                return f"unknown config field {flag} {hint[0] if hint else ''}".strip()
+        if "get_config" in words:
+            return f"{path} defines no get_config()"
+    return f"{path} could not be read: {type(error).__name__}: {text}"

@@ -62,15 +62,44 @@ def default() -> ConfigDict:
     ).lock()
 
 
+def variant(config: ConfigDict, name: str) -> ConfigDict:
+    """The recipe itself ("") or "smoke": the same structure, so small that it runs in seconds."""
+    if name == "smoke":
+        config.model.update(hidden_size=16, depth=3, num_heads=2, decoder_layers=1)
+        config.data.batch_size = 16
+        config.train.update(steps=4, log_every=1, sample_every=2, checkpoint_every=2)
+        config.sample.update(num_steps=3, num_samples=20, batch_size=10)
+    elif name:
+        raise ValueError(f"unknown variant {name!r}; the only one is smoke")
+    return config
+
+
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise UserError(message)
 
 
+def _check_fields(config: ConfigDict) -> None:
+    """Every field of `default()` and no other, each of its type."""
+    for group, fields in default().items():
+        _require(isinstance(config.get(group), ConfigDict), f"the config lacks the group {group}")
+        unknown = set(config[group]) - set(fields)
+        _require(not unknown, f"unknown config field {group}.{min(unknown, default='')}")
+        for name, value in fields.items():
+            given = config[group].get(name)
+            wanted = (int, float) if isinstance(value, float) else (type(value),)
+            right = isinstance(given, wanted) and isinstance(given, bool) == isinstance(value, bool)
+            kind = type(value).__name__
+            _require(right, f"{group}.{name} is {given!r}; it must be of type {kind}")
+    unknown = set(config) - set(default())
+    _require(not unknown, f"unknown group of config fields {min(unknown, default='')}")
+
+
 def validate(config: ConfigDict, num_devices: int = 1) -> None:
     """Raise UserError, naming the field, for a config that could not train."""
+    _check_fields(config)
     model, data, train = config.model, config.data, config.train
-    _require(data.name in sources.SOURCES, sources.unknown(data.name))
+    sources.check_name(data.name)
     for name in ("hidden_size", "depth", "num_heads", "patch_size", "decoder_layers"):
         _require(model[name] >= 1, f"model.{name} is {model[name]}; it must be at least 1")
     _require(model.num_classes >= 0, f"model.num_classes is {model.num_classes}; 0 or more")
@@ -105,7 +134,10 @@ def validate(config: ConfigDict, num_devices: int = 1) -> None:
         data.batch_size % num_devices == 0,
         f"data.batch_size {data.batch_size} is not divisible by the {num_devices} devices",
     )
-    _require(config.diffusion.steps >= 2, f"diffusion.steps is {config.diffusion.steps}; 2 or more")
+    _require(
+        config.diffusion.steps > 20,
+        f"diffusion.steps is {config.diffusion.steps}; with 20 or fewer the last β reaches 1",
+    )
     optim = config.optim
     _require(0 < optim.lr < math.inf, f"optim.lr is {optim.lr}; it must be positive")
     _require(0 <= optim.clip_norm < math.inf, f"optim.clip_norm is {optim.clip_norm}; 0 or more")
@@ -114,6 +146,7 @@ def validate(config: ConfigDict, num_devices: int = 1) -> None:
     )
     for name in ("steps", "log_every", "checkpoint_every", "keep", "max_skipped"):
         _require(train[name] >= 1, f"train.{name} is {train[name]}; it must be at least 1")
+    _require(train.steps < 2**31, f"train.steps is {train.steps}; it must be below 2^31")
     _require(train.sample_every >= 0, f"train.sample_every is {train.sample_every}; 0 or more")
     _require(0 <= train.seed < 2**31, f"train.seed is {train.seed}; it must be in [0, 2^31)")
     _require(

@@ -25,7 +25,7 @@ from mdt_jax.errors import UserError
 from mdt_jax.models.mdt import MDT
 from mdt_jax.sampling import SampleOptions, generate
 from mdt_jax.train.checkpoints import Checkpoints
-from mdt_jax.train.metrics import MetricsLog
+from mdt_jax.train.metrics import MetricsLog, read_steps
 from mdt_jax.train.optimizers import make_optimizer
 from mdt_jax.train.state import init_state
 from mdt_jax.train.step import draw, make_train_step
@@ -56,6 +56,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, stop: "StopSignal") -> None
     checkpoints = Checkpoints(workdir, config.train.keep)
     restored = checkpoints.restore(abstract, lambda meta: check_same_model(meta, config, workdir))
     if restored is None:
+        check_nothing_is_lost(workdir)
         state, start = new_state(init_key), 0
         seconds = compile_seconds = 0.0
         print(f"{workdir} holds no checkpoint: starting at step 0", file=sys.stderr)
@@ -65,7 +66,12 @@ def train(config: ConfigDict, workdir: pathlib.Path, stop: "StopSignal") -> None
             meta[name] for name in ("step", "seconds", "compile_seconds")
         )
         print(f"going on from step {start} in {workdir}", file=sys.stderr)
+    if start >= config.train.steps and is_reported(workdir, config, start):
+        print(f"{workdir} is trained to step {start} and reported already", file=sys.stderr)
+        return
+    (workdir / "report.json").unlink(missing_ok=True)
     write_json(workdir / "config.json", config.to_dict())
+    log = MetricsLog(workdir / "metrics.jsonl", start)
 
     # One step, compiled once, ahead of time.
     def step_with_draws(state, batch):
@@ -87,18 +93,18 @@ def train(config: ConfigDict, workdir: pathlib.Path, stop: "StopSignal") -> None
         compiled = jitted.lower(state, next_batch(start)).compile()
         compile_seconds += time.perf_counter() - clock
 
-    samples_dir = workdir / "samples"
     waiting = None  # the step whose metrics are still on the device
+    skipping = False  # whether the last step logged was not finite
     with (
         checkpoints,
-        MetricsLog(workdir / "metrics.jsonl", start) as log,
+        log,
         tqdm(total=steps, initial=min(start, steps), desc="training", unit="step",
              mininterval=0.5 if sys.stderr.isatty() else 10) as bar,
     ):  # fmt: skip
         clock = time.perf_counter()
 
         def finish_waiting():
-            nonlocal waiting
+            nonlocal waiting, skipping
             if waiting is None:
                 return
             (step, metrics), waiting = waiting, None
@@ -112,6 +118,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, stop: "StopSignal") -> None
                 refresh=False,
             )
             bar.update(step - bar.n)
+            skipping = metrics["skipped_in_row"] > 0
             if metrics["skipped_in_row"] >= config.train.max_skipped:
                 raise UserError(
                     f"the loss or gradient was not finite {config.train.max_skipped} steps in a "
@@ -123,33 +130,40 @@ def train(config: ConfigDict, workdir: pathlib.Path, stop: "StopSignal") -> None
             return seconds + time.perf_counter() - clock
 
         def save():
-            finish_waiting()
             times = {"seconds": spent(), "compile_seconds": compile_seconds}
             checkpoints.save(state, {"config": config.to_dict(), **times})
 
+        def draw_grid(step):
+            nonlocal clock
+            every, path = config.train.sample_every, workdir / "samples" / f"{step:07d}.png"
+            if every and step and step % every == 0 and not path.exists():
+                paused = time.perf_counter()
+                save_sample_grid(path, model, state.ema, config, options)
+                clock += time.perf_counter() - paused
+
         # Save → next batch → step → log the step before: the host never waits on the device.
         for step in range(start, steps):
-            if stop.asked or (step % config.train.checkpoint_every == 0 and step > start):
-                save()
+            due = step % config.train.checkpoint_every == 0 and step > start
+            if stop.asked or due:
+                finish_waiting()
+                # What comes before a row of steps that are not finite is not worth keeping.
+                if stop.asked or not skipping:
+                    save()
             if stop.asked:
                 checkpoints.close()
                 print(f"stopped at step {step}, saved; the same command goes on", file=sys.stderr)
                 return
-            if config.train.sample_every and step % config.train.sample_every == 0 and step > start:
-                paused = time.perf_counter()
-                draw_grid(samples_dir / f"{step:07d}.png", model, state.ema, config, options)
-                clock += time.perf_counter() - paused
+            draw_grid(step)
             state, metrics = compiled(state, next_batch(step))
             finish_waiting()
             waiting = (step + 1, metrics)
+        finish_waiting()
         save()
         seconds = spent()
+        draw_grid(max(start, steps))
         skipped = int(state.skipped)
 
     stop.exit_at_once()  # the state is saved: nothing below needs finishing
-    if start >= steps and (workdir / "report.json").exists():
-        print(f"{workdir} is trained to step {start} and reported already", file=sys.stderr)
-        return
     report = {
         "steps": max(start, steps),
         "parameters": parameters,
@@ -193,7 +207,7 @@ def check_data(config: ConfigDict, data: sources.Images) -> None:
             f"data.image_size is {size} and data.channels {config.data.channels}"
         )
     classes = int(data.labels.max()) + 1
-    if 0 < config.model.num_classes < classes:
+    if config.model.num_classes not in (0, classes):
         raise UserError(
             f"{config.data.name} has {classes} classes, but model.num_classes is "
             f"{config.model.num_classes}; set it to {classes}, or to 0 to train without classes"
@@ -209,7 +223,7 @@ def check_same_model(meta: dict, config: ConfigDict, workdir: pathlib.Path) -> N
             before = old.get(group, {}).get(name)
             if before != value:
                 changed.append((f"{group}.{name}", before, value))
-    shape = ("model.", "data.image_size", "data.channels")
+    shape = ("model.", "data.image_size", "data.channels", "diffusion.")
     other = [f"{name} is {was}, not {now}" for name, was, now in changed if name.startswith(shape)]
     if other:
         raise UserError(
@@ -218,6 +232,34 @@ def check_same_model(meta: dict, config: ConfigDict, workdir: pathlib.Path) -> N
         )
     for name, was, now in changed:
         print(f"going on with {name} changed from {was} to {now}", file=sys.stderr)
+
+
+def check_nothing_is_lost(workdir: pathlib.Path) -> None:
+    """Raise UserError where a run got past its first checkpoints but none is there any more."""
+    steps = [step for step, _ in read_steps(workdir / "metrics.jsonl")]
+    if not steps:
+        return
+    # The second save waits for the first, so after that a checkpoint must have been finished.
+    config = workdir / "config.json"
+    every = json.loads(config.read_text())["train"]["checkpoint_every"] if config.exists() else 1
+    if (workdir / "report.json").exists() or steps[-1] > 2 * every:
+        raise UserError(
+            f"{workdir} holds the metrics of {steps[-1]} steps but no checkpoint; put its "
+            "checkpoints back, or train anew in another workdir"
+        )
+    print(f"{workdir} was stopped after {steps[-1]} steps, before a checkpoint", file=sys.stderr)
+
+
+def is_reported(workdir: pathlib.Path, config: ConfigDict, step: int) -> bool:
+    """Whether report.json is of this config at this step."""
+    try:
+        report = json.loads((workdir / "report.json").read_text())
+        return (
+            report["steps"] == step
+            and json.loads((workdir / "config.json").read_text()) == config.to_dict()
+        )
+    except (OSError, ValueError, KeyError):
+        return False
 
 
 def make_workdir(workdir: pathlib.Path) -> None:
@@ -243,7 +285,7 @@ def balanced_labels(count: int, num_classes: int) -> np.ndarray:
     return np.arange(count, dtype=np.int32) % max(num_classes, 1)
 
 
-def draw_grid(path, model, params, config: ConfigDict, options: SampleOptions) -> None:
+def save_sample_grid(path, model, params, config: ConfigDict, options: SampleOptions) -> None:
     """A PNG of one batch of EMA samples, the same noise each time."""
     path.parent.mkdir(exist_ok=True)
     size = config.sample.batch_size

@@ -4,7 +4,6 @@ Writes a PNG grid, or an .npz (arr_0 uint8 [N, H, W, C], arr_1 labels) that ADM'
 """
 
 import dataclasses
-import os
 import pathlib
 
 import numpy as np
@@ -12,10 +11,15 @@ import numpy as np
 from mdt_jax import cli
 from mdt_jax.data.images import save_grid, save_npz, to_uint8
 from mdt_jax.errors import UserError
-from mdt_jax.sampling import SampleOptions, check_labels, generate
+from mdt_jax.sampling import SampleOptions, check_labels, check_seed, generate
 from mdt_jax.train.checkpoints import load_run
 
 WRITERS = {".png": lambda path, images, _: save_grid(path, images), ".npz": save_npz}
+
+
+def channels(text: str) -> int:
+    """A number of channels, or "all"."""
+    return 0 if text == "all" else int(text)
 
 
 def parse(argv: list[str]):
@@ -34,25 +38,35 @@ def parse(argv: list[str]):
     group.add_argument("--guidance_scale", type=float)
     group.add_argument("--guidance_power", type=float, help="0: constant weight")
     group.add_argument("--guidance", help="power_cosine or power_cosine_printed")
-    group.add_argument(
-        "--guidance_channels",
-        type=lambda text: 0 if text == "all" else int(text),
-        help="guide the first N channels, or all",
-    )
+    group.add_argument("--guidance_channels", type=channels, help="the first N channels, or all")
     return parser.parse_args(argv[1:])
 
 
 def parse_labels(text: str | None, num_samples: int, num_classes: int) -> np.ndarray:
     """`num_samples` labels: those of the text in turn, or all classes in turn."""
+    if text is None:
+        return np.arange(num_samples, dtype=np.int32) % max(num_classes, 1)
+    if not num_classes:
+        raise UserError("--labels was given, but the model is unconditional")
     try:
-        chosen = [int(part) for part in text.split(",")] if text else range(max(num_classes, 1))
+        labels = [int(part) for part in text.split(",")]
     except ValueError:
         raise UserError(f"--labels={text} is not a list of class numbers such as 0,1,2") from None
-    if text and not num_classes:
-        raise UserError("--labels was given, but the model is unconditional")
-    labels = np.resize(np.asarray(chosen, np.int64), num_samples)
-    check_labels(np.asarray(chosen), num_classes)
-    return labels.astype(np.int32)
+    check_labels(labels, num_classes)
+    return np.resize(np.asarray(labels, np.int32), num_samples)
+
+
+def check_writable(out: pathlib.Path) -> None:
+    """Raise UserError now rather than after all samples are drawn."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if out.is_dir():
+            raise IsADirectoryError(None, "it is a folder")
+        probe = out.with_name(f"{out.name}.tmp")
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"--out={out} cannot be written: {error.strerror}") from None
 
 
 def main(argv: list[str]) -> None:
@@ -61,10 +75,10 @@ def main(argv: list[str]) -> None:
     out = pathlib.Path(args.out)
     if out.suffix not in WRITERS:
         raise UserError(f"--out={out}: unknown suffix {out.suffix!r}; use {' or '.join(WRITERS)}")
-    if args.num_samples < 1:
-        raise UserError(f"--num_samples={args.num_samples} must be at least 1")
-    if not 0 <= args.seed < 2**31:
-        raise UserError(f"--seed={args.seed} must be in [0, 2^31)")
+    for name in ("num_samples", "batch_size"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name}={getattr(args, name)} must be at least 1")
+    check_seed(args.seed)
     model, params, config = load_run(args.checkpoint)
     fields = [field.name for field in dataclasses.fields(SampleOptions)]
     given = {name: getattr(args, name, None) for name in fields}
@@ -74,12 +88,7 @@ def main(argv: list[str]) -> None:
     )
     options.check(model.num_classes)
     labels = parse_labels(args.labels, args.num_samples, model.num_classes)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        if not os.access(out.parent, os.W_OK) or out.is_dir():
-            raise OSError(None, "not a file that can be written")
-    except OSError as error:
-        raise UserError(f"--out={out}: {error.strerror}") from None
+    check_writable(out)
     samples = generate(
         model,
         params,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import numbers
 from collections.abc import Sequence
 
 import jax
@@ -39,6 +40,11 @@ class SampleOptions:
 
     def check(self, num_classes: int) -> None:
         """Raise UserError, naming the option, for what cannot be sampled."""
+        for field in dataclasses.fields(self):
+            value, kind = getattr(self, field.name), field.type
+            wanted = {int: numbers.Integral, float: numbers.Real}.get(kind, kind)
+            if not isinstance(value, wanted):
+                raise UserError(f"{field.name} is {value!r}; it must be of type {kind.__name__}")
         for name, known in (("sampler", SAMPLERS), ("spacing", SPACINGS), ("guidance", WEIGHTS)):
             if getattr(self, name) not in known:
                 choices = ", ".join(known)
@@ -61,7 +67,10 @@ class SampleOptions:
         if self.guidance_channels < 0:
             raise UserError(f"guidance_channels is {self.guidance_channels}; 0 (all) or more")
         if self.guided and not num_classes:
-            raise UserError("an unconditional model takes no guidance: set guidance_scale to 1")
+            raise UserError(
+                "an unconditional model takes no guidance: set guidance_scale to 1 and guidance to "
+                "power_cosine"
+            )
 
     @property
     def guided(self) -> bool:
@@ -125,10 +134,11 @@ def generate(
     except TypeError as error:
         raise UserError(f"generate: {error}") from None
     options.check(model.num_classes)
-    labels = np.asarray(labels, np.int32).reshape(-1)
     check_labels(labels, model.num_classes)
+    labels = np.asarray(labels, np.int32)
     if batch_size < 1:
         raise UserError(f"batch_size is {batch_size}; it must be at least 1")
+    check_seed(seed)
 
     mesh = parallel.data_mesh()
     params = jax.device_put(params, parallel.replicated(mesh))
@@ -145,11 +155,19 @@ def generate(
     return np.concatenate([np.zeros((0, *shape), np.float32), *images])[: len(labels)]
 
 
-def check_labels(labels: np.ndarray, num_classes: int) -> None:
-    """Raise UserError for a label outside the classes."""
-    wrong = labels[(labels < 0) | (labels >= num_classes)] if num_classes else labels[:0]
-    if wrong.size:
-        raise UserError(f"label {wrong[0]} is outside the classes 0 to {num_classes - 1}")
+def check_labels(labels: Sequence[int], num_classes: int) -> None:
+    """Raise UserError for a label that is no whole number or is outside the classes."""
+    for label in np.asarray(labels, object).reshape(-1):
+        if not isinstance(label, numbers.Integral):
+            raise UserError(f"label {label!r} is not a whole number")
+        if num_classes and not 0 <= label < num_classes:
+            raise UserError(f"label {label} is outside the classes 0 to {num_classes - 1}")
+
+
+def check_seed(seed: int) -> None:
+    """Raise UserError for a seed that is not in [0, 2^31)."""
+    if not 0 <= seed < 2**31:
+        raise UserError(f"seed is {seed}; it must be in [0, 2^31)")
 
 
 def _progress(batches: range, show: bool):

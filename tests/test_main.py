@@ -2,7 +2,9 @@ import json
 import pathlib
 import random
 import re
+import shutil
 import signal
+import sys
 import time
 
 import jax
@@ -11,10 +13,9 @@ import pytest
 
 import mdt_jax
 from mdt_jax import cli, main, sample
-from mdt_jax.train.checkpoints import Checkpoints
-from tests.conftest import ROOT, SMOKE, run_command, start_command
+from tests.conftest import SMOKE, run_command, start_command
 
-LONG = [SMOKE, "--config.train.steps=240", "--config.train.checkpoint_every=20",
+LONG = [SMOKE, "--config.train.steps=400", "--config.train.checkpoint_every=20",
         "--config.train.sample_every=0", "--config.sample.num_samples=0"]  # fmt: skip
 
 
@@ -40,7 +41,7 @@ def assert_same_run(workdir, reference):
     for item in ("params", "ema", "progress"):
         for a, b in zip(arrays(workdir, item), arrays(reference, item), strict=True):
             np.testing.assert_array_equal(a, b)
-    assert steps_of(workdir) == list(range(1, 241))
+    assert steps_of(workdir) == list(range(1, 401))
     for name in ("loss", "grad_norm"):
         values = [
             [json.loads(line)[name] for line in (w / "metrics.jsonl").read_text().splitlines()]
@@ -56,34 +57,35 @@ def undisturbed(tmp_path_factory):
     return workdir
 
 
+def lines_of(workdir) -> list[str]:
+    path = workdir / "metrics.jsonl"
+    return path.read_text().splitlines() if path.exists() else []
+
+
 def kill_after(workdir, steps: int, number: signal.Signals, seconds: float = 0.0):
     """Start the long run and send a signal once it has logged `steps` steps."""
+    assert len(lines_of(workdir)) < steps, "an earlier run has got as far"
     process = start_command("mdt_jax.main", *LONG, f"--workdir={workdir}")
     deadline = time.time() + 200
-    while len(steps_of_safely(workdir)) < steps:
+    while len(lines_of(workdir)) < steps:
         assert process.poll() is None and time.time() < deadline, process.communicate()
-        time.sleep(0.005)
+        time.sleep(0.002)
     time.sleep(seconds)
     process.send_signal(number)
     out, err = process.communicate(timeout=100)
     return process.returncode, out + err
 
 
-def steps_of_safely(workdir):
-    path = workdir / "metrics.jsonl"
-    return path.read_text().splitlines() if path.exists() else []
-
-
 def test_killed_twice_ends_with_the_same_bits(undisturbed, tmp_path):
-    moments = sorted(random.SystemRandom().sample(range(5, 200), 2))
+    random_ = random.SystemRandom()
+    moments = random_.randint(5, 80), random_.randint(180, 280)
     print("killed after steps", moments)  # shown when the test fails
     workdir = tmp_path / "run"
     for moment in moments:
-        code, _ = kill_after(workdir, moment, signal.SIGKILL, random.random() / 20)
+        code, _ = kill_after(workdir, moment, signal.SIGKILL, random_.random() / 20)
         assert code == -signal.SIGKILL
     printed = run_command("mdt_jax.main", *LONG, f"--workdir={workdir}")
-    if moments[1] > 60:
-        assert "going on from step" in printed
+    assert "going on from step" in printed
     assert_same_run(workdir, undisturbed)
 
 
@@ -92,7 +94,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(undisturbed, tmp_path):
     code, printed = kill_after(workdir, 33, signal.SIGTERM)
     assert code == 0, printed
     stopped = int(re.search(r"stopped at step (\d+), saved", printed)[1])
-    assert 33 <= stopped < 240 and (workdir / "checkpoints" / str(stopped)).is_dir()
+    assert 33 <= stopped < 400 and (workdir / "checkpoints" / str(stopped)).is_dir()
     assert steps_of(workdir) == list(range(1, stopped + 1))
     assert not (workdir / "report.json").exists()
     printed = run_command("mdt_jax.main", *LONG, f"--workdir={workdir}")
@@ -108,7 +110,7 @@ def test_a_finished_run(trained):
         assert {f"{part}{q}" for q in ("", "/q1", "/q2", "/q3", "/q4")} <= set(line)
     assert {"loss", "loss/full", "loss/masked", "grad_norm", "skipped", "seconds"} <= set(line)
     assert sorted(p.name for p in (trained / "checkpoints").iterdir()) == ["2", "4"]
-    assert sorted(p.name for p in (trained / "samples").iterdir()) == ["0000002.png"]
+    assert sorted(p.name for p in (trained / "samples").iterdir()) == ["0000002.png", "0000004.png"]
     assert {p.name for p in trained.iterdir()} == {
         "checkpoints", "config.json", "metrics.jsonl", "report.json", "samples", "samples.npz",
         "samples.png",
@@ -126,20 +128,70 @@ def test_a_finished_run(trained):
     assert config["model"]["hidden_size"] == 16 and config["train"]["steps"] == 4
 
 
-def test_steps_stop_and_can_be_raised(trained, tmp_path):
-    import shutil
+@pytest.fixture
+def copy(trained, tmp_path):
+    return pathlib.Path(shutil.copytree(trained, tmp_path / "copy"))
 
-    workdir = shutil.copytree(trained, tmp_path / "run")
-    before = (workdir / "report.json").read_text()
-    printed = run_command("mdt_jax.main", SMOKE, f"--workdir={workdir}")
-    assert "trained to step 4" in printed and (workdir / "report.json").read_text() == before
-    printed = run_command(
-        "mdt_jax.main", SMOKE, f"--workdir={workdir}", "--config.train.steps=6",
-        "--config.sample.num_samples=0",
-    )  # fmt: skip
+
+def test_steps_stop_and_can_be_raised(copy):
+    before = (copy / "report.json").read_text()
+    printed = run_command("mdt_jax.main", SMOKE, f"--workdir={copy}")
+    assert "trained to step 4" in printed and (copy / "report.json").read_text() == before
+
+    more = [SMOKE, f"--workdir={copy}", "--config.train.steps=6", "--config.optim.clip_norm=1"]
+    printed = run_command("mdt_jax.main", *more)
     assert "train.steps changed from 4 to 6" in printed and "going on from step 4" in printed
-    assert steps_of(workdir) == [1, 2, 3, 4, 5, 6]
-    assert json.loads((workdir / "report.json").read_text())["steps"] == 6
+    assert steps_of(copy) == [1, 2, 3, 4, 5, 6]
+    assert json.loads((copy / "report.json").read_text())["steps"] == 6
+
+    # Nothing is left to train, but the report asked for is another one.
+    printed = run_command("mdt_jax.main", *more, "--config.sample.num_samples=30")
+    report = json.loads((copy / "report.json").read_text())
+    assert (report["steps"], report["num_samples"]) == (6, 30)
+    assert len(np.load(copy / "samples.npz")["arr_0"]) == 30
+
+
+def empty(checkpoints):
+    shutil.rmtree(checkpoints)
+    checkpoints.mkdir()
+
+
+def rename(checkpoints):
+    for folder in list(checkpoints.iterdir()):
+        folder.rename(f"{folder}.bak")
+
+
+def replace_by_file(checkpoints):
+    shutil.rmtree(checkpoints)
+    checkpoints.touch()
+
+
+@pytest.mark.parametrize("damage", [shutil.rmtree, empty, rename, replace_by_file])
+@pytest.mark.parametrize("reported", [True, False])
+def test_a_run_without_its_checkpoints_does_not_start_anew(
+    copy, damage, reported, capsys, monkeypatch, in_root, keep_signals
+):
+    damage(copy / "checkpoints")
+    if not reported:
+        (copy / "report.json").unlink()
+        with open(copy / "metrics.jsonl", "a") as file:
+            file.write('{"step": 5}\n')
+    before = (copy / "metrics.jsonl").read_text()
+    argv = [SMOKE, f"--workdir={copy}"]
+    printed = exits_with_one_line(main.main, argv, capsys, monkeypatch)
+    assert "but no checkpoint" in printed or "should be the folder" in printed
+    assert (copy / "metrics.jsonl").read_text() == before
+
+
+def test_metrics_damaged_by_hand(copy, capsys, monkeypatch, in_root, keep_signals):
+    text = (copy / "metrics.jsonl").read_text()
+    (copy / "metrics.jsonl").write_text("what?\n" + text)
+    argv = [SMOKE, f"--workdir={copy}", "--config.train.steps=6"]
+    monkeypatch.setattr("sys.argv", ["command", *argv])
+    with pytest.raises(SystemExit) as exit_:
+        cli.run(main.main)
+    assert exit_.value.code == 2
+    assert "metrics.jsonl, line 1 is no line of metrics" in capsys.readouterr().err
 
 
 def test_the_step_compiles_once(tmp_path):
@@ -152,17 +204,17 @@ def test_the_step_compiles_once(tmp_path):
     assert len(re.findall(r"Compiling jit\(step_with_draws\)", printed)) == 1
 
 
-@pytest.mark.parametrize("flags", [
-    ["--config.model.num_classes=0", "--config.sample.guidance_scale=1", "--config.data.flip=True",
-     "--config.optim.clip_norm=1"],
-    ["--config.train.dtype=bfloat16", "--config.train.remat=True"],
-], ids=["unconditional", "bfloat16"])  # fmt: skip
-def test_variants_train(tmp_path, flags):
+def test_every_other_way_of_training_at_once(tmp_path):
+    """Unconditional, mirrored, clipped, in bfloat16, with activations recomputed."""
     workdir = tmp_path / "run"
-    run_command("mdt_jax.main", SMOKE, f"--workdir={workdir}", *flags)
+    run_command(
+        "mdt_jax.main", SMOKE, f"--workdir={workdir}", "--config.model.num_classes=0",
+        "--config.sample.guidance_scale=1", "--config.data.flip=True", "--config.optim.clip_norm=1",
+        "--config.train.dtype=bfloat16", "--config.train.remat=True",
+    )  # fmt: skip
     report = json.loads((workdir / "report.json").read_text())
     assert report["skipped"] == 0 and np.isfinite(report["frechet_distance"])
-    assert ("class_agreement" in report) == ("num_classes" not in flags[0])
+    assert "class_agreement" not in report
 
 
 def test_mnist_recipe(tmp_path):
@@ -187,23 +239,25 @@ def test_eight_devices_train_as_one(trained, tmp_path):
         )
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
-    workdir = tmp_path / "run"
-    printed = run_command(
-        "mdt_jax.main", SMOKE, f"--workdir={workdir}", "--config.optim.lr=1e30",
-        "--config.train.max_skipped=3", "--config.train.steps=50", expect=2,
-    )  # fmt: skip
-    assert "not finite 3 steps in a row" in printed and "Traceback" not in printed
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    good = max(int(p.name) for p in (workdir / "checkpoints").iterdir())
-    assert f"the last good checkpoint is {workdir}/checkpoints/{good}:" in printed
-    assert lines[-1]["skipped_in_row"] == 3 and lines[-1]["loss"] is None
+def test_a_loss_that_is_not_finite_stops_the_run(copy):
+    """Step 5 still is finite, but spoils the parameters: no checkpoint after it is kept."""
+    broken = [SMOKE, f"--workdir={copy}", "--config.train.steps=12", "--config.optim.lr=1e30",
+              "--config.train.max_skipped=5"]  # fmt: skip
+    printed = run_command("mdt_jax.main", *broken, expect=2)
+    assert "not finite 5 steps in a row, up to step 10" in printed and "Traceback" not in printed
+    assert f"the last good checkpoint is {copy}/checkpoints/4:" in printed
+    lines = [json.loads(line) for line in lines_of(copy)]
+    assert lines[-1]["skipped_in_row"] == 5 and lines[-1]["loss"] is None
+    assert sorted(p.name for p in (copy / "checkpoints").iterdir()) == ["2", "4"]
+    run_command("mdt_jax.main", SMOKE, f"--workdir={copy}", "--config.train.steps=6")
+    assert steps_of(copy) == [1, 2, 3, 4, 5, 6]
+    assert all(np.isfinite(json.loads(line)["loss"]) for line in lines_of(copy))
 
 
 BAD_CONFIGS = {
     "no config": ([], "--config is missing"),
-    "missing file": (["--config=configs/nothing.py"], "configs/nothing.py does not exist"),
-    "a folder": (["--config=configs"], "configs does not exist"),
+    "missing file": (["--config=configs/nothing.py"], "'configs/nothing.py' does not exist"),
+    "a folder": (["--config=configs"], "'configs' is a folder"),
     "unknown variant": (["--config=configs/digits.py:tiny"], "unknown variant 'tiny'"),
     "unknown field": ([SMOKE, "--config.optim.lrr=1"], "unknown config field --config.optim.lrr=1"),
     "unknown group": ([SMOKE, "--config.optimizer.lr=1"], "unknown config field"),
@@ -226,6 +280,11 @@ BAD_CONFIGS = {
     "dtype": ([SMOKE, "--config.train.dtype=float16"], "train.dtype is 'float16'"),
     "data": ([SMOKE, "--config.data.name=cifar"], "choose one of digits, mnist"),
     "image size": ([SMOKE, "--config.data.image_size=16"], "holds 8×8 images"),
+    "more classes": ([SMOKE, "--config.model.num_classes=20"], "has 10 classes"),
+    "noise steps": ([SMOKE, "--config.diffusion.steps=20"], "diffusion.steps is 20"),
+    "flagfile": ([SMOKE, "--flagfile=/nothing"], "/nothing"),
+    "no path": (["--config="], "config file '' does not exist"),
+    "two words": (["--config", "configs/nothing.py"], "nothing.py' does not exist"),
     "classes": ([SMOKE, "--config.model.num_classes=5"], "has 10 classes"),
     "sampler": ([SMOKE, "--config.sample.sampler=heun"], "unknown sampler 'heun'"),
     "sampler steps": ([SMOKE, "--config.sample.num_steps=1001"], "between 1 and the 1000 steps"),
@@ -243,7 +302,7 @@ def exits_with_one_line(command, argv, capsys, monkeypatch) -> str:
     printed = capsys.readouterr()
     assert exit_.value.code == 2
     assert printed.err.startswith("error: ") and printed.err.count("\n") == 1, printed.err
-    assert printed.out == ""
+    assert printed.out == "" and "Traceback" not in printed.err
     return printed.err
 
 
@@ -256,22 +315,35 @@ def test_bad_configs(name, tmp_path, capsys, monkeypatch, in_root, keep_signals)
     assert not workdir.exists()
 
 
-def test_bad_recipe(tmp_path, capsys, monkeypatch, in_root, keep_signals):
+BAD_RECIPES = {
+    "def get_config(": "SyntaxError",
+    "x = 1": "defines no get_config()",
+    "def get_config(): return None": "must return a ConfigDict, not None",
+    "def get_config(): return {}": "must return a ConfigDict",
+    "def get_config(): return undefined": "NameError: name 'undefined' is not defined",
+    "def get_config(): return default().nothing": "AttributeError",
+    "def get_config():\n c = default()\n c.optim.lrr = 1\n return c": "lrr",
+    "def get_config():\n c = default()\n c.optim.lr = 'a'\n return c": "TypeError",
+    "def get_config():\n c = default().unlock()\n del c['data']\n return c": "the group data",
+    "def get_config():\n c = default()\n c.train.steps = None\n return c": "train.steps is None",
+    "def get_config():\n c = default().unlock()\n c.optim.b = 1\n return c": "field optim.b",
+}
+
+
+@pytest.mark.parametrize("text", BAD_RECIPES)
+def test_bad_recipe(text, tmp_path, capsys, monkeypatch, in_root, keep_signals):
     recipe = tmp_path / "recipe.py"
-    for text, message in {
-        "def get_config(": "could not be read: SyntaxError",
-        "from mdt_jax.config import default\n"
-        "def get_config():\n    c = default()\n    c.optim.lrr = 1\n    return c": "lrr",
-        "from mdt_jax.config import default\n"
-        "def get_config():\n    c = default()\n    c.optim.lr = 'a'\n    return c": "TypeError",
-    }.items():
-        recipe.write_text(text)
-        argv = [f"--config={recipe}", f"--workdir={tmp_path / 'run'}"]
-        assert message in exits_with_one_line(main.main, argv, capsys, monkeypatch)
+    recipe.write_text(f"from mdt_jax.config import default\n{text}\n")
+    monkeypatch.delitem(sys.modules, "config_config", raising=False)
+    argv = [f"--config={recipe}", f"--workdir={tmp_path / 'run'}"]
+    assert BAD_RECIPES[text] in exits_with_one_line(main.main, argv, capsys, monkeypatch)
+    assert not (tmp_path / "run").exists()
 
 
 def test_workdir_missing_or_not_writable(capsys, monkeypatch, in_root, keep_signals):
     printed = exits_with_one_line(main.main, [SMOKE], capsys, monkeypatch)
+    assert "--workdir is missing" in printed
+    printed = exits_with_one_line(main.main, [SMOKE, "--workdir="], capsys, monkeypatch)
     assert "--workdir is missing" in printed
     argv = [SMOKE, "--workdir=/dev/null/run"]
     printed = exits_with_one_line(main.main, argv, capsys, monkeypatch)
@@ -296,7 +368,7 @@ def test_batch_not_divisible_by_the_devices(tmp_path):
 
 BAD_SAMPLING = {
     "no checkpoint flag": (["--out=g.png"], "--checkpoint"),
-    "no such path": (["--checkpoint=nothing", "--out=g.png"], "nothing does not exist"),
+    "no such path": (["--checkpoint=nothing", "--out=g.png"], "'nothing' does not exist"),
     "no checkpoint there": (["--checkpoint=.", "--out=g.png"], "holds no checkpoint"),
     "label": (["--checkpoint=RUN", "--out=g.png", "--labels=3,10"], "label 10 is outside"),
     "label unused": (
@@ -308,9 +380,17 @@ BAD_SAMPLING = {
     "sampler": (["--checkpoint=RUN", "--out=g.png", "--sampler=x"], "unknown sampler 'x'"),
     "suffix": (["--checkpoint=RUN", "--out=g.jpg"], "unknown suffix '.jpg'; use .png or .npz"),
     "count": (["--checkpoint=RUN", "--out=g.png", "--num_samples=0"], "--num_samples=0"),
-    "seed": (["--checkpoint=RUN", "--out=g.png", "--seed=-1"], "--seed=-1"),
+    "seed": (["--checkpoint=RUN", "--out=g.png", "--seed=-1"], X
     "wrong type": (["--checkpoint=RUN", "--out=g.png", "--num_steps=ten"], "--num_steps"),
     "unknown flag": (["--checkpoint=RUN", "--out=g.png", "--stepps=3"], "--stepps"),
+    "huge label": (["--checkpoint=RUN", "--out=g.png", f"--labels={10**20}"], "is outside"),
+    "empty labels": (["--checkpoint=RUN", "--out=g.png", "--labels="], "--labels= is not a list"),
+    "hole in labels": (["--checkpoint=RUN", "--out=g.png", "--labels=1,,2"], "is not a list"),
+    "batch size": (["--checkpoint=RUN", "--out=new/g.png", "--batch_size=0"], "--batch_size=0"),
+    "empty path": (["--checkpoint=", "--out=g.png"], "checkpoint '' does not exist"),
+    "long path": ([f"--checkpoint={'a' * 300}", "--out=g.png"], "does not exist"),
+    "channels": (["--checkpoint=RUN", "--out=g.png", "--guidance_channels=x"], "channels value"),
+    "out is a folder": (["--checkpoint=RUN", "--out=/proc/g.png"], "cannot be written"),
     "out is nowhere": (["--checkpoint=RUN", "--out=/dev/null/g.png"], "--out=/dev/null/g.png"),
 }
 
@@ -339,4 +419,3 @@ def test_checkpoints_keep_k(tmp_path):
     )  # fmt: skip
     assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["3", "4"]
     assert mdt_jax.load(workdir)[0].hidden_size == 16
-    assert Checkpoints(workdir).directory == workdir / "checkpoints" and ROOT.exists()

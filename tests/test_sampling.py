@@ -119,10 +119,10 @@ def test_unconditional_model():
     model = MDT(input_size=(4, 4), in_channels=1, hidden_size=16, depth=2, num_heads=2,
                 decoder_layers=1, num_classes=0)  # fmt: skip
     params = init_params(model, jax.random.key(0))
-    samples = mdt_jax.generate(model, params, np.zeros(3), num_steps=2, guidance_scale=1.0)
+    samples = mdt_jax.generate(model, params, np.zeros(3, int), num_steps=2, guidance_scale=1.0)
     assert samples.shape == (3, 4, 4, 1)
     with pytest.raises(UserError, match="unconditional model takes no guidance"):
-        mdt_jax.generate(model, params, np.zeros(3), num_steps=2)
+        mdt_jax.generate(model, params, np.zeros(3, int), num_steps=2)
 
 
 @pytest.mark.parametrize(
@@ -140,6 +140,12 @@ def test_unconditional_model():
         ([1], dict(guidance_channels=-1), "guidance_channels"),
         ([1], dict(batch_size=0), "batch_size"),
         ([1], dict(scale=2.0), "scale"),
+        ([1], dict(num_steps=2.5), "num_steps is 2.5; it must be of type int"),
+        ([1], dict(guidance_channels="all"), "guidance_channels is 'all'"),
+        ([1], dict(seed=2**64), "seed is"),
+        ([2**40], {}, "is outside the classes"),
+        ([1.5], {}, "label 1.5 is not a whole number"),
+        (["cat"], {}, "label 'cat' is not a whole number"),
     ],
 )
 def test_what_cannot_be_sampled(labels, changes, message):

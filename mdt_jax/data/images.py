@@ -15,17 +15,17 @@ def to_uint8(x: np.ndarray) -> np.ndarray:
     return np.clip((np.asarray(x, np.float32) + 1) * 127.5, 0, 255).astype(np.uint8)
 
 
-def grid(images: np.ndarray, columns: int, scale: int = 1, gap: int = 1) -> np.ndarray:
+def grid(images: np.ndarray, columns: int, scale: int = 1) -> np.ndarray:
     """[N, H, W, C] uint8 → one picture [rows·H', columns·W', C], images enlarged `scale` times."""
     images = np.repeat(np.repeat(images, scale, axis=1), scale, axis=2)
-    images = np.pad(images, [(0, 0), (0, gap * scale), (0, gap * scale), (0, 0)])
+    images = np.pad(images, [(0, 0), (0, scale), (0, scale), (0, 0)])
     rows = -(-len(images) // columns)
     missing = rows * columns - len(images)
     images = np.pad(images, [(0, missing), (0, 0), (0, 0), (0, 0)])
     _, height, width, channels = images.shape
     tiled = images.reshape(rows, columns, height, width, channels).swapaxes(1, 2)
     picture = tiled.reshape(rows * height, columns * width, channels)
-    return picture[: -gap * scale, : -gap * scale]
+    return picture[:-scale, :-scale]
 
 
 def save_grid(path: str, images: np.ndarray, columns: int = 10) -> None:

@@ -43,14 +43,15 @@ def _mnist() -> Images:
 SOURCES: dict[str, Callable[[], Images]] = {"digits": _digits, "mnist": _mnist}
 
 
-def unknown(name: str) -> str:
-    return f"data.name is {name!r}; choose one of {', '.join(SOURCES)}"
+def check_name(name: str) -> None:
+    """Raise UserError for a name that is not in SOURCES."""
+    if name not in SOURCES:
+        raise UserError(f"data.name is {name!r}; choose one of {', '.join(SOURCES)}")
 
 
 def load(name: str) -> tuple[Images, Images]:
     """The training split and the held-out one: 20 % of every class, always the same images."""
-    if name not in SOURCES:
-        raise UserError(unknown(name))
+    check_name(name)
     source = SOURCES[name]()
     held_out = np.zeros(len(source), bool)
     random = np.random.RandomState(0)  # a stream that NumPy never changes

@@ -44,7 +44,7 @@ class Attention(nn.Module):
         q, k, v = jnp.split(qkv.reshape(batch, length, 3 * self.num_heads, -1), 3, axis=2)
         table = self.param(
             "relative_bias",
-            nn.initializers.truncated_normal(0.02),
+            nn.initializers.normal(0.02),  # published: truncated, but at 100 deviations
             (bias_rows(self.grid), self.num_heads),
         )
         bias = jnp.moveaxis(table[index], -1, 1)  # [1 or B, heads, N, N]

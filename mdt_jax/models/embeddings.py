@@ -24,9 +24,9 @@ def sincos_positions(grid: tuple[int, int], dim: int) -> np.ndarray:
     return np.concatenate(halves, axis=1).astype(np.float32)
 
 
-def timestep_features(t: jax.Array, dim: int = 256) -> jax.Array:
-    """Sinusoids of raw timesteps: t [B], 0…T−1 → [B, dim] float32, `[cos, sin]`."""
-    half = dim // 2
+def timestep_features(t: jax.Array) -> jax.Array:
+    """Sinusoids of raw timesteps: t [B], 0…T−1 → [B, 256] float32, `[cos, sin]`."""
+    half = 128
     # The exponent is rounded to float32 before exp, as the published code does.
     exponent = np.float32(-np.log(10000)) * np.arange(half, dtype=np.float32) / np.float32(half)
     angles = t.astype(jnp.float32)[:, None] * np.exp(exponent)

@@ -7,8 +7,8 @@ A step directory holds the items `params`, `ema`, `progress` (optimiser state an
 import logging
 import os
 import pathlib
-import shutil
 import sys
+import time
 from collections.abc import Callable
 
 import jax
@@ -66,6 +66,10 @@ def read_meta(folder: pathlib.Path) -> dict:
         return checkpointer.restore(folder, ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
 
 
+def _reason(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
 def _newest_sound(directory: pathlib.Path, read: Callable[[pathlib.Path], object]):
     """read(folder) of the newest step that can be read, and the damaged steps passed over.
 
@@ -78,9 +82,10 @@ def _newest_sound(directory: pathlib.Path, read: Callable[[pathlib.Path], object
         except UserError:
             raise
         except Exception as error:  # whatever Orbax makes of a damaged folder
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-            damaged.append((step, reason))
-            print(f"checkpoint {directory / str(step)} is damaged: {reason}", file=sys.stderr)
+            damaged.append(step)
+            print(
+                f"checkpoint {directory / str(step)} is damaged: {_reason(error)}", file=sys.stderr
+            )
     if damaged:
         raise UserError(
             f"none of the {len(damaged)} checkpoints in {directory} can be read; restore "
@@ -117,22 +122,25 @@ class Checkpoints:
             check(meta)
             return _restore(folder, _items(state))
 
+        if self.directory.exists() and not self.directory.is_dir():
+            raise UserError(f"{self.directory} is a file; it should be the folder of checkpoints")
         items, damaged = _newest_sound(self.directory, read)
         if items is None:
             return None
-        for step, _ in damaged:
-            aside = self.directory.parent / "damaged"
-            aside.mkdir(exist_ok=True)
-            shutil.rmtree(aside / str(step), ignore_errors=True)
-            (self.directory / str(step)).rename(aside / str(step))
-            print(f"going on without step {step}, now in {aside / str(step)}", file=sys.stderr)
+        for step in damaged:
+            aside = self.directory.parent / "damaged" / f"{step}-{time.time_ns()}"
+            aside.parent.mkdir(exist_ok=True)
+            (self.directory / str(step)).rename(aside)
+            print(f"going on without step {step}, now in {aside}", file=sys.stderr)
         state = TrainState(params=items["params"], ema=items["ema"], **items["progress"])
         return state, items["meta"]
 
     def save(self, state: TrainState, meta: dict) -> None:
         """Start to save; returns once the state is copied. A failed earlier save raises here."""
         if self._manager is None:
-            options = ocp.CheckpointManagerOptions(max_to_keep=self._keep, create=True)
+            options = ocp.CheckpointManagerOptions(
+                max_to_keep=self._keep, create=True, cleanup_tmp_directories=True
+            )
             self._manager = ocp.CheckpointManager(self.directory, options=options)
         step = int(state.step)
         if step in self._manager.all_steps():
@@ -141,7 +149,7 @@ class Checkpoints:
         checksums = {name: int(_checksum(tree)) for name, tree in items.items()}
         args = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
         meta = ocp.args.JsonSave({"step": step, "checksums": checksums, **meta})
-        self._manager.save(step, args=ocp.args.Composite(meta=meta, **args))
+        self._manager.save(step, args=ocp.args.Composite(meta=meta, **args), force=True)
 
     def newest(self) -> str:
         """The folder of the newest finished step, or "none", once what was saved is on disk."""
@@ -162,8 +170,8 @@ def load_run(path: str | os.PathLike) -> tuple[MDT, dict, ConfigDict]:
     Raises UserError when the path does not exist, holds no checkpoint, or none can be read.
     """
     root = pathlib.Path(path).absolute()
-    if not root.exists():
-        raise UserError(f"checkpoint {path} does not exist")
+    if not str(path) or not os.path.exists(root):
+        raise UserError(f"checkpoint '{path}' does not exist")
 
     def read(folder: pathlib.Path):
         config = ConfigDict(read_meta(folder)["config"])
@@ -179,8 +187,7 @@ def load_run(path: str | os.PathLike) -> tuple[MDT, dict, ConfigDict]:
         try:
             return read(root)
         except Exception as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-            raise UserError(f"checkpoint {path} is damaged: {reason}") from None
+            raise UserError(f"checkpoint {path} is damaged: {_reason(error)}") from None
     found, _ = _newest_sound(root / FOLDER if (root / FOLDER).is_dir() else root, read)
     if found is None:
         raise UserError(f"{path} holds no checkpoint: expected a workdir that was trained in")

@@ -4,13 +4,33 @@ import json
 import math
 import os
 
+from mdt_jax.errors import UserError
+
+
+def read_steps(path: str | os.PathLike) -> list[tuple[int, str]]:
+    """(step, line) of every whole line; UserError for a line that is not one of ours."""
+    if not os.path.exists(path):
+        return []
+    with open(path) as file:
+        lines = [line for line in file if line.endswith("\n")]
+    steps = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            steps.append((int(json.loads(line)["step"]), line))
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{path}, line {number} is no line of metrics; take it out") from None
+    return steps
+
 
 class MetricsLog:
     """Appends lines; opening it at `step` drops what a killed run wrote after that step."""
 
     def __init__(self, path: str | os.PathLike, step: int):
-        self._path = path
-        self._drop_after(step)
+        kept = [line for number, line in read_steps(path) if number <= step]
+        temporary = f"{path}.tmp"
+        with open(temporary, "w") as file:
+            file.writelines(kept)
+        os.replace(temporary, path)
         self._file = open(path, "a")  # noqa: SIM115 (closed in __exit__)
 
     def __enter__(self) -> "MetricsLog":
@@ -19,20 +39,8 @@ class MetricsLog:
     def __exit__(self, *_) -> None:
         self._file.close()
 
-    def _drop_after(self, step: int) -> None:
-        if not os.path.exists(self._path):
-            return
-        with open(self._path) as file:
-            lines = file.readlines()
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        if len(kept) < len(lines):
-            temporary = f"{self._path}.tmp"
-            with open(temporary, "w") as file:
-                file.writelines(kept)
-            os.replace(temporary, self._path)
-
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        """Numbers that are not finite become null: JSON has no NaN."""
+        """Append a line. Numbers that are not finite become null: JSON has no NaN."""
         values = {name: _number(value) for name, value in metrics.items()}
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()

@@ -9,7 +9,6 @@ def make_optimizer(optim: ConfigDict) -> optax.GradientTransformation:
 
     optim.clip_norm > 0 first clips the gradient's global norm.
     """
-    adamw = optax.adamw(optim.lr, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0)
-    if optim.clip_norm > 0:
-        return optax.chain(optax.clip_by_global_norm(optim.clip_norm), adamw)
-    return adamw
+    # The same state with and without clipping, so that a run can go on with it switched.
+    clip = optax.clip_by_global_norm(optim.clip_norm) if optim.clip_norm > 0 else optax.identity()
+    return optax.chain(clip, optax.adamw(optim.lr, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0))
