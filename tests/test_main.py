@@ -13,7 +13,7 @@ import pytest
 
 import mdt_jax
 from mdt_jax import cli, main, sample
-from tests.conftest import SMOKE, run_command, start_command
+from tests.conftest import SMOKE, XLA_FLAGS, run_command, start_command, train_here
 
 LONG = [SMOKE, "--config.train.steps=400", "--config.train.checkpoint_every=20",
         "--config.train.sample_every=0", "--config.sample.num_samples=0"]  # fmt: skip
@@ -135,17 +135,17 @@ def copy(trained, tmp_path):
 
 def test_steps_stop_and_can_be_raised(copy):
     before = (copy / "report.json").read_text()
-    printed = run_command("mdt_jax.main", SMOKE, f"--workdir={copy}")
+    printed = train_here(SMOKE, f"--workdir={copy}")
     assert "trained to step 4" in printed and (copy / "report.json").read_text() == before
 
     more = [SMOKE, f"--workdir={copy}", "--config.train.steps=6", "--config.optim.clip_norm=1"]
-    printed = run_command("mdt_jax.main", *more)
+    printed = train_here(*more)
     assert "train.steps changed from 4 to 6" in printed and "going on from step 4" in printed
     assert steps_of(copy) == [1, 2, 3, 4, 5, 6]
     assert json.loads((copy / "report.json").read_text())["steps"] == 6
 
     # Nothing is left to train, but the report asked for is another one.
-    printed = run_command("mdt_jax.main", *more, "--config.sample.num_samples=30")
+    printed = train_here(*more, "--config.sample.num_samples=30")
     report = json.loads((copy / "report.json").read_text())
     assert (report["steps"], report["num_samples"]) == (6, 30)
     assert len(np.load(copy / "samples.npz")["arr_0"]) == 30
@@ -207,8 +207,7 @@ def test_the_step_compiles_once(tmp_path):
 def test_every_other_way_of_training_at_once(tmp_path):
     """Unconditional, mirrored, clipped, in bfloat16, with activations recomputed."""
     workdir = tmp_path / "run"
-    run_command(
-        "mdt_jax.main", SMOKE, f"--workdir={workdir}", "--config.model.num_classes=0",
+    train_here(SMOKE, f"--workdir={workdir}", "--config.model.num_classes=0",
         "--config.sample.guidance_scale=1", "--config.data.flip=True", "--config.optim.clip_norm=1",
         "--config.train.dtype=bfloat16", "--config.train.remat=True",
     )  # fmt: skip
@@ -218,7 +217,7 @@ def test_every_other_way_of_training_at_once(tmp_path):
 
 
 def test_mnist_recipe(tmp_path):
-    run_command("mdt_jax.main", "--config=configs/mnist.py:smoke", f"--workdir={tmp_path / 'run'}")
+    train_here("--config=configs/mnist.py:smoke", f"--workdir={tmp_path / 'run'}")
     assert np.load(tmp_path / "run" / "samples.npz")["arr_0"].shape == (20, 28, 28, 1)
 
 
@@ -227,7 +226,7 @@ def test_eight_devices_train_as_one(trained, tmp_path):
     run_command(
         "mdt_jax.main", SMOKE, f"--workdir={workdir}", "--config.sample.num_samples=0",
         "--config.train.sample_every=0",
-        XLA_FLAGS="--xla_force_host_platform_device_count=8",
+        XLA_FLAGS=f"{XLA_FLAGS} --xla_force_host_platform_device_count=8",
     )  # fmt: skip
     one, eight = (
         [json.loads(line) for line in (w / "metrics.jsonl").read_text().splitlines()]
@@ -243,13 +242,13 @@ def test_a_loss_that_is_not_finite_stops_the_run(copy):
     """Step 5 still is finite, but spoils the parameters: no checkpoint after it is kept."""
     broken = [SMOKE, f"--workdir={copy}", "--config.train.steps=12", "--config.optim.lr=1e30",
               "--config.train.max_skipped=5"]  # fmt: skip
-    printed = run_command("mdt_jax.main", *broken, expect=2)
+    printed = train_here(*broken, expect=2)
     assert "not finite 5 steps in a row, up to step 10" in printed and "Traceback" not in printed
     assert f"the last good checkpoint is {copy}/checkpoints/4:" in printed
     lines = [json.loads(line) for line in lines_of(copy)]
     assert lines[-1]["skipped_in_row"] == 5 and lines[-1]["loss"] is None
     assert sorted(p.name for p in (copy / "checkpoints").iterdir()) == ["2", "4"]
-    run_command("mdt_jax.main", SMOKE, f"--workdir={copy}", "--config.train.steps=6")
+    train_here(SMOKE, f"--workdir={copy}", "--config.train.steps=6")
     assert steps_of(copy) == [1, 2, 3, 4, 5, 6]
     assert all(np.isfinite(json.loads(line)["loss"]) for line in lines_of(copy))
 
@@ -361,7 +360,7 @@ def test_workdir_of_another_model(trained, capsys, monkeypatch, in_root, keep_si
 def test_batch_not_divisible_by_the_devices(tmp_path):
     printed = run_command(
         "mdt_jax.main", SMOKE, f"--workdir={tmp_path / 'run'}", "--config.data.batch_size=12",
-        expect=2, XLA_FLAGS="--xla_force_host_platform_device_count=8",
+        expect=2, XLA_FLAGS=f"{XLA_FLAGS} --xla_force_host_platform_device_count=8",
     )  # fmt: skip
     assert printed.strip() == "error: data.batch_size 12 is not divisible by the 8 devices"
 
@@ -413,8 +412,7 @@ def test_a_real_process_shows_no_traceback(tmp_path):
 
 def test_checkpoints_keep_k(tmp_path):
     workdir = tmp_path / "run"
-    run_command(
-        "mdt_jax.main", SMOKE, f"--workdir={workdir}", "--config.train.checkpoint_every=1",
+    train_here(SMOKE, f"--workdir={workdir}", "--config.train.checkpoint_every=1",
         "--config.train.keep=2", "--config.sample.num_samples=0",
     )  # fmt: skip
     assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["3", "4"]

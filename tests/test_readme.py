@@ -17,11 +17,7 @@ def blocks(language: str) -> list[str]:
 
 
 COMMANDS = [line for block in blocks("bash") for line in block.strip().splitlines()]
-ENVIRONMENT = {
-    **os.environ,
-    "PYTHONPATH": str(ROOT),
-    "XLA_FLAGS": "--xla_backend_optimization_level=0",
-}
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 MODULE_COMMANDS = [line for line in COMMANDS if line.startswith("python -m")]
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 import mdt_jax
 from mdt_jax.errors import UserError
 from mdt_jax.models.mdt import MDT, init_params
-from tests.conftest import ROOT, run_command
+from tests.conftest import ROOT, XLA_FLAGS, run_command
 
 OPTIONS = dict(seed=3, num_steps=5, guidance_scale=2.0)
 LABELS = np.arange(70) % 10
@@ -57,11 +57,11 @@ def test_samples_do_not_depend_on_the_batch_size(lively, reference, batch_size):
 
 
 def test_samples_do_not_depend_on_the_number_of_devices(trained, reference, tmp_path):
-    devices = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "PYTHONPATH": str(ROOT)}
+    flags = f"{XLA_FLAGS} --xla_force_host_platform_device_count=8"
     process = subprocess.run(
         [sys.executable, "-c", EIGHT_DEVICES, str(trained), str(tmp_path)],
         cwd=ROOT,
-        env={**os.environ, **devices},
+        env={**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
     )

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ from scipy.stats import norm
 from mdt_jax.diffusion import losses
 from mdt_jax.diffusion.schedule import linear_schedule
 from mdt_jax.models import masking
+from tests.conftest import FULL_COMPILE
 from tests.published import V1_MODEL, relative_error, v1_numbers, v1_params
 
 GOLDEN = v1_numbers()
@@ -17,7 +20,7 @@ def test_losses_are_the_published_ones(name):
     params, y = v1_params(), GOLDEN["loss_y"]
     keep = masking.keep_ids(jnp.asarray(GOLDEN["mask_noise"]), 44) if name == "masked" else None
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=FULL_COMPILE)
     def compute(x0, t, noise):
         def network(x, t):
             return V1_MODEL.apply({"params": params}, x, t, y, keep)

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,6 +8,7 @@ import pytest
 from mdt_jax.diffusion import schedule as sch
 from mdt_jax.diffusion.guidance import guide, power_cosine
 from mdt_jax.diffusion.samplers import SAMPLERS, sample
+from tests.conftest import FULL_COMPILE
 from tests.published import V1_MODEL, relative_error, v1_numbers, v1_params
 
 GOLDEN = v1_numbers()
@@ -18,7 +21,7 @@ def test_guided_sampling_is_the_published_one(name):
     np.testing.assert_array_equal(schedule.timesteps, GOLDEN["sample_timesteps"])
     noise = jnp.asarray(GOLDEN["sample_noise"][:, :3])
 
-    @jax.jit
+    @functools.partial(jax.jit, compiler_options=FULL_COMPILE)
     def run(z, y):
         def network(x, t, y):
             return V1_MODEL.apply({"params": params}, x, t, y)

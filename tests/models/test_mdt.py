@@ -8,20 +8,15 @@ from mdt_jax.models import masking
 from mdt_jax.models.attention import relative_index
 from mdt_jax.models.embeddings import sincos_positions
 from mdt_jax.models.mdt import MDT, SIZES, init_params, patchify, unpatchify
-from tests.conftest import FAST_COMPILE
+from tests.conftest import FULL_COMPILE
 from tests.published import V1_MODEL, relative_error, v1_numbers, v1_params
 
 GOLDEN = v1_numbers()
 SMALL = dict(hidden_size=16, depth=4, num_heads=2, num_classes=3)
 
 
-def apply(model, params, *inputs):
-    return jax.jit(lambda *a: model.apply({"params": params}, *a))(*inputs)
-
-
-def fast_apply(model, params, *inputs):
-    run = jax.jit(lambda *a: model.apply({"params": params}, *a), compiler_options=FAST_COMPILE)
-    return run(*inputs)
+def apply(model, params, *inputs, **options):
+    return jax.jit(lambda *a: model.apply({"params": params}, *a), **options)(*inputs)
 
 
 def random_params(model, seed=0):
@@ -43,14 +38,17 @@ def golden_keep_ids():
 @pytest.mark.parametrize("unroll", [False, True])
 def test_forward_is_the_published_one(unroll):
     model = V1_MODEL.clone(unroll=unroll)
-    out = apply(model, v1_params(), *(GOLDEN[f"fwd_{name}"] for name in "xty"))
+    inputs = [GOLDEN[f"fwd_{name}"] for name in "xty"]
+    out = apply(model, v1_params(), *inputs, compiler_options=FULL_COMPILE)
     assert relative_error(out, GOLDEN["fwd_out"]) < 2e-6
 
 
 @pytest.mark.parametrize("remat", [False, True])
 def test_masked_forward_is_the_published_one(remat):
     inputs = [GOLDEN[f"fwd_{name}"] for name in "xty"]
-    out = apply(V1_MODEL.clone(remat=remat), v1_params(), *inputs, golden_keep_ids())
+    inputs.append(golden_keep_ids())
+    model = V1_MODEL.clone(remat=remat)
+    out = apply(model, v1_params(), *inputs, compiler_options=FULL_COMPILE)
     assert relative_error(out, GOLDEN["mask_out"]) < 2e-6
 
 
@@ -65,7 +63,7 @@ def test_guided_forward_is_the_published_one():
         scale, power = float(GOLDEN["cfg_scale"]), float(GOLDEN["cfg_power"])
         return guide(network, y, 10, lambda t: power_cosine(t, scale, power))(x, t)
 
-    out = jax.jit(guided)(x[:batch], t[:batch], y[:batch])
+    out = jax.jit(guided, compiler_options=FULL_COMPILE)(x[:batch], t[:batch], y[:batch])
     assert relative_error(out, GOLDEN["cfg_out"][:batch]) < 2e-6
 
 
@@ -93,7 +91,7 @@ def test_output_is_zero_at_initialisation():
     x = jax.random.normal(jax.random.key(2), (2, 8, 8, 4))
     t, y = jnp.array([3, 999]), jnp.array([0, 3])
     for keep in (None, jnp.tile(jnp.arange(11), (2, 1))):
-        out = fast_apply(model, params, x, t, y, keep)
+        out = apply(model, params, x, t, y, keep)
         assert out.shape == (2, 8, 8, 8)
         assert np.all(out == 0)
 
@@ -153,7 +151,7 @@ def test_any_shape(size, patch, channels, classes):
     y = jnp.array([0, classes]) if classes else None
     keep = jnp.argsort(jax.random.uniform(jax.random.key(1), (2, model.num_tokens)))[:, :3]
     for keep_ids in (None, keep):
-        out = fast_apply(model, params, x, jnp.array([0, 5]), y, keep_ids)
+        out = apply(model, params, x, jnp.array([0, 5]), y, keep_ids)
         assert out.shape == (2, *size, 2 * channels)
         assert np.std(out) > 0
     assert ("label_embed" in params) == bool(classes)
@@ -166,8 +164,8 @@ def test_keeping_every_token_still_is_the_full_pass():
     x = jax.random.normal(jax.random.key(0), (2, 8, 8, 1))
     t, y = jnp.array([10, 900]), jnp.array([0, 2])
     everything = jnp.stack([jnp.arange(16), jnp.arange(16)[::-1]])
-    full = fast_apply(model, params, x, t, y)
-    assert relative_error(fast_apply(model, params, x, t, y, everything), full) < 2e-6
+    full = apply(model, params, x, t, y)
+    assert relative_error(apply(model, params, x, t, y, everything), full) < 2e-6
 
 
 def test_bfloat16_moves_only_the_computation():
@@ -179,7 +177,7 @@ def test_bfloat16_moves_only_the_computation():
     assert all(
         a.dtype == jnp.float32 for a in jax.tree.leaves(init_params(half, jax.random.key(0)))
     )
-    out, exact = fast_apply(half, params, x, t, y), fast_apply(model, params, x, t, y)
+    out, exact = apply(half, params, x, t, y), apply(model, params, x, t, y)
     assert out.dtype == jnp.float32
     assert 1e-5 < relative_error(out, exact) < 3e-2
 
