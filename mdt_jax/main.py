@@ -120,10 +120,13 @@ def train(config: ConfigDict, workdir: pathlib.Path, stop: "StopSignal") -> None
             bar.update(step - bar.n)
             skipping = metrics["skipped_in_row"] > 0
             if metrics["skipped_in_row"] >= config.train.max_skipped:
+                good = checkpoints.newest()
                 raise UserError(
                     f"the loss or gradient was not finite {config.train.max_skipped} steps in a "
-                    f"row, up to step {step}; the last good checkpoint is {checkpoints.newest()}: "
-                    "lower optim.lr or set optim.clip_norm, then run again"
+                    f"row, up to step {step}; "
+                    + (f"the last good checkpoint is {good}: " if good else "no checkpoint yet: ")
+                    + "lower optim.lr or set optim.clip_norm, then run again"
+                    + ("" if good else " in another workdir")
                 )
 
         def spent():

@@ -151,11 +151,11 @@ class Checkpoints:
         meta = ocp.args.JsonSave({"step": step, "checksums": checksums, **meta})
         self._manager.save(step, args=ocp.args.Composite(meta=meta, **args), force=True)
 
-    def newest(self) -> str:
-        """The folder of the newest finished step, or "none", once what was saved is on disk."""
+    def newest(self) -> pathlib.Path | None:
+        """The folder of the newest finished step, if any, once what was saved is on disk."""
         self.close()
         steps = _steps(self.directory)
-        return str(self.directory / str(steps[0])) if steps else "none"
+        return self.directory / str(steps[0]) if steps else None
 
     def close(self) -> None:
         """Wait until what was saved is on disk."""
