@@ -83,9 +83,9 @@ def _what_is_wrong(argv: list[str], path: str, error: Exception) -> str:
     if isinstance(error, flags.Error):
         return f"{path}: {text}" if "Traceback" in str(error) else text
     if isinstance(error, (AttributeError, KeyError)):
-        words = set(re.findall(r"\w+", text))
+        words = re.findall(r"\w+", text)  # ConfigDict's text begins with one part of the field
         for flag in argv:
-            if flag.startswith("--config.") and words & set(flag.partition("=")[0].split(".")[1:]):
+            if flag.startswith("--config.") and words[0] in flag.partition("=")[0].split("."):
                 hint = re.search(r"Did you mean[^?]*\?", text.replace("\\n", " "))
                 return f"unknown config field {flag} {hint[0] if hint else ''}".strip()
         if "get_config" in words:

@@ -259,6 +259,10 @@ BAD_CONFIGS = {
     "a folder": (["--config=configs"], "'configs' is a folder"),
     "unknown variant": (["--config=configs/digits.py:tiny"], "unknown variant 'tiny'"),
     "unknown field": ([SMOKE, "--config.optim.lrr=1"], "unknown config field --config.optim.lrr=1"),
+    "second field": (
+        [SMOKE, "--config.optim.lr=1", "--config.optim.lrr=1"],
+        'field --config.optim.lrr=1 Did you mean "lr"',
+    ),
     "unknown group": ([SMOKE, "--config.optimizer.lr=1"], "unknown config field"),
     "unknown flag": ([SMOKE, "--workdirr=x"], "workdirr"),
     "stray argument": ([SMOKE, "train"], "unexpected argument 'train'"),
