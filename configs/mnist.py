@@ -8,9 +8,9 @@ from mdt_jax import config as configs
 
 def get_config(variant=""):
     config = configs.default()
-    config.model.update(hidden_size=128, depth=6, num_heads=4, patch_size=4)
+    config.model.update(hidden_size=96, depth=6, num_heads=4, patch_size=4)
     config.data.update(name="mnist", image_size=28, batch_size=64)
-    config.optim.update(lr=1e-3, ema_decay=0.999)
-    config.train.update(steps=6000, log_every=1, sample_every=1000, checkpoint_every=500)
+    config.optim.update(lr=1e-3, ema_decay=0.998)
+    config.train.update(steps=2000, log_every=1, sample_every=1000, checkpoint_every=500)
     config.sample.update(num_steps=100, guidance_scale=2.0, num_samples=1000)
     return configs.variant(config, variant)
