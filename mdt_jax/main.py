@@ -243,8 +243,11 @@ def check_nothing_is_lost(workdir: pathlib.Path) -> None:
     if not steps:
         return
     # The second save waits for the first, so after that a checkpoint must have been finished.
-    config = workdir / "config.json"
-    every = json.loads(config.read_text())["train"]["checkpoint_every"] if config.exists() else 1
+    try:
+        config = json.loads((workdir / "config.json").read_text())
+        every = config["train"]["checkpoint_every"]
+    except (OSError, ValueError, KeyError):
+        every = 1
     if (workdir / "report.json").exists() or steps[-1] > 2 * every:
         raise UserError(
             f"{workdir} holds the metrics of {steps[-1]} steps but no checkpoint; put its "
