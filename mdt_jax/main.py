@@ -12,7 +12,6 @@ import sys
 import time
 
 import jax
-import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
@@ -23,7 +22,7 @@ from mdt_jax.data import pipeline, sources
 from mdt_jax.diffusion.schedule import linear_schedule
 from mdt_jax.errors import UserError
 from mdt_jax.models.mdt import MDT
-from mdt_jax.sampling import SampleOptions, generate
+from mdt_jax.sampling import SampleOptions, balanced_labels, generate
 from mdt_jax.train.checkpoints import Checkpoints
 from mdt_jax.train.metrics import MetricsLog, read_steps
 from mdt_jax.train.optimizers import make_optimizer
@@ -149,7 +148,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, stop: "StopSignal") -> None
             due = step % config.train.checkpoint_every == 0 and step > start
             if stop.asked or due:
                 finish_waiting()
-                # What comes before a row of steps that are not finite is not worth keeping.
+                # The parameters may be what breaks the steps: keep the checkpoints from before.
                 if stop.asked or not skipping:
                     save()
             if stop.asked:
@@ -284,11 +283,6 @@ def write_json(path: pathlib.Path, content: dict) -> None:
     temporary = path.with_name(f"{path.name}.tmp")
     temporary.write_text(json.dumps(content, indent=1) + "\n")
     os.replace(temporary, path)
-
-
-def balanced_labels(count: int, num_classes: int) -> np.ndarray:
-    """0, 1, …, num_classes−1, 0, 1, …: `count` labels, every class equally often."""
-    return np.arange(count, dtype=np.int32) % max(num_classes, 1)
 
 
 def save_sample_grid(path, model, params, config: ConfigDict, options: SampleOptions) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from mdt_jax import cli
 from mdt_jax.data.images import save_grid, save_npz, to_uint8
 from mdt_jax.errors import UserError
-from mdt_jax.sampling import SampleOptions, check_labels, check_seed, generate
+from mdt_jax.sampling import SampleOptions, balanced_labels, check_labels, check_seed, generate
 from mdt_jax.train.checkpoints import load_run
 
 WRITERS = {".png": lambda path, images, _: save_grid(path, images), ".npz": save_npz}
@@ -45,7 +45,7 @@ def parse(argv: list[str]):
 def parse_labels(text: str | None, num_samples: int, num_classes: int) -> np.ndarray:
     """`num_samples` labels: those of the text in turn, or all classes in turn."""
     if text is None:
-        return np.arange(num_samples, dtype=np.int32) % max(num_classes, 1)
+        return balanced_labels(num_samples, num_classes)
     if not num_classes:
         raise UserError("--labels was given, but the model is unconditional")
     try:

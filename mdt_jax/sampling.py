@@ -155,6 +155,11 @@ def generate(
     return np.concatenate([np.zeros((0, *shape), np.float32), *images])[: len(labels)]
 
 
+def balanced_labels(count: int, num_classes: int) -> np.ndarray:
+    """0, 1, …, num_classes−1, 0, 1, …: `count` labels, every class equally often."""
+    return np.arange(count, dtype=np.int32) % max(num_classes, 1)
+
+
 def check_labels(labels: Sequence[int], num_classes: int) -> None:
     """Raise UserError for a label that is no whole number or is outside the classes."""
     for label in np.asarray(labels, object).reshape(-1):
