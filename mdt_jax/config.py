@@ -4,10 +4,13 @@ import math
 
 from ml_collections import ConfigDict
 
-from mdt_jax.data import sources
+from mdt_jax.diffusion.losses import LOSS_WEIGHTS
 from mdt_jax.errors import UserError
 from mdt_jax.models.masking import keep_length
+from mdt_jax.models.mdt import VAE_FACTOR, input_shape
 from mdt_jax.sampling import SampleOptions
+
+OPTIMIZERS = ("adamw", "adan")
 
 
 def default() -> ConfigDict:
@@ -15,15 +18,30 @@ def default() -> ConfigDict:
     return ConfigDict(
         dict(
             model=dict(
+                version="v1",  # "v2": long skips in the encoder, input skips into the decoder
                 hidden_size=384,
                 depth=12,  # encoder and decoder blocks together
                 num_heads=6,
                 patch_size=2,
-                decoder_layers=2,
+                decoder_layers=2,  # 0: a DiT, which has no masked pass
+                side_layers=1,  # blocks of the side-interpolater
                 num_classes=10,  # 0: unconditional
+                relative_bias=True,  # the attention's
+                learned_position=True,  # False: both position embeddings stay sine-cosine
+                side_interpolater=True,  # False: mask tokens go straight to the decoder
+                masked_shortcut=True,  # only masked tokens take the side-interpolater's prediction
             ),
-            mask=dict(ratio=0.3),  # share of tokens the masked pass hides, in [0, 1)
-            diffusion=dict(steps=1000),  # linear β schedule
+            mask=dict(
+                ratio=0.3,  # share of tokens the masked pass hides, in [0, 1)
+                ratio_max=0.0,  # above ratio: drawn for each step from [ratio, ratio_max)
+                passes="both",  # of each step: full, masked or both
+                loss_on="all",  # in the masked pass: the loss of all tokens or of the masked ones
+                asymmetric=True,  # False: the decoder sees kept tokens only, as the encoder does
+            ),
+            diffusion=dict(
+                steps=1000,  # linear β schedule
+                loss_weight="uniform",  # of the squared error; or min_snr_5
+            ),
             data=dict(
                 name="digits",  # one of data/sources.py
                 image_size=8,
@@ -31,8 +49,10 @@ def default() -> ConfigDict:
                 batch_size=256,  # global, over all devices
                 flip=False,  # mirror half of the images
             ),
+            vae=dict(path="identity"),  # identity: the model is trained on pixels
             optim=dict(
-                lr=3e-4,  # AdamW, constant
+                name="adamw",  # or adan
+                lr=3e-4,  # constant
                 clip_norm=0.0,  # global gradient norm; 0: no clipping
                 ema_decay=0.9999,
             ),
@@ -63,15 +83,31 @@ def default() -> ConfigDict:
 
 
 def variant(config: ConfigDict, name: str) -> ConfigDict:
-    """The recipe itself ("") or "smoke": the same structure, so small that it runs in seconds."""
+    """The recipe itself ("") or "smoke": the same structure, so small that it runs in seconds.
+
+    Recipes for data or a VAE that has to be downloaded are tried on digits.
+    """
     if name == "smoke":
-        config.model.update(hidden_size=16, depth=3, num_heads=2, decoder_layers=1)
+        decoder_layers = min(config.model.decoder_layers, 1)
+        config.model.update(hidden_size=16, depth=3, num_heads=2, decoder_layers=decoder_layers)
         config.data.batch_size = 16
-        config.train.update(steps=4, log_every=1, sample_every=2, checkpoint_every=2)
+        if config.vae.path != "identity":
+            config.vae.path = "identity"
+            config.data.update(name="digits", image_size=8, channels=1)
+            config.model.num_classes = min(config.model.num_classes, 10)
+        config.train.update(steps=2, log_every=1, sample_every=1, checkpoint_every=1)
         config.sample.update(num_steps=3, num_samples=20, batch_size=10)
     elif name:
         raise ValueError(f"unknown variant {name!r}; the only one is smoke")
     return config
+
+
+def complete(stored: dict) -> ConfigDict:
+    """A config as a run stored it, with the defaults of the fields that came later."""
+    groups = {group: fields.to_dict() for group, fields in default().items()}
+    for group, fields in stored.items():
+        groups[group] = {**groups.get(group, {}), **fields}
+    return ConfigDict(groups)
 
 
 def _require(condition: bool, message: str) -> None:
@@ -95,19 +131,105 @@ def _check_fields(config: ConfigDict) -> None:
     _require(not unknown, f"unknown group of config fields {min(unknown, default='')}")
 
 
+def _one_of(field: str, value: str, choices) -> None:
+    known = ", ".join(choices)
+    _require(value in choices, f"{field} is {value!r}; choose one of {known}")
+
+
+def _check_blocks(model: ConfigDict) -> None:
+    """How the depth is divided."""
+    _one_of("model.version", model.version, ("v1", "v2"))
+    _require(
+        0 <= model.decoder_layers < model.depth,
+        f"model.decoder_layers is {model.decoder_layers}; it must be 0 (a DiT) or more, and "
+        f"smaller than model.depth {model.depth}: the encoder needs a block",
+    )
+    encoder = model.depth - model.decoder_layers
+    _require(
+        model.version == "v1" or encoder % 2 == 0,
+        f"model.depth {model.depth} less model.decoder_layers {model.decoder_layers} leaves "
+        f"{encoder} encoder blocks; in v2 they must be even, for the skips from one half to the "
+        "other",
+    )
+    _require(
+        model.side_layers >= 1,
+        f"model.side_layers is {model.side_layers}; it must be at least 1 "
+        "(without a side-interpolater: model.side_interpolater=False)",
+    )
+    if not model.side_interpolater:
+        for name, default in (("side_layers", 1), ("masked_shortcut", True)):
+            _require(
+                model[name] == default,
+                f"model.{name}={model[name]} means nothing with model.side_interpolater=False",
+            )
+
+
+def _check_mask(config: ConfigDict, tokens: int) -> None:
+    """The masked pass and its loss, for inputs of `tokens` tokens."""
+    mask, model = config.mask, config.model
+    _one_of("mask.passes", mask.passes, ("both", "full", "masked"))
+    _one_of("mask.loss_on", mask.loss_on, ("all", "masked"))
+    _require(0 <= mask.ratio < 1, f"mask.ratio is {mask.ratio}; it must be in [0, 1)")
+    _require(
+        mask.ratio_max == 0 or mask.ratio <= mask.ratio_max < 1,
+        f"mask.ratio_max is {mask.ratio_max}; it must be above mask.ratio {mask.ratio} and below "
+        "1, or 0 for a fixed ratio",
+    )
+    most = max(mask.ratio, mask.ratio_max)
+    _require(
+        keep_length(tokens, most) >= 1,
+        f"a mask ratio of {most} leaves none of the {tokens} tokens to the encoder",
+    )
+    if mask.passes == "full":
+        for field, value, default in (
+            ("mask.loss_on", mask.loss_on, "all"),
+            ("mask.asymmetric", mask.asymmetric, True),
+            ("mask.ratio_max", mask.ratio_max, 0),
+            ("model.masked_shortcut", model.masked_shortcut, True),
+            ("model.side_layers", model.side_layers, 1),
+        ):
+            _require(
+                value == default,
+                f"{field}={value} means nothing with mask.passes=full: there is no masked pass",
+            )
+    else:
+        _require(
+            model.decoder_layers > 0,
+            "model.decoder_layers is 0: without a decoder there is no masked pass; "
+            "set mask.passes=full",
+        )
+        _require(
+            mask.asymmetric or model.side_interpolater,
+            "mask.asymmetric=False means nothing with model.side_interpolater=False: no block "
+            "would see the masked tokens",
+        )
+        _require(
+            mask.loss_on == "all" or keep_length(tokens, mask.ratio) < tokens,
+            f"mask.loss_on=masked means nothing with mask.ratio {mask.ratio}: none of the {tokens} "
+            "tokens is masked",
+        )
+
+
 def validate(config: ConfigDict, num_devices: int = 1) -> None:
     """Raise UserError, naming the field, for a config that could not train."""
     _check_fields(config)
     model, data, train = config.model, config.data, config.train
-    sources.check_name(data.name)
-    for name in ("hidden_size", "depth", "num_heads", "patch_size", "decoder_layers"):
+    for name in ("hidden_size", "depth", "num_heads", "patch_size"):
         _require(model[name] >= 1, f"model.{name} is {model[name]}; it must be at least 1")
     _require(model.num_classes >= 0, f"model.num_classes is {model.num_classes}; 0 or more")
     for name in ("image_size", "channels", "batch_size"):
         _require(data[name] >= 1, f"data.{name} is {data[name]}; it must be at least 1")
+    if config.vae.path != "identity":
+        _require(
+            data.image_size % VAE_FACTOR == 0,
+            f"data.image_size {data.image_size} must be a multiple of {VAE_FACTOR} for the VAE",
+        )
+    size, of = input_shape(config)[0], "data.image_size"
+    if config.vae.path != "identity":
+        of = f"the latents' size, an {VAE_FACTOR}th of data.image_size,"
     _require(
-        data.image_size % model.patch_size == 0,
-        f"model.patch_size {model.patch_size} does not divide data.image_size {data.image_size}",
+        size % model.patch_size == 0,
+        f"model.patch_size {model.patch_size} does not divide {of} {size}",
     )
     _require(
         model.hidden_size % model.num_heads == 0,
@@ -119,17 +241,8 @@ def validate(config: ConfigDict, num_devices: int = 1) -> None:
         f"model.hidden_size {model.hidden_size} must be a multiple of 4 "
         "(sine and cosine of two axes)",
     )
-    _require(
-        model.decoder_layers < model.depth,
-        f"model.decoder_layers {model.decoder_layers} must be smaller than "
-        f"model.depth {model.depth}: the encoder needs a block",
-    )
-    _require(0 <= config.mask.ratio < 1, f"mask.ratio is {config.mask.ratio}; it must be in [0, 1)")
-    tokens = (data.image_size // model.patch_size) ** 2
-    _require(
-        keep_length(tokens, config.mask.ratio) >= 1,
-        f"mask.ratio {config.mask.ratio} leaves none of the {tokens} tokens to the encoder",
-    )
+    _check_blocks(model)
+    _check_mask(config, (size // model.patch_size) ** 2)
     _require(
         data.batch_size % num_devices == 0,
         f"data.batch_size {data.batch_size} is not divisible by the {num_devices} devices",
@@ -138,7 +251,9 @@ def validate(config: ConfigDict, num_devices: int = 1) -> None:
         config.diffusion.steps > 20,
         f"diffusion.steps is {config.diffusion.steps}; with 20 or fewer the last β reaches 1",
     )
+    _one_of("diffusion.loss_weight", config.diffusion.loss_weight, LOSS_WEIGHTS)
     optim = config.optim
+    _one_of("optim.name", optim.name, OPTIMIZERS)
     _require(0 < optim.lr < math.inf, f"optim.lr is {optim.lr}; it must be positive")
     _require(0 <= optim.clip_norm < math.inf, f"optim.clip_norm is {optim.clip_norm}; 0 or more")
     _require(
@@ -149,10 +264,7 @@ def validate(config: ConfigDict, num_devices: int = 1) -> None:
     _require(train.steps < 2**31, f"train.steps is {train.steps}; it must be below 2^31")
     _require(train.sample_every >= 0, f"train.sample_every is {train.sample_every}; 0 or more")
     _require(0 <= train.seed < 2**31, f"train.seed is {train.seed}; it must be in [0, 2^31)")
-    _require(
-        train.dtype in ("float32", "bfloat16"),
-        f"train.dtype is {train.dtype!r}; choose float32 or bfloat16",
-    )
+    _one_of("train.dtype", train.dtype, ("float32", "bfloat16"))
     SampleOptions.from_config(config).check(model.num_classes)
     _require(
         config.sample.num_samples == 0 or config.sample.num_samples >= 2,

@@ -19,15 +19,14 @@ from mdt_jax import cli, evaluation, parallel
 from mdt_jax import config as configs
 from mdt_jax.data import images as pictures
 from mdt_jax.data import pipeline, sources
-from mdt_jax.diffusion.schedule import linear_schedule
 from mdt_jax.errors import UserError
 from mdt_jax.models.mdt import MDT
 from mdt_jax.sampling import SampleOptions, balanced_labels, generate
 from mdt_jax.train.checkpoints import Checkpoints
 from mdt_jax.train.metrics import MetricsLog, read_steps
 from mdt_jax.train.optimizers import make_optimizer
-from mdt_jax.train.state import init_state
-from mdt_jax.train.step import draw, make_train_step
+from mdt_jax.train.state import abstract_state, init_state
+from mdt_jax.train.step import compile_step
 
 
 def train(config: ConfigDict, workdir: pathlib.Path, stop: "StopSignal") -> None:
@@ -39,24 +38,22 @@ def train(config: ConfigDict, workdir: pathlib.Path, stop: "StopSignal") -> None
 
     # The model and its state, as shapes: nothing is computed yet.
     model = MDT.from_config(config)
-    schedule = linear_schedule(config.diffusion.steps)
     optimizer = make_optimizer(config.optim)
-    seed_key, init_key = jax.random.split(jax.random.key(config.train.seed))
     whole, split = parallel.replicated(mesh), parallel.split_batch(mesh)
-    new_state = jax.jit(lambda key: init_state(model, optimizer, key), out_shardings=whole)
-    abstract = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole),
-        jax.eval_shape(new_state, init_key),
-    )
+    abstract = abstract_state(model, optimizer, whole)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(abstract.params))
 
     # Start, or go on from the newest sound checkpoint.
+    seed_key, init_key = jax.device_put(
+        tuple(jax.random.split(jax.random.key(config.train.seed))), whole
+    )
     make_workdir(workdir)
     checkpoints = Checkpoints(workdir, config.train.keep)
     restored = checkpoints.restore(abstract, lambda meta: check_same_model(meta, config, workdir))
     if restored is None:
         check_nothing_is_lost(workdir)
-        state, start = new_state(init_key), 0
+        new_state = jax.jit(init_state, static_argnums=(0, 1), out_shardings=whole)
+        state, start = new_state(model, optimizer, init_key), 0
         seconds = compile_seconds = 0.0
         print(f"{workdir} holds no checkpoint: starting at step 0", file=sys.stderr)
     else:
@@ -72,24 +69,15 @@ def train(config: ConfigDict, workdir: pathlib.Path, stop: "StopSignal") -> None
     write_json(workdir / "config.json", config.to_dict())
     log = MetricsLog(workdir / "metrics.jsonl", start)
 
-    # One step, compiled once, ahead of time.
-    def step_with_draws(state, batch):
-        size = config.data.batch_size
-        draws = draw(seed_key, state.step, model, size, schedule.num_steps)
-        return train_step(state, batch, draws)
-
     def next_batch(k):
         size, flip = config.data.batch_size, config.data.flip
         return jax.device_put(pipeline.batch(data, config.train.seed, k, size, flip), split)
 
-    train_step = make_train_step(
-        model, schedule, optimizer, config.mask.ratio, config.optim.ema_decay
-    )
-    jitted = jax.jit(step_with_draws, donate_argnums=0, out_shardings=(whole, whole))
+    # One step, compiled once, ahead of time.
     steps, options = config.train.steps, SampleOptions.from_config(config)
     if start < steps:
         clock = time.perf_counter()
-        compiled = jitted.lower(state, next_batch(start)).compile()
+        train_step = compile_step(config, model, optimizer, abstract, mesh)
         compile_seconds += time.perf_counter() - clock
 
     waiting = None  # the step whose metrics are still on the device
@@ -156,7 +144,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, stop: "StopSignal") -> None
                 print(f"stopped at step {step}, saved; the same command goes on", file=sys.stderr)
                 return
             draw_grid(step)
-            state, metrics = compiled(state, next_batch(step))
+            state, metrics = train_step(state, next_batch(step), seed_key)
             finish_waiting()
             waiting = (step + 1, metrics)
         finish_waiting()
@@ -218,18 +206,20 @@ def check_data(config: ConfigDict, data: sources.Images) -> None:
 
 def check_same_model(meta: dict, config: ConfigDict, workdir: pathlib.Path) -> None:
     """Raise UserError where a checkpoint is of another model; print what else has changed."""
-    old, new = (ConfigDict(c).to_dict() for c in (meta["config"], config.to_dict()))
+    old, new = configs.complete(meta["config"]).to_dict(), config.to_dict()
     changed = []
     for group, fields in new.items():
         for name, value in fields.items():
             before = old.get(group, {}).get(name)
             if before != value:
                 changed.append((f"{group}.{name}", before, value))
-    shape = ("model.", "data.image_size", "data.channels", "diffusion.")
+    shape = (
+        "model.", "data.image_size", "data.channels", "vae.path", "diffusion.steps", "optim.name"
+    )  # fmt: skip
     other = [f"{name} is {was}, not {now}" for name, was, now in changed if name.startswith(shape)]
     if other:
         raise UserError(
-            f"{workdir} holds a checkpoint of another model ({'; '.join(other)}); "
+            f"{workdir} holds a checkpoint of another model or optimiser ({'; '.join(other)}); "
             "choose another workdir or the same config"
         )
     for name, was, now in changed:

@@ -1,5 +1,6 @@
 """The recorded numbers of the published code in tests/golden, in this project's layout (NHWC)."""
 
+import functools
 import pathlib
 
 import jax
@@ -10,19 +11,24 @@ from mdt_jax.models.mdt import MDT
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 
-V1_MODEL = MDT(
-    input_size=(16, 16), in_channels=4, hidden_size=32, depth=4, num_heads=2, num_classes=10
-)
+_SHAPE = dict(input_size=(16, 16), in_channels=4, hidden_size=32, num_heads=2, num_classes=10)
+MODELS = {
+    "v1": MDT(**_SHAPE, depth=4),
+    "v2": MDT(**_SHAPE, depth=6, version="v2"),
+}
+VERSIONS = tuple(MODELS)
 
 
-def v1_params(name: str = "v1_state") -> dict:
+def published_params(name: str) -> dict:
+    """The parameters in NAME.npz, such as v1_state or v2_ema_after."""
     return params_from_published(dict(np.load(GOLDEN / f"{name}.npz")), decoder_layers=2)
 
 
-def v1_numbers() -> dict[str, np.ndarray]:
-    """Arrays of v1.npz; those with a channel axis moved last, integers as int32."""
+@functools.cache
+def published_numbers(version: str) -> dict[str, np.ndarray]:
+    """Arrays of v1.npz or v2.npz; a channel axis moved last, integers as int32."""
     numbers = {}
-    for name, array in np.load(GOLDEN / "v1.npz").items():
+    for name, array in np.load(GOLDEN / f"{version}.npz").items():
         if array.ndim >= 4:
             array = np.moveaxis(array, -3, -1)
         elif array.dtype == np.int64:

@@ -23,7 +23,7 @@ LEVELS = {
     "interop": 3,
     "config": 4,
     "evaluation": 4,
-    "train": 4,
+    "train": 5,
     "cli": 5,
     "main": 6,
     "sample": 6,

@@ -4,15 +4,35 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from mdt_jax.diffusion import schedule as sch
 
 LOG_2 = 0.6931471805599453
 
 
-def mean_per_sample(x: jax.Array) -> jax.Array:
-    """[B, ...] → [B]."""
-    return x.reshape(x.shape[0], -1).mean(-1)
+def mean_per_sample(x: jax.Array, where: jax.Array | None = None) -> jax.Array:
+    """[B, ...] → [B], the mean over all elements or over those where `where` is true."""
+    if where is not None:
+        where = jnp.broadcast_to(where, x.shape).reshape(x.shape[0], -1)
+    return x.reshape(x.shape[0], -1).mean(-1, where=where)
+
+
+def uniform_weights(schedule: sch.Schedule) -> np.ndarray:
+    """1 at every step: the plain mean squared error of ε."""
+    return np.ones(schedule.num_steps)
+
+
+def min_snr_weights(schedule: sch.Schedule, gamma: float = 5.0) -> np.ndarray:
+    """Weight of the squared error of ε at each step, [S] float64: min(SNR, γ)/SNR.
+
+    Hang et al. 2023, arXiv 2303.09556; SNR = ᾱ/(1 − ᾱ).
+    """
+    snr = schedule.alphas_cumprod / (1 - schedule.alphas_cumprod)
+    return np.minimum(snr, gamma) / snr
+
+
+LOSS_WEIGHTS = {"uniform": uniform_weights, "min_snr_5": min_snr_weights}
 
 
 def normal_kl(mean1, log_var1, mean2, log_var2) -> jax.Array:
@@ -48,7 +68,9 @@ def discretized_gaussian_log_likelihood(x, mean, log_scale) -> jax.Array:
     )
 
 
-def variational_bound(schedule: sch.Schedule, x0, x, t, mean, log_variance) -> jax.Array:
+def variational_bound(
+    schedule: sch.Schedule, x0, x, t, mean, log_variance, where=None
+) -> jax.Array:
     """The term of the variational bound at step t, in bits per dimension: [B].
 
     KL to the true posterior, or at t = 0 the negative log-likelihood of x0.
@@ -57,7 +79,7 @@ def variational_bound(schedule: sch.Schedule, x0, x, t, mean, log_variance) -> j
     true_log_variance = sch.extract(schedule.posterior_log_variance, t)
     kl = normal_kl(true_mean, true_log_variance, mean, log_variance)
     nll = -discretized_gaussian_log_likelihood(x0, mean, 0.5 * log_variance)
-    return jnp.where(t == 0, mean_per_sample(nll), mean_per_sample(kl)) / LOG_2
+    return mean_per_sample(jnp.where(t[:, None, None, None] == 0, nll, kl), where) / LOG_2
 
 
 def diffusion_losses(
@@ -66,10 +88,12 @@ def diffusion_losses(
     x0: jax.Array,
     t: jax.Array,
     noise: jax.Array,
+    where: jax.Array | None = None,
 ) -> dict[str, jax.Array]:
-    """Per-sample losses of one pass: {"mse": [B], "vb": [B]} float32.
+    """Per-sample losses of one pass, not weighted: {"mse": [B], "vb": [B]} float32.
 
     network: (x [B, H, W, C], t [B]) → [B, H, W, 2C]. x0, noise: [B, H, W, C] float32; t: [B].
+    where: [B, H, W, 1] bool, the pixels that count; None: all.
     The variational term trains only the variance: the predicted mean is detached in it.
     """
     x = sch.q_sample(schedule, x0, t, noise)
@@ -78,6 +102,6 @@ def diffusion_losses(
     mean = sch.posterior_mean(schedule, sch.predict_x0(schedule, x, t, detached), x, t)
     log_variance = sch.learned_log_variance(schedule, v, t)
     return {
-        "mse": mean_per_sample(jnp.square(noise - eps)),
-        "vb": variational_bound(schedule, x0, x, t, mean, log_variance),
+        "mse": mean_per_sample(jnp.square(noise - eps), where),
+        "vb": variational_bound(schedule, x0, x, t, mean, log_variance, where),
     }

@@ -1,8 +1,8 @@
 """The published PyTorch names and layouts of MDT's weights, turned into ours. NumPy only.
 
-state = torch.load("mdt_xl2_v1_ckpt.pt", weights_only=True)
-params = params_from_published({k: v.numpy() for k, v in state.items()}, decoder_layers=2)
-model = MDT(input_size=(32, 32), in_channels=4, **SIZES["XL"])
+state = torch.load("mdt_xl2_v2_ckpt.pt", weights_only=True)
+params = params_from_published({k: v.numpy() for k, v in state.items()})
+model = MDT(input_size=(32, 32), in_channels=4, version="v2", decoder_layers=4, **SIZES["XL"])
 """
 
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ def _linear(state: Mapping[str, np.ndarray], name: str) -> dict:
 
 
 def _block(state: Mapping[str, np.ndarray], name: str) -> dict:
-    return {
+    block = {
         "modulation": {"linear": _linear(state, f"{name}.adaLN_modulation.1")},
         "attention": {
             "qkv": _linear(state, f"{name}.attn.qkv"),
@@ -25,6 +25,15 @@ def _block(state: Mapping[str, np.ndarray], name: str) -> dict:
         "mlp_in": _linear(state, f"{name}.mlp.fc1"),
         "mlp_out": _linear(state, f"{name}.mlp.fc2"),
     }
+    if f"{name}.skip_linear.weight" in state:
+        block["skip_linear"] = _linear(state, f"{name}.skip_linear")
+    return block
+
+
+def _blocks(state: Mapping[str, np.ndarray], prefix: str) -> list[dict]:
+    """All blocks PREFIX.0, PREFIX.1, … in order."""
+    numbers = {int(name.split(".")[1]) for name in state if name.startswith(f"{prefix}.")}
+    return [_block(state, f"{prefix}.{i}") for i in sorted(numbers)]
 
 
 def _stack(blocks: list[dict]) -> dict:
@@ -34,15 +43,23 @@ def _stack(blocks: list[dict]) -> dict:
     return np.stack(blocks)
 
 
-def params_from_published(state: Mapping[str, np.ndarray], decoder_layers: int) -> dict:
-    """A published MDT v1 state_dict as the parameters of `models.mdt.MDT`.
+def params_from_published(state: Mapping[str, np.ndarray], decoder_layers: int = 2) -> dict:
+    """A published MDT state_dict, v1 or v2, as the parameters of `models.mdt.MDT`.
 
-    state: arrays by published name. decoder_layers: the published file does not tell it (2 for
-    every released size). Raises KeyError when a name is missing.
+    state: arrays by published name. decoder_layers: only v1's file does not tell it (2 for every
+    released size). Raises KeyError when a name is missing.
     """
-    depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
-    split = depth - decoder_layers
-    blocks = [_block(state, f"blocks.{i}") for i in range(depth)]
+    if any(name.startswith("en_inblocks.") for name in state):
+        stacks = {
+            "encoder_in": _blocks(state, "en_inblocks"),
+            "encoder_out": _blocks(state, "en_outblocks"),
+            "decoder": _blocks(state, "de_blocks"),
+        }
+    else:
+        blocks = _blocks(state, "blocks")
+        split = len(blocks) - decoder_layers
+        stacks = {"encoder": blocks[:split], "decoder": blocks[split:]}
+    stacks["side_interpolater"] = _blocks(state, "sideblocks")
     patch = state["x_embedder.proj.weight"]  # [D, C, p, p]
     params = {
         "patch_embed": {
@@ -56,9 +73,7 @@ def params_from_published(state: Mapping[str, np.ndarray], decoder_layers: int) 
             "in_proj": _linear(state, "t_embedder.mlp.0"),
             "out_proj": _linear(state, "t_embedder.mlp.2"),
         },
-        "encoder": _stack(blocks[:split]),
-        "decoder": _stack(blocks[split:]),
-        "side_interpolater": _stack([_block(state, "sideblocks.0")]),
+        **{name: _stack(blocks) for name, blocks in stacks.items()},
         "final_layer": {
             "linear": _linear(state, "final_layer.linear"),
             "modulation": {"linear": _linear(state, "final_layer.adaLN_modulation.1")},

@@ -9,6 +9,17 @@ def keep_length(num_tokens: int, ratio: float) -> int:
     return int(num_tokens * (1 - ratio))
 
 
+def keep_count(num_tokens: int, ratio: float, ratio_max: float, u: jax.Array) -> jax.Array:
+    """The kept length at a ratio drawn from [ratio, ratio_max): [] int32, traced.
+
+    u: [] float32 uniform in [0, 1). The ratio is float32, as in the published MDTv2, and the length
+    never exceeds `keep_length(num_tokens, ratio)`.
+    """
+    drawn = jnp.float32(ratio) + jnp.float32(ratio_max - ratio) * u
+    count = (jnp.float32(num_tokens) * (1 - drawn)).astype(jnp.int32)
+    return jnp.clip(count, 1, keep_length(num_tokens, ratio))
+
+
 def keep_ids(noise: jax.Array, length: int) -> jax.Array:
     """The tokens to keep: those with the smallest noise, in ascending order of noise.
 
@@ -22,18 +33,33 @@ def gather_tokens(tokens: jax.Array, ids: jax.Array) -> jax.Array:
     return jnp.take_along_axis(tokens, ids[:, :, None], axis=1)
 
 
-def scatter_tokens(kept: jax.Array, ids: jax.Array, fill: jax.Array, num_tokens: int) -> jax.Array:
+def places(ids: jax.Array, count: jax.Array | None, num_tokens: int) -> jax.Array:
+    """Where kept tokens belong: ids [B, K], but those from `count` on lie outside the L tokens.
+
+    Scatters drop what lies outside. count: [] int32; None: all K count.
+    """
+    if count is None:
+        return ids
+    rank = jnp.arange(ids.shape[1], dtype=ids.dtype)
+    return jnp.where(rank < count, ids, num_tokens + rank)
+
+
+def scatter_tokens(
+    kept: jax.Array, places: jax.Array, fill: jax.Array, num_tokens: int
+) -> jax.Array:
     """Put kept tokens back at their places and `fill` everywhere else.
 
-    kept: [B, K, D], ids: [B, K], fill: [D] → [B, num_tokens, D].
+    kept: [B, K, D], places: [B, K], fill: [D] → [B, num_tokens, D].
     """
     batch, _, dim = kept.shape
     base = jnp.broadcast_to(fill.astype(kept.dtype), (batch, num_tokens, dim))
-    return base.at[jnp.arange(batch)[:, None], ids].set(kept, unique_indices=True)
+    rows = jnp.arange(batch)[:, None]
+    return base.at[rows, places].set(kept, unique_indices=True, mode="drop")
 
 
-def masked_positions(ids: jax.Array, num_tokens: int) -> jax.Array:
-    """ids: [B, K] kept tokens → [B, num_tokens] bool, true where a token is masked."""
-    batch = ids.shape[0]
+def masked_positions(places: jax.Array, num_tokens: int) -> jax.Array:
+    """places: [B, K] of kept tokens → [B, num_tokens] bool, true where a token is masked."""
+    batch = places.shape[0]
     masked = jnp.ones((batch, num_tokens), bool)
-    return masked.at[jnp.arange(batch)[:, None], ids].set(False, unique_indices=True)
+    rows = jnp.arange(batch)[:, None]
+    return masked.at[rows, places].set(False, unique_indices=True, mode="drop")

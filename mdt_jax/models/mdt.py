@@ -1,8 +1,9 @@
-"""MDT's asymmetric masked diffusion transformer (Gao et al. 2023, arXiv 2303.14389v1).
+"""MDT's asymmetric masked diffusion transformer (Gao et al. 2023, arXiv 2303.14389 v1 and v2).
 
 A patchified latent goes through an encoder, a side-interpolater that fills in masked tokens (in
-the masked pass only), and a decoder. The network draws no random numbers: which tokens are kept
-and which labels are dropped comes in from outside.
+the masked pass only), and a decoder. MDTv2 adds long skips within the encoder and skips from the
+input into the decoder. The network draws no random numbers: which tokens are kept and which labels
+are dropped comes in from outside.
 """
 
 import functools
@@ -25,8 +26,19 @@ SIZES = {
 }
 
 
+# The Stable Diffusion VAE: latents of 4 channels, an eighth of the image's height and width.
+VAE_FACTOR, VAE_CHANNELS = 8, 4
+
 # On a CPU, stacks up to this depth are unrolled: about a third faster, still compiled in seconds.
 UNROLL_DEPTH = 8
+
+
+def input_shape(config) -> tuple[int, int, int]:
+    """(H, W, C) of what the model of a config is trained on: pixels, or a VAE's latents."""
+    size = config.data.image_size
+    if config.vae.path == "identity":
+        return size, size, config.data.channels
+    return size // VAE_FACTOR, size // VAE_FACTOR, VAE_CHANNELS
 
 
 def patchify(x: jax.Array, patch_size: int) -> jax.Array:
@@ -75,23 +87,41 @@ class Block(nn.Module):
 
     num_heads: int
     grid: tuple[int, int]
+    relative_bias: bool = True
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, c: jax.Array, index: jax.Array):
-        """x: [B, N, D], c: [B, D], index: [1 or B, N, N]. Returns (x, None), as scan wants."""
+    def __call__(
+        self,
+        x: jax.Array,
+        c: jax.Array,
+        index: jax.Array,
+        seen: jax.Array | None = None,
+        skip: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array]:
+        """x, skip: [B, N, D]; c: [B, D]; index and seen: see `Attention`.
+
+        A block with a skip starts with Linear(2D → D) on [x, skip]. Returns the new x twice, as
+        nn.scan wants it: what goes on, and what a later block may take as its skip.
+        """
         dim = x.shape[-1]
+        if skip is not None:
+            both = jnp.concatenate([x, skip], axis=-1)
+            x = Linear(dim, dtype=self.dtype, name="skip_linear")(both)
         modulation = Modulation(6, self.dtype, name="modulation")(c)
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation
 
         h = modulate(layer_norm(x), shift_attn, scale_attn)
-        h = Attention(self.num_heads, self.grid, self.dtype, name="attention")(h, index)
-        x = x + gate_attn * h
+        attention = Attention(
+            self.num_heads, self.grid, self.relative_bias, self.dtype, name="attention"
+        )
+        x = x + gate_attn * attention(h, index, seen)
 
         h = modulate(layer_norm(x), shift_mlp, scale_mlp)
         h = Linear(4 * dim, dtype=self.dtype, name="mlp_in")(h)
         h = Linear(dim, dtype=self.dtype, name="mlp_out")(nn.gelu(h, approximate=True))
-        return x + gate_mlp * h, None
+        x = x + gate_mlp * h
+        return x, x
 
 
 class FinalLayer(nn.Module):
@@ -112,8 +142,17 @@ class MDT(nn.Module):
     """The noise and variance predictor.
 
     input_size: (H, W) of x, both divisible by patch_size; in_channels: C of x.
-    depth: encoder and decoder blocks together; decoder_layers: how many of them decode.
+    depth: encoder and decoder blocks together; decoder_layers: how many of them decode. With
+        decoder_layers=0 it is a DiT (Peebles & Xie 2023), which has no masked pass.
     num_classes: 0 for an unconditional model; else the null label is `num_classes`.
+    version: "v2" gives the encoder long skips, for which it needs an even number of blocks, and
+        every decoder block a skip from the unmasked input.
+    side_layers: blocks of the side-interpolater; 0: mask tokens go to the decoder as they are.
+    masked_shortcut: only masked tokens take what the side-interpolater predicts.
+    relative_bias, learned_position: the bias of the attention is there; the two position
+        embeddings are trained.
+    asymmetric: False lets the masked pass decode the kept tokens alone, and put the
+        side-interpolater after the decoder.
     dtype: of matmuls and activations; parameters, conditioning, softmax and norms stay float32.
     remat: recompute blocks in the backward pass instead of storing their activations.
     unroll: lay the blocks out one by one instead of scanning them (same parameters and result);
@@ -128,17 +167,28 @@ class MDT(nn.Module):
     patch_size: int = 2
     decoder_layers: int = 2
     num_classes: int = 1000
+    version: str = "v1"
+    side_layers: int = 1
+    masked_shortcut: bool = True
+    relative_bias: bool = True
+    learned_position: bool = True
+    asymmetric: bool = True
     dtype: jnp.dtype = jnp.float32
     remat: bool = False
     unroll: bool = False
 
     @classmethod
     def from_config(cls, config) -> "MDT":
-        """The model of a config (its `model`, `data` and `train` fields)."""
+        """The model of a config (its `model`, `mask`, `data`, `vae` and `train` fields)."""
+        fields = config.model.to_dict()
+        if not fields.pop("side_interpolater"):
+            fields["side_layers"] = 0
+        height, width, channels = input_shape(config)
         return cls(
-            **config.model,
-            input_size=(config.data.image_size, config.data.image_size),
-            in_channels=config.data.channels,
+            **fields,
+            input_size=(height, width),
+            in_channels=channels,
+            asymmetric=config.mask.asymmetric,
             dtype=jnp.dtype(config.train.dtype),
             remat=config.train.remat,
             unroll=jax.default_backend() == "cpu" and config.model.depth <= UNROLL_DEPTH,
@@ -155,30 +205,46 @@ class MDT(nn.Module):
 
     def setup(self):
         dim = self.hidden_size
-        positions = sincos_positions(self.grid, dim)[None]
+        positions = jnp.asarray(sincos_positions(self.grid, dim)[None])
+
+        def position_embedding(name):
+            return self.param(name, lambda _: positions) if self.learned_position else positions
+
         self.patch_embed = Linear(dim, dtype=self.dtype)
-        self.pos_embed = self.param("pos_embed", lambda _: jnp.asarray(positions))
-        self.decoder_pos_embed = self.param("decoder_pos_embed", lambda _: jnp.asarray(positions))
-        self.mask_token = self.param("mask_token", nn.initializers.normal(0.02), (dim,))
+        self.pos_embed = position_embedding("pos_embed")
         self.timestep_embed = TimestepEmbedder(dim)
         if self.num_classes:
             self.label_embed = LabelEmbedder(self.num_classes, dim)
-        self.encoder = self._blocks(self.depth - self.decoder_layers)
-        self.side_interpolater = self._blocks(1)
-        self.decoder = self._blocks(self.decoder_layers)
+        encoder_layers = self.depth - self.decoder_layers
+        if self.version == "v2":
+            self.encoder_in = self._blocks(encoder_layers // 2)
+            self.encoder_out = self._blocks(encoder_layers // 2, skip_axis=0)
+        else:
+            self.encoder = self._blocks(encoder_layers)
+        if self.decoder_layers:
+            self.decoder_pos_embed = position_embedding("decoder_pos_embed")
+            self.mask_token = self.param("mask_token", nn.initializers.normal(0.02), (dim,))
+            self.decoder = self._blocks(self.decoder_layers)
+            if self.side_layers:
+                self.side_interpolater = self._blocks(self.side_layers)
         self.final_layer = FinalLayer(2 * self.in_channels * self.patch_size**2, self.dtype)
 
-    def _blocks(self, count: int) -> nn.Module:
-        """`count` blocks with stacked parameters, called as `blocks(x, c, index) → (x, None)`."""
+    def _blocks(self, count: int, skip_axis=nn.broadcast) -> nn.Module:
+        """`count` blocks with stacked parameters, called as a `Block` is.
+
+        Returns (x, the x after each block [count, B, N, D]). skip_axis=0: each block has its own
+        skip, [count, B, N, D] in all; else they share one.
+        """
         block = nn.remat(Block, prevent_cse=False) if self.remat else Block
+        shared = nn.broadcast
         return nn.scan(
             block,
             length=count,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=nn.broadcast,
+            in_axes=(shared, shared, shared, skip_axis),
             unroll=count if self.unroll else 1,
-        )(self.num_heads, self.grid, self.dtype)
+        )(self.num_heads, self.grid, self.relative_bias, self.dtype)
 
     def __call__(
         self,
@@ -186,41 +252,68 @@ class MDT(nn.Module):
         t: jax.Array,
         y: jax.Array | None = None,
         keep_ids: jax.Array | None = None,
+        keep_count: jax.Array | None = None,
     ) -> jax.Array:
         """Predict noise and variance.
 
         x: [B, H, W, C] noised latents; t: [B] timesteps 0…T−1; y: [B] int labels, `num_classes`
         being the null label (ignored by an unconditional model).
         keep_ids: None for the full pass, or [B, K] int32, the tokens the encoder sees.
+        keep_count: [] int32 in 1…K, possibly traced: the encoder sees the first `keep_count` of
+        keep_ids only. So one program, of static length K, serves every length up to K.
         Returns [B, H, W, 2C] float32: noise in the first C channels, variance in the others.
         """
         c = self.timestep_embed(t)
         if self.num_classes:
             c = c + self.label_embed(y)
-        full_index = relative_index(self.grid)[None]
-        tokens = self.patch_embed(patchify(x, self.patch_size))
-        tokens = tokens + self.pos_embed.astype(tokens.dtype)
-        decoder_pos = self.decoder_pos_embed.astype(tokens.dtype)
-
-        if keep_ids is None:
-            tokens, _ = self.encoder(tokens, c, full_index)
-            tokens = tokens + decoder_pos
+        index = relative_index(self.grid)[None]
+        inputs = self.patch_embed(patchify(x, self.patch_size))
+        inputs = inputs + self.pos_embed.astype(inputs.dtype)
+        if keep_ids is not None:
+            tokens = self._masked_pass(inputs, c, index, keep_ids, keep_count)
         else:
-            kept = masking.gather_tokens(tokens, keep_ids)
-            kept_index = jnp.asarray(full_index[0])[keep_ids[:, :, None], keep_ids[:, None, :]]
-            kept, _ = self.encoder(kept, c, kept_index)
-            tokens = masking.scatter_tokens(kept, keep_ids, self.mask_token, self.num_tokens)
-            tokens = self._interpolate(tokens + decoder_pos, c, keep_ids, full_index)
-
-        tokens, _ = self.decoder(tokens, c, full_index)
+            tokens = self._encode(inputs, c, index)
+            if self.decoder_layers:
+                tokens = tokens + self.decoder_pos_embed.astype(tokens.dtype)
+                tokens = self._decode(tokens, inputs, c, index)
         out = self.final_layer(tokens, c).astype(jnp.float32)
         return unpatchify(out, self.grid, self.patch_size)
 
-    def _interpolate(self, tokens, c, keep_ids, index):
-        """Side-interpolater with the masked shortcut: only masked tokens take its prediction."""
-        predicted, _ = self.side_interpolater(tokens, c, index)
-        masked = masking.masked_positions(keep_ids, self.num_tokens)[:, :, None]
-        return jnp.where(masked, predicted, tokens)
+    def _encode(self, tokens, c, index, seen=None):
+        if self.version == "v1":
+            return self.encoder(tokens, c, index, seen, None)[0]
+        tokens, skips = self.encoder_in(tokens, c, index, seen, None)
+        # Last in, first out: the first block of the second half gets its own input once more.
+        return self.encoder_out(tokens, c, index, seen, skips[::-1])[0]
+
+    def _decode(self, tokens, inputs, c, index, seen=None):
+        skip = inputs if self.version == "v2" else None
+        return self.decoder(tokens, c, index, seen, skip)[0]
+
+    def _masked_pass(self, inputs, c, index, keep_ids, keep_count):
+        """Tokens [B, L, D] for the final layer, from those of `inputs` that are kept."""
+        kept = masking.gather_tokens(inputs, keep_ids)
+        kept_index = jnp.asarray(index[0])[keep_ids[:, :, None], keep_ids[:, None, :]]
+        seen = None if keep_count is None else jnp.arange(keep_ids.shape[1]) < keep_count
+        places = masking.places(keep_ids, keep_count, self.num_tokens)
+        masked = masking.masked_positions(places, self.num_tokens)[:, :, None]
+        decoder_pos = self.decoder_pos_embed.astype(inputs.dtype)
+
+        tokens = self._encode(kept, c, kept_index, seen)
+        if self.asymmetric:
+            tokens = masking.scatter_tokens(tokens, places, self.mask_token, self.num_tokens)
+            tokens = self._interpolate(tokens + decoder_pos, c, index, masked)
+            return self._decode(tokens, inputs, c, index)
+        tokens = self._decode(tokens + decoder_pos[0][keep_ids], kept, c, kept_index, seen)
+        tokens = masking.scatter_tokens(tokens, places, self.mask_token, self.num_tokens)
+        return self._interpolate(jnp.where(masked, tokens + decoder_pos, tokens), c, index, masked)
+
+    def _interpolate(self, tokens, c, index, masked):
+        """The side-interpolater, with the masked shortcut: kept tokens pass it by."""
+        if not self.side_layers:
+            return tokens
+        predicted, _ = self.side_interpolater(tokens, c, index, None, None)
+        return jnp.where(masked, predicted, tokens) if self.masked_shortcut else predicted
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -229,4 +322,5 @@ def init_params(model: MDT, key: jax.Array) -> dict:
     x = jnp.zeros((1, *model.input_size, model.in_channels))
     zero = jnp.zeros((1,), jnp.int32)
     # A masked pass reaches every part.
-    return model.init(key, x, zero, zero, keep_ids=jnp.zeros((1, 1), jnp.int32))["params"]
+    keep_ids = jnp.zeros((1, 1), jnp.int32) if model.decoder_layers else None
+    return model.init(key, x, zero, zero, keep_ids=keep_ids)["params"]

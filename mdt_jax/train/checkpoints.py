@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
+from mdt_jax import config as configs
 from mdt_jax.errors import UserError
 from mdt_jax.models.mdt import MDT, init_params
 from mdt_jax.train.state import TrainState
@@ -174,7 +175,7 @@ def load_run(path: str | os.PathLike) -> tuple[MDT, dict, ConfigDict]:
         raise UserError(f"checkpoint '{path}' does not exist")
 
     def read(folder: pathlib.Path):
-        config = ConfigDict(read_meta(folder)["config"])
+        config = configs.complete(read_meta(folder)["config"])
         model = MDT.from_config(config)
         device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         abstract = jax.tree.map(

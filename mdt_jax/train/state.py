@@ -35,3 +35,13 @@ def state_from_params(params: dict, optimizer: optax.GradientTransformation) -> 
 def init_state(model: MDT, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:
     """Freshly initialised parameters at step 0."""
     return state_from_params(init_params(model, key), optimizer)
+
+
+def abstract_state(
+    model: MDT, optimizer: optax.GradientTransformation, sharding: jax.sharding.Sharding
+) -> TrainState:
+    """The shapes, dtypes and shardings of a state; nothing is computed."""
+    shapes = jax.eval_shape(lambda key: init_state(model, optimizer, key), jax.random.key(0))
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes
+    )

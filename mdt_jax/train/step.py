@@ -1,19 +1,40 @@
 """One training step: a full and a masked pass, one optimiser update, one EMA update."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
-from mdt_jax.diffusion.losses import diffusion_losses
-from mdt_jax.diffusion.schedule import Schedule
+from mdt_jax import parallel
+from mdt_jax.diffusion.losses import LOSS_WEIGHTS, diffusion_losses
+from mdt_jax.diffusion.schedule import extract, linear_schedule
 from mdt_jax.models import masking
 from mdt_jax.models.mdt import MDT
 from mdt_jax.train.state import TrainState
 
 LABEL_DROPOUT = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """What a step minimises: the config's `mask` and `diffusion` fields, see mdt_jax/config.py."""
+
+    ratio: float = 0.3
+    ratio_max: float = 0.0
+    passes: str = "both"
+    loss_on: str = "all"
+    loss_weight: str = "uniform"
+    steps: int = 1000
+
+    @classmethod
+    def from_config(cls, config: ConfigDict) -> "Objective":
+        fields = {**config.mask, **config.diffusion}
+        return cls(**{field.name: fields[field.name] for field in dataclasses.fields(cls)})
 
 
 class Draws(NamedTuple):
@@ -25,11 +46,12 @@ class Draws(NamedTuple):
     drop_full: jax.Array  # [B] bool: replace the label by the null label
     drop_masked: jax.Array
     mask_noise: jax.Array  # [B, L] float32, uniform: the smallest are kept
+    ratio_u: jax.Array  # [] float32, uniform: where between ratio and ratio_max
 
 
 def draw(key: jax.Array, step: jax.Array, model: MDT, batch: int, diffusion_steps: int) -> Draws:
     """The draws of `step`: a pure function of (key, step), the same on any number of devices."""
-    keys = jax.random.split(jax.random.fold_in(key, step), 6)
+    keys = jax.random.split(jax.random.fold_in(key, step), 7)
     shape = (batch, *model.input_size, model.in_channels)
     return Draws(
         t=jax.random.randint(keys[0], (batch,), 0, diffusion_steps),
@@ -38,6 +60,7 @@ def draw(key: jax.Array, step: jax.Array, model: MDT, batch: int, diffusion_step
         drop_full=jax.random.bernoulli(keys[3], LABEL_DROPOUT, (batch,)),
         drop_masked=jax.random.bernoulli(keys[4], LABEL_DROPOUT, (batch,)),
         mask_noise=jax.random.uniform(keys[5], (batch, model.num_tokens)),
+        ratio_u=jax.random.uniform(keys[6]),
     )
 
 
@@ -50,43 +73,67 @@ def _by_quartile(values: jax.Array, t: jax.Array, steps: int, name: str) -> dict
     }
 
 
-def training_loss(
-    model: MDT, schedule: Schedule, mask_ratio: float, params: dict, batch: dict, draws: Draws
-) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """mean(mse + vb) of the full pass plus the same of the masked pass; and its parts.
+def _kept(model: MDT, objective: Objective, draws: Draws) -> tuple[jax.Array, jax.Array | None]:
+    """(keep_ids [B, K], keep_count): the tokens the encoder sees in the masked pass."""
+    ratio, ratio_max, tokens = objective.ratio, objective.ratio_max, model.num_tokens
+    # The length is static, so that one program serves every ratio drawn.
+    ids = masking.keep_ids(draws.mask_noise, masking.keep_length(tokens, ratio))
+    if ratio_max <= ratio:
+        return ids, None
+    return ids, masking.keep_count(tokens, ratio, ratio_max, draws.ratio_u)
 
-    batch: {"latents": [B, H, W, C] float32, "labels": [B] int32}. A pure function.
+
+def _masked_pixels(model: MDT, keep_ids: jax.Array, keep_count: jax.Array | None) -> jax.Array:
+    """[B, H, W, 1] bool, true on the patches of masked tokens."""
+    places = masking.places(keep_ids, keep_count, model.num_tokens)
+    masked = masking.masked_positions(places, model.num_tokens)
+    patches = masked.reshape(-1, *model.grid, 1)
+    return patches.repeat(model.patch_size, axis=1).repeat(model.patch_size, axis=2)
+
+
+def training_loss(
+    model: MDT, objective: Objective, params: dict, batch: dict, draws: Draws
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """mean(weight·mse + vb) of the full pass plus the same of the masked pass; and its parts.
+
+    batch: {"latents": [B, H, W, C] float32, "labels": [B] int32}. A pure function. The parts are
+    means over the batch: of each pass `loss`, `mse` (not weighted), `vb`, and `weighted_mse` where
+    the weight is not 1; `kept`, the tokens a masked pass kept, where their number is drawn.
     """
-    kept = masking.keep_length(model.num_tokens, mask_ratio)
-    passes = {
-        "full": (draws.noise_full, draws.drop_full, None),
-        "masked": (
-            draws.noise_masked,
-            draws.drop_masked,
-            masking.keep_ids(draws.mask_noise, kept),
-        ),
-    }
+    schedule = linear_schedule(objective.steps)
+    weights = extract(LOSS_WEIGHTS[objective.loss_weight](schedule), draws.t).reshape(-1)
+    passes = {}
     metrics = {}
-    for name, (noise, drop, keep_ids) in passes.items():
+    if objective.passes != "masked":
+        passes["full"] = (draws.noise_full, draws.drop_full, None, None, None)
+    if objective.passes != "full":
+        keep_ids, count = _kept(model, objective, draws)
+        where = _masked_pixels(model, keep_ids, count) if objective.loss_on == "masked" else None
+        passes["masked"] = (draws.noise_masked, draws.drop_masked, keep_ids, count, where)
+        if count is not None:
+            metrics["kept"] = count
+    for name, (noise, drop, keep_ids, count, where) in passes.items():
         labels = jnp.where(drop, model.num_classes, batch["labels"])
 
-        def network(x, t, labels=labels, keep_ids=keep_ids):
-            return model.apply({"params": params}, x, t, labels, keep_ids)
+        def network(x, t, labels=labels, keep_ids=keep_ids, count=count):
+            return model.apply({"params": params}, x, t, labels, keep_ids, count)
 
-        losses = diffusion_losses(network, schedule, batch["latents"], draws.t, noise)
-        metrics[f"loss/{name}"] = (losses["mse"] + losses["vb"]).mean()
-        for part, values in losses.items():
+        parts = diffusion_losses(network, schedule, batch["latents"], draws.t, noise, where)
+        weighted = weights * parts["mse"]
+        metrics[f"loss/{name}"] = (weighted + parts["vb"]).mean()
+        if objective.loss_weight != "uniform":
+            parts["weighted_mse"] = weighted
+        for part, values in parts.items():
             metrics[f"{part}/{name}"] = values.mean()
             metrics |= _by_quartile(values, draws.t, schedule.num_steps, f"{part}/{name}")
-    loss = metrics["loss/full"] + metrics["loss/masked"]
+    loss = sum(metrics[f"loss/{name}"] for name in passes)
     return loss, {"loss": loss, **metrics}
 
 
 def make_train_step(
     model: MDT,
-    schedule: Schedule,
+    objective: Objective,
     optimizer: optax.GradientTransformation,
-    mask_ratio: float,
     ema_decay: float,
 ) -> Callable[[TrainState, dict, Draws], tuple[TrainState, dict]]:
     """The function (state, batch, draws) → (state, metrics), to be jitted by the caller.
@@ -97,7 +144,7 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: dict, draws: Draws) -> tuple[TrainState, dict]:
         def loss_fn(params):
-            return training_loss(model, schedule, mask_ratio, params, batch, draws)
+            return training_loss(model, objective, params, batch, draws)
 
         grads, metrics = jax.grad(loss_fn, has_aux=True)(state.params)
         metrics["grad_norm"] = optax.tree.norm(grads)
@@ -128,3 +175,33 @@ def make_train_step(
         return state, metrics
 
     return train_step
+
+
+def compile_step(
+    config: ConfigDict,
+    model: MDT,
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    mesh: Mesh,
+) -> jax.stages.Compiled:
+    """The step of a config, (state, batch, key) → (state, metrics), compiled without running it.
+
+    state: shapes with their shardings; it is donated. key: all of a run's draws come from it.
+    """
+    objective, size = Objective.from_config(config), config.data.batch_size
+    train_step = make_train_step(model, objective, optimizer, config.optim.ema_decay)
+
+    def step_with_draws(state, batch, key):
+        draws = draw(key, state.step, model, size, objective.steps)
+        return train_step(state, batch, draws)
+
+    whole, split = parallel.replicated(mesh), parallel.split_batch(mesh)
+    shape = (size, *model.input_size, model.in_channels)
+    batch = {
+        "latents": jax.ShapeDtypeStruct(shape, jnp.float32, sharding=split),
+        "labels": jax.ShapeDtypeStruct((size,), jnp.int32, sharding=split),
+    }
+    key = jax.eval_shape(jax.random.key, 0)
+    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole)
+    jitted = jax.jit(step_with_draws, donate_argnums=0, out_shardings=(whole, whole))
+    return jitted.lower(state, batch, key).compile()

@@ -10,28 +10,46 @@ from mdt_jax.diffusion import losses
 from mdt_jax.diffusion.schedule import linear_schedule
 from mdt_jax.models import masking
 from tests.conftest import FULL_COMPILE
-from tests.published import V1_MODEL, relative_error, v1_numbers, v1_params
-
-GOLDEN = v1_numbers()
+from tests.published import MODELS, VERSIONS, published_numbers, published_params, relative_error
 
 
+@pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("name", ["full", "masked"])
-def test_losses_are_the_published_ones(name):
-    params, y = v1_params(), GOLDEN["loss_y"]
-    keep = masking.keep_ids(jnp.asarray(GOLDEN["mask_noise"]), 44) if name == "masked" else None
+def test_losses_are_the_published_ones(name, version):
+    golden, params = published_numbers(version), published_params(f"{version}_state")
+    y, length = golden["loss_y"], int(golden["mask_len_keep"])
+    keep = None
+    if name == "masked":
+        keep = masking.keep_ids(jnp.asarray(golden["mask_noise"]), length)
 
     @functools.partial(jax.jit, compiler_options=FULL_COMPILE)
     def compute(x0, t, noise):
         def network(x, t):
-            return V1_MODEL.apply({"params": params}, x, t, y, keep)
+            return MODELS[version].apply({"params": params}, x, t, y, keep)
 
         return losses.diffusion_losses(network, linear_schedule(), x0, t, noise)
 
-    inputs = [jnp.asarray(GOLDEN[f"loss_{part}"]) for part in ("x0", "t", f"noise_{name}")]
+    inputs = [jnp.asarray(golden[f"loss_{part}"]) for part in ("x0", "t", f"noise_{name}")]
     got = compute(*inputs)
-    assert relative_error(got["mse"], GOLDEN[f"loss_{name}_mse"]) < 2e-6
-    assert relative_error(got["vb"], GOLDEN[f"loss_{name}_vb"]) < 1e-4
-    assert relative_error(got["mse"] + got["vb"], GOLDEN[f"loss_{name}_loss"]) < 1e-4
+    weight = losses.uniform_weights if version == "v1" else losses.min_snr_weights
+    mse = got["mse"] * weight(linear_schedule())[golden["loss_t"]]
+    assert relative_error(mse, golden[f"loss_{name}_mse"]) < 2e-6
+    assert relative_error(got["vb"], golden[f"loss_{name}_vb"]) < 1e-4
+    assert relative_error(mse + got["vb"], golden[f"loss_{name}_loss"]) < 1e-4
+
+
+def test_min_snr_weights():
+    """Against the figures of the published schedule."""
+    weights = losses.min_snr_weights(linear_schedule())
+    assert np.round(weights[[0, 50, 100]], 4).tolist() == [0.0005, 0.1549, 0.5857]
+    assert np.all(weights[130:] == 1) and round(weights.mean(), 4) == 0.9131
+
+
+def test_a_mean_over_some_pixels():
+    x = jnp.arange(2 * 2 * 2 * 3.0).reshape(2, 2, 2, 3)
+    where = jnp.array([[[1, 0], [0, 0]], [[0, 1], [1, 1]]], bool)[..., None]
+    expected = [np.asarray(x[0, 0, 0]).mean(), np.asarray(x[1]).reshape(4, 3)[1:].mean()]
+    np.testing.assert_allclose(losses.mean_per_sample(x, where), expected, rtol=1e-6)
 
 
 def test_variational_term_trains_only_the_variance():

@@ -9,28 +9,27 @@ from mdt_jax.diffusion import schedule as sch
 from mdt_jax.diffusion.guidance import guide, power_cosine
 from mdt_jax.diffusion.samplers import SAMPLERS, sample
 from tests.conftest import FULL_COMPILE
-from tests.published import V1_MODEL, relative_error, v1_numbers, v1_params
-
-GOLDEN = v1_numbers()
+from tests.published import MODELS, VERSIONS, published_numbers, published_params, relative_error
 
 
+@pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("name", ["ddpm", "ddim"])
-def test_guided_sampling_is_the_published_one(name):
-    params = v1_params()
+def test_guided_sampling_is_the_published_one(name, version):
+    golden, params = published_numbers(version), published_params(f"{version}_state")
     schedule = sch.respace(sch.linear_schedule(), sch.spaced_timesteps(10, 1000))
-    np.testing.assert_array_equal(schedule.timesteps, GOLDEN["sample_timesteps"])
-    noise = jnp.asarray(GOLDEN["sample_noise"][:, :3])
+    np.testing.assert_array_equal(schedule.timesteps, golden["sample_timesteps"])
+    noise = jnp.asarray(golden["sample_noise"][:, :3])
 
     @functools.partial(jax.jit, compiler_options=FULL_COMPILE)
     def run(z, y):
         def network(x, t, y):
-            return V1_MODEL.apply({"params": params}, x, t, y)
+            return MODELS[version].apply({"params": params}, x, t, y)
 
         guided = guide(network, y, 10, lambda t: power_cosine(t, 3.8, 4.0))
         return sample(guided, SAMPLERS[name], schedule, z, lambda k: noise[k])
 
-    out = run(jnp.asarray(GOLDEN["sample_z"]), jnp.asarray(GOLDEN["sample_y"]))
-    assert relative_error(out, GOLDEN[f"sample_{name}"]) < 2e-6
+    out = run(jnp.asarray(golden["sample_z"]), jnp.asarray(golden["sample_y"]))
+    assert relative_error(out, golden[f"sample_{name}"]) < 2e-6
 
 
 @pytest.mark.parametrize("name", ["ddpm", "ddim"])

@@ -2,12 +2,12 @@ import numpy as np
 import pytest
 
 from mdt_jax.diffusion import schedule as sch
-from tests.published import v1_numbers
+from tests.published import VERSIONS, published_numbers
 
-GOLDEN = v1_numbers()
 LINEAR = sch.linear_schedule(1000)
 
 
+@pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize(
     "name, timesteps",
     [
@@ -17,11 +17,12 @@ LINEAR = sch.linear_schedule(1000)
         ("ddim25", sch.strided_timesteps(25, 1000)),
     ],
 )
-def test_constants_are_the_published_ones(name, timesteps):
+def test_constants_are_the_published_ones(name, timesteps, version):
+    golden = published_numbers(version)
     respaced = sch.respace(LINEAR, timesteps)
-    np.testing.assert_array_equal(respaced.timesteps, GOLDEN[f"schedule_{name}_timesteps"])
+    np.testing.assert_array_equal(respaced.timesteps, golden[f"schedule_{name}_timesteps"])
     for constant in ("alphas_cumprod", "posterior_log_variance"):
-        expected = GOLDEN[f"schedule_{name}_{constant}"]
+        expected = golden[f"schedule_{name}_{constant}"]
         np.testing.assert_allclose(getattr(respaced, constant), expected, rtol=1e-12)
 
 

@@ -6,30 +6,36 @@ import numpy as np
 import pytest
 
 from mdt_jax import config as configs
-from mdt_jax.diffusion.schedule import linear_schedule
 from mdt_jax.models.mdt import MDT
 from mdt_jax.train.optimizers import make_optimizer
 from mdt_jax.train.state import init_state, state_from_params
-from mdt_jax.train.step import Draws, draw, make_train_step, training_loss
+from mdt_jax.train.step import Draws, Objective, draw, make_train_step, training_loss
 from tests.conftest import FULL_COMPILE
-from tests.published import V1_MODEL, relative_error, v1_numbers, v1_params
+from tests.published import MODELS, VERSIONS, published_numbers, published_params, relative_error
 
-GOLDEN = v1_numbers()
 MODEL = MDT(input_size=(8, 8), in_channels=1, hidden_size=16, depth=3, num_heads=2, num_classes=10)
 
 
-def published_step(i: int) -> tuple[dict, Draws]:
+OBJECTIVES = {
+    "v1": Objective(),
+    "v2": Objective(ratio=0.3, ratio_max=0.5, loss_weight="min_snr_5"),
+}
+
+
+def published_step(version: str, i: int) -> tuple[dict, Draws]:
+    golden = published_numbers(version)
     batch = {
-        "latents": jnp.asarray(GOLDEN["train_x0"][i]),
-        "labels": jnp.asarray(GOLDEN["train_y"][i]),
+        "latents": jnp.asarray(golden["train_x0"][i]),
+        "labels": jnp.asarray(golden["train_y"][i]),
     }
     draws = Draws(
-        t=jnp.asarray(GOLDEN["train_t"][i]),
-        noise_full=jnp.asarray(GOLDEN["train_noise_full"][i]),
-        noise_masked=jnp.asarray(GOLDEN["train_noise_masked"][i]),
-        drop_full=jnp.asarray(GOLDEN["train_labeldrop_full"][i] < 0.1),
-        drop_masked=jnp.asarray(GOLDEN["train_labeldrop_masked"][i] < 0.1),
-        mask_noise=jnp.asarray(GOLDEN["train_mask_noise"][i]),
+        t=jnp.asarray(golden["train_t"][i]),
+        noise_full=jnp.asarray(golden["train_noise_full"][i]),
+        noise_masked=jnp.asarray(golden["train_noise_masked"][i]),
+        drop_full=jnp.asarray(golden["train_labeldrop_full"][i] < 0.1),
+        drop_masked=jnp.asarray(golden["train_labeldrop_masked"][i] < 0.1),
+        mask_noise=jnp.asarray(golden["train_mask_noise"][i]),
+        ratio_u=jnp.asarray(golden["train_ratio_u"][i] if version == "v2" else 0.0),
     )
     return batch, draws
 
@@ -51,7 +57,7 @@ def small_batch(size=8):
 
 
 def plain_losses(params, batch, draws):
-    return training_loss(MODEL, linear_schedule(), 0.3, params, batch, draws)
+    return training_loss(MODEL, Objective(), params, batch, draws)
 
 
 losses = jax.jit(plain_losses)
@@ -60,39 +66,44 @@ gradient = jax.jit(jax.grad(plain_losses, has_aux=True))
 
 @functools.cache
 def small_step(**changes):
-    step = make_train_step(MODEL, linear_schedule(), optimizer(**changes), 0.3, 0.9)
+    step = make_train_step(MODEL, Objective(), optimizer(**changes), 0.9)
     return jax.jit(step)
 
 
-def test_five_steps_are_the_published_ones():
-    initial = v1_params()
-    adamw = optimizer(lr=float(GOLDEN["train_lr"]))
-    state = state_from_params(jax.tree.map(jnp.asarray, initial), adamw)
-    decay = float(GOLDEN["train_ema_rate"])
-    train_step = make_train_step(V1_MODEL, linear_schedule(), adamw, 0.3, decay)
+@pytest.mark.parametrize("version", VERSIONS)
+def test_five_steps_are_the_published_ones(version):
+    golden, initial = published_numbers(version), published_params(f"{version}_state")
+    recipe = {} if version == "v1" else dict(name="adan", clip_norm=1.0)
+    optimizer_ = optimizer(lr=float(golden["train_lr"]), **recipe)
+    state = state_from_params(jax.tree.map(jnp.asarray, initial), optimizer_)
+    decay = float(golden["train_ema_rate"])
+    train_step = make_train_step(MODELS[version], OBJECTIVES[version], optimizer_, decay)
     step = jax.jit(train_step, compiler_options=FULL_COMPILE)
-    names = ("loss", "mse/full", "vb/full", "mse/masked", "vb/masked")
+    mse = "mse" if version == "v1" else "weighted_mse"
+    names = ("loss", f"{mse}/full", "vb/full", f"{mse}/masked", "vb/masked")
     for i in range(5):
-        state, metrics = step(state, *published_step(i))
+        state, metrics = step(state, *published_step(version, i))
         got = np.array([metrics[name] for name in names])
-        np.testing.assert_allclose(got, GOLDEN["train_losses"][i], rtol=2e-6)
-    for got, name in ((state.params, "v1_params_after"), (state.ema, "v1_ema_after")):
+        np.testing.assert_allclose(got, golden["train_losses"][i], rtol=2e-6)
+    for got, name in ((state.params, "params_after"), (state.ema, "ema_after")):
         moved, expected = (
             jax.tree.map(lambda a, b: np.float64(a) - np.float64(b), tree, initial)
-            for tree in (got, v1_params(name))
+            for tree in (got, published_params(f"{version}_{name}"))
         )
         assert relative_error(moved, expected) < 1e-4
     assert step._cache_size() == 1
 
 
-def test_first_gradient_is_the_published_one():
-    batch, draws = published_step(0)
+@pytest.mark.parametrize("version", VERSIONS)
+def test_first_gradient_is_the_published_one(version):
+    batch, draws = published_step(version, 0)
 
     def loss(params):
-        return training_loss(V1_MODEL, linear_schedule(), 0.3, params, batch, draws)[0]
+        return training_loss(MODELS[version], OBJECTIVES[version], params, batch, draws)[0]
 
-    gradient = jax.jit(jax.grad(loss), compiler_options=FULL_COMPILE)(v1_params())
-    assert relative_error(gradient, v1_params("v1_grad_step0")) < 2e-6
+    params = published_params(f"{version}_state")
+    gradient = jax.jit(jax.grad(loss), compiler_options=FULL_COMPILE)(params)
+    assert relative_error(gradient, published_params(f"{version}_grad_step0")) < 2e-6
 
 
 def test_draws_depend_on_the_step_alone_and_differ_everywhere():
