@@ -4,7 +4,7 @@ from setuptools import find_packages, setup
 
 here = pathlib.Path(__file__).parent
 
-TEST = ["mlxtend", "pytest", "pytest-xdist", "ruff"]
+TEST = ["matplotlib", "mlxtend", "pytest", "pytest-xdist", "ruff"]
 
 setup(
     name="mdt_jax",
@@ -33,6 +33,7 @@ setup(
         "cuda": ["jax[cuda13]>=0.10"],
         "tpu": ["jax[tpu]>=0.10"],
         "data": ["mlxtend"],
+        "benchmarks": ["matplotlib"],
         "test": TEST,
         "torch": ["torch"],  # to read published .pt files: see mdt_jax/interop/mdt_weights.py
     },

@@ -189,6 +189,11 @@ class StopSignal:
 
 def check_data(config: ConfigDict, data: sources.Images) -> None:
     """Raise UserError where the config's shapes are not the data's."""
+    if config.vae.path != "identity":
+        raise UserError(
+            f"vae.path is {config.vae.path}, but a VAE's latents cannot be read yet; "
+            "vae.path=identity trains on pixels"
+        )
     _, height, width, channels = data.images.shape
     size = config.data.image_size
     if (height, width, channels) != (size, size, config.data.channels):

@@ -23,7 +23,12 @@ os.environ.update(
     JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES="0",
 )
 
-SMOKE = "--config=configs/digits.py:smoke"
+SMOKE = [
+    "--config=configs/digits.py:smoke",
+    "--config.train.steps=4",
+    "--config.train.sample_every=2",
+    "--config.train.checkpoint_every=2",
+]
 
 
 def start_command(*arguments: str, **environment: str) -> subprocess.Popen:
@@ -66,6 +71,20 @@ def train_here(*arguments: str, expect: int = 0) -> str:
     return printed.getvalue()
 
 
+def exits_with_one_line(command, argv, capsys, monkeypatch) -> str:
+    """Call an entry point's main, which must fail on a mistake; returns the line it prints."""
+    from mdt_jax import cli
+
+    monkeypatch.setattr("sys.argv", ["command", *argv])
+    with pytest.raises(SystemExit) as exit_:
+        cli.run(command)
+    printed = capsys.readouterr()
+    assert exit_.value.code == 2
+    assert printed.err.startswith("error: ") and printed.err.count("\n") == 1, printed.err
+    assert printed.out == "" and "Traceback" not in printed.err
+    return printed.err
+
+
 @pytest.fixture
 def in_root(monkeypatch):
     """Run the test from the root of the project, as the README says."""
@@ -85,5 +104,5 @@ def keep_signals():
 def trained(tmp_path_factory) -> pathlib.Path:
     """The workdir of a finished smoke run."""
     workdir = tmp_path_factory.mktemp("runs") / "smoke"
-    train_here(SMOKE, f"--workdir={workdir}")
+    train_here(*SMOKE, f"--workdir={workdir}")
     return workdir

@@ -27,11 +27,12 @@ LEVELS = {
     "cli": 5,
     "main": 6,
     "sample": 6,
+    "info": 6,
 }
 NEVER = {("diffusion", "models"), ("data", "jax"), ("data", "models"), ("data", "diffusion")}
 # What the core needs; everything else is imported where it is used.
 CORE = {"jax", "flax", "optax", "orbax", "einops", "numpy", "ml_collections", "absl", "mdt_jax"}
-ENTRY_POINTS = {"main", "sample"}
+ENTRY_POINTS = {"main", "sample", "info"}
 
 
 def room(module: str) -> str:
@@ -99,7 +100,7 @@ class Block:
 sys.meta_path.insert(0, Block())
 import mdt_jax
 for module in pkgutil.walk_packages(mdt_jax.__path__, "mdt_jax."):
-    if module.name not in ("mdt_jax.main", "mdt_jax.sample"):
+    if module.name not in ("mdt_jax.main", "mdt_jax.sample", "mdt_jax.info"):
         importlib.import_module(module.name)
 for name in mdt_jax.__all__:
     getattr(mdt_jax, name)

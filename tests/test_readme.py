@@ -18,7 +18,8 @@ def blocks(language: str) -> list[str]:
 
 COMMANDS = [line for block in blocks("bash") for line in block.strip().splitlines()]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
-MODULE_COMMANDS = [line for line in COMMANDS if line.startswith("python -m")]
+MODULE_COMMANDS = [line for line in COMMANDS if line.startswith("python -m mdt_jax.")]
+BENCHMARKS = [line for line in COMMANDS if line.startswith("python benchmarks/")]
 
 
 def run(command: str, folder, **kwargs):
@@ -47,17 +48,28 @@ def runs(tmp_path_factory):
 
 def test_no_command_is_left_out():
     known = ("make demo", "make test", "python3 -m venv .venv", "source .venv/bin/activate")
-    rest = [c for c in COMMANDS if c not in known and not c.startswith("python -m mdt_jax.")]
+    ran = (*MODULE_COMMANDS, *BENCHMARKS)
+    rest = [c for c in COMMANDS if c not in known and c not in ran]
     assert all(c.startswith(".venv/bin/pip install -e") for c in rest), rest
     assert len(MODULE_COMMANDS) >= 6 and {"make demo", "make test"} < set(COMMANDS)
 
 
 @pytest.mark.parametrize("command", MODULE_COMMANDS)
 def test_module_commands(command, runs):
-    run(smoke(command), runs, env=ENVIRONMENT)
+    printed = run(smoke(command), runs, env=ENVIRONMENT)
+    if "mdt_jax.info" in command:
+        assert "memory of a step" in printed
+        return
     out = re.search(r"--out=(\S+)", command)
     workdir = re.search(r"--workdir=(\S+)", command)
     assert (runs / out[1]).is_file() if out else (runs / workdir[1] / "report.json").is_file()
+
+
+@pytest.mark.parametrize("command", BENCHMARKS)
+def test_benchmarks(command, tmp_path):
+    small = "--variant=smoke --steps=2 --seeds=0 --samples=20"
+    run(f"{smoke(command)} {small} --out={tmp_path}", ROOT, env=ENVIRONMENT)
+    assert (tmp_path / "convergence.png").is_file() and len(BENCHMARKS) == 1
 
 
 def test_make_demo(tmp_path):
@@ -81,7 +93,7 @@ def test_installation(tmp_path):
     (tmp_path / "project").symlink_to(ROOT)
     folder = tmp_path / "project"
     lines = [c for c in COMMANDS if ".venv" in c]
-    assert len(lines) == 4
+    assert len(lines) == 5
     venv = tmp_path / "venv"
     for line in lines:
         line = line.replace(".venv", str(venv))

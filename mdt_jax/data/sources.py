@@ -46,7 +46,10 @@ SOURCES: dict[str, Callable[[], Images]] = {"digits": _digits, "mnist": _mnist}
 def check_name(name: str) -> None:
     """Raise UserError for a name that is not in SOURCES."""
     if name not in SOURCES:
-        raise UserError(f"data.name is {name!r}; choose one of {', '.join(SOURCES)}")
+        hint = ""
+        if name == "imagenet2012":
+            hint = " (ImageNet cannot be read yet; the recipe's :smoke variant runs on digits)"
+        raise UserError(f"data.name is {name!r}; choose one of {', '.join(SOURCES)}{hint}")
 
 
 def load(name: str) -> tuple[Images, Images]:

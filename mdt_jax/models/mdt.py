@@ -217,6 +217,8 @@ class MDT(nn.Module):
             self.label_embed = LabelEmbedder(self.num_classes, dim)
         encoder_layers = self.depth - self.decoder_layers
         if self.version == "v2":
+            if encoder_layers % 2:
+                raise ValueError(f"v2 needs an even number of encoder blocks, not {encoder_layers}")
             self.encoder_in = self._blocks(encoder_layers // 2)
             self.encoder_out = self._blocks(encoder_layers // 2, skip_axis=0)
         else:
@@ -292,6 +294,8 @@ class MDT(nn.Module):
 
     def _masked_pass(self, inputs, c, index, keep_ids, keep_count):
         """Tokens [B, L, D] for the final layer, from those of `inputs` that are kept."""
+        if not self.decoder_layers:
+            raise ValueError("a model without decoder blocks (a DiT) has no masked pass")
         kept = masking.gather_tokens(inputs, keep_ids)
         kept_index = jnp.asarray(index[0])[keep_ids[:, :, None], keep_ids[:, None, :]]
         seen = None if keep_count is None else jnp.arange(keep_ids.shape[1]) < keep_count

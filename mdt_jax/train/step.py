@@ -183,6 +183,7 @@ def compile_step(
     optimizer: optax.GradientTransformation,
     state: TrainState,
     mesh: Mesh,
+    compiler_options: dict | None = None,
 ) -> jax.stages.Compiled:
     """The step of a config, (state, batch, key) → (state, metrics), compiled without running it.
 
@@ -204,4 +205,4 @@ def compile_step(
     key = jax.eval_shape(jax.random.key, 0)
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole)
     jitted = jax.jit(step_with_draws, donate_argnums=0, out_shardings=(whole, whole))
-    return jitted.lower(state, batch, key).compile()
+    return jitted.lower(state, batch, key).compile(compiler_options)

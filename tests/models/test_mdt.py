@@ -9,23 +9,10 @@ from mdt_jax.models.attention import relative_index
 from mdt_jax.models.embeddings import sincos_positions
 from mdt_jax.models.mdt import MDT, init_params, patchify, unpatchify
 from tests.conftest import FULL_COMPILE
+from tests.models.common import apply, random_params
 from tests.published import MODELS, VERSIONS, published_numbers, published_params, relative_error
 
 SMALL = dict(hidden_size=16, depth=4, num_heads=2, num_classes=3)
-
-
-def apply(model, params, *inputs, **options):
-    return jax.jit(lambda *a: model.apply({"params": params}, *a), **options)(*inputs)
-
-
-def random_params(model, seed=0):
-    """Initial parameters with the zeros replaced, so that outputs are not zero."""
-    leaves, tree = jax.tree.flatten(init_params(model, jax.random.key(seed)))
-    random = np.random.default_rng(seed)
-    leaves = [
-        a if np.any(a) else jnp.asarray(random.normal(0, 0.1, a.shape), a.dtype) for a in leaves
-    ]
-    return tree.unflatten(leaves)
 
 
 def golden_inputs(version):

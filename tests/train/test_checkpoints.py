@@ -85,7 +85,7 @@ def test_loading_a_damaged_step_falls_back_or_says_so(copy, damage, capfd):
 @pytest.mark.parametrize("damage", [damage_bytes, damage_item])
 def test_training_goes_on_from_the_step_before_a_damaged_one(copy, trained, damage):
     damage(copy / "checkpoints" / "4")
-    printed = train_here(SMOKE, f"--workdir={copy}")
+    printed = train_here(*SMOKE, f"--workdir={copy}")
     assert "4 is damaged" in printed and "going on from step 2" in printed
     assert [p.name.split("-")[0] for p in (copy / "damaged").iterdir()] == ["4"]
     assert same(mdt_jax.load(copy)[1], mdt_jax.load(trained)[1])
@@ -97,7 +97,7 @@ def test_training_never_starts_anew_over_damaged_checkpoints(copy):
     for step in ("2", "4"):
         damage_item(copy / "checkpoints" / step)
     before = (copy / "metrics.jsonl").read_text()
-    printed = train_here(SMOKE, f"--workdir={copy}", expect=2)
+    printed = train_here(*SMOKE, f"--workdir={copy}", expect=2)
     assert "none of the 2 checkpoints" in printed and "Traceback" not in printed
     assert (copy / "metrics.jsonl").read_text() == before
 

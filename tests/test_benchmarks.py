@@ -1,0 +1,82 @@
+import json
+import runpy
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from tests.conftest import ROOT
+
+SCRIPT = ROOT / "benchmarks" / "convergence.py"
+
+
+@pytest.fixture(scope="module")
+def bench():
+    return runpy.run_path(str(SCRIPT))
+
+
+def convergence(*arguments, expect=0):
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), *arguments], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == expect, done.stdout + done.stderr
+    return done.stdout, done.stderr
+
+
+def test_convergence(tmp_path):
+    """Two steps of each network, really trained and measured; and again from what is there."""
+    from PIL import Image
+
+    small = ["--variant=smoke", "--steps=2", "--seeds=0", "--samples=20", f"--out={tmp_path}"]
+    printed, _ = convergence(*small)
+    assert [line.split("|")[1].strip() for line in printed.splitlines()[2:]] == [
+        "DiT", "MDT", "MDTv2", "*real training images*",
+    ]  # fmt: skip
+    report = json.loads((tmp_path / "convergence.json").read_text())
+    assert [row["name"] for row in report["summary"]] == ["DiT", "MDT", "MDTv2"]
+    assert all(np.isfinite(row["frechet_distance"]) for row in report["summary"])
+    points = report["runs"]["MDTv2"][0]["points"]
+    assert [point["step"] for point in points] == [1, 2]
+    assert points[0]["seconds"] < points[1]["seconds"]
+    assert Image.open(tmp_path / "convergence.png").size[0] > 500
+
+    again, log = convergence(*small)
+    assert again == printed and "training" not in log
+
+
+def test_all_networks_of_a_suite_are_valid_and_differ(bench):
+    from mdt_jax import config as configs
+
+    for suite in bench["SUITES"].values():
+        seen = []
+        for changes in suite.values():
+            config = bench["recipe"](changes, 0, 100, 50, "", curves=True)
+            configs.validate(config)
+            assert config.to_dict() not in seen
+            seen.append(config.to_dict())
+
+
+def test_dots_are_drawn_and_deviations_are_over_seeds(bench, tmp_path):
+    def curve(distance):
+        point = {"step": 7, "frechet_distance": distance, "class_agreement": 0.5, "seconds": 1.0}
+        return {"points": [point]}
+
+    curves = {"MDT": [curve(1.0), curve(3.0)], "other": [curve(2.0)]}
+    bench["draw_dots"](tmp_path / "dots.png", curves)
+    assert (tmp_path / "dots.png").stat().st_size > 1000
+    one, other = bench["summarise"](curves)
+    assert (one["frechet_distance"], one["seeds"], one["steps"]) == (2.0, 2, 7)
+    assert one["frechet_distance_deviation"] == pytest.approx(np.sqrt(2))
+    assert other["frechet_distance_deviation"] == 0
+
+
+def test_mistakes_are_one_line(tmp_path):
+    for argument, message in (
+        ("--suite=all", "invalid choice"),
+        ("--seeds=a", "--seeds"),
+        ("--steps=0", "--steps"),
+    ):
+        _, log = convergence(argument, f"--out={tmp_path / 'out'}", expect=2)
+        assert log.startswith("error: ") and message in log and log.count("\n") == 1
+    assert not (tmp_path / "out").exists()

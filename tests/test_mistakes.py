@@ -1,0 +1,221 @@
+"""A user's mistake: one clear line, exit code 2, and nothing lost or left behind."""
+
+import sys
+
+import pytest
+
+from mdt_jax import info, main, sample
+from tests.conftest import SMOKE, XLA_FLAGS, exits_with_one_line, run_command
+
+BAD_CONFIGS = {
+    "no config": ([], "--config is missing"),
+    "missing file": (["--config=configs/nothing.py"], "'configs/nothing.py' does not exist"),
+    "a folder": (["--config=configs"], "'configs' is a folder"),
+    "unknown variant": (["--config=configs/digits.py:tiny"], "unknown variant 'tiny'"),
+    "unknown field": ([*SMOKE, "--config.optim.lrr=1"], "unknown config field --config.optim"),
+    "second field": (
+        [*SMOKE, "--config.optim.lr=1", "--config.optim.lrr=1"],
+        'field --config.optim.lrr=1 Did you mean "lr"',
+    ),
+    "unknown group": ([*SMOKE, "--config.optimizer.lr=1"], "unknown config field"),
+    "unknown flag": ([*SMOKE, "--workdirr=x"], "workdirr"),
+    "stray argument": ([*SMOKE, "train"], "unexpected argument 'train'"),
+    "wrong type": ([*SMOKE, "--config.train.steps=many"], "config.train.steps=many"),
+    "fraction of a step": ([*SMOKE, "--config.train.steps=1.5"], "config.train.steps=1.5"),
+    "not a boolean": ([*SMOKE, "--config.data.flip=perhaps"], "config.data.flip=perhaps"),
+    "patch size": ([*SMOKE, "--config.model.patch_size=3"], "model.patch_size 3 does not divide"),
+    "heads": ([*SMOKE, "--config.model.num_heads=3"], "not divisible by model.num_heads 3"),
+    "decoder": ([*SMOKE, "--config.model.decoder_layers=3"], "model.decoder_layers is 3"),
+    "no decoder": ([*SMOKE, "--config.model.decoder_layers=0"], "set mask.passes=full"),
+    "ratio of one": ([*SMOKE, "--config.mask.ratio=1.0"], "mask.ratio is 1.0"),
+    "ratio of more": ([*SMOKE, "--config.mask.ratio_max=1.0"], "mask.ratio_max is 1.0"),
+    "bounds reversed": (
+        [*SMOKE, "--config.mask.ratio=0.5", "--config.mask.ratio_max=0.3"],
+        "mask.ratio_max is 0.3; it must be above mask.ratio 0.5",
+    ),
+    "odd encoder": (
+        [*SMOKE, "--config.model.version=v2", "--config.model.depth=4"],
+        "model.depth 4 less model.decoder_layers 1 leaves 3 encoder blocks; in v2",
+    ),
+    "version": ([*SMOKE, "--config.model.version=v3"], "choose one of v1, v2"),
+    "no masked pass": (
+        [*SMOKE, "--config.mask.passes=full", "--config.mask.loss_on=masked"],
+        "mask.loss_on=masked means nothing with mask.passes=full",
+    ),
+    "symmetric without a masked pass": (
+        [*SMOKE, "--config.mask.passes=full", "--config.mask.asymmetric=False"],
+        "mask.asymmetric=False means nothing with mask.passes=full",
+    ),
+    "drawn without a masked pass": (
+        [*SMOKE, "--config.mask.passes=full", "--config.mask.ratio_max=0.5"],
+        "mask.ratio_max=0.5 means nothing with mask.passes=full",
+    ),
+    "side blocks without a masked pass": (
+        [*SMOKE, "--config.mask.passes=full", "--config.model.side_layers=2"],
+        "model.side_layers=2 means nothing with mask.passes=full",
+    ),
+    "shortcut of nothing": (
+        [*SMOKE, "--config.model.side_interpolater=False", "--config.model.masked_shortcut=False"],
+        "model.masked_shortcut=False means nothing with model.side_interpolater=False",
+    ),
+    "blocks of nothing": (
+        [*SMOKE, "--config.model.side_interpolater=False", "--config.model.side_layers=2"],
+        "model.side_layers=2 means nothing with model.side_interpolater=False",
+    ),
+    "symmetric and no side-interpolater": (
+        [*SMOKE, "--config.model.side_interpolater=False", "--config.mask.asymmetric=False"],
+        "no block would see the masked tokens",
+    ),
+    "nothing masked": (
+        [*SMOKE, "--config.mask.ratio=0.0", "--config.mask.loss_on=masked"],
+        "none of the 16 tokens is masked",
+    ),
+    "no side blocks": ([*SMOKE, "--config.model.side_layers=0"], "model.side_interpolater=False"),
+    "passes": ([*SMOKE, "--config.mask.passes=some"], "choose one of both, full, masked"),
+    "loss on": ([*SMOKE, "--config.mask.loss_on=kept"], "choose one of all, masked"),
+    "loss weight": (
+        [*SMOKE, "--config.diffusion.loss_weight=snr"], "choose one of uniform, min_snr_5"
+    ),
+    "optimiser": ([*SMOKE, "--config.optim.name=sgd"], "choose one of adamw, adan"),
+    "ImageNet": (["--config=configs/xl2.py"], "ImageNet cannot be read yet"),
+    "latents": ([*SMOKE, "--config.vae.path=vae", "--config.data.image_size=32"], "is vae, but"),
+    "latents of no size": (
+        [*SMOKE, "--config.vae.path=vae", "--config.data.image_size=20"], "must be a multiple of 8"
+    ),
+    "patches of latents": (
+        [*SMOKE, "--config.vae.path=vae", "--config.data.image_size=24"], "does not divide"
+    ),
+    "negative ratio": ([*SMOKE, "--config.mask.ratio=-0.1"], "mask.ratio is -0.1"),
+    "nothing kept": ([*SMOKE, "--config.mask.ratio=0.99"], "leaves none of the 16 tokens"),
+    "batch": ([*SMOKE, "--config.data.batch_size=0"], "data.batch_size is 0"),
+    "learning rate": ([*SMOKE, "--config.optim.lr=nan"], "optim.lr is nan"),
+    "steps": ([*SMOKE, "--config.train.steps=0"], "train.steps is 0"),
+    "keep": ([*SMOKE, "--config.train.keep=0"], "train.keep is 0"),
+    "dtype": ([*SMOKE, "--config.train.dtype=float16"], "train.dtype is 'float16'"),
+    "data": ([*SMOKE, "--config.data.name=cifar"], "choose one of digits, mnist"),
+    "image size": ([*SMOKE, "--config.data.image_size=16"], "holds 8×8 images"),
+    "more classes": ([*SMOKE, "--config.model.num_classes=20"], "has 10 classes"),
+    "noise steps": ([*SMOKE, "--config.diffusion.steps=20"], "diffusion.steps is 20"),
+    "flagfile": ([*SMOKE, "--flagfile=/nothing"], "/nothing"),
+    "no path": (["--config="], "config file '' does not exist"),
+    "two words": (["--config", "configs/nothing.py"], "nothing.py' does not exist"),
+    "classes": ([*SMOKE, "--config.model.num_classes=5"], "has 10 classes"),
+    "sampler": ([*SMOKE, "--config.sample.sampler=heun"], "unknown sampler 'heun'"),
+    "sampler steps": ([*SMOKE, "--config.sample.num_steps=1001"], "between 1 and the 1000 steps"),
+    "guidance": (
+        [*SMOKE, "--config.model.num_classes=0", "--config.sample.guidance_scale=2"],
+        "takes no guidance",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_CONFIGS)
+def test_bad_configs(name, tmp_path, capsys, monkeypatch, in_root, keep_signals):
+    argv, message = BAD_CONFIGS[name]
+    workdir = tmp_path / "run"
+    argv = [*argv, f"--workdir={workdir}"]
+    assert message in exits_with_one_line(main.main, argv, capsys, monkeypatch)
+    assert not workdir.exists()
+
+
+BAD_RECIPES = {
+    "def get_config(": "SyntaxError",
+    "x = 1": "defines no get_config()",
+    "def get_config(): return None": "must return a ConfigDict, not None",
+    "def get_config(): return {}": "must return a ConfigDict",
+    "def get_config(): return undefined": "NameError: name 'undefined' is not defined",
+    "def get_config(): return default().nothing": "AttributeError",
+    "def get_config():\n c = default()\n c.optim.lrr = 1\n return c": "lrr",
+    "def get_config():\n c = default()\n c.optim.lr = 'a'\n return c": "TypeError",
+    "def get_config():\n c = default().unlock()\n del c['data']\n return c": "the group data",
+    "def get_config():\n c = default()\n c.train.steps = None\n return c": "train.steps is None",
+    "def get_config():\n c = default().unlock()\n c.optim.b = 1\n return c": "field optim.b",
+}
+
+
+@pytest.mark.parametrize("text", BAD_RECIPES)
+def test_bad_recipe(text, tmp_path, capsys, monkeypatch, in_root, keep_signals):
+    recipe = tmp_path / "recipe.py"
+    recipe.write_text(f"from mdt_jax.config import default\n{text}\n")
+    monkeypatch.delitem(sys.modules, "config_config", raising=False)
+    argv = [f"--config={recipe}", f"--workdir={tmp_path / 'run'}"]
+    assert BAD_RECIPES[text] in exits_with_one_line(main.main, argv, capsys, monkeypatch)
+    assert not (tmp_path / "run").exists()
+
+
+def test_workdir_missing_or_not_writable(capsys, monkeypatch, in_root, keep_signals):
+    printed = exits_with_one_line(main.main, [*SMOKE], capsys, monkeypatch)
+    assert "--workdir is missing" in printed
+    printed = exits_with_one_line(main.main, [*SMOKE, "--workdir="], capsys, monkeypatch)
+    assert "--workdir is missing" in printed
+    argv = [*SMOKE, "--workdir=/dev/null/run"]
+    printed = exits_with_one_line(main.main, argv, capsys, monkeypatch)
+    assert "workdir /dev/null/run cannot be written to" in printed
+
+
+def test_workdir_of_another_model(trained, capsys, monkeypatch, in_root, keep_signals):
+    before = {p: p.read_bytes() for p in trained.rglob("*") if p.is_file()}
+    argv = [*SMOKE, f"--workdir={trained}", "--config.model.hidden_size=32"]
+    printed = exits_with_one_line(main.main, argv, capsys, monkeypatch)
+    assert "another model or optimiser (model.hidden_size is 16, not 32)" in printed
+    assert before == {p: p.read_bytes() for p in trained.rglob("*") if p.is_file()}
+
+
+def test_batch_not_divisible_by_the_devices(tmp_path):
+    printed = run_command(
+        "mdt_jax.main", *SMOKE, f"--workdir={tmp_path / 'run'}", "--config.data.batch_size=12",
+        expect=2, XLA_FLAGS=f"{XLA_FLAGS} --xla_force_host_platform_device_count=8",
+    )  # fmt: skip
+    assert printed.strip() == "error: data.batch_size 12 is not divisible by the 8 devices"
+
+
+BAD_SAMPLING = {
+    "no checkpoint flag": (["--out=g.png"], "--checkpoint"),
+    "no such path": (["--checkpoint=nothing", "--out=g.png"], "'nothing' does not exist"),
+    "no checkpoint there": (["--checkpoint=.", "--out=g.png"], "holds no checkpoint"),
+    "label": (["--checkpoint=RUN", "--out=g.png", "--labels=3,10"], "label 10 is outside"),
+    "label unused": (
+        ["--checkpoint=RUN", "--out=g.png", "--labels=3,10", "--num_samples=1"],
+        "label 10 is outside",
+    ),
+    "not a label": (["--checkpoint=RUN", "--out=g.png", "--labels=cat"], "--labels=cat"),
+    "steps": (["--checkpoint=RUN", "--out=g.png", "--num_steps=2000"], "1000 steps"),
+    "sampler": (["--checkpoint=RUN", "--out=g.png", "--sampler=x"], "unknown sampler 'x'"),
+    "suffix": (["--checkpoint=RUN", "--out=g.jpg"], "unknown suffix '.jpg'; use .png or .npz"),
+    "count": (["--checkpoint=RUN", "--out=g.png", "--num_samples=0"], "--num_samples=0"),
+    "seed": (["--checkpoint=RUN", "--out=g.png", "--seed=-1"], "seed is -1"),
+    "wrong type": (["--checkpoint=RUN", "--out=g.png", "--num_steps=ten"], "--num_steps"),
+    "unknown flag": (["--checkpoint=RUN", "--out=g.png", "--stepps=3"], "--stepps"),
+    "huge label": (["--checkpoint=RUN", "--out=g.png", f"--labels={10**20}"], "is outside"),
+    "empty labels": (["--checkpoint=RUN", "--out=g.png", "--labels="], "--labels= is not a list"),
+    "hole in labels": (["--checkpoint=RUN", "--out=g.png", "--labels=1,,2"], "is not a list"),
+    "batch size": (["--checkpoint=RUN", "--out=new/g.png", "--batch_size=0"], "--batch_size=0"),
+    "empty path": (["--checkpoint=", "--out=g.png"], "checkpoint '' does not exist"),
+    "long path": ([f"--checkpoint={'a' * 300}", "--out=g.png"], "does not exist"),
+    "channels": (["--checkpoint=RUN", "--out=g.png", "--guidance_channels=x"], "channels value"),
+    "out is a folder": (["--checkpoint=RUN", "--out=/proc/g.png"], "cannot be written"),
+    "out is nowhere": (["--checkpoint=RUN", "--out=/dev/null/g.png"], "--out=/dev/null/g.png"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_SAMPLING)
+def test_bad_sampling(name, trained, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    argv, message = BAD_SAMPLING[name]
+    argv = [argument.replace("RUN", str(trained)) for argument in argv]
+    assert message in exits_with_one_line(sample.main, argv, capsys, monkeypatch)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_real_process_shows_no_traceback(tmp_path):
+    printed = run_command(
+        "mdt_jax.main", *SMOKE, f"--workdir={tmp_path / 'run'}", "--config.optim.lrr=1", expect=2
+    )
+    assert printed.startswith("error: unknown config field") and printed.count("\n") == 1
+
+
+def test_info_knows_the_same_mistakes(capsys, monkeypatch, in_root):
+    argv = [SMOKE[0], "--config.model.version=v2", "--config.model.depth=4"]
+    printed = exits_with_one_line(info.main, argv, capsys, monkeypatch)
+    assert "3 encoder blocks" in printed
+    assert "--config is missing" in exits_with_one_line(info.main, [], capsys, monkeypatch)

@@ -1,0 +1,93 @@
+import json
+import runpy
+
+import numpy as np
+import pytest
+
+from mdt_jax import config as configs
+from mdt_jax import info
+from mdt_jax.models.mdt import MDT
+from tests.conftest import ROOT, train_here
+
+RECIPES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
+OWN = {"digits", "mnist"}  # ours throughout; the others follow a paper
+PARAMETERS = {
+    "s2": 35_797_208,
+    "b2": 141_488_528,
+    "l2": 477_641_312,
+    "xl2": 699_778_144,
+    "v2_s2": 38_454_872,
+    "v2_xl2": 742_263_904,
+    "dit_xl2": 675_129_632 - 256 * 1152,
+}
+
+
+def recipe(name, variant=""):
+    return runpy.run_path(str(ROOT / "configs" / f"{name}.py"))["get_config"](variant)
+
+
+def test_none_is_missing():
+    sizes = ("s2", "b2", "l2", "xl2")
+    wanted = {*sizes, *(f"v2_{size}" for size in sizes), "dit_s2", "dit_b2", "dit_xl2"}
+    assert set(RECIPES) == wanted | OWN
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_smoke_trains_two_steps_and_samples(name, tmp_path):
+    workdir = tmp_path / "run"
+    train_here(f"--config=configs/{name}.py:smoke", f"--workdir={workdir}")
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2]
+    assert all(np.isfinite(line["loss"]) for line in lines)
+    images = np.load(workdir / "samples.npz")["arr_0"]
+    assert len(images) == 20 and images.dtype == np.uint8
+    assert sorted(path.name for path in (workdir / "samples").iterdir())[-1] == "0000002.png"
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_smoke_has_the_structure_of_the_recipe(name):
+    whole, small = recipe(name), recipe(name, "smoke")
+    configs.validate(whole)
+    configs.validate(small)
+    shrunk = {"hidden_size", "depth", "num_heads", "decoder_layers", "num_classes"}
+    for field, value in whole.model.items():
+        assert field in shrunk or small.model[field] == value
+    assert bool(small.model.decoder_layers) == bool(whole.model.decoder_layers)
+    assert (small.mask, small.diffusion, small.optim) == (
+        whole.mask,
+        whole.diffusion,
+        whole.optim,
+    )
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_parameter_counts(name):
+    model = MDT.from_config(recipe(name))
+    assert model.num_tokens == 256
+    assert info.parameter_counts(model)[0] == PARAMETERS[name]
+
+
+@pytest.mark.parametrize("name", sorted(set(RECIPES) - OWN))
+def test_every_line_names_its_source(name):
+    lines = (ROOT / "configs" / f"{name}.py").read_text().splitlines()
+    fields = [line for line in lines if line.startswith("    config.")]
+    assert len(fields) >= 10 and all("  # " in line for line in fields)
+
+
+def test_v2_differs_from_v1_as_published():
+    v1, v2 = recipe("xl2"), recipe("v2_xl2")
+    assert (v1.mask.ratio, v1.mask.ratio_max, v1.optim.name, v1.optim.clip_norm) == (
+        0.3,
+        0.0,
+        "adamw",
+        0.0,
+    )
+    assert (v2.mask.ratio, v2.mask.ratio_max, v2.optim.name, v2.optim.clip_norm) == (
+        0.3,
+        0.5,
+        "adan",
+        1.0,
+    )
+    assert info.kept_lengths(v1, 256) == (179, 179)
+    assert info.kept_lengths(v2, 256) == (128, 179)
+    assert (v1.optim.lr, v2.optim.lr, recipe("v2_s2").optim.lr) == (3e-4, 3e-4, 5e-4)
