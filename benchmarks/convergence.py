@@ -40,7 +40,7 @@ MDTV2 = {
     "mask.ratio_max": 0.5,
     "diffusion.loss_weight": "min_snr_5",
     "optim.name": "adan",
-    "optim.lr": 4e-3,  # twice AdamW's, as Adan's authors advise; 2e-3 was too low for it
+    "optim.lr": 8e-3,  # twice AdamW's, as Adan's authors advise
     "optim.clip_norm": 1.0,
 }
 SUITES: dict[str, dict[str, dict]] = {
@@ -73,7 +73,8 @@ def recipe(
     """configs/digits.py for a short run, with `changes` to it; `curves`: six checkpoints."""
     config = runpy.run_path(str(ROOT / "configs" / "digits.py"))["get_config"](variant)
     every = max(1, steps // 6) if curves else steps
-    config.optim.ema_decay = 0.99  # the recipe's 0.998 would lag behind by half of a short run
+    # For a short run: a higher rate, and an EMA that does not lag behind by half of it.
+    config.optim.update(lr=4e-3, ema_decay=0.99)
     config.train.update(steps=steps, seed=seed, log_every=1, checkpoint_every=every, keep=100)
     config.train.sample_every = 0
     config.sample.update(guidance_scale=1.0, num_samples=0, batch_size=min(samples, 100))

@@ -19,7 +19,6 @@ def blocks(language: str) -> list[str]:
 COMMANDS = [line for block in blocks("bash") for line in block.strip().splitlines()]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 MODULE_COMMANDS = [line for line in COMMANDS if line.startswith("python -m mdt_jax.")]
-BENCHMARKS = [line for line in COMMANDS if line.startswith("python benchmarks/")]
 
 
 def run(command: str, folder, **kwargs):
@@ -48,7 +47,7 @@ def runs(tmp_path_factory):
 
 def test_no_command_is_left_out():
     known = ("make demo", "make test", "python3 -m venv .venv", "source .venv/bin/activate")
-    ran = (*MODULE_COMMANDS, *BENCHMARKS)
+    ran = [*MODULE_COMMANDS, "python benchmarks/convergence.py"]  # the latter by test_benchmarks.py
     rest = [c for c in COMMANDS if c not in known and c not in ran]
     assert all(c.startswith(".venv/bin/pip install -e") for c in rest), rest
     assert len(MODULE_COMMANDS) >= 6 and {"make demo", "make test"} < set(COMMANDS)
@@ -63,13 +62,6 @@ def test_module_commands(command, runs):
     out = re.search(r"--out=(\S+)", command)
     workdir = re.search(r"--workdir=(\S+)", command)
     assert (runs / out[1]).is_file() if out else (runs / workdir[1] / "report.json").is_file()
-
-
-@pytest.mark.parametrize("command", BENCHMARKS)
-def test_benchmarks(command, tmp_path):
-    small = "--variant=smoke --steps=2 --seeds=0 --samples=20"
-    run(f"{smoke(command)} {small} --out={tmp_path}", ROOT, env=ENVIRONMENT)
-    assert (tmp_path / "convergence.png").is_file() and len(BENCHMARKS) == 1
 
 
 def test_make_demo(tmp_path):
