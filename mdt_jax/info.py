@@ -1,11 +1,12 @@
 """What a config costs: python -m mdt_jax.info --config=configs/v2_xl2.py
 
-Prints parameters, multiply-accumulates of both passes, the tokens the masked pass keeps, and the
-memory of a training step as the compiler for this machine's devices plans it. Nothing is trained,
-and none of that memory is needed.
+Prints parameters, multiply-accumulates of both passes, the tokens the masked pass keeps, the memory
+of a training step as the compiler for this machine's devices plans it, and what machine that is.
+Nothing is trained, and none of that memory is needed.
 """
 
 import math
+import platform
 import sys
 
 import jax
@@ -110,8 +111,12 @@ def report(config: ConfigDict) -> dict[str, str]:
     parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in memory.items())
     devices = jax.device_count()
     lines["memory of a step"] = (
-        f"{sum(memory.values()) / 2**30:.2f} GiB on each of {devices} {jax.default_backend()} "
-        f"device{'s' * (devices > 1)}, batch {config.data.batch_size // devices} ({parts})"
+        f"{sum(memory.values()) / 2**30:.2f} GiB on each device for a batch of "
+        f"{config.data.batch_size // devices} ({parts})"
+    )
+    lines["this machine"] = (
+        f"{devices} × {jax.devices()[0].device_kind}, JAX {jax.__version__}, "
+        f"Python {platform.python_version()}"
     )
     return lines
 

@@ -1,5 +1,6 @@
 import re
 
+import jax
 import pytest
 
 from mdt_jax import config as configs
@@ -71,7 +72,8 @@ def test_the_command():
     )
     assert re.search(r"^full pass +0\.00 GMAC an image$", printed, re.M)
     assert re.search(r"^kept lengths +8–11 of 16 tokens, drawn for each step$", printed, re.M)
-    assert re.search(r"^memory of a step .* on each of 1 cpu device, batch 16 ", printed, re.M)
+    assert re.search(r"^memory of a step .* GiB on each device for a batch of 16 ", printed, re.M)
+    assert re.search(rf"^this machine +1 × cpu, JAX {re.escape(jax.__version__)}", printed, re.M)
 
 
 def test_a_dit_has_no_masked_pass():
