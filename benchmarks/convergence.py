@@ -62,7 +62,7 @@ SUITES: dict[str, dict[str, dict]] = {
         "no relative bias": {"model.relative_bias": False},
     },
 }
-STEPS = {"models": 1500, "ablations": 750}  # the ablations end while differences still show
+STEPS = {"models": 1200, "ablations": 600}  # the ablations end while differences still show
 MEASURES = ("frechet_distance", "class_agreement")
 
 
@@ -164,6 +164,8 @@ def draw_curves(path: pathlib.Path, curves: dict[str, list[dict]], real: float) 
         axes[row][0].set_ylabel(label)
     for axis in axes[0]:
         axis.set_yscale("log")
+        for ticks in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+            ticks("{x:g}")
         axis.axhline(real, color="grey", linestyle=":", label="real images")
     axes[1][0].set_xlabel("training steps")
     axes[1][1].set_xlabel("seconds of training")
