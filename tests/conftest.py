@@ -1,6 +1,7 @@
 """Compilations are cached between tests, and between the processes they start."""
 
 import contextlib
+import importlib.metadata
 import io
 import os
 import pathlib
@@ -11,10 +12,13 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
-# LLVM's optimisations are left out, so that a training step compiles in half the time; tests that
-# hold numbers to the published ones ask for them with FULL_COMPILE.
+# Optimisations are left out, so that a training step compiles in half the time; tests that hold
+# numbers to the published ones ask for them with FULL_COMPILE.
 XLA_FLAGS = "--xla_backend_optimization_level=0"
 FULL_COMPILE = {"xla_backend_optimization_level": 3}
+if importlib.metadata.version("jaxlib").startswith("0.10."):  # later ones do not know the flag
+    XLA_FLAGS += " --xla_cpu_use_fusion_emitters=false"
+    FULL_COMPILE["xla_cpu_use_fusion_emitters"] = True
 os.environ.setdefault("XLA_FLAGS", XLA_FLAGS)  # a child process may bring its own
 os.environ.update(
     JAX_PLATFORMS="cpu",
