@@ -62,7 +62,7 @@ SUITES: dict[str, dict[str, dict]] = {
         "no relative bias": {"model.relative_bias": False},
     },
 }
-STEPS = {"models": 1200, "ablations": 600}  # the ablations end while differences still show
+STEPS = {"models": 1200, "ablations": 500}  # the ablations end while differences still show
 MEASURES = ("frechet_distance", "class_agreement")
 
 
