@@ -112,15 +112,22 @@ def run(config: ConfigDict, workdir: pathlib.Path, samples: int, stop: main.Stop
 
 
 def summarise(curves: dict[str, list[dict]]) -> list[dict]:
-    """A row for each network: mean and standard deviation over the seeds after the last step."""
-    rows = []
+    """A row for each network: mean and standard deviation over the seeds after the last step.
+
+    `difference`: of the Fréchet distance to the first network's with the same seed.
+    """
+    rows, first = [], None
     for name, of_name in curves.items():
         last = [curve["points"][-1] for curve in of_name]
         row = {"name": name, "seeds": len(last), "steps": last[0]["step"]}
-        for measure in (*MEASURES, "seconds"):
-            values = [point[measure] for point in last]
-            row[measure] = float(np.mean(values))
-            row[f"{measure}_deviation"] = float(np.std(values, ddof=len(values) > 1))
+        first = first or last
+        values = {m: [point[m] for point in last] for m in (*MEASURES, "seconds")}
+        values["difference"] = [
+            a[MEASURES[0]] - b[MEASURES[0]] for a, b in zip(last, first, strict=True)
+        ]
+        for measure, of_seeds in values.items():
+            row[measure] = float(np.mean(of_seeds))
+            row[f"{measure}_deviation"] = float(np.std(of_seeds, ddof=len(of_seeds) > 1))
         rows.append(row)
     return rows
 
@@ -128,16 +135,22 @@ def summarise(curves: dict[str, list[dict]]) -> list[dict]:
 def table(rows: list[dict], real: float) -> str:
     """Markdown."""
     lines = [
-        "| | Fréchet distance | class agreement | seconds of training |",
-        "| --- | --- | --- | --- |",
+        f"| | Fréchet distance | less {rows[0]['name']}'s | class agreement | training seconds |",
+        "| --- | --- | --- | --- | --- |",
     ]
     for row in rows:
-        distance, agreement, seconds = (
-            f"{row[m]:.{digits}f} ± {row[f'{m}_deviation']:.{digits}f}"
-            for m, digits in ((MEASURES[0], 2), (MEASURES[1], 3), ("seconds", 0))
+        distance, gap, agreement, seconds = (
+            f"{row[name]:{form}} ± {row[f'{name}_deviation']:{form.lstrip('+')}}"
+            for name, form in (
+                (MEASURES[0], ".2f"),
+                ("difference", "+.2f"),
+                (MEASURES[1], ".3f"),
+                ("seconds", ".0f"),
+            )
         )
-        lines.append(f"| {row['name']} | {distance} | {agreement} | {seconds} |")
-    lines.append(f"| *real training images* | {real:.2f} | | |")
+        gap = "" if row is rows[0] else gap
+        lines.append(f"| {row['name']} | {distance} | {gap} | {agreement} | {seconds} |")
+    lines.append(f"| *real training images* | {real:.2f} | | | |")
     return "\n".join(lines)
 
 

@@ -62,13 +62,17 @@ def test_dots_are_drawn_and_deviations_are_over_seeds(bench, tmp_path):
         point = {"step": 7, "frechet_distance": distance, "class_agreement": 0.5, "seconds": 1.0}
         return {"points": [point]}
 
-    curves = {"MDT": [curve(1.0), curve(3.0)], "other": [curve(2.0)]}
+    curves = {"MDT": [curve(1.0), curve(3.0)], "other": [curve(2.0), curve(4.5)]}
     bench["draw_dots"](tmp_path / "dots.png", curves)
     assert (tmp_path / "dots.png").stat().st_size > 1000
     one, other = bench["summarise"](curves)
     assert (one["frechet_distance"], one["seeds"], one["steps"]) == (2.0, 2, 7)
     assert one["frechet_distance_deviation"] == pytest.approx(np.sqrt(2))
-    assert other["frechet_distance_deviation"] == 0
+    assert other["difference"] == pytest.approx(1.25)
+    assert other["difference_deviation"] == pytest.approx(np.std([1.0, 1.5], ddof=1))
+    printed = bench["table"]([one, other], 0.5).splitlines()
+    assert printed[2] == "| MDT | 2.00 ± 1.41 |  | 0.500 ± 0.000 | 1 ± 0 |"
+    assert printed[3] == "| other | 3.25 ± 1.77 | +1.25 ± 0.35 | 0.500 ± 0.000 | 1 ± 0 |"
 
 
 def test_mistakes_are_one_line(tmp_path):
