@@ -40,7 +40,7 @@ MDTV2 = {
     "mask.ratio_max": 0.5,
     "diffusion.loss_weight": "min_snr_5",
     "optim.name": "adan",
-    "optim.lr": 8e-3,  # twice AdamW's, as Adan's authors advise
+    "optim.lr": 8e-3,  # twice AdamW's, as one of Adan's authors advises
     "optim.clip_norm": 1.0,
 }
 SUITES: dict[str, dict[str, dict]] = {
