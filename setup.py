@@ -4,7 +4,19 @@ from setuptools import find_packages, setup
 
 here = pathlib.Path(__file__).parent
 
-TEST = ["matplotlib", "mlxtend", "pytest", "pytest-xdist", "ruff"]
+WEIGHTS = ["huggingface_hub", "safetensors", "torch"]
+# PyTorch's version is one whose plain wheel runs on a CPU.
+TEST = [
+    "diffusers",
+    "huggingface_hub",
+    "matplotlib",
+    "mlxtend",
+    "pytest",
+    "pytest-xdist",
+    "ruff",
+    "safetensors",
+    "torch==2.13.0",
+]
 
 setup(
     name="mdt_jax",
@@ -14,6 +26,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["mdt_jax", "mdt_jax.*"]),
+    package_data={"mdt_jax.data": ["imagenet_classes.txt"]},
     python_requires=">=3.11",
     install_requires=[
         "absl-py",
@@ -35,6 +48,6 @@ setup(
         "data": ["mlxtend"],
         "benchmarks": ["matplotlib"],
         "test": TEST,
-        "torch": ["torch"],  # to read published .pt files: see mdt_jax/interop/mdt_weights.py
+        "weights": WEIGHTS,  # to read and write .pt and .safetensors, and hf:// paths
     },
 )

@@ -24,8 +24,8 @@ from mdt_jax.data import sources
 from mdt_jax.data.images import to_uint8
 from mdt_jax.errors import UserError
 from mdt_jax.sampling import SampleOptions, balanced_labels, generate
-from mdt_jax.train.checkpoints import load_run
 from mdt_jax.train.metrics import read_steps
+from mdt_jax.weights import load_weights
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -99,7 +99,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, samples: int, stop: main.Stop
     seconds = {step: json.loads(line)["seconds"] for step, line in lines}
     points = []
     for step in sorted(int(folder.name) for folder in (workdir / "checkpoints").iterdir()):
-        model, params, _ = load_run(workdir / "checkpoints" / str(step))
+        model, params, _ = load_weights(workdir / "checkpoints" / str(step))
         labels = balanced_labels(samples, model.num_classes)
         options = SampleOptions.from_config(config)
         size = config.sample.batch_size

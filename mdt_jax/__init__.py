@@ -12,7 +12,7 @@ _PUBLIC = {
     "MDT": "mdt_jax.models.mdt",
     "UserError": "mdt_jax.errors",
     "generate": "mdt_jax.sampling",
-    "load": "mdt_jax.train.checkpoints",
+    "load": "mdt_jax.weights",
     "to_uint8": "mdt_jax.data.images",
 }
 __all__ = sorted(_PUBLIC)

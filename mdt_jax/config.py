@@ -8,7 +8,7 @@ from mdt_jax.diffusion.losses import LOSS_WEIGHTS
 from mdt_jax.errors import UserError
 from mdt_jax.models.masking import keep_length
 from mdt_jax.models.mdt import VAE_FACTOR, input_shape
-from mdt_jax.sampling import SampleOptions
+from mdt_jax.sampling import VAE_SCALE, SampleOptions
 
 OPTIMIZERS = ("adamw", "adan")
 
@@ -49,7 +49,14 @@ def default() -> ConfigDict:
                 batch_size=256,  # global, over all devices
                 flip=False,  # mirror half of the images
             ),
-            vae=dict(path="identity"),  # identity: the model is trained on pixels
+            vae=dict(
+                path="identity",  # identity: the model is trained on pixels
+                scale=VAE_SCALE,  # what latents are multiplied by
+            ),
+            init=dict(
+                checkpoint="",  # weights a new run starts from: a run, a file, hf://…
+                resize=False,  # resample them where the grid of tokens differs
+            ),
             optim=dict(
                 name="adamw",  # or adan
                 lr=3e-4,  # constant
@@ -251,6 +258,8 @@ def validate(config: ConfigDict, num_devices: int = 1) -> None:
         config.diffusion.steps > 20,
         f"diffusion.steps is {config.diffusion.steps}; with 20 or fewer the last β reaches 1",
     )
+    scale = config.vae.scale
+    _require(0 < scale < math.inf, f"vae.scale is {scale}; it must be positive")
     _one_of("diffusion.loss_weight", config.diffusion.loss_weight, LOSS_WEIGHTS)
     optim = config.optim
     _one_of("optim.name", optim.name, OPTIMIZERS)

@@ -5,24 +5,25 @@ on where the run stopped, to the same bits as if it had not stopped; SIGTERM and
 """
 
 import json
-import os
 import pathlib
 import signal
 import sys
 import time
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from mdt_jax import cli, evaluation, parallel
+from mdt_jax import cli, evaluation, parallel, weights
 from mdt_jax import config as configs
 from mdt_jax.data import images as pictures
 from mdt_jax.data import pipeline, sources
 from mdt_jax.errors import UserError
+from mdt_jax.files import whole
 from mdt_jax.models.mdt import MDT
 from mdt_jax.sampling import SampleOptions, balanced_labels, generate
-from mdt_jax.train.checkpoints import Checkpoints
+from mdt_jax.train.checkpoints import Checkpoints, has_steps
 from mdt_jax.train.metrics import MetricsLog, read_steps
 from mdt_jax.train.optimizers import make_optimizer
 from mdt_jax.train.state import abstract_state, init_state
@@ -43,19 +44,22 @@ def train(config: ConfigDict, workdir: pathlib.Path, stop: "StopSignal") -> None
     abstract = abstract_state(model, optimizer, whole)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(abstract.params))
 
-    # Start, or go on from the newest sound checkpoint.
+    # Start, from other weights if asked, or go on from the newest sound checkpoint.
     seed_key, init_key = jax.device_put(
         tuple(jax.random.split(jax.random.key(config.train.seed))), whole
     )
+    taken = take_weights(config, model, init_key) if not has_steps(workdir) else None
     make_workdir(workdir)
     checkpoints = Checkpoints(workdir, config.train.keep)
     restored = checkpoints.restore(abstract, lambda meta: check_same_model(meta, config, workdir))
     if restored is None:
         check_nothing_is_lost(workdir)
+        print(f"{workdir} holds no checkpoint: starting at step 0", file=sys.stderr)
         new_state = jax.jit(init_state, static_argnums=(0, 1), out_shardings=whole)
         state, start = new_state(model, optimizer, init_key), 0
+        if taken is not None:
+            state = state.replace(**jax.device_put(taken, whole))
         seconds = compile_seconds = 0.0
-        print(f"{workdir} holds no checkpoint: starting at step 0", file=sys.stderr)
     else:
         state, meta = restored
         start, seconds, compile_seconds = (
@@ -168,6 +172,16 @@ def train(config: ConfigDict, workdir: pathlib.Path, stop: "StopSignal") -> None
     print(json.dumps(report, indent=1))
 
 
+def take_weights(config: ConfigDict, model: MDT, key: jax.Array) -> dict | None:
+    """{"params", "ema"} of init.checkpoint, if there is one, each with memory of its own."""
+    if not config.init.checkpoint:
+        return None
+    params, ema, said = weights.start_from(config, model, key)
+    for line in [f"parameters and EMA are those of {config.init.checkpoint}", *said]:
+        print(f"init.checkpoint: {line}", file=sys.stderr)
+    return {"params": params, "ema": jax.tree.map(np.array, ema)}
+
+
 class StopSignal:
     """Turns SIGTERM and Ctrl-C into a wish that the training loop looks at between steps."""
 
@@ -219,7 +233,7 @@ def check_same_model(meta: dict, config: ConfigDict, workdir: pathlib.Path) -> N
             if before != value:
                 changed.append((f"{group}.{name}", before, value))
     shape = (
-        "model.", "data.image_size", "data.channels", "vae.path", "diffusion.steps", "optim.name"
+        "model.", "data.image_size", "data.channels", "vae.", "diffusion.steps", "optim.name"
     )  # fmt: skip
     other = [f"{name} is {was}, not {now}" for name, was, now in changed if name.startswith(shape)]
     if other:
@@ -275,9 +289,8 @@ def make_workdir(workdir: pathlib.Path) -> None:
 
 def write_json(path: pathlib.Path, content: dict) -> None:
     """Whole or not at all."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(temporary, path)
+    with whole(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def save_sample_grid(path, model, params, config: ConfigDict, options: SampleOptions) -> None:

@@ -19,9 +19,14 @@ MODELS = {
 VERSIONS = tuple(MODELS)
 
 
+def published_state(name: str) -> dict[str, np.ndarray]:
+    """NAME.npz: arrays by published name."""
+    return dict(np.load(GOLDEN / f"{name}.npz"))
+
+
 def published_params(name: str) -> dict:
     """The parameters in NAME.npz, such as v1_state or v2_ema_after."""
-    return params_from_published(dict(np.load(GOLDEN / f"{name}.npz")), decoder_layers=2)
+    return params_from_published(published_state(name), MODELS[name.partition("_")[0]])
 
 
 @functools.cache

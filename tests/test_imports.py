@@ -15,6 +15,7 @@ MODULES = sorted(p.relative_to(ROOT) for p in PACKAGE.rglob("*.py"))
 # A room may import from itself and from rooms of a lower level.
 LEVELS = {
     "errors": 0,
+    "files": 1,
     "models": 1,
     "diffusion": 2,
     "parallel": 2,
@@ -25,14 +26,16 @@ LEVELS = {
     "evaluation": 4,
     "train": 5,
     "cli": 5,
-    "main": 6,
-    "sample": 6,
-    "info": 6,
+    "weights": 6,
+    "main": 7,
+    "sample": 7,
+    "info": 7,
+    "convert": 7,
 }
 NEVER = {("diffusion", "models"), ("data", "jax"), ("data", "models"), ("data", "diffusion")}
 # What the core needs; everything else is imported where it is used.
 CORE = {"jax", "flax", "optax", "orbax", "einops", "numpy", "ml_collections", "absl", "mdt_jax"}
-ENTRY_POINTS = {"main", "sample", "info"}
+ENTRY_POINTS = {"main", "sample", "info", "convert"}
 
 
 def room(module: str) -> str:
@@ -48,7 +51,8 @@ def imports(path: pathlib.Path, everywhere: bool) -> list[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "imports are absolute"
             if node.module == "mdt_jax":
-                found += [f"mdt_jax.{alias.name}" for alias in node.names]
+                names = [alias.name for alias in node.names if alias.name != "__version__"]
+                found += [f"mdt_jax.{name}" for name in names]
             else:
                 found.append(node.module)
     return found
@@ -100,7 +104,7 @@ class Block:
 sys.meta_path.insert(0, Block())
 import mdt_jax
 for module in pkgutil.walk_packages(mdt_jax.__path__, "mdt_jax."):
-    if module.name not in ("mdt_jax.main", "mdt_jax.sample", "mdt_jax.info"):
+    if module.name not in ("mdt_jax.main", "mdt_jax.sample", "mdt_jax.info", "mdt_jax.convert"):
         importlib.import_module(module.name)
 for name in mdt_jax.__all__:
     getattr(mdt_jax, name)

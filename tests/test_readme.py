@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from tests.conftest import ROOT
+from tests.hub_server import serve
 
 README = (ROOT / "README.md").read_text()
 
@@ -32,6 +33,8 @@ def smoke(command: str) -> str:
     command = re.sub(r"(configs/\w+\.py)(?!:)", rf"{ROOT}/\1:smoke", command)
     command = re.sub(r"--config=configs", f"--config={ROOT}/configs", command)
     command = command.replace("train.steps=4000", "train.steps=4")
+    if "hf://" in command:
+        command += " --num_steps=3"
     command = command.replace("num_steps=250", "num_steps=5").replace("num_steps=50", "num_steps=5")
     return command.replace("python", sys.executable, 1)
 
@@ -53,13 +56,37 @@ def test_no_command_is_left_out():
     assert len(MODULE_COMMANDS) >= 6 and {"make demo", "make test"} < set(COMMANDS)
 
 
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    """The environment in which hf:// paths lead to small networks on this machine."""
+    import jax
+
+    from mdt_jax import weights
+    from mdt_jax.interop import torch_files
+    from mdt_jax.models.mdt import MDT, init_params
+    from tests.models.test_autoencoder import small_weights
+
+    folder = tmp_path_factory.mktemp("hub")
+    fields = dict(hidden_size=16, depth=4, num_heads=2, version="v2")
+    model = MDT(input_size=(8, 8), in_channels=4, **fields)
+    weights.save(folder / "mdt.pt", weights.Weights(model, init_params(model, jax.random.key(0))))
+    torch_files.write(folder / "vae.safetensors", small_weights())
+    vae = "/stabilityai/sd-vae-ft-mse/resolve/main/diffusion_pytorch_model.safetensors"
+    files = {
+        "/shgao/MDT-XL2/resolve/main/mdt_xl2_v2_ckpt.pt": (folder / "mdt.pt").read_bytes(),
+        vae: (folder / "vae.safetensors").read_bytes(),
+    }
+    with serve(files) as server:
+        yield {"HF_ENDPOINT": server.endpoint, "HF_HOME": str(folder / "cache")}
+
+
 @pytest.mark.parametrize("command", MODULE_COMMANDS)
-def test_module_commands(command, runs):
-    printed = run(smoke(command), runs, env=ENVIRONMENT)
+def test_module_commands(command, runs, hub):
+    printed = run(smoke(command), runs, env=ENVIRONMENT | hub)
     if "mdt_jax.info" in command:
         assert "memory of a step" in printed
         return
-    out = re.search(r"--out=(\S+)", command)
+    out = re.search(r"--(?:out|dst)=(\S+)", command)
     workdir = re.search(r"--workdir=(\S+)", command)
     assert (runs / out[1]).is_file() if out else (runs / workdir[1] / "report.json").is_file()
 
@@ -85,7 +112,7 @@ def test_installation(tmp_path):
     (tmp_path / "project").symlink_to(ROOT)
     folder = tmp_path / "project"
     lines = [c for c in COMMANDS if ".venv" in c]
-    assert len(lines) == 5
+    assert len(lines) == 6
     venv = tmp_path / "venv"
     for line in lines:
         line = line.replace(".venv", str(venv))

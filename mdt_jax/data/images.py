@@ -1,8 +1,8 @@
 """Pixels: to numbers and back, and pictures on disk."""
 
-import os
-
 import numpy as np
+
+from mdt_jax.files import whole
 
 
 def to_float(images: np.ndarray) -> np.ndarray:
@@ -28,21 +28,28 @@ def grid(images: np.ndarray, columns: int, scale: int = 1) -> np.ndarray:
     return picture[:-scale, :-scale]
 
 
-def save_grid(path: str, images: np.ndarray, columns: int = 10) -> None:
-    """Write [N, H, W, C] uint8, C 1 or 3, as a PNG, small images enlarged; whole or not at all."""
+def save_grid(path: str, images: np.ndarray, columns: int = 10, note: str = "") -> None:
+    """Write [N, H, W, C] uint8, C 1 or 3, as a PNG, small images enlarged; whole or not at all.
+
+    note: how they came about, kept in the file as the text `Comment`.
+    """
     from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
 
     picture = grid(images, columns, scale=max(1, 32 // images.shape[1]))
-    temporary = f"{path}.tmp"
-    Image.fromarray(picture.squeeze(-1) if picture.shape[-1] == 1 else picture).save(
-        temporary, format="PNG"
-    )
-    os.replace(temporary, path)
+    info = PngInfo()
+    if note:
+        info.add_itxt("Comment", note)
+    picture = Image.fromarray(picture.squeeze(-1) if picture.shape[-1] == 1 else picture)
+    with whole(path) as temporary:
+        picture.save(temporary, format="PNG", pnginfo=info)
 
 
-def save_npz(path: str, images: np.ndarray, labels: np.ndarray) -> None:
-    """Write arr_0 uint8 [N, H, W, C] and arr_1 labels, as ADM has it; whole or not at all."""
-    temporary = f"{path}.tmp"
-    with open(temporary, "wb") as file:
-        np.savez(file, arr_0=images, arr_1=labels)
-    os.replace(temporary, path)
+def save_npz(path: str, images: np.ndarray, labels: np.ndarray, note: str = "") -> None:
+    """Write arr_0 uint8 [N, H, W, C] and arr_1 labels, as ADM has it; whole or not at all.
+
+    note: how they came about, kept in the file as the string `note`.
+    """
+    arrays = {"arr_0": images, "arr_1": labels, **({"note": np.array(note)} if note else {})}
+    with whole(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, **arrays)

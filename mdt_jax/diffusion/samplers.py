@@ -1,4 +1,4 @@
-"""Samplers: how one step goes from x_t to x_{t−1}, and the scan over all of them."""
+"""Samplers: how one step goes from x_t to x_{t−1}, and the loop over them."""
 
 import dataclasses
 from collections.abc import Callable
@@ -42,18 +42,22 @@ def sample(
     network: Callable[[jax.Array, jax.Array], jax.Array],
     sampler: DDPM | DDIM,
     schedule: sch.Schedule,
-    z: jax.Array,
+    x: jax.Array,
     noise: Callable[[jax.Array], jax.Array],
+    start: int | jax.Array = 0,
+    stop: int | jax.Array | None = None,
 ) -> jax.Array:
-    """Run all steps of `schedule` from z, the last first, in one scan.
+    """Run steps of `schedule` from x, the noisiest first, in one loop; all of them by default.
 
-    network: (x [B, H, W, C], t [B] training timesteps) → [B, H, W, 2C]. z: [B, H, W, C] float32.
+    network: (x [B, H, W, C], t [B] training timesteps) → [B, H, W, 2C]. x: [B, H, W, C] float32.
     noise: number of the step from 0, a scalar → [B, H, W, C] standard normal draws.
+    start, stop: numbers of the first step to run and of the first one not to; may be traced, so
+    that one program runs any part of the way.
     """
     timesteps = jnp.asarray(schedule.timesteps, jnp.int32)
 
-    def body(x, k):
+    def body(k, x):
         i = jnp.full(x.shape[:1], schedule.num_steps - 1 - k)
-        return sampler.step(schedule, x, network(x, timesteps[i]), i, noise(k)), None
+        return sampler.step(schedule, x, network(x, timesteps[i]), i, noise(k))
 
-    return jax.lax.scan(body, z, jnp.arange(schedule.num_steps))[0]
+    return jax.lax.fori_loop(start, schedule.num_steps if stop is None else stop, body, x)

@@ -4,9 +4,11 @@ A step directory holds the items `params`, `ema`, `progress` (optimiser state an
 `meta` (config, step and checksums as JSON). It gets its final name only when all of it is written.
 """
 
+import contextlib
 import logging
 import os
 import pathlib
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -14,14 +16,13 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
-from ml_collections import ConfigDict
 
-from mdt_jax import config as configs
 from mdt_jax.errors import UserError
-from mdt_jax.models.mdt import MDT, init_params
+from mdt_jax.files import check_room, free, reason
 from mdt_jax.train.state import TrainState
 
 FOLDER = "checkpoints"
+ORBAX_FILES = 1_000_000  # bytes that a step takes besides its arrays, generously
 
 
 def _items(state: TrainState) -> dict[str, object]:
@@ -48,6 +49,11 @@ def _steps(directory: pathlib.Path) -> list[int]:
     return sorted((int(p.name) for p in directory.iterdir() if p.name.isdigit()), reverse=True)
 
 
+def has_steps(workdir: str | os.PathLike) -> bool:
+    """Whether a run has saved a step there."""
+    return bool(_steps(pathlib.Path(workdir) / FOLDER))
+
+
 def _restore(folder: pathlib.Path, items: dict[str, object]) -> dict[str, object]:
     """Restore items (abstract trees by name) of a step folder; ValueError if bits have changed."""
     args = {name: ocp.args.StandardRestore(tree) for name, tree in items.items()}
@@ -67,10 +73,6 @@ def read_meta(folder: pathlib.Path) -> dict:
         return checkpointer.restore(folder, ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
 
 
-def _reason(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-
-
 def _newest_sound(directory: pathlib.Path, read: Callable[[pathlib.Path], object]):
     """read(folder) of the newest step that can be read, and the damaged steps passed over.
 
@@ -85,7 +87,7 @@ def _newest_sound(directory: pathlib.Path, read: Callable[[pathlib.Path], object
         except Exception as error:  # whatever Orbax makes of a damaged folder
             damaged.append(step)
             print(
-                f"checkpoint {directory / str(step)} is damaged: {_reason(error)}", file=sys.stderr
+                f"checkpoint {directory / str(step)} is damaged: {reason(error)}", file=sys.stderr
             )
     if damaged:
         raise UserError(
@@ -95,12 +97,24 @@ def _newest_sound(directory: pathlib.Path, read: Callable[[pathlib.Path], object
     return None, damaged
 
 
+def _quiet() -> None:
+    """Orbax logs each save, leftovers of killed ones, and tracebacks of what is raised anyway."""
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    sys.unraisablehook = _late_writes_aside
+
+
+def _late_writes_aside(unraisable) -> None:
+    """Writes under way when another failed end after their event loop, and each would say so."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
+
+
 class Checkpoints:
     """Saves a run's state in the background, and finds the newest sound one to go on from."""
 
     def __init__(self, workdir: str | os.PathLike, keep: int = 1):
-        # Orbax reports each background save at INFO and leftovers of killed ones at WARNING.
-        logging.getLogger("absl").setLevel(logging.ERROR)
+        _quiet()
         self.directory = pathlib.Path(workdir).absolute() / FOLDER
         self._keep = keep
         self._manager = None
@@ -137,7 +151,10 @@ class Checkpoints:
         return state, items["meta"]
 
     def save(self, state: TrainState, meta: dict) -> None:
-        """Start to save; returns once the state is copied. A failed earlier save raises here."""
+        """Start to save; returns once the state is copied.
+
+        Raises UserError where this or the save before cannot be written, such as on a full disk.
+        """
         if self._manager is None:
             options = ocp.CheckpointManagerOptions(
                 max_to_keep=self._keep, create=True, cleanup_tmp_directories=True
@@ -150,7 +167,10 @@ class Checkpoints:
         checksums = {name: int(_checksum(tree)) for name, tree in items.items()}
         args = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
         meta = ocp.args.JsonSave({"step": step, "checksums": checksums, **meta})
-        self._manager.save(step, args=ocp.args.Composite(meta=meta, **args), force=True)
+        manager, self._manager = self._manager, None  # nothing to wait for where this fails
+        with _writing(self.directory, items):
+            manager.save(step, args=ocp.args.Composite(meta=meta, **args), force=True)
+        self._manager = manager
 
     def newest(self) -> pathlib.Path | None:
         """The folder of the newest finished step, if any, once what was saved is on disk."""
@@ -159,43 +179,70 @@ class Checkpoints:
         return self.directory / str(steps[0]) if steps else None
 
     def close(self) -> None:
-        """Wait until what was saved is on disk."""
-        if self._manager is not None:
-            self._manager.close()
-            self._manager = None
+        """Wait until what was saved is on disk. Raises UserError where it cannot be written."""
+        manager, self._manager = self._manager, None
+        if manager is not None:
+            with _writing(self.directory):
+                manager.close()
 
 
-def load_run(path: str | os.PathLike) -> tuple[MDT, dict, ConfigDict]:
-    """(model, EMA parameters, config) from a workdir, its checkpoints folder, or one step of it.
+@contextlib.contextmanager
+def _writing(path: pathlib.Path, arrays: object = ()):
+    """Raise UserError where there is no room for the arrays, or for whatever Orbax raises."""
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(arrays))
+    check_room(path, size + ORBAX_FILES if size else 0)
+    try:
+        yield
+    except Exception as error:
+        raise UserError(f"{path} could not be written: {reason(error)}{free(path)}") from None
 
-    Raises UserError when the path does not exist, holds no checkpoint, or none can be read.
+
+def load(path: str | os.PathLike, choose: Callable[[dict], tuple[str, dict]]) -> tuple[dict, dict]:
+    """(arrays, meta) of one item of a workdir, its checkpoints folder, one step of it, or a folder
+    of `save_folder`; of the newest step that is sound.
+
+    choose: meta → (item, its shapes). Raises UserError when the path does not exist, holds no
+    checkpoint or no such item, or none can be read.
     """
     root = pathlib.Path(path).absolute()
     if not str(path) or not os.path.exists(root):
         raise UserError(f"checkpoint '{path}' does not exist")
 
     def read(folder: pathlib.Path):
-        config = configs.complete(read_meta(folder)["config"])
-        model = MDT.from_config(config)
+        meta = read_meta(folder)
+        item, shapes = choose(meta)
         device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         abstract = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
-            jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0)),
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), shapes
         )
-        return model, _restore(folder, {"ema": abstract})["ema"], config
+        return _restore(folder, {item: abstract})[item], meta
 
-    if root.name.isdigit() and (root / "meta").is_dir():
+    if (root / "meta").is_dir():
         try:
             return read(root)
+        except UserError:
+            raise
         except Exception as error:
-            raise UserError(f"checkpoint {path} is damaged: {_reason(error)}") from None
+            raise UserError(f"checkpoint {path} is damaged: {reason(error)}") from None
     found, _ = _newest_sound(root / FOLDER if (root / FOLDER).is_dir() else root, read)
     if found is None:
         raise UserError(f"{path} holds no checkpoint: expected a workdir that was trained in")
     return found
 
 
-def load(path: str | os.PathLike) -> tuple[MDT, dict]:
-    """(model, EMA parameters) of a checkpoint; paths and errors as in `load_run`."""
-    model, params, _ = load_run(path)
-    return model, params
+def save_folder(folder: str | os.PathLike, item: str, arrays: dict, meta: dict) -> None:
+    """Write one item as a folder of its own, with its meta; whole or not at all.
+
+    Raises UserError where it cannot be written, such as on a full disk.
+    """
+    _quiet()
+    folder = pathlib.Path(folder).absolute()
+    meta = {"step": 0, "checksums": {item: int(_checksum(arrays))}, **meta}
+    args = {item: ocp.args.StandardSave(arrays), "meta": ocp.args.JsonSave(meta)}
+    try:
+        with _writing(folder, arrays), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as orbax:
+            orbax.save(folder, ocp.args.Composite(**args))
+    except UserError:
+        for left in folder.parent.glob(f"{folder.name}.orbax-checkpoint-tmp*"):
+            shutil.rmtree(left, ignore_errors=True)
+        raise

@@ -8,8 +8,8 @@ import pytest
 
 import mdt_jax
 from mdt_jax.errors import UserError
-from mdt_jax.train.checkpoints import load_run
 from mdt_jax.train.metrics import MetricsLog
+from mdt_jax.weights import load_weights
 from tests.conftest import SMOKE, train_here
 
 
@@ -74,7 +74,7 @@ def test_loading_a_damaged_step_falls_back_or_says_so(copy, damage, capfd):
     older = mdt_jax.load(copy / "checkpoints" / "2")[1]
     damage(copy / "checkpoints" / "4")
     with pytest.raises(UserError, match="damaged|holds no checkpoint"):
-        load_run(copy / "checkpoints" / "4")
+        load_weights(copy / "checkpoints" / "4")
     assert same(mdt_jax.load(copy)[1], older)
     assert "4 is damaged" in capfd.readouterr().err
     damage(copy / "checkpoints" / "2")

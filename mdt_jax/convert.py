@@ -1,0 +1,52 @@
+"""Convert weights: python -m mdt_jax.convert --src=mdt_xl2_v1_ckpt.pt --dst=xl2
+
+What is at --src says what network it is; the suffix of --dst says where it goes: .pt or
+.safetensors, which the published PyTorch code loads with strict=True, or a folder (Orbax).
+"""
+
+import pathlib
+
+from mdt_jax import cli, weights
+from mdt_jax.errors import UserError
+from mdt_jax.interop import torch_files
+
+
+def parse(argv: list[str]):
+    parser = cli.Parser(prog="python -m mdt_jax.convert", description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add(
+        "--src",
+        required=True,
+        help="a workdir, a folder, .pt, .safetensors, or hf://OWNER/REPO/FILE",
+    )
+    add("--dst", required=True, help="FILE.pt, FILE.safetensors, or a folder to be made")
+    add("--params", choices=weights.ITEMS, default="ema", help="which of a run's parameters")
+    add("--decoder_layers", type=int, help="what MDT v1's files do not tell (default: 2)")
+    return parser.parse_args(argv[1:])
+
+
+def check_destination(dst: pathlib.Path) -> None:
+    """Raise UserError now rather than after everything is read."""
+    if dst.suffix and dst.suffix not in torch_files.SUFFIXES:
+        raise UserError(
+            f"--dst={dst}: unknown suffix {dst.suffix!r}; use {', '.join(torch_files.SUFFIXES)}, "
+            "or none for a folder"
+        )
+    if dst.exists():
+        raise UserError(f"--dst={dst} exists already; nothing was written")
+    if not dst.absolute().parent.is_dir():
+        raise UserError(f"--dst={dst}: there is no folder {dst.parent}")
+
+
+def main(argv: list[str]) -> None:
+    """Parse the flags, read, write, say what it was."""
+    args = parse(argv)
+    dst = pathlib.Path(args.dst)
+    check_destination(dst)
+    found = weights.read(args.src, args.params, args.decoder_layers)
+    weights.save(dst, found)
+    print(f"wrote {dst}: {weights.describe(found.model)}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,59 @@
+"""Files that are there whole or not at all."""
+
+import contextlib
+import os
+import pathlib
+import shutil
+from collections.abc import Iterator
+
+from mdt_jax.errors import UserError
+
+
+@contextlib.contextmanager
+def whole(
+    path: str | os.PathLike, failures: tuple[type[Exception], ...] = ()
+) -> Iterator[pathlib.Path]:
+    """A path to write to, which becomes `path` when the block ends well; else nothing is left.
+
+    failures: what the writer raises, besides OSError, where the disk is full. Raises UserError
+    for these.
+    """
+    path = pathlib.Path(path)
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except (OSError, *failures) as error:
+        raise UserError(f"{path} could not be written: {reason(error)}{free(path)}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def reason(error: Exception) -> str:
+    """An error in one line."""
+    text = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:200]
+
+
+def free(path: pathlib.Path) -> str:
+    """ " (… MB free there)" for a message, or nothing where it cannot be told."""
+    room = _room(path)
+    return "" if room is None else f" ({room / 1e6:.1f} MB free there)"
+
+
+def check_room(path: pathlib.Path, size: int) -> None:
+    """Raise UserError where `size` bytes do not fit on the disk that `path` is to be on."""
+    room = _room(path)
+    if room is not None and size > room:
+        raise UserError(
+            f"{path} could not be written: it takes {size / 1e6:.1f} MB, and "
+            f"{room / 1e6:.1f} MB are free there"
+        )
+
+
+def _room(path: pathlib.Path) -> int | None:
+    try:
+        return shutil.disk_usage(path.absolute().parent).free
+    except OSError:
+        return None

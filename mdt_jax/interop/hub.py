@@ -1,0 +1,69 @@
+"""Files of the Hugging Face hub: hf://OWNER/REPOSITORY/FILE."""
+
+import hashlib
+import pathlib
+import re
+import time
+
+from mdt_jax.errors import UserError
+
+SCHEME = "hf://"
+
+
+def local_path(path: str) -> pathlib.Path:
+    """The file itself, or for hf://OWNER/REPOSITORY/FILE where the hub's cache has it.
+
+    Downloads what the cache lacks; HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE are honoured. Raises
+    UserError where the file cannot be had.
+    """
+    if not path.startswith(SCHEME):
+        return pathlib.Path(path)
+    owner, _, rest = path.removeprefix(SCHEME).partition("/")
+    repository, _, name = rest.partition("/")
+    if not (owner and repository and name):
+        raise UserError(f"{path}: write hf://OWNER/REPOSITORY/FILE")
+    try:
+        import huggingface_hub
+        from huggingface_hub import errors
+    except ImportError:
+        raise UserError("hf:// paths need huggingface_hub: pip install -e '.[weights]'") from None
+    started = time.time()
+    try:
+        found = pathlib.Path(huggingface_hub.hf_hub_download(f"{owner}/{repository}", name))
+        _check_hash(path, found, started)
+        return found
+    except errors.LocalEntryNotFoundError:
+        raise UserError(
+            f"{path} is not in the cache and the hub cannot be reached; "
+            "check the network, HF_ENDPOINT and HF_HUB_OFFLINE"
+        ) from None
+    except errors.EntryNotFoundError:
+        raise UserError(f"{path}: the repository {owner}/{repository} has no such file") from None
+    except errors.RepositoryNotFoundError:
+        raise UserError(f"{path}: there is no such repository, or it asks for a login") from None
+    except errors.HFValidationError as error:
+        raise UserError(f"{path}: {error}") from None
+    except UserError:
+        raise
+    except (OSError, ValueError) as error:
+        line = " ".join(str(error).split())
+        raise UserError(f"{path} could not be downloaded: {line[:300]}") from None
+
+
+def _check_hash(path: str, found: pathlib.Path, started: float) -> None:
+    """Raise UserError, and drop the file, where what was just downloaded has another SHA-256.
+
+    The cache names large files by the hash that the hub gave for them.
+    """
+    blob = found.resolve()
+    if not re.fullmatch("[0-9a-f]{64}", blob.name) or blob.stat().st_mtime < started:
+        return
+    with open(blob, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != blob.name:
+        found.unlink()
+        blob.unlink(missing_ok=True)
+        raise UserError(
+            f"{path} was not downloaded as it should be: its SHA-256 is {digest}, not {blob.name}; "
+            "try again"
+        )

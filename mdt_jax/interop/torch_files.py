@@ -1,0 +1,129 @@
+"""PyTorch's weight files and safetensors as NumPy arrays, read without running what is in them."""
+
+import importlib
+import os
+import pathlib
+import zipfile
+from collections.abc import Collection, Mapping
+
+import numpy as np
+
+from mdt_jax.errors import UserError
+from mdt_jax.files import reason, whole
+
+PICKLED = (".pt", ".pth", ".bin", ".ckpt")
+SUFFIXES = (*PICKLED, ".safetensors")
+
+
+def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
+    """The tensors of a file by name, in its order; a {"state_dict": …} around them is taken off.
+
+    Raises UserError, naming the file, where it is cut short, holds anything but tensors, or asks
+    for more than tensors to be unpickled: nothing of that is run.
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise UserError(f"{path} is not a file" if path.exists() else f"{path} does not exist")
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    if path.suffix in PICKLED:
+        return _read_pickled(path)
+    raise UserError(f"{path}: unknown suffix {path.suffix!r}; use one of {', '.join(SUFFIXES)}")
+
+
+def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
+    safetensors = _package("safetensors.numpy")
+    from safetensors import SafetensorError
+
+    try:
+        return safetensors.load_file(path)
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise UserError(f"{path} is damaged or no safetensors file: {error}") from None
+
+
+def _package(name: str):
+    """A module of the extra `weights`."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise UserError(f"weight files need {name}: pip install -e '.[weights]'") from None
+
+
+def _read_pickled(path: pathlib.Path) -> dict[str, np.ndarray]:
+    import pickle
+
+    torch = _package("torch")
+    try:
+        # Mapped, tensors are read when they are used; only the newer, zipped format can be.
+        content = torch.load(
+            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+        )
+    except pickle.UnpicklingError as error:
+        lines = str(error).strip().splitlines()
+        named = next((line for line in lines if "GLOBAL" in line or "Unsupported" in line), "")
+        raise UserError(
+            f"{path} holds something other than tensors and was not read"
+            + (f" ({named.strip()})" if named else ": it is damaged, or no weights file")
+        ) from None
+    except (RuntimeError, EOFError, ValueError, zipfile.BadZipFile, OSError) as error:
+        raise UserError(f"{path} is damaged or cut short: {reason(error)}") from None
+    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
+        content = content["state_dict"]
+    if not isinstance(content, Mapping):
+        raise UserError(f"{path} holds a {type(content).__name__}, not tensors by name")
+    for name, value in content.items():
+        if not isinstance(value, torch.Tensor):
+            raise UserError(f"{path}: {name!r} is a {type(value).__name__}, not a tensor")
+    return {name: _array(torch, tensor) for name, tensor in content.items()}
+
+
+def _array(torch, tensor) -> np.ndarray:
+    tensor = tensor.detach()
+    if tensor.dtype == torch.bfloat16:  # NumPy itself has none
+        import ml_dtypes
+
+        return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
+
+
+def from_torch(array: np.ndarray) -> np.ndarray:
+    """PyTorch's layout → Flax's: [out, in, h, w] → [h, w, in, out], [out, in] → [in, out]."""
+    return array.transpose({4: (2, 3, 1, 0), 2: (1, 0)}.get(array.ndim))
+
+
+def to_torch(array: np.ndarray) -> np.ndarray:
+    """The inverse of `from_torch`."""
+    return array.transpose({4: (3, 2, 0, 1), 2: (1, 0)}.get(array.ndim))
+
+
+def check_names(expected: Collection[str], found: Collection[str], what: str) -> None:
+    """Raise UserError, with the first missing and unexpected names, where they are not the same."""
+    said, known, there = [], set(expected), set(found)
+    for kind, names in (
+        ("missing", [name for name in expected if name not in there]),
+        ("unexpected", [name for name in found if name not in known]),
+    ):
+        if names:
+            more = f" and {len(names) - 3} more" * (len(names) > 3)
+            said.append(f"{kind} {', '.join(names[:3])}{more}")
+    if said:
+        raise UserError(f"these are not the weights of {what}: {'; '.join(said)}")
+
+
+def write(path: str | os.PathLike, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write arrays by name in the format of the suffix; whole or not at all.
+
+    Raises UserError where it cannot be written, such as on a full disk.
+    """
+    path = pathlib.Path(path)
+    if path.suffix == ".safetensors":
+        safetensors = _package("safetensors.numpy")
+        from safetensors import SafetensorError
+
+        with whole(path, (SafetensorError,)) as temporary:
+            safetensors.save_file(dict(arrays), temporary)
+    else:
+        torch = _package("torch")
+        tensors = {name: torch.from_numpy(np.require(a, None, "CW")) for name, a in arrays.items()}
+        with whole(path, (RuntimeError,)) as temporary:
+            torch.save(tensors, temporary)

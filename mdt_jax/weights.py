@@ -1,0 +1,299 @@
+"""Networks and their parameters from wherever they lie, and to where others can read them."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import sys
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from mdt_jax import config as configs
+from mdt_jax.errors import UserError
+from mdt_jax.interop import hub, inception_weights, mdt_weights, torch_files, vae_weights
+from mdt_jax.models.autoencoder import AutoencoderKL
+from mdt_jax.models.mdt import MDT, init_params
+from mdt_jax.models.resize import resize_grid
+from mdt_jax.train import checkpoints
+
+ITEMS = ("ema", "raw")
+# The folder that `save` writes holds one kind of parameters, whichever it was.
+_ONLY = "weights"
+
+
+class Weights(NamedTuple):
+    """A network, its parameters, and the config of the run they come from, if any."""
+
+    model: MDT | AutoencoderKL | inception_weights.Inception
+    params: dict
+    config: ConfigDict | None = None
+
+
+class _Kind(NamedTuple):
+    """How a kind of network is put into folders and published files."""
+
+    model: type
+    name: str
+    shapes: Callable[[object], dict]
+    to_published: Callable[[object, dict], dict[str, np.ndarray]]
+
+
+KINDS = {
+    "mdt": _Kind(
+        MDT,
+        "an MDT",
+        lambda model: jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0)),
+        mdt_weights.published_from_params,
+    ),
+    "vae": _Kind(AutoencoderKL, "a VAE", vae_weights.shapes, vae_weights.to_published),
+    "inception": _Kind(
+        inception_weights.Inception,
+        "FID's Inception",
+        inception_weights.shapes,
+        inception_weights.to_published,
+    ),
+}
+
+
+def kind_of(model: object) -> str:
+    """The key in KINDS of a network."""
+    return next(key for key, kind in KINDS.items() if isinstance(model, kind.model))
+
+
+def describe(model: object) -> str:
+    """A network in a line."""
+    if isinstance(model, MDT):
+        height, width = model.input_size
+        return (
+            f"MDT {model.version}, hidden size {model.hidden_size}, depth {model.depth} "
+            f"({model.decoder_layers} decode), {model.num_heads} heads, patch {model.patch_size}, "
+            f"{model.num_classes} classes, inputs {height}×{width}×{model.in_channels}"
+        )
+    if isinstance(model, AutoencoderKL):
+        return (
+            f"a VAE of levels {', '.join(map(str, model.channels))}, {model.layers} layers each, "
+            f"latents of {model.latent_channels} channels at 1/{model.factor} of the size"
+        )
+    return f"FID's Inception with {model.num_classes} logits"
+
+
+def read(
+    path: str | os.PathLike,
+    params: str = "ema",
+    decoder_layers: int | None = None,
+    wanted: str | None = None,
+) -> Weights:
+    """Any network's weights; arguments as in `load_weights`.
+
+    wanted: a key of KINDS; anything else there is refused. Raises UserError.
+    """
+    if params not in ITEMS:
+        raise UserError(f"params is {params!r}; choose one of {', '.join(ITEMS)}")
+    local = hub.local_path(str(path))
+    if local.is_dir() or local.suffix not in torch_files.SUFFIXES:
+        if decoder_layers is not None:
+            raise UserError(f"decoder_layers is for published files; {path} tells its own")
+        found = _read_folder(local, params)
+    else:
+        try:
+            found = _from_published(torch_files.read(local), decoder_layers, wanted, local)
+        except UserError as error:
+            name = "" if str(error).startswith(str(local)) else f"{path}: "
+            raise UserError(f"{name}{error}") from None
+    if wanted not in (None, kind := kind_of(found.model)):
+        raise UserError(f"{path} holds {KINDS[kind].name}, not {KINDS[wanted].name}")
+    return found
+
+
+def _from_published(
+    state: Mapping[str, np.ndarray],
+    decoder_layers: int | None,
+    wanted: str | None,
+    path: pathlib.Path,
+) -> Weights:
+    """The kind is read from the names; where they tell nothing it is tried as what is wanted."""
+    if vae_weights.is_vae(state) or wanted == "vae":
+        found = Weights(*vae_weights.from_published(state, _norm_groups(path)))
+    elif inception_weights.is_inception(state):
+        found = Weights(*inception_weights.from_published(state))
+    else:
+        model = mdt_weights.model_from_published(state, decoder_layers)
+        return Weights(model, mdt_weights.params_from_published(state, model))
+    if decoder_layers is not None:
+        raise UserError(f"decoder_layers is for MDT; this is {KINDS[kind_of(found.model)].name}")
+    return found
+
+
+def _norm_groups(path: pathlib.Path) -> int | None:
+    """What diffusers' config.json beside a VAE's file says of its norms, if there is one."""
+    try:
+        return int(json.loads(path.with_name("config.json").read_text())["norm_num_groups"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _read_folder(path: pathlib.Path, params: str) -> Weights:
+    """From a workdir, its checkpoints folder, one step of it, or a folder of `save`."""
+
+    def network(meta):
+        if "config" in meta:
+            return MDT.from_config(configs.complete(meta["config"]))
+        fields = dict(meta["model"])
+        kind = KINDS[fields.pop("kind")]
+        return kind.model(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+
+    def choose(meta):
+        items = list(meta["checksums"])
+        item = _ONLY if _ONLY in items else {"ema": "ema", "raw": "params"}[params]
+        model = network(meta)
+        return item, KINDS[kind_of(model)].shapes(model)
+
+    arrays, meta = checkpoints.load(path, choose)
+    config = configs.complete(meta["config"]) if "config" in meta else None
+    return Weights(network(meta), arrays, config)
+
+
+def load_weights(
+    path: str | os.PathLike,
+    params: str = "ema",
+    decoder_layers: int | None = None,
+    input_size: tuple[int, int] | None = None,
+) -> Weights:
+    """An MDT's weights, and the config of the run they come from, if any.
+
+    path: a workdir, its checkpoints folder, one step of it, a folder that `convert` wrote, a
+    published file (.pt, .pth, .bin, .ckpt, .safetensors), or hf://OWNER/REPOSITORY/FILE.
+    params: "ema", or "raw" for those the optimiser sees; a file has but one kind.
+    decoder_layers: what a published file of MDT v1 does not tell (None: 2).
+    input_size: (H, W) of latents (or pixels) the model is to take. Where the weights are for
+    another size, position embeddings and bias tables are resampled, and this is said on stderr.
+    Raises UserError where there is nothing to load, or what is there is damaged or another network.
+    """
+    found = read(path, params, decoder_layers, "mdt")
+    if input_size is None or tuple(input_size) == found.model.input_size:
+        return found
+    patch, (height, width) = found.model.patch_size, input_size
+    if min(height, width) < patch or height % patch or width % patch:
+        raise UserError(f"input_size is {height}×{width}; {path} asks for multiples of {patch}")
+    model = found.model.clone(input_size=(height, width))
+    resized = resize_grid(found.params, found.model.grid, model.grid)
+    old, new = (f"{rows}×{columns}" for rows, columns in (found.model.grid, model.grid))
+    print(
+        f"{path}: position embeddings and bias tables resampled from {old} to {new} tokens",
+        file=sys.stderr,
+    )
+    return Weights(model, resized, found.config)
+
+
+def load(path: str | os.PathLike, **options) -> tuple[MDT, dict]:
+    """(model, parameters) on the default device; arguments and errors as in `load_weights`."""
+    model, params, _ = load_weights(path, **options)
+    return model, jax.tree.map(jnp.asarray, params)
+
+
+VAE_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+
+
+def load_vae(path: str | os.PathLike) -> tuple[AutoencoderKL, dict]:
+    """(network, float32 parameters) of a Stable Diffusion VAE.
+
+    path: a file (.safetensors, .bin, .pt, .ckpt; in diffusers' or CompVis's layout), a folder of
+    diffusers or of `convert`, or hf://OWNER/REPOSITORY[/FILE]. Raises UserError where there is
+    none.
+    """
+    path = str(path)
+    if path.startswith(hub.SCHEME) and path.removeprefix(hub.SCHEME).count("/") == 1:
+        path = f"{path}/{VAE_FILES[0]}"
+    for name in VAE_FILES:
+        if os.path.isfile(os.path.join(path, name)):
+            path = os.path.join(path, name)
+            break
+    return read(path, wanted="vae")[:2]
+
+
+def save(path: str | os.PathLike, weights: Weights) -> None:
+    """Write parameters: a published file where the suffix is one of its, else an Orbax folder.
+
+    Whole or not at all. A folder keeps the config of the run. Raises UserError where the published
+    code has no place for the model, and where the disk is full.
+    """
+    path, kind = pathlib.Path(path), kind_of(weights.model)
+    if path.suffix in torch_files.SUFFIXES:
+        state = KINDS[kind].to_published(weights.model, weights.params)
+        torch_files.write(path, state)
+    else:
+        if weights.config is not None:
+            meta = {"config": weights.config.to_dict()}
+        else:
+            meta = {"model": {"kind": kind, **_fields(weights.model)}}
+        checkpoints.save_folder(path, _ONLY, weights.params, meta)
+
+
+def _fields(model: object) -> dict:
+    """What makes the network: every field but those that only say how it is computed."""
+    computed = ("dtype", "remat", "unroll", "parent", "name")
+    fields = {field.name: getattr(model, field.name) for field in dataclasses.fields(model)}
+    return {name: value for name, value in fields.items() if name not in computed}
+
+
+def start_from(config: ConfigDict, model: MDT, key: jax.Array) -> tuple[dict, dict, list[str]]:
+    """(parameters, EMA, what is new) for a run that starts from init.checkpoint.
+
+    A file gives both. Where the number of classes differs the label table is drawn anew from `key`.
+    Where the grid of tokens differs it is an error, or with init.resize position embeddings and
+    bias tables are resampled. Raises UserError where the networks, or the scale of a VAE's
+    latents, differ in anything else.
+    """
+    path, resize = config.init.checkpoint, config.init.resize
+    options = {
+        "decoder_layers": _decoder_layers(path, model),
+        "input_size": model.input_size if resize else None,
+    }
+    source, ema, theirs = load_weights(path, **options)
+    params = ema if theirs is None else load_weights(path, params="raw", **options).params
+    ours, others = _fields(model), _fields(source)
+    free = ("input_size", "num_classes", "asymmetric")
+    different = [
+        f"{name} is {others[name]} there and {value} here"
+        for name, value in ours.items()
+        if name not in free and others[name] != value
+    ]
+    if theirs is not None:
+        different += [
+            f"{name} is {there} there and {here} here"
+            for name, there, here in (
+                ("vae.scale", theirs.vae.scale, config.vae.scale),
+                ("diffusion.steps", theirs.diffusion.steps, config.diffusion.steps),
+            )
+            if there != here
+        ]
+    if different:
+        raise UserError(f"init.checkpoint {path} is of another network: {'; '.join(different)}")
+    if source.grid != model.grid:
+        old, new = (f"{rows}×{columns}" for rows, columns in (source.grid, model.grid))
+        raise UserError(
+            f"init.checkpoint {path} is for {old} tokens and the config for {new}; "
+            "init.resize=True resamples position embeddings and bias tables"
+        )
+    said = []
+    if source.num_classes != model.num_classes:
+        fresh = {k: v for k, v in init_params(model, key).items() if k == "label_embed"}
+        params, ema = (
+            {**{k: v for k, v in tree.items() if k != "label_embed"}, **fresh}
+            for tree in (params, ema)
+        )
+        said.append(
+            f"a new label table: {source.num_classes} classes there, {model.num_classes} here"
+        )
+    return params, ema, said
+
+
+def _decoder_layers(path: str, model: MDT) -> int | None:
+    """What a published v1 file does not tell, from the model that it is for."""
+    is_file = pathlib.PurePath(path).suffix in torch_files.SUFFIXES
+    return model.decoder_layers if is_file and model.version == "v1" else None

@@ -1,0 +1,57 @@
+"""A server on 127.0.0.1 that answers as the Hugging Face hub does."""
+
+import contextlib
+import hashlib
+import http.server
+import threading
+from collections.abc import Iterator
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """server.files: content by path /OWNER/REPOSITORY/resolve/main/FILE; SHA-256 as the ETag."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_HEAD(self):
+        self.answer(body=False)
+
+    def do_GET(self):
+        self.answer(body=True)
+
+    def answer(self, body):
+        self.server.requests.append(f"{self.command} {self.path}")
+        content = self.server.files.get(self.path)
+        if content is None:
+            repository = "/".join(self.path.split("/")[:3])
+            known = any(path.startswith(f"{repository}/") for path in self.server.files)
+            self.send_response(404)
+            self.send_header("X-Error-Code", "EntryNotFound" if known else "RepoNotFound")
+            self.send_header("X-Repo-Commit", "c" * 40)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        digest = "0" * 64 if self.server.wrong_hash else hashlib.sha256(content).hexdigest()
+        self.send_response(200)
+        self.send_header("ETag", f'"{digest}"')
+        self.send_header("X-Repo-Commit", "c" * 40)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if body:
+            self.wfile.write(content)
+
+    def log_message(self, *_):
+        pass
+
+
+@contextlib.contextmanager
+def serve(files: dict[str, bytes]) -> Iterator[http.server.ThreadingHTTPServer]:
+    """The server: its `endpoint`, the `requests` so far, and `wrong_hash`, which may be set."""
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.files, server.requests, server.wrong_hash = files, [], False
+    server.endpoint = f"http://127.0.0.1:{server.server_port}"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()

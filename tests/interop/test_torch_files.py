@@ -1,0 +1,102 @@
+import pickle
+import zipfile
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from mdt_jax.errors import UserError
+from mdt_jax.interop import torch_files
+
+torch = pytest.importorskip("torch")
+ARRAYS = {
+    "a.weight": np.arange(6, dtype=np.float32).reshape(2, 3),
+    "b": np.array([2**40, -1]),
+    "half": np.array([0.5, 1.5], np.float16),
+}
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".pth", ".bin", ".ckpt", ".safetensors"])
+def test_there_and_back(suffix, tmp_path):
+    path = tmp_path / f"weights{suffix}"
+    torch_files.write(path, ARRAYS)
+    back = torch_files.read(path)
+    assert set(back) == set(ARRAYS)
+    for name, array in ARRAYS.items():
+        assert back[name].dtype == array.dtype
+        np.testing.assert_array_equal(back[name], array)
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_pytorch_reads_what_is_written(tmp_path):
+    torch_files.write(tmp_path / "w.pt", ARRAYS)
+    state = torch.load(tmp_path / "w.pt", weights_only=True)
+    assert state["a.weight"].dtype == torch.float32 and state["b"].dtype == torch.int64
+    np.testing.assert_array_equal(state["a.weight"].numpy(), ARRAYS["a.weight"])
+
+
+def test_bfloat16_an_old_format_and_a_state_dict_within(tmp_path):
+    content = {"state_dict": {"a": torch.ones(3, dtype=torch.bfloat16)}, "global_step": 3}
+    for name, new in (("new.ckpt", True), ("old.ckpt", False)):
+        torch.save(content, tmp_path / name, _use_new_zipfile_serialization=new)
+        (array,) = torch_files.read(tmp_path / name).values()
+        assert array.dtype == ml_dtypes.bfloat16
+        np.testing.assert_array_equal(array.astype(np.float32), np.ones(3))
+
+
+class Malicious:
+    """Unpickling it freely would make a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+@pytest.mark.parametrize("new", [True, False])
+def test_nothing_in_a_malicious_file_runs(new, tmp_path):
+    ran, file = tmp_path / "ran", tmp_path / "evil.pt"
+    torch.save({"a": torch.ones(2), "b": Malicious(ran)}, file, _use_new_zipfile_serialization=new)
+    with pytest.raises(UserError, match="evil.pt holds something other than tensors") as error:
+        torch_files.read(file)
+    assert not ran.exists() and "\n" not in str(error.value)
+    # The file does what it says when it is read carelessly.
+    if new:
+        with zipfile.ZipFile(file) as archive:
+            (name,) = (n for n in archive.namelist() if n.endswith("data.pkl"))
+            with pytest.raises(pickle.UnpicklingError):
+                pickle.loads(archive.read(name))
+        torch.load(file, weights_only=False)["b"].close()
+        assert ran.exists()
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+@pytest.mark.parametrize("length", [0, 1, 100, -200])
+def test_a_file_cut_short(suffix, length, tmp_path):
+    path = tmp_path / f"cut{suffix}"
+    torch_files.write(path, ARRAYS)
+    path.write_bytes(path.read_bytes()[:length])
+    with pytest.raises(UserError, match=f"cut{suffix} (is damaged|holds something)") as error:
+        torch_files.read(path)
+    assert "\n" not in str(error.value)
+
+
+def test_what_is_no_tensor_is_named(tmp_path):
+    torch.save({"a": torch.ones(2), "lr": 0.1}, tmp_path / "lr.pt")
+    with pytest.raises(UserError, match="lr.pt: 'lr' is a float, not a tensor"):
+        torch_files.read(tmp_path / "lr.pt")
+    torch.save([torch.ones(2)], tmp_path / "list.pt")
+    with pytest.raises(UserError, match="holds a list, not tensors by name"):
+        torch_files.read(tmp_path / "list.pt")
+    with pytest.raises(UserError, match="does not exist"):
+        torch_files.read(tmp_path / "none.pt")
+    (tmp_path / "w.npz").touch()
+    with pytest.raises(UserError, match="unknown suffix '.npz'; use one of .pt"):
+        torch_files.read(tmp_path / "w.npz")
+
+
+def test_a_failed_write_leaves_nothing(tmp_path):
+    with pytest.raises(TypeError):
+        torch_files.write(tmp_path / "w.pt", {"a": np.array(["text"])})
+    assert list(tmp_path.iterdir()) == []

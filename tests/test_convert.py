@@ -1,0 +1,190 @@
+"""Weights in and out by the commands, and pictures from a file."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import mdt_jax
+from mdt_jax import convert, sample, weights
+from mdt_jax.data.classes import imagenet_label, imagenet_names
+from mdt_jax.errors import UserError
+from mdt_jax.interop import torch_files
+from mdt_jax.models.autoencoder import AutoencoderKL
+from mdt_jax.models.mdt import MDT
+from tests.conftest import FULL_COMPILE, exits_with_one_line
+from tests.models.common import random_params
+from tests.published import (
+    MODELS,
+    VERSIONS,
+    published_numbers,
+    published_params,
+    published_state,
+    relative_error,
+)
+
+torch = pytest.importorskip("torch")
+
+
+def run(command, monkeypatch, *arguments):
+    monkeypatch.setattr("sys.argv", ["command", *map(str, arguments)])
+    command.main(["command", *map(str, arguments)])
+
+
+def same(a, b):
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return all(np.array_equal(x, y) for x, y in pairs)
+
+
+@pytest.fixture
+def files(tmp_path):
+    """v1.pt and v2.pt as the published code would have saved them."""
+    for version in VERSIONS:
+        torch_files.write(tmp_path / f"{version}.pt", published_state(f"{version}_state"))
+    return tmp_path
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_a_file_to_a_folder_and_back(version, suffix, files, monkeypatch):
+    run(convert, monkeypatch, f"--src={files}/{version}.pt", f"--dst={files}/folder")
+    model, params = mdt_jax.load(files / "folder")
+    assert model == MODELS[version] and same(params, published_params(f"{version}_state"))
+    run(convert, monkeypatch, f"--src={files}/folder", f"--dst={files}/back{suffix}")
+    state, back = published_state(f"{version}_state"), torch_files.read(files / f"back{suffix}")
+    assert set(back) == set(state)
+    for name, array in state.items():
+        assert back[name].dtype == array.dtype
+        np.testing.assert_array_equal(back[name], array)
+    model, params = mdt_jax.load(files / f"back{suffix}")
+    assert model == MODELS[version] and same(params, published_params(f"{version}_state"))
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_loaded_file_gives_the_recorded_numbers(version, files):
+    model, params = mdt_jax.load(files / f"{version}.pt")
+    golden = published_numbers(version)
+    forward = jax.jit(
+        lambda *inputs: model.apply({"params": params}, *inputs), compiler_options=FULL_COMPILE
+    )
+    out = forward(*(golden[f"fwd_{name}"] for name in "xty"))
+    assert relative_error(out, golden["fwd_out"]) < 2e-6
+
+
+def test_a_run_is_exported_ema_or_raw(trained, tmp_path, monkeypatch):
+    run(convert, monkeypatch, f"--src={trained}", f"--dst={tmp_path}/ema.pt")
+    run(convert, monkeypatch, f"--src={trained}", f"--dst={tmp_path}/raw.pt", "--params=raw")
+    model, ema = mdt_jax.load(trained)
+    loaded, from_file = weights.load(tmp_path / "ema.pt", decoder_layers=model.decoder_layers)
+    assert same(from_file, ema) and loaded.depth == model.depth
+    _, raw = weights.load(tmp_path / "raw.pt", decoder_layers=model.decoder_layers)
+    assert not same(raw, ema) and same(raw, weights.load(trained, params="raw")[1])
+    for file in ("ema.pt", "raw.pt"):
+        state = torch.load(tmp_path / file, weights_only=True)
+        assert state["blocks.0.attn.rel_pos_bias.relative_position_index"].dtype == torch.int64
+
+
+BAD = {
+    "no source": (["--src=nothing.pt", "--dst=a"], "nothing.pt does not exist"),
+    "no folder": (["--src=nothing", "--dst=a"], "'nothing' does not exist"),
+    "suffix": (["--src=FILES/v1.pt", "--dst=a.npz"], "unknown suffix '.npz'"),
+    "taken": (["--src=FILES/v1.pt", "--dst=FILES/v2.pt"], "exists already; nothing was written"),
+    "nowhere": (["--src=FILES/v1.pt", "--dst=no/where.pt"], "there is no folder"),
+    "decoder": (["--src=FILES/v1.pt", "--dst=a", "--decoder_layers=9"], "it must be 1 to 3"),
+    "raw file": (["--src=FILES/v1.pt", "--dst=a", "--params=best"], "invalid choice: 'best'"),
+    "not told": (["--src=FILES", "--dst=a", "--decoder_layers=2"], "is for published files"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_conversions(name, files, tmp_path, capsys, monkeypatch):
+    arguments, message = BAD[name]
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    monkeypatch.chdir(empty)
+    argv = [argument.replace("FILES", str(files)) for argument in arguments]
+    assert message in exits_with_one_line(convert.main, argv, capsys, monkeypatch)
+    assert list(empty.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def latent_model(tmp_path_factory):
+    """mdt.pt, a model of latents with ImageNet's classes, and a small VAE beside it."""
+    folder = tmp_path_factory.mktemp("latents")
+    model = MDT(
+        input_size=(8, 4), in_channels=4, hidden_size=16, depth=4, num_heads=2, version="v2"
+    )
+    weights.save(folder / "mdt.pt", weights.Weights(model, random_params(model)))
+    vae = AutoencoderKL(channels=(32, 32), layers=1, latent_channels=4)
+    params = vae.init(jax.random.key(0), np.zeros((1, 8, 8, 3), np.float32))["params"]
+    return folder, model, vae, params
+
+
+def test_pictures_from_a_file_of_latents(latent_model, tmp_path, monkeypatch):
+    folder, model, vae, params = latent_model
+    monkeypatch.setattr(sample, "load_vae", lambda path: (vae, params))
+    common = [f"--checkpoint={folder / 'mdt.pt'}", "--vae=vae", "--num_steps=3", "--seed=5"]
+    run(
+        sample, monkeypatch, *common, "--labels=golden retriever,387, 12", f"--out={tmp_path}/a.npz"
+    )
+    file = np.load(tmp_path / "a.npz")
+    assert file["arr_0"].shape == (3, 16, 8, 3) and file["arr_1"].tolist() == [207, 387, 12]
+    note = json.loads(str(file["note"]))
+    assert (note["vae"], note["vae_scale"], note["seed"]) == ("vae", 0.18215, 5)
+    assert (note["guidance_scale"], note["guidance_power"]) == (3.8, 4.0)
+    run(sample, monkeypatch, *common, "--labels=5", f"--out={tmp_path}/a.png")
+    assert json.loads(Image.open(tmp_path / "a.png").text["Comment"]) == note
+
+    latents = mdt_jax.generate(model, mdt_jax.load(folder / "mdt.pt")[1], [207, 387, 12], seed=5,
+                               num_steps=3)  # fmt: skip
+    expected = vae.apply({"params": params}, latents / 0.18215, method="decode")
+    np.testing.assert_allclose(
+        file["arr_0"].astype(int), mdt_jax.to_uint8(expected).astype(int), atol=1
+    )
+
+
+BAD_LATENTS = {
+    "no VAE": ([], "draws latents of 4 channels; to make pictures of them say --vae="),
+    "no such VAE": (["--vae=nothing"], "'nothing' does not exist"),
+    "no VAE there": (["--vae=CHECKPOINT"], "not the weights of a VAE: missing "),
+    "class": (["--vae=x", "--labels=golden retreiver"], "the nearest are golden retriever"),
+    "two classes": (["--vae=x", "--labels=crane"], "names several classes: 134"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_LATENTS)
+def test_bad_latents(name, latent_model, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments, message = BAD_LATENTS[name]
+    checkpoint = str(latent_model[0] / "mdt.pt")
+    arguments = [argument.replace("CHECKPOINT", checkpoint) for argument in arguments]
+    argv = [f"--checkpoint={checkpoint}", "--out=a.png", *arguments]
+    assert message in exits_with_one_line(sample.main, argv, capsys, monkeypatch)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_vae_of_other_latents(latent_model, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    vae = AutoencoderKL(latent_channels=16)
+    monkeypatch.setattr(sample, "load_vae", lambda path: (vae, {}))
+    argv = [f"--checkpoint={latent_model[0] / 'mdt.pt'}", "--out=a.png", "--vae=x"]
+    printed = exits_with_one_line(sample.main, argv, capsys, monkeypatch)
+    assert "the latents of x have 16 channels, but the model draws 4" in printed
+
+
+def test_class_names():
+    assert len(imagenet_names()) == 1000
+    for name, label in (
+        ("tench", 0),
+        ("Golden Retriever", 207),
+        ("red panda", 387),
+        ("  otter ", 360),
+        ("toilet tissue", 999),
+    ):
+        assert imagenet_label(name) == label
+    with pytest.raises(UserError, match="is no ImageNet class; the nearest are .*geyser"):
+        imagenet_label("geysir")
+    with pytest.raises(UserError, match="is no ImageNet class"):
+        imagenet_label("")
