@@ -2,11 +2,13 @@
 
 python benchmarks/convergence.py                    DiT, MDT and MDTv2 of equal size, 3 seeds
 python benchmarks/convergence.py --suite=ablations  MDT against each switch of section 5.3
+python benchmarks/convergence.py --suite=finetune   digits 5–9 from scratch, and from 0–4's weights
 
-All are configs/digits.py but for the fields in SUITES, trained for the same number of steps. At six
-checkpoints (ablations: at the end) unguided EMA samples are measured: Fréchet distance in pixels to
-held-out digits, and the share that a classifier reads as the class asked for. Prints a table and
-leaves convergence.png and convergence.json in --out. Stopped, it goes on with the same command.
+All are configs/digits.py (finetune: configs/finetune_digits.py) but for the fields in SUITES,
+trained for the same number of steps. At six checkpoints (ablations: at the end) unguided EMA samples
+are measured: Fréchet distance in pixels to held-out digits, and the share that a classifier reads as
+the class asked for. Prints a table and leaves convergence.png and convergence.json in --out.
+Stopped, it goes on with the same command.
 """
 
 import contextlib
@@ -61,19 +63,24 @@ SUITES: dict[str, dict[str, dict]] = {
         "fixed position": {"model.learned_position": False},
         "no relative bias": {"model.relative_bias": False},
     },
+    "finetune": {"from scratch": {"init.checkpoint": ""}, "from digits 0–4": {}},
 }
-STEPS = {"models": 1200, "ablations": 500}  # the ablations end while differences still show
+# The run whose weights are fine-tuned.
+SOURCE = {"data.name": "digits_0_4", "model.num_classes": 5}
+# The ablations end while differences still show.
+STEPS = {"models": 1200, "ablations": 500, "finetune": 600}
 MEASURES = ("frechet_distance", "class_agreement")
 
 
 def recipe(
-    changes: dict, seed: int, steps: int, samples: int, variant: str, curves: bool
+    changes: dict, seed: int, steps: int, samples: int, variant: str, curves: bool, name="digits"
 ) -> ConfigDict:
-    """configs/digits.py for a short run, with `changes` to it; `curves`: six checkpoints."""
-    config = runpy.run_path(str(ROOT / "configs" / "digits.py"))["get_config"](variant)
+    """configs/NAME.py for a short run, with `changes` to it; `curves`: six checkpoints."""
+    config = runpy.run_path(str(ROOT / "configs" / f"{name}.py"))["get_config"](variant)
     every = max(1, steps // 6) if curves else steps
-    # For a short run: a higher rate, and an EMA that does not lag behind by half of it.
-    config.optim.update(lr=4e-3, ema_decay=0.99)
+    if name == "digits":
+        # For a short run: a higher rate, and an EMA that does not lag behind by half of it.
+        config.optim.update(lr=4e-3, ema_decay=0.99)
     config.train.update(steps=steps, seed=seed, log_every=1, checkpoint_every=every, keep=100)
     config.train.sample_every = 0
     config.sample.update(guidance_scale=1.0, num_samples=0, batch_size=min(samples, 100))
@@ -226,18 +233,25 @@ def bench(argv: list[str]) -> None:
     parser.add_argument("--out", default="", help="folder; default: runs/convergence-SUITE")
     flags = parser.parse_args(argv[1:])
     suite, steps = SUITES[flags.suite], flags.steps or STEPS[flags.suite]
-    curved = flags.suite == "models"  # the ablations are too many: their ends are compared
+    curved = flags.suite != "ablations"  # which are too many: their ends are compared
     out = pathlib.Path(flags.out or f"runs/convergence-{flags.suite}")
     main.make_workdir(out)
     if not jax.config.jax_compilation_cache_dir:  # so that all seeds share what is compiled
         jax.config.update("jax_compilation_cache_dir", str(out.absolute() / "compiled"))
 
     stop = main.StopSignal()
+    base, common = "digits", {}
+    if flags.suite == "finetune":
+        print("the run to start from: digits 0–4", file=sys.stderr)
+        config = recipe(SOURCE, 0, 2 * steps, flags.samples, flags.variant, False)
+        run(config, out / "source", flags.samples, stop)
+        base, common = "finetune_digits", {"init.checkpoint": str(out / "source")}
     curves = {name: [] for name in suite}
     jobs = [(name, seed) for seed in flags.seeds for name in suite]
     for number, (name, seed) in enumerate(jobs, start=1):
         print(f"run {number} of {len(jobs)}: {name}, seed {seed}", file=sys.stderr)
-        config = recipe(suite[name], seed, steps, flags.samples, flags.variant, curved)
+        changes = common | suite[name]
+        config = recipe(changes, seed, steps, flags.samples, flags.variant, curved, base)
         workdir = out / name.replace(" ", "-") / str(seed)
         curves[name].append(run(config, workdir, flags.samples, stop))
 

@@ -102,6 +102,8 @@ def read(
     else:
         try:
             found = _from_published(torch_files.read(local), decoder_layers, wanted, local)
+            # Now the file is let go. Saving would make one more copy of NumPy's arrays.
+            found = found._replace(params=jax.tree.map(jnp.asarray, found.params))
         except UserError as error:
             name = "" if str(error).startswith(str(local)) else f"{path}: "
             raise UserError(f"{name}{error}") from None
@@ -118,15 +120,15 @@ def _from_published(
 ) -> Weights:
     """The kind is read from the names; where they tell nothing it is tried as what is wanted."""
     if vae_weights.is_vae(state) or wanted == "vae":
-        found = Weights(*vae_weights.from_published(state, _norm_groups(path)))
+        model, params = vae_weights.from_published(state, _norm_groups(path))
     elif inception_weights.is_inception(state):
-        found = Weights(*inception_weights.from_published(state))
+        model, params = inception_weights.from_published(state)
     else:
         model = mdt_weights.model_from_published(state, decoder_layers)
-        return Weights(model, mdt_weights.params_from_published(state, model))
-    if decoder_layers is not None:
-        raise UserError(f"decoder_layers is for MDT; this is {KINDS[kind_of(found.model)].name}")
-    return found
+        params = mdt_weights.params_from_published(state, model)
+    if decoder_layers is not None and not isinstance(model, MDT):
+        raise UserError(f"decoder_layers is for MDT; this is {KINDS[kind_of(model)].name}")
+    return Weights(model, params)
 
 
 def _norm_groups(path: pathlib.Path) -> int | None:
@@ -192,8 +194,7 @@ def load_weights(
 
 def load(path: str | os.PathLike, **options) -> tuple[MDT, dict]:
     """(model, parameters) on the default device; arguments and errors as in `load_weights`."""
-    model, params, _ = load_weights(path, **options)
-    return model, jax.tree.map(jnp.asarray, params)
+    return load_weights(path, **options)[:2]
 
 
 VAE_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")

@@ -1,6 +1,7 @@
 """Real image sets that ship inside Python packages, with a held-out split."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import numpy as np
@@ -21,13 +22,14 @@ class Images:
         return len(self.labels)
 
 
-def _digits() -> Images:
-    """scikit-learn's 1,797 handwritten digits, 8×8, ten classes."""
+def _digits(first: int = 0, last: int = 9) -> Images:
+    """scikit-learn's 1,797 handwritten digits, 8×8; those from `first` to `last`, as 0, 1, …"""
     from sklearn.datasets import load_digits
 
     images, labels = load_digits(return_X_y=True)
     images = np.round(images.reshape(-1, 8, 8, 1) * (255 / 16))  # 17 grey levels
-    return Images(images.astype(np.uint8), labels.astype(np.int32))
+    among = (first <= labels) & (labels <= last)
+    return Images(images[among].astype(np.uint8), (labels[among] - first).astype(np.int32))
 
 
 def _mnist() -> Images:
@@ -40,7 +42,12 @@ def _mnist() -> Images:
     return Images(images.reshape(-1, 28, 28, 1).astype(np.uint8), labels.astype(np.int32))
 
 
-SOURCES: dict[str, Callable[[], Images]] = {"digits": _digits, "mnist": _mnist}
+SOURCES: dict[str, Callable[[], Images]] = {
+    "digits": _digits,
+    "digits_0_4": functools.partial(_digits, 0, 4),
+    "digits_5_9": functools.partial(_digits, 5, 9),
+    "mnist": _mnist,
+}
 
 
 def check_name(name: str) -> None:
