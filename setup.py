@@ -9,8 +9,11 @@ WEIGHTS = ["huggingface_hub", "safetensors", "torch"]
 TEST = [
     "diffusers",
     "huggingface_hub",
+    "ipykernel",
     "matplotlib",
     "mlxtend",
+    "nbclient",
+    "nbformat",
     "pytest",
     "pytest-xdist",
     "ruff",

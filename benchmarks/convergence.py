@@ -5,10 +5,10 @@ python benchmarks/convergence.py --suite=ablations  MDT against each switch of s
 python benchmarks/convergence.py --suite=finetune   digits 5–9 from scratch, and from 0–4's weights
 
 All are configs/digits.py (finetune: configs/finetune_digits.py) but for the fields in SUITES,
-trained for the same number of steps. At six checkpoints (ablations: at the end) unguided EMA samples
-are measured: Fréchet distance in pixels to held-out digits, and the share that a classifier reads as
-the class asked for. Prints a table and leaves convergence.png and convergence.json in --out.
-Stopped, it goes on with the same command.
+trained for the same number of steps. At six checkpoints (ablations: at the end) unguided EMA
+samples are measured: Fréchet distance in pixels to held-out digits, and the share that a classifier
+reads as the class asked for. Prints a table and leaves convergence.png and convergence.json in
+--out. Stopped, it goes on with the same command.
 """
 
 import contextlib

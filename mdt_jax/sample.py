@@ -47,7 +47,11 @@ def parse(argv: list[str]):
     add("--seed", type=int, default=0, help="sample n depends on the seed, n and its label alone")
     add("--batch_size", type=int, default=100, help="changes the speed, not the samples")
     add("--vae", help="a file, a folder or hf://OWNER/REPOSITORY; default: the run's own")
-    add("--vae_scale", type=float, help=f"default: the run's own, or {VAE_SCALE}")
+    add(
+        "--vae_scale",
+        type=float,
+        help=f"of a file's latents (default: {VAE_SCALE})",
+    )
     add("--decoder_layers", type=int, help="what MDT v1's published files do not tell (default: 2)")
     group = parser.add_argument_group("overriding the checkpoint's own settings")
     group.add_argument("--sampler", help="ddpm or ddim")
@@ -96,8 +100,13 @@ def check_writable(out: pathlib.Path) -> None:
 
 def find_vae(args, config, model):
     """(path, scale, network, parameters) of the VAE that decodes, or None for a model of pixels."""
-    path = args.vae or (config.vae.path if config is not None else None)
-    scale = args.vae_scale or (config.vae.scale if config is not None else VAE_SCALE)
+    path, scale = args.vae, args.vae_scale or VAE_SCALE
+    if config is not None:
+        path, scale = path or config.vae.path, config.vae.scale
+        if args.vae_scale not in (None, scale):
+            raise UserError(
+                f"--vae_scale={args.vae_scale}, but {args.checkpoint} was trained with {scale}"
+            )
     if path == PIXELS or (path is None and model.in_channels in (1, 3)):
         return None
     if path is None:

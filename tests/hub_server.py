@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import http.server
+import pathlib
 import threading
 from collections.abc import Iterator
 
@@ -55,3 +56,29 @@ def serve(files: dict[str, bytes]) -> Iterator[http.server.ThreadingHTTPServer]:
     finally:
         server.shutdown()
         server.server_close()
+
+
+@contextlib.contextmanager
+def released(folder: pathlib.Path) -> Iterator[dict[str, str]]:
+    """The environment in which the released weights' hf:// paths lead to small networks here."""
+    import jax
+
+    from mdt_jax import weights
+    from mdt_jax.models.autoencoder import AutoencoderKL
+    from mdt_jax.models.mdt import MDT, init_params
+
+    fields = {"hidden_size": 16, "depth": 4, "num_heads": 2, "version": "v2"}
+    model = MDT(input_size=(8, 8), in_channels=4, **fields)
+    params = init_params(model, jax.random.key(0))
+    weights.save(folder / "mdt.pt", weights.Weights(model, params))
+    vae = AutoencoderKL(channels=(32, 32), layers=1)
+    images = jax.numpy.zeros((1, 4, 4, 3))
+    params = jax.jit(vae.init)(jax.random.key(0), images)["params"]
+    weights.save(folder / "vae.safetensors", weights.Weights(vae, params))
+    vae = "/stabilityai/sd-vae-ft-mse/resolve/main/diffusion_pytorch_model.safetensors"
+    files = {
+        "/shgao/MDT-XL2/resolve/main/mdt_xl2_v2_ckpt.pt": (folder / "mdt.pt").read_bytes(),
+        vae: (folder / "vae.safetensors").read_bytes(),
+    }
+    with serve(files) as server:
+        yield {"HF_ENDPOINT": server.endpoint, "HF_HOME": str(folder / "cache")}

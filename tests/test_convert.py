@@ -12,8 +12,11 @@ from mdt_jax import convert, sample, weights
 from mdt_jax.data.classes import imagenet_label, imagenet_names
 from mdt_jax.errors import UserError
 from mdt_jax.interop import torch_files
+from mdt_jax.interop.inception_weights import Inception
 from mdt_jax.models.autoencoder import AutoencoderKL
 from mdt_jax.models.mdt import MDT
+from mdt_jax.models.resize import resize_grid
+from mdt_jax.sampling import decode
 from tests.conftest import FULL_COMPILE, exits_with_one_line
 from tests.models.common import random_params
 from tests.published import (
@@ -188,3 +191,71 @@ def test_class_names():
         imagenet_label("geysir")
     with pytest.raises(UserError, match="is no ImageNet class"):
         imagenet_label("")
+
+
+def test_a_checkpoint_for_256_pixels_draws_512(tmp_path, capsys):
+    """Latents of 32×32 to 64×64: bicubic positions, bias tables by offset, and a message."""
+    model = MDT(input_size=(32, 32), in_channels=4, hidden_size=16, depth=3, num_heads=2,
+                patch_size=4, num_classes=3)  # fmt: skip
+    weights.save(tmp_path / "256.pt", weights.Weights(model, random_params(model)))
+    loaded, params = mdt_jax.load(tmp_path / "256.pt")
+    assert loaded == model and capsys.readouterr().err == ""
+    large, resized = mdt_jax.load(tmp_path / "256.pt", input_size=(64, 64))
+    assert large.input_size == (64, 64) and same(resized, resize_grid(params, (8, 8), (16, 16)))
+    assert "resampled from 8×8 to 16×16 tokens" in capsys.readouterr().err
+    latents = mdt_jax.generate(large, resized, [0, 1], num_steps=2)
+    assert latents.shape == (2, 64, 64, 4) and np.isfinite(latents).all()
+    with pytest.raises(UserError, match="input_size is 62×64; .* multiples of 4"):
+        mdt_jax.load(tmp_path / "256.pt", input_size=(62, 64))
+
+
+def test_every_kind_of_network_is_told_by_its_names(latent_model, tmp_path, monkeypatch, capsys):
+    """The VAE by each of its namings, and FID's Inception: to a folder, and back to a file."""
+    _, _, vae, params = latent_model
+    weights.save(tmp_path / "vae.safetensors", weights.Weights(vae, params))
+    run(convert, monkeypatch, f"--src={tmp_path}/vae.safetensors", f"--dst={tmp_path}/vae")
+    assert "a VAE of levels 32, 32, 1 layers each, latents of 4 channels" in capsys.readouterr().out
+    run(convert, monkeypatch, f"--src={tmp_path}/vae", f"--dst={tmp_path}/vae.bin")
+    for source in ("vae", "vae.bin", "vae.safetensors"):
+        loaded, same_params = weights.load_vae(tmp_path / source)
+        assert loaded == vae and same(same_params, params)
+    with pytest.raises(UserError, match="vae holds a VAE, not an MDT"):
+        mdt_jax.load(tmp_path / "vae")
+
+    shapes = weights.KINDS["inception"].shapes(Inception(num_classes=8))
+    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+    weights.save(tmp_path / "fid.pth", weights.Weights(Inception(num_classes=8), zeros))
+    run(convert, monkeypatch, f"--src={tmp_path}/fid.pth", f"--dst={tmp_path}/fid")
+    assert "FID's Inception with 8 logits" in capsys.readouterr().out
+    assert same(weights.read(tmp_path / "fid").params, zeros)
+
+
+def test_a_folder_of_diffusers_tells_its_norms(tmp_path):
+    vae = AutoencoderKL(channels=(8, 16), layers=1, groups=4)
+    params = jax.jit(vae.init)(jax.random.key(0), np.zeros((1, 4, 4, 3), np.float32))["params"]
+    weights.save(tmp_path / weights.VAE_FILES[1], weights.Weights(vae, params))
+    assert weights.load_vae(tmp_path)[0].groups == 8  # as many as the narrowest level has channels
+    (tmp_path / "config.json").write_text(json.dumps({"norm_num_groups": 4}))
+    assert weights.load_vae(tmp_path)[0] == vae
+    (tmp_path / "config.json").write_text(json.dumps({"norm_num_groups": 3}))
+    with pytest.raises(UserError, match="cannot be normed in 3 groups"):
+        weights.load_vae(tmp_path)
+
+
+def test_a_folder_keeps_the_config_of_the_run(trained, tmp_path, monkeypatch):
+    run(convert, monkeypatch, f"--src={trained}", f"--dst={tmp_path}/folder")
+    _, ema, config = weights.load_weights(tmp_path / "folder")
+    assert config == weights.load_weights(trained).config
+    assert same(ema, mdt_jax.load(trained)[1])
+
+
+def test_decoding_in_slices_is_decoding_at_once(latent_model):
+    _, _, vae, params = latent_model
+    latents = np.random.default_rng(0).normal(size=(5, 4, 2, 4)).astype(np.float32)
+    whole = decode(vae, params, latents)
+    np.testing.assert_allclose(decode(vae, params, latents, batch_size=2), whole, atol=1e-5)
+    np.testing.assert_allclose(decode(vae, params, latents, scale=0.5),
+                               decode(vae, params, latents * 0.18215 / 0.5), atol=1e-4)  # fmt: skip
+    assert decode(vae, params, latents[:0]).shape == (0, 8, 4, 3)
+    with pytest.raises(UserError, match="latents have 4 channels, but the model draws 3"):
+        decode(vae, params, latents[..., :3])

@@ -181,6 +181,7 @@ BAD_SAMPLING = {
     "not a label": (["--checkpoint=RUN", "--out=g.png", "--labels=cat"], "--labels=cat"),
     "steps": (["--checkpoint=RUN", "--out=g.png", "--num_steps=2000"], "1000 steps"),
     "sampler": (["--checkpoint=RUN", "--out=g.png", "--sampler=x"], "unknown sampler 'x'"),
+    "scale": (["--checkpoint=RUN", "--out=g.png", "--vae_scale=0.5"], "trained with 0.18215"),
     "suffix": (["--checkpoint=RUN", "--out=g.jpg"], "unknown suffix '.jpg'; use .png or .npz"),
     "count": (["--checkpoint=RUN", "--out=g.png", "--num_samples=0"], "--num_samples=0"),
     "seed": (["--checkpoint=RUN", "--out=g.png", "--seed=-1"], "seed is -1"),

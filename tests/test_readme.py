@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from tests.conftest import ROOT
-from tests.hub_server import serve
+from tests.hub_server import released
 
 README = (ROOT / "README.md").read_text()
 
@@ -58,26 +58,8 @@ def test_no_command_is_left_out():
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
-    """The environment in which hf:// paths lead to small networks on this machine."""
-    import jax
-
-    from mdt_jax import weights
-    from mdt_jax.interop import torch_files
-    from mdt_jax.models.mdt import MDT, init_params
-    from tests.models.test_autoencoder import small_weights
-
-    folder = tmp_path_factory.mktemp("hub")
-    fields = dict(hidden_size=16, depth=4, num_heads=2, version="v2")
-    model = MDT(input_size=(8, 8), in_channels=4, **fields)
-    weights.save(folder / "mdt.pt", weights.Weights(model, init_params(model, jax.random.key(0))))
-    torch_files.write(folder / "vae.safetensors", small_weights())
-    vae = "/stabilityai/sd-vae-ft-mse/resolve/main/diffusion_pytorch_model.safetensors"
-    files = {
-        "/shgao/MDT-XL2/resolve/main/mdt_xl2_v2_ckpt.pt": (folder / "mdt.pt").read_bytes(),
-        vae: (folder / "vae.safetensors").read_bytes(),
-    }
-    with serve(files) as server:
-        yield {"HF_ENDPOINT": server.endpoint, "HF_HOME": str(folder / "cache")}
+    with released(tmp_path_factory.mktemp("hub")) as environment:
+        yield environment
 
 
 @pytest.mark.parametrize("command", MODULE_COMMANDS)

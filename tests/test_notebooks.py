@@ -1,0 +1,86 @@
+"""Every notebook, from its first cell to its last, in a kernel of its own."""
+
+import json
+import sys
+
+import pytest
+
+from tests.conftest import ROOT
+from tests.hub_server import released
+
+nbformat = pytest.importorskip("nbformat")
+nbclient = pytest.importorskip("nbclient")
+pytest.importorskip("ipykernel")
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+
+
+@pytest.fixture(autouse=True)
+def kernel(tmp_path, monkeypatch):
+    """This Python as the kernel, without what a user's own settings would change."""
+    folder = tmp_path / "jupyter" / "kernels" / "python3"
+    folder.mkdir(parents=True)
+    spec = {
+        "argv": [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"],
+        "display_name": "Python 3",
+        "language": "python",
+    }
+    (folder / "kernel.json").write_text(json.dumps(spec))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+
+
+def execute(name, tmp_path, parameters):
+    """Run it in an empty folder where configs/ is; returns the text and the number of pictures."""
+    notebook = nbformat.read(ROOT / "notebooks" / name, as_version=4)
+    (place,) = (
+        i for i, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", [])
+    )
+    notebook.cells.insert(place + 1, nbformat.v4.new_code_cell(parameters))
+    folder = tmp_path / "project"
+    folder.mkdir()
+    (folder / "configs").symlink_to(ROOT / "configs")
+    nbclient.NotebookClient(
+        notebook, timeout=300, resources={"metadata": {"path": str(folder)}}
+    ).execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    text = "".join(output.get("text", "") for output in outputs)
+    pictures = sum("image/png" in output.get("data", {}) for output in outputs)
+    return text, pictures
+
+
+TINY = 'RELEASED, RECIPE, WORKDIR = False, "configs/digits.py:smoke", "runs/smoke"'
+
+
+@pytest.mark.parametrize(
+    "name, pictures, words",
+    [
+        ("sample.ipynb", 3, "all values equal: True"),
+        ("masking.ipynb", 7, "11 of 16 tokens are kept"),
+        ("train_digits.ipynb", 3, '"class_agreement"'),
+    ],
+)
+def test_with_a_small_model_trained_in_it(name, pictures, words, tmp_path):
+    text, drawn = execute(name, tmp_path, TINY)
+    assert words in text and drawn == pictures
+
+
+def test_with_released_weights(tmp_path, monkeypatch):
+    """The guarded cells, too: small networks by the names of the released ones."""
+    with released(tmp_path) as environment:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        text, drawn = execute("sample.ipynb", tmp_path, "RELEASED = True")
+    assert "MDT v2" in text and "[207, 360, 387, 974]" in text and drawn == 3
+    assert "all values equal: True" in text
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
+def test_what_is_committed_holds_no_outputs_and_leaves_jax_alone(path):
+    notebook = nbformat.read(path, as_version=4)
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert all(not cell.outputs and cell.execution_count is None for cell in cells)
+    installs = [line for cell in cells for line in cell.source.splitlines() if "%pip" in line]
+    assert len(installs) == 2
+    assert all("--no-deps" in line or "--constraint /tmp/jax.txt" in line for line in installs)
+    assert not any("jaxlib" in cell.source for cell in cells)
