@@ -65,6 +65,7 @@ SUITES: dict[str, dict[str, dict]] = {
     },
     "finetune": {"from scratch": {"init.checkpoint": ""}, "from digits 0–4": {}},
 }
+BASE = {"models": "digits", "ablations": "digits", "finetune": "finetune_digits"}
 # The run whose weights are fine-tuned.
 SOURCE = {"data.name": "digits_0_4", "model.num_classes": 5}
 # The ablations end while differences still show.
@@ -164,6 +165,7 @@ def table(rows: list[dict], real: float) -> str:
 def draw_curves(path: pathlib.Path, curves: dict[str, list[dict]], real: float) -> None:
     """Both measures against steps and against seconds: mean over the seeds, and their range."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     figure = Figure(figsize=(10, 7), layout="constrained")
     axes = figure.subplots(2, 2, sharex="col", sharey="row")
@@ -184,6 +186,7 @@ def draw_curves(path: pathlib.Path, curves: dict[str, list[dict]], real: float) 
         axes[row][0].set_ylabel(label)
     for axis in axes[0]:
         axis.set_yscale("log")
+        axis.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
         for ticks in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
             ticks("{x:g}")
         axis.axhline(real, color="grey", linestyle=":", label="real images")
@@ -240,18 +243,20 @@ def bench(argv: list[str]) -> None:
         jax.config.update("jax_compilation_cache_dir", str(out.absolute() / "compiled"))
 
     stop = main.StopSignal()
-    base, common = "digits", {}
+    common = {}
     if flags.suite == "finetune":
         print("the run to start from: digits 0–4", file=sys.stderr)
         config = recipe(SOURCE, 0, 2 * steps, flags.samples, flags.variant, False)
         run(config, out / "source", flags.samples, stop)
-        base, common = "finetune_digits", {"init.checkpoint": str(out / "source")}
+        common = {"init.checkpoint": str(out / "source")}
     curves = {name: [] for name in suite}
     jobs = [(name, seed) for seed in flags.seeds for name in suite]
     for number, (name, seed) in enumerate(jobs, start=1):
         print(f"run {number} of {len(jobs)}: {name}, seed {seed}", file=sys.stderr)
         changes = common | suite[name]
-        config = recipe(changes, seed, steps, flags.samples, flags.variant, curved, base)
+        config = recipe(
+            changes, seed, steps, flags.samples, flags.variant, curved, BASE[flags.suite]
+        )
         workdir = out / name.replace(" ", "-") / str(seed)
         curves[name].append(run(config, workdir, flags.samples, stop))
 

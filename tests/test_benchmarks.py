@@ -45,13 +45,30 @@ def test_convergence(tmp_path):
     assert again == printed and "training" not in log
 
 
+def test_fine_tuning_starts_from_the_source(tmp_path):
+    small = ["--variant=smoke", "--steps=2", "--seeds=0", "--samples=20", f"--out={tmp_path}"]
+    printed, log = convergence("--suite=finetune", *small)
+    names = [line.split("|")[1].strip() for line in printed.splitlines()[2:]]
+    assert names[:2] == ["from scratch", "from digits 0–4"]
+    assert f"parameters and EMA are those of {tmp_path / 'source'}" in log
+
+
+def test_converting_there_and_back(monkeypatch, capsys):
+    bench = runpy.run_path(str(ROOT / "benchmarks" / "convert.py"))
+    monkeypatch.setitem(bench["SIZES"], "S", {"hidden_size": 16, "depth": 6, "num_heads": 2})
+    monkeypatch.delitem(bench["MODELS"], "v1")
+    bench["bench"](["convert.py", "--size=S"])
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| MDT")]
+    assert row.startswith("| MDTv2-S/2 | 0.0") and "× the file" in row
+
+
 def test_all_networks_of_a_suite_are_valid_and_differ(bench):
     from mdt_jax import config as configs
 
-    for suite in bench["SUITES"].values():
+    for name, suite in bench["SUITES"].items():
         seen = []
         for changes in suite.values():
-            config = bench["recipe"](changes, 0, 100, 50, "", curves=True)
+            config = bench["recipe"](changes, 0, 100, 50, "", True, bench["BASE"][name])
             configs.validate(config)
             assert config.to_dict() not in seen
             seen.append(config.to_dict())

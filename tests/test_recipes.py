@@ -10,7 +10,7 @@ from mdt_jax.models.mdt import MDT
 from tests.conftest import ROOT, train_here
 
 RECIPES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
-OWN = {"digits", "mnist"}  # ours throughout; the others follow a paper
+OWN = {"digits", "mnist", "finetune_digits"}  # ours throughout; the others follow a paper
 PARAMETERS = {
     "s2": 35_797_208,
     "b2": 141_488_528,
@@ -33,9 +33,10 @@ def test_none_is_missing():
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_smoke_trains_two_steps_and_samples(name, tmp_path):
+def test_smoke_trains_two_steps_and_samples(name, trained, tmp_path):
     workdir = tmp_path / "run"
-    train_here(f"--config=configs/{name}.py:smoke", f"--workdir={workdir}")
+    start = [f"--config.init.checkpoint={trained}"] if recipe(name).init.checkpoint else []
+    train_here(f"--config=configs/{name}.py:smoke", f"--workdir={workdir}", *start)
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2]
     assert all(np.isfinite(line["loss"]) for line in lines)
