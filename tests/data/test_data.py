@@ -27,8 +27,18 @@ def test_sources(name, total, size):
     np.testing.assert_array_equal(again.images, held_out.images)
 
 
+def test_a_part_of_the_digits_counts_its_classes_from_zero():
+    whole, held_out = sources.load("digits")
+    for name, first in (("digits_0_4", 0), ("digits_5_9", 5)):
+        train, test = sources.load(name)
+        assert sorted(set(train.labels)) == sorted(set(test.labels)) == [0, 1, 2, 3, 4]
+        among = (whole.labels >= first) & (whole.labels < first + 5)
+        among_held_out = (held_out.labels >= first) & (held_out.labels < first + 5)
+        assert len(train) + len(test) == among.sum() + among_held_out.sum()
+
+
 def test_unknown_source():
-    with pytest.raises(UserError, match="cifar.*choose one of digits, mnist"):
+    with pytest.raises(UserError, match="cifar.*choose one of digits, .*, mnist"):
         sources.load("cifar")
 
 
