@@ -107,7 +107,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, samples: int, stop: main.Stop
     seconds = {step: json.loads(line)["seconds"] for step, line in lines}
     points = []
     for step in sorted(int(folder.name) for folder in (workdir / "checkpoints").iterdir()):
-        model, params, _ = load_weights(workdir / "checkpoints" / str(step))
+        model, params, *_ = load_weights(workdir / "checkpoints" / str(step))
         labels = balanced_labels(samples, model.num_classes)
         options = SampleOptions.from_config(config)
         size = config.sample.batch_size

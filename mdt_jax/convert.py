@@ -46,6 +46,8 @@ def main(argv: list[str]) -> None:
     found = weights.read(args.src, args.params, args.decoder_layers)
     weights.save(dst, found)
     print(f"wrote {dst}: {weights.describe(found.model)}")
+    for line in weights.not_told(found.model) if dst.suffix else ():
+        print(f"what {dst.name} does not tell: {line}")
 
 
 if __name__ == "__main__":

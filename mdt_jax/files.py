@@ -19,7 +19,7 @@ def whole(
     for these.
     """
     path = pathlib.Path(path)
-    temporary = path.with_name(f"{path.name}.tmp")
+    temporary = beside(path)
     try:
         yield temporary
         os.replace(temporary, path)
@@ -28,6 +28,11 @@ def whole(
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def beside(path: pathlib.Path) -> pathlib.Path:
+    """A temporary name in the same folder that nobody else uses."""
+    return path.with_name(f"{path.name}.{os.getpid()}.tmp")
 
 
 def reason(error: Exception) -> str:

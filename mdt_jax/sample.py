@@ -6,6 +6,7 @@ how they came about is kept inside. A model of latents needs a VAE: --vae=hf://O
 
 import dataclasses
 import json
+import math
 import pathlib
 
 import numpy as np
@@ -14,6 +15,7 @@ from mdt_jax import __version__, cli
 from mdt_jax.data.classes import imagenet_label, imagenet_names
 from mdt_jax.data.images import save_grid, save_npz, to_uint8
 from mdt_jax.errors import UserError
+from mdt_jax.files import beside
 from mdt_jax.sampling import (
     VAE_SCALE,
     SampleOptions,
@@ -23,7 +25,7 @@ from mdt_jax.sampling import (
     decode,
     generate,
 )
-from mdt_jax.weights import load_vae, load_weights
+from mdt_jax.weights import describe, load_vae, load_weights
 
 WRITERS = {
     ".png": lambda path, images, labels, note: save_grid(path, images, note=note),
@@ -91,7 +93,7 @@ def check_writable(out: pathlib.Path) -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
         if out.is_dir():
             raise IsADirectoryError(None, "it is a folder")
-        probe = out.with_name(f"{out.name}.tmp")
+        probe = beside(out)
         probe.touch()
         probe.unlink()
     except OSError as error:
@@ -100,19 +102,22 @@ def check_writable(out: pathlib.Path) -> None:
 
 def find_vae(args, config, model):
     """(path, scale, network, parameters) of the VAE that decodes, or None for a model of pixels."""
-    path, scale = args.vae, args.vae_scale or VAE_SCALE
-    if config is not None:
-        path, scale = path or config.vae.path, config.vae.scale
-        if args.vae_scale not in (None, scale):
-            raise UserError(
-                f"--vae_scale={args.vae_scale}, but {args.checkpoint} was trained with {scale}"
-            )
+    path = args.vae or (config.vae.path if config is not None else None)
+    if path == PIXELS and model.in_channels not in (1, 3):
+        raise UserError(f"--vae={PIXELS}, but {model.in_channels} channels are no picture's")
     if path == PIXELS or (path is None and model.in_channels in (1, 3)):
+        if args.vae_scale is not None:
+            raise UserError(f"--vae_scale is for latents; {args.checkpoint} draws pixels")
         return None
     if path is None:
         raise UserError(
             f"{args.checkpoint} draws latents of {model.in_channels} channels; to make pictures of "
             "them say --vae=hf://stabilityai/sd-vae-ft-mse, or where the VAE lies"
+        )
+    scale = config.vae.scale if config is not None else args.vae_scale or VAE_SCALE
+    if args.vae_scale not in (None, scale):
+        raise UserError(
+            f"--vae_scale={args.vae_scale}, but {args.checkpoint} was trained with {scale}"
         )
     vae, params = load_vae(path)
     if vae.latent_channels != model.in_channels:
@@ -131,10 +136,10 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--out={out}: unknown suffix {out.suffix!r}; use {' or '.join(WRITERS)}")
     for name in ("num_samples", "batch_size", "vae_scale"):
         value = getattr(args, name)
-        if value is not None and not value > 0:
-            raise UserError(f"--{name}={value} must be positive")
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"--{name}={value} must be positive, and finite")
     check_seed(args.seed)
-    model, params, config = load_weights(args.checkpoint, decoder_layers=args.decoder_layers)
+    model, params, config, item = load_weights(args.checkpoint, decoder_layers=args.decoder_layers)
     fields = [field.name for field in dataclasses.fields(SampleOptions)]
     given = {name: getattr(args, name, None) for name in fields}
     options = dataclasses.replace(
@@ -157,7 +162,10 @@ def main(argv: list[str]) -> None:
     note = {
         "mdt_jax": __version__,
         "checkpoint": args.checkpoint,
-        "parameters": "ema",
+        "parameters": item or "those of the file",
+        "network": describe(model),
+        "labels": args.labels or "all classes in turn",
+        "num_samples": len(labels),
         "seed": args.seed,
         **dataclasses.asdict(options),
     }

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from mdt_jax import config as configs
 from mdt_jax.errors import UserError
+from mdt_jax.files import reason
 from mdt_jax.interop import hub, inception_weights, mdt_weights, torch_files, vae_weights
 from mdt_jax.models.autoencoder import AutoencoderKL
 from mdt_jax.models.mdt import MDT, init_params
@@ -27,11 +28,16 @@ _ONLY = "weights"
 
 
 class Weights(NamedTuple):
-    """A network, its parameters, and the config of the run they come from, if any."""
+    """A network and its parameters.
+
+    config: of the run they come from, if any. item: which of a run's parameters they are, one of
+    ITEMS; None where it is not known, as of a file.
+    """
 
     model: MDT | AutoencoderKL | inception_weights.Inception
     params: dict
     config: ConfigDict | None = None
+    item: str | None = None
 
 
 class _Kind(NamedTuple):
@@ -94,8 +100,10 @@ def read(
     """
     if params not in ITEMS:
         raise UserError(f"params is {params!r}; choose one of {', '.join(ITEMS)}")
+    if not str(path):
+        raise UserError("checkpoint '' does not exist")
     local = hub.local_path(str(path))
-    if local.is_dir() or local.suffix not in torch_files.SUFFIXES:
+    if os.path.isdir(local) or local.suffix not in torch_files.SUFFIXES:
         if decoder_layers is not None:
             raise UserError(f"decoder_layers is for published files; {path} tells its own")
         found = _read_folder(local, params)
@@ -107,6 +115,9 @@ def read(
         except UserError as error:
             name = "" if str(error).startswith(str(local)) else f"{path}: "
             raise UserError(f"{name}{error}") from None
+        except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+            # Shapes that nobody thought of, in a file by the right names.
+            raise UserError(f"{path}: its arrays do not fit together: {reason(error)}") from None
     if wanted not in (None, kind := kind_of(found.model)):
         raise UserError(f"{path} holds {KINDS[kind].name}, not {KINDS[wanted].name}")
     return found
@@ -157,7 +168,8 @@ def _read_folder(path: pathlib.Path, params: str) -> Weights:
 
     arrays, meta = checkpoints.load(path, choose)
     config = configs.complete(meta["config"]) if "config" in meta else None
-    return Weights(network(meta), arrays, config)
+    item = meta["item"] if _ONLY in meta["checksums"] else params
+    return Weights(network(meta), arrays, config, item)
 
 
 def load_weights(
@@ -183,13 +195,14 @@ def load_weights(
     if min(height, width) < patch or height % patch or width % patch:
         raise UserError(f"input_size is {height}×{width}; {path} asks for multiples of {patch}")
     model = found.model.clone(input_size=(height, width))
-    resized = resize_grid(found.params, found.model.grid, model.grid)
-    old, new = (f"{rows}×{columns}" for rows, columns in (found.model.grid, model.grid))
-    print(
-        f"{path}: position embeddings and bias tables resampled from {old} to {new} tokens",
-        file=sys.stderr,
-    )
-    return Weights(model, resized, found.config)
+    print(f"{path}: {_resampled(found.model, model)}", file=sys.stderr)
+    params = resize_grid(found.params, found.model.grid, model.grid)
+    return found._replace(model=model, params=params)
+
+
+def _resampled(old: MDT, new: MDT) -> str:
+    sizes = (f"{rows}×{columns}" for rows, columns in (old.grid, new.grid))
+    return "position embeddings and bias tables resampled from {} to {} tokens".format(*sizes)
 
 
 def load(path: str | os.PathLike, **options) -> tuple[MDT, dict]:
@@ -197,6 +210,7 @@ def load(path: str | os.PathLike, **options) -> tuple[MDT, dict]:
     return load_weights(path, **options)[:2]
 
 
+# Files of a VAE in a folder of diffusers.
 VAE_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 
 
@@ -210,29 +224,43 @@ def load_vae(path: str | os.PathLike) -> tuple[AutoencoderKL, dict]:
     path = str(path)
     if path.startswith(hub.SCHEME) and path.removeprefix(hub.SCHEME).count("/") == 1:
         path = f"{path}/{VAE_FILES[0]}"
-    for name in VAE_FILES:
-        if os.path.isfile(os.path.join(path, name)):
-            path = os.path.join(path, name)
-            break
-    return read(path, wanted="vae")[:2]
+    files = [os.path.join(path, name) for name in VAE_FILES]
+    found = next((file for file in files if os.path.isfile(file)), path)
+    if found == path and os.path.isdir(path) and not checkpoints.is_saved(path):
+        raise UserError(f"{path} holds no VAE: expected {' or '.join(VAE_FILES)}")
+    return read(found, wanted="vae")[:2]
 
 
 def save(path: str | os.PathLike, weights: Weights) -> None:
     """Write parameters: a published file where the suffix is one of its, else an Orbax folder.
 
-    Whole or not at all. A folder keeps the config of the run. Raises UserError where the published
-    code has no place for the model, and where the disk is full.
+    Whole or not at all. A folder keeps the config of the run, if it is of this model. Raises
+    UserError where the published code has no place for the model, and where the disk is full.
     """
-    path, kind = pathlib.Path(path), kind_of(weights.model)
+    path, kind, model = pathlib.Path(path), kind_of(weights.model), weights.model
     if path.suffix in torch_files.SUFFIXES:
-        state = KINDS[kind].to_published(weights.model, weights.params)
-        torch_files.write(path, state)
+        torch_files.write(path, KINDS[kind].to_published(model, weights.params))
+        return
+    config = weights.config
+    if config is not None and _fields(MDT.from_config(config)) == _fields(model):
+        meta = {"config": config.to_dict()}
     else:
-        if weights.config is not None:
-            meta = {"config": weights.config.to_dict()}
-        else:
-            meta = {"model": {"kind": kind, **_fields(weights.model)}}
-        checkpoints.save_folder(path, _ONLY, weights.params, meta)
+        meta = {"model": {"kind": kind, **_fields(model)}}
+    checkpoints.save_folder(path, _ONLY, weights.params, {"item": weights.item, **meta})
+
+
+def not_told(model: object) -> list[str]:
+    """What a published file of this network does not tell, for whoever reads it."""
+    said = []
+    if isinstance(model, MDT):
+        if model.version == "v1" and model.decoder_layers != mdt_weights.DECODER_LAYERS:
+            said.append(f"to be read with decoder_layers={model.decoder_layers}")
+        for field in ("masked_shortcut", "asymmetric"):
+            if not getattr(model, field):
+                said.append(f"that {field} was False, which concerns the masked pass alone")
+    elif isinstance(model, AutoencoderKL) and model.groups != min(32, *model.channels):
+        said.append(f'to be read beside a config.json of {{"norm_num_groups": {model.groups}}}')
+    return said
 
 
 def _fields(model: object) -> dict:
@@ -250,13 +278,13 @@ def start_from(config: ConfigDict, model: MDT, key: jax.Array) -> tuple[dict, di
     bias tables are resampled. Raises UserError where the networks, or the scale of a VAE's
     latents, differ in anything else.
     """
-    path, resize = config.init.checkpoint, config.init.resize
-    options = {
-        "decoder_layers": _decoder_layers(path, model),
-        "input_size": model.input_size if resize else None,
-    }
-    source, ema, theirs = load_weights(path, **options)
-    params = ema if theirs is None else load_weights(path, params="raw", **options).params
+    path = config.init.checkpoint
+    source, ema, theirs, _ = load_weights(path)
+    is_file = hub.local_path(path).is_file()
+    untold = is_file and source.version == "v1" and source.depth == model.depth
+    if untold and 0 < model.decoder_layers != source.decoder_layers:
+        source, ema, *_ = load_weights(path, decoder_layers=model.decoder_layers)
+    params = ema if is_file else load_weights(path, params="raw").params
     ours, others = _fields(model), _fields(source)
     free = ("input_size", "num_classes", "asymmetric")
     different = [
@@ -275,13 +303,16 @@ def start_from(config: ConfigDict, model: MDT, key: jax.Array) -> tuple[dict, di
         ]
     if different:
         raise UserError(f"init.checkpoint {path} is of another network: {'; '.join(different)}")
-    if source.grid != model.grid:
-        old, new = (f"{rows}×{columns}" for rows, columns in (source.grid, model.grid))
-        raise UserError(
-            f"init.checkpoint {path} is for {old} tokens and the config for {new}; "
-            "init.resize=True resamples position embeddings and bias tables"
-        )
     said = []
+    if source.grid != model.grid:
+        if not config.init.resize:
+            old, new = (f"{rows}×{columns}" for rows, columns in (source.grid, model.grid))
+            raise UserError(
+                f"init.checkpoint {path} is for {old} tokens and the config for {new}; "
+                "init.resize=True resamples position embeddings and bias tables"
+            )
+        params, ema = (resize_grid(tree, source.grid, model.grid) for tree in (params, ema))
+        said.append(_resampled(source, model))
     if source.num_classes != model.num_classes:
         fresh = {k: v for k, v in init_params(model, key).items() if k == "label_embed"}
         params, ema = (
@@ -292,9 +323,3 @@ def start_from(config: ConfigDict, model: MDT, key: jax.Array) -> tuple[dict, di
             f"a new label table: {source.num_classes} classes there, {model.num_classes} here"
         )
     return params, ema, said
-
-
-def _decoder_layers(path: str, model: MDT) -> int | None:
-    """What a published v1 file does not tell, from the model that it is for."""
-    is_file = pathlib.PurePath(path).suffix in torch_files.SUFFIXES
-    return model.decoder_layers if is_file and model.version == "v1" else None

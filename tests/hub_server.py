@@ -38,7 +38,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         if body:
-            self.wfile.write(content)
+            self.wfile.write(content[: len(content) // 2] if self.server.hangs_up else content)
+            self.close_connection = self.server.hangs_up
 
     def log_message(self, *_):
         pass
@@ -46,9 +47,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 @contextlib.contextmanager
 def serve(files: dict[str, bytes]) -> Iterator[http.server.ThreadingHTTPServer]:
-    """The server: its `endpoint`, the `requests` so far, and `wrong_hash`, which may be set."""
+    """The server: its `endpoint`, the `requests` so far; `wrong_hash`, `hangs_up` may be set."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.files, server.requests, server.wrong_hash = files, [], False
+    server.files, server.requests = files, []
+    server.wrong_hash = server.hangs_up = False
     server.endpoint = f"http://127.0.0.1:{server.server_port}"
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:

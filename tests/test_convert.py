@@ -76,8 +76,9 @@ def test_a_loaded_file_gives_the_recorded_numbers(version, files):
     assert relative_error(out, golden["fwd_out"]) < 2e-6
 
 
-def test_a_run_is_exported_ema_or_raw(trained, tmp_path, monkeypatch):
+def test_a_run_is_exported_ema_or_raw(trained, tmp_path, monkeypatch, capsys):
     run(convert, monkeypatch, f"--src={trained}", f"--dst={tmp_path}/ema.pt")
+    assert "does not tell: to be read with decoder_layers=1" in capsys.readouterr().out
     run(convert, monkeypatch, f"--src={trained}", f"--dst={tmp_path}/raw.pt", "--params=raw")
     model, ema = mdt_jax.load(trained)
     loaded, from_file = weights.load(tmp_path / "ema.pt", decoder_layers=model.decoder_layers)
@@ -138,7 +139,8 @@ def test_pictures_from_a_file_of_latents(latent_model, tmp_path, monkeypatch):
     assert (note["vae"], note["vae_scale"], note["seed"]) == ("vae", 0.18215, 5)
     assert (note["guidance_scale"], note["guidance_power"]) == (3.8, 4.0)
     run(sample, monkeypatch, *common, "--labels=5", f"--out={tmp_path}/a.png")
-    assert json.loads(Image.open(tmp_path / "a.png").text["Comment"]) == note
+    picture = json.loads(Image.open(tmp_path / "a.png").text["Comment"])
+    assert picture == note | {"labels": "5", "num_samples": 1}
 
     latents = mdt_jax.generate(model, mdt_jax.load(folder / "mdt.pt")[1], [207, 387, 12], seed=5,
                                num_steps=3)  # fmt: skip
@@ -152,6 +154,8 @@ BAD_LATENTS = {
     "no VAE": ([], "draws latents of 4 channels; to make pictures of them say --vae="),
     "no such VAE": (["--vae=nothing"], "'nothing' does not exist"),
     "no VAE there": (["--vae=CHECKPOINT"], "not the weights of a VAE: missing "),
+    "pixels": (["--vae=identity"], "4 channels are no picture's"),
+    "folder": (["--vae=."], "holds no VAE: expected diffusion_pytorch_model.safetensors or"),
     "class": (["--vae=x", "--labels=golden retreiver"], "the nearest are golden retriever"),
     "two classes": (["--vae=x", "--labels=crane"], "names several classes: 134"),
 }
@@ -243,10 +247,20 @@ def test_a_folder_of_diffusers_tells_its_norms(tmp_path):
 
 
 def test_a_folder_keeps_the_config_of_the_run(trained, tmp_path, monkeypatch):
-    run(convert, monkeypatch, f"--src={trained}", f"--dst={tmp_path}/folder")
-    _, ema, config = weights.load_weights(tmp_path / "folder")
-    assert config == weights.load_weights(trained).config
-    assert same(ema, mdt_jax.load(trained)[1])
+    run(convert, monkeypatch, f"--src={trained}", f"--dst={tmp_path}/folder", "--params=raw")
+    found, raw = weights.load_weights(tmp_path / "folder"), weights.load_weights(trained, "raw")
+    assert found.config == raw.config and same(found.params, raw.params)
+    argv = [f"--checkpoint={tmp_path}/folder", "--num_steps=1", "--labels=3,1"]
+    run(sample, monkeypatch, *argv, f"--out={tmp_path}/a.npz")
+    note = json.loads(str(np.load(tmp_path / "a.npz")["note"]))
+    assert (note["parameters"], note["labels"], note["num_samples"]) == ("raw", "3,1", 2)
+
+
+def test_a_resized_run_is_kept_as_what_it_is(trained, tmp_path):
+    wide = weights.load_weights(trained, input_size=(8, 12))
+    weights.save(tmp_path / "wide", wide)
+    again = weights.load_weights(tmp_path / "wide")
+    assert again.model.input_size == (8, 12) and same(again.params, wide.params)
 
 
 def test_decoding_in_slices_is_decoding_at_once(latent_model):

@@ -42,7 +42,7 @@ def test_parameters_and_ema_are_those_of_a_run(trained, tmp_path):
 
 
 def test_a_file_does_as_well_and_gives_both(trained, tmp_path):
-    model, params, _ = weights.load_weights(trained)
+    model, params, *_ = weights.load_weights(trained)
     weights.save(tmp_path / "w.pt", weights.Weights(model, params))
     raw, ema, _ = started(tmp_path / "run", f"--config.init.checkpoint={tmp_path / 'w.pt'}")
     assert tree_equal(raw, params) and tree_equal(ema, params)
@@ -62,7 +62,7 @@ def test_another_number_of_classes_takes_all_but_the_label_table(trained, tmp_pa
 
 
 def test_a_run_that_goes_on_takes_its_own_checkpoints(trained, tmp_path):
-    model, params, _ = weights.load_weights(trained)
+    model, params, *_ = weights.load_weights(trained)
     file, workdir = tmp_path / "w.pt", tmp_path / "run"
     weights.save(file, weights.Weights(model, params))
     start = [*SMOKE, f"--workdir={workdir}", f"--config.init.checkpoint={file}"]
@@ -88,7 +88,7 @@ def test_another_resolution_on_request(trained, tmp_path, capsys, monkeypatch, i
 
     raw, _, printed = started(tmp_path / "run", argv[-1], "--config.init.resize=True")
     assert "resampled from 4×6 to 4×4 tokens" in printed
-    _, resized, _ = weights.load_weights(source, input_size=(8, 8))
+    resized = weights.load_weights(source, input_size=(8, 8)).params
     assert tree_equal(raw, resized)
 
 
@@ -99,6 +99,15 @@ BAD = {
     "schedule": (["--config.diffusion.steps=500"], "diffusion.steps is 1000 there and 500 here"),
     "scale": (["--config.vae.scale=0.5"], "vae.scale is 0.18215 there and 0.5 here"),
 }
+
+
+def test_a_file_of_the_other_version(trained, tmp_path, capsys, monkeypatch, in_root, keep_signals):
+    model = weights.load_weights(trained).model.clone(version="v2")
+    weights.save(tmp_path / "v2.pt", weights.Weights(model, random_params(model)))
+    start = f"--config.init.checkpoint={tmp_path / 'v2.pt'}"
+    argv = [*SMOKE, f"--workdir={tmp_path / 'run'}", start]
+    printed = exits_with_one_line(main.main, argv, capsys, monkeypatch)
+    assert "version is v2 there and v1 here" in printed and not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("name", BAD)

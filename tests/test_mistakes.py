@@ -92,7 +92,7 @@ BAD_CONFIGS = {
     "steps": ([*SMOKE, "--config.train.steps=0"], "train.steps is 0"),
     "keep": ([*SMOKE, "--config.train.keep=0"], "train.keep is 0"),
     "dtype": ([*SMOKE, "--config.train.dtype=float16"], "train.dtype is 'float16'"),
-    "data": ([*SMOKE, "--config.data.name=cifar"], "choose one of digits, mnist"),
+    "data": ([*SMOKE, "--config.data.name=cifar"], "choose one of digits, "),
     "image size": ([*SMOKE, "--config.data.image_size=16"], "holds 8×8 images"),
     "more classes": ([*SMOKE, "--config.model.num_classes=20"], "has 10 classes"),
     "noise steps": ([*SMOKE, "--config.diffusion.steps=20"], "diffusion.steps is 20"),
@@ -181,7 +181,8 @@ BAD_SAMPLING = {
     "not a label": (["--checkpoint=RUN", "--out=g.png", "--labels=cat"], "--labels=cat"),
     "steps": (["--checkpoint=RUN", "--out=g.png", "--num_steps=2000"], "1000 steps"),
     "sampler": (["--checkpoint=RUN", "--out=g.png", "--sampler=x"], "unknown sampler 'x'"),
-    "scale": (["--checkpoint=RUN", "--out=g.png", "--vae_scale=0.5"], "trained with 0.18215"),
+    "scale": (["--checkpoint=RUN", "--out=g.png", "--vae_scale=0.5"], "RUN draws pixels"),
+    "endless": (["--checkpoint=RUN", "--out=g.png", "--vae_scale=inf"], "and finite"),
     "suffix": (["--checkpoint=RUN", "--out=g.jpg"], "unknown suffix '.jpg'; use .png or .npz"),
     "count": (["--checkpoint=RUN", "--out=g.png", "--num_samples=0"], "--num_samples=0"),
     "seed": (["--checkpoint=RUN", "--out=g.png", "--seed=-1"], "seed is -1"),
@@ -203,7 +204,7 @@ BAD_SAMPLING = {
 def test_bad_sampling(name, trained, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     argv, message = BAD_SAMPLING[name]
-    argv = [argument.replace("RUN", str(trained)) for argument in argv]
+    *argv, message = (text.replace("RUN", str(trained)) for text in (*argv, message))
     assert message in exits_with_one_line(sample.main, argv, capsys, monkeypatch)
     assert list(tmp_path.iterdir()) == []
 

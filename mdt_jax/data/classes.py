@@ -3,6 +3,7 @@
 import difflib
 import functools
 import pathlib
+import re
 
 from mdt_jax.errors import UserError
 
@@ -28,9 +29,16 @@ def imagenet_label(name: str) -> int:
     if len(found) == 1:
         return found[0]
     if found:
-        choices = ", ".join(f"{label} ({'/'.join(imagenet_names()[label])})" for label in found)
+        choices = ", ".join(f"{label} ({_among_its_like(label)})" for label in found)
         raise UserError(f"label {name!r} names several classes: {choices}; give the number")
-    near = difflib.get_close_matches(wanted, labels, n=3, cutoff=0.5)
-    near += [known for known in labels if wanted and wanted in known and known not in near][:3]
-    hint = f"; the nearest are {', '.join(near[:4])}" if near else ""
+    words = {*wanted.split(), wanted.removesuffix("s")}
+    near = [known for known in labels if words & set(re.findall(r"\w+", known))][:4]
+    near += [n for n in difflib.get_close_matches(wanted, labels, n=3) if n not in near]
+    hint = f"; the nearest are {', '.join(near)}" if near else ""
     raise UserError(f"label {name!r} is no ImageNet class{hint}")
+
+
+def _among_its_like(label: int) -> str:
+    """The classes before and after: their order is WordNet's, so they are of a kind."""
+    names = imagenet_names()
+    return f"beside {names[label - 1][0]} and {names[(label + 1) % len(names)][0]}"

@@ -6,6 +6,7 @@ import re
 import time
 
 from mdt_jax.errors import UserError
+from mdt_jax.files import reason
 
 SCHEME = "hf://"
 
@@ -28,13 +29,14 @@ def local_path(path: str) -> pathlib.Path:
     except ImportError:
         raise UserError("hf:// paths need huggingface_hub: pip install -e '.[weights]'") from None
     started = time.time()
+    huggingface_hub.logging.set_verbosity_error()  # else it tells of each retry, twice
     try:
         found = pathlib.Path(huggingface_hub.hf_hub_download(f"{owner}/{repository}", name))
         _check_hash(path, found, started)
         return found
     except errors.LocalEntryNotFoundError:
         raise UserError(
-            f"{path} is not in the cache and the hub cannot be reached; "
+            f"{path} is not in the cache and the hub cannot be reached, or answers with an error; "
             "check the network, HF_ENDPOINT and HF_HUB_OFFLINE"
         ) from None
     except errors.EntryNotFoundError:
@@ -45,9 +47,8 @@ def local_path(path: str) -> pathlib.Path:
         raise UserError(f"{path}: {error}") from None
     except UserError:
         raise
-    except (OSError, ValueError) as error:
-        line = " ".join(str(error).split())
-        raise UserError(f"{path} could not be downloaded: {line[:300]}") from None
+    except Exception as error:  # whatever the client and what it is built on make of a network
+        raise UserError(f"{path} could not be downloaded: {reason(error)}; try again") from None
 
 
 def _check_hash(path: str, found: pathlib.Path, started: float) -> None:

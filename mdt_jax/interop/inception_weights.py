@@ -107,7 +107,8 @@ def from_published(state: Mapping[str, np.ndarray]) -> tuple[Inception, dict]:
     Raises UserError, with the first offending names, where it is not FID's Inception.
     """
     state = {name: array for name, array in state.items() if not name.endswith(_COUNTER)}
-    model = Inception(len(state["fc.bias"]) if "fc.bias" in state else Inception.num_classes)
+    logits = state["fc.bias"].size if "fc.bias" in state else Inception.num_classes
+    model = Inception(logits)
     expected = _published_shapes(model)
     check_names(expected, state, "FID's Inception")
     for name, shape in expected.items():

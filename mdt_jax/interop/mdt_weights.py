@@ -23,6 +23,7 @@ _BLOCK = {
     "adaLN_modulation.1": "modulation/linear",
 }
 _TABLE = "attn.rel_pos_bias.relative_position_bias_table"
+DECODER_LAYERS = 2  # of every released v1 model; their files do not tell
 _INDEX = "attn.rel_pos_bias.relative_position_index"
 _LINEAR = {
     "t_embedder.mlp.0": "timestep_embed/in_proj",
@@ -111,25 +112,32 @@ def model_from_published(state: Mapping[str, np.ndarray], decoder_layers: int | 
         if state[name].ndim != axes:
             shape = list(state[name].shape)
             raise UserError(f"{name} has the shape {shape}; an MDT's has {axes} axes")
+        if 0 in state[name].shape:
+            raise UserError(f"{name} is empty, of the shape {list(state[name].shape)}")
     dim, channels, patch, _ = state["x_embedder.proj.weight"].shape
+    heads = state[f"{first}.{_TABLE}"].shape[1]
+    if dim % heads or dim % 4:
+        raise UserError(f"a width of {dim} with {heads} heads is no MDT's: x_embedder, {_TABLE}")
     if v2:
         decoder = _count(state, "de_blocks")
         depth = 2 * _count(state, "en_inblocks") + decoder
         if decoder_layers not in (None, decoder):
             raise UserError(f"decoder_layers is {decoder_layers}, but the file has {decoder}")
     else:
-        decoder = 2 if decoder_layers is None else decoder_layers
+        decoder = DECODER_LAYERS if decoder_layers is None else decoder_layers
         depth = _count(state, "blocks")
         if not 1 <= decoder < depth:
             raise UserError(f"decoder_layers is {decoder}; it must be 1 to {depth - 1}")
     labels = state.get("y_embedder.embedding_table.weight")
+    if labels is not None and (labels.ndim != 2 or len(labels) < 2):
+        raise UserError(f"the label table has the shape {list(labels.shape)}; [classes + 1, width]")
     height, width = _grid(state, first)
     model = MDT(
         input_size=(height * patch, width * patch),
         in_channels=channels,
         hidden_size=dim,
         depth=depth,
-        num_heads=state[f"{first}.{_TABLE}"].shape[1],
+        num_heads=heads,
         patch_size=patch,
         decoder_layers=decoder,
         num_classes=0 if labels is None else len(labels) - 1,
@@ -154,7 +162,7 @@ def _grid(state: Mapping[str, np.ndarray], block: str) -> tuple[int, int]:
     """(rows, columns) of tokens. Only the index tells how a grid that is not square lies."""
     tokens = state["pos_embed"].shape[1]
     index = state.get(f"{block}.{_INDEX}")
-    if index is None:
+    if index is None or index.dtype.kind not in "iu" or index.shape != (tokens, tokens):
         side = math.isqrt(tokens)
         return side, side
     # Along a row each token's offset from the first is one less; the next row leaves that line.

@@ -3,6 +3,9 @@
 import importlib
 import os
 import pathlib
+import pickle
+import re
+import warnings
 import zipfile
 from collections.abc import Collection, Mapping
 
@@ -18,27 +21,28 @@ SUFFIXES = (*PICKLED, ".safetensors")
 def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
     """The tensors of a file by name, in its order; a {"state_dict": …} around them is taken off.
 
-    Raises UserError, naming the file, where it is cut short, holds anything but tensors, or asks
-    for more than tensors to be unpickled: nothing of that is run.
+    Raises UserError, naming the file, where it is cut short, holds anything but tensors of whole or
+    floating numbers, or asks for more than tensors to be unpickled: nothing of that is run.
     """
     path = pathlib.Path(path)
-    if not path.is_file():
-        raise UserError(f"{path} is not a file" if path.exists() else f"{path} does not exist")
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path)
-    if path.suffix in PICKLED:
-        return _read_pickled(path)
-    raise UserError(f"{path}: unknown suffix {path.suffix!r}; use one of {', '.join(SUFFIXES)}")
+    if not os.path.isfile(path):
+        raise UserError(f"{path} does not exist")
+    if path.suffix not in SUFFIXES:
+        raise UserError(f"{path}: unknown suffix {path.suffix!r}; use one of {', '.join(SUFFIXES)}")
+    arrays = (_read_safetensors if path.suffix == ".safetensors" else _read_pickled)(path)
+    for name, array in arrays.items():
+        if array.dtype.kind not in "fiu" and array.dtype.name != "bfloat16":
+            raise UserError(f"{path}: {name} is of type {array.dtype}, not of numbers for weights")
+    return arrays
 
 
 def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
     safetensors = _package("safetensors.numpy")
-    from safetensors import SafetensorError
-
     try:
         return safetensors.load_file(path)
-    except (SafetensorError, ValueError, KeyError) as error:
-        raise UserError(f"{path} is damaged or no safetensors file: {error}") from None
+    except Exception as error:  # of several kinds, by what is wrong with the file
+        message = f"{path} is damaged or no safetensors file NumPy can hold: {reason(error)}"
+        raise UserError(message) from None
 
 
 def _package(name: str):
@@ -50,31 +54,36 @@ def _package(name: str):
 
 
 def _read_pickled(path: pathlib.Path) -> dict[str, np.ndarray]:
-    import pickle
-
     torch = _package("torch")
     try:
-        # Mapped, tensors are read when they are used; only the newer, zipped format can be.
-        content = torch.load(
-            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
-        )
-    except pickle.UnpicklingError as error:
-        lines = str(error).strip().splitlines()
-        named = next((line for line in lines if "GLOBAL" in line or "Unsupported" in line), "")
-        raise UserError(
-            f"{path} holds something other than tensors and was not read"
-            + (f" ({named.strip()})" if named else ": it is damaged, or no weights file")
-        ) from None
-    except (RuntimeError, EOFError, ValueError, zipfile.BadZipFile, OSError) as error:
-        raise UserError(f"{path} is damaged or cut short: {reason(error)}") from None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            # Mapped, tensors are read when they are used; only the newer, zipped format can be.
+            content = torch.load(
+                path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+            )
+    except Exception as error:  # whatever the unpickler makes of bytes that are no pickle
+        asked = re.search(r"GLOBAL (\S+)", str(error))
+        if asked:
+            raise UserError(
+                f"{path} holds something other than tensors ({asked[1]}) and was not read"
+            ) from None
+        why = "" if isinstance(error, pickle.UnpicklingError) else f": {reason(error)}"
+        raise UserError(f"{path} is damaged, cut short or no file of weights{why}") from None
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
     if not isinstance(content, Mapping):
         raise UserError(f"{path} holds a {type(content).__name__}, not tensors by name")
+    arrays = {}
     for name, value in content.items():
-        if not isinstance(value, torch.Tensor):
-            raise UserError(f"{path}: {name!r} is a {type(value).__name__}, not a tensor")
-    return {name: _array(torch, tensor) for name, tensor in content.items()}
+        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
+            raise UserError(f"{path}: {name!r} is a {type(value).__name__}, not a tensor by name")
+        try:
+            arrays[name] = _array(torch, value)
+        except (TypeError, RuntimeError):
+            kind = f"{value.dtype}, {value.layout}".replace("torch.", "")
+            raise UserError(f"{path}: {name} is a tensor of {kind}, which is not read") from None
+    return arrays
 
 
 def _array(torch, tensor) -> np.ndarray:
@@ -105,7 +114,8 @@ def check_names(expected: Collection[str], found: Collection[str], what: str) ->
     ):
         if names:
             more = f" and {len(names) - 3} more" * (len(names) > 3)
-            said.append(f"{kind} {', '.join(names[:3])}{more}")
+            first = ", ".join(name[:80] for name in names[:3])
+            said.append(f"{kind} {' '.join(first.split())}{more}")
     if said:
         raise UserError(f"these are not the weights of {what}: {'; '.join(said)}")
 

@@ -81,6 +81,9 @@ def from_published(
     where it is not such a VAE.
     """
     names = _todays_names(state)
+    for name, array in names.items():
+        if not array.size or not array.ndim:
+            raise UserError(f"{name} has the shape {list(array.shape)}, which is no VAE's")
     widths = []
     while (name := f"encoder.down_blocks.{len(widths)}.resnets.0.conv1.weight") in names:
         widths.append(len(names[name]))
@@ -92,7 +95,7 @@ def from_published(
         latent_channels=AutoencoderKL.latent_channels if latents is None else len(latents),
         groups=min([groups or 32, *widths]),
     )
-    if any(width % model.groups for width in widths):
+    if model.groups < 1 or any(width % model.groups for width in widths):
         raise UserError(
             f"the VAE's levels of {', '.join(map(str, widths))} channels cannot be normed in "
             f"{model.groups} groups; norm_num_groups in a config.json beside the file says how many"

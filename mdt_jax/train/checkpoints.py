@@ -207,6 +207,8 @@ def load(path: str | os.PathLike, choose: Callable[[dict], tuple[str, dict]]) ->
     root = pathlib.Path(path).absolute()
     if not str(path) or not os.path.exists(root):
         raise UserError(f"checkpoint '{path}' does not exist")
+    if root.is_file():
+        raise UserError(f"{path} is a file of no kind that holds weights, nor the folder of a run")
 
     def read(folder: pathlib.Path):
         meta = read_meta(folder)
@@ -217,7 +219,7 @@ def load(path: str | os.PathLike, choose: Callable[[dict], tuple[str, dict]]) ->
         )
         return _restore(folder, {item: abstract})[item], meta
 
-    if (root / "meta").is_dir():
+    if is_saved(root):
         try:
             return read(root)
         except UserError:
@@ -228,6 +230,11 @@ def load(path: str | os.PathLike, choose: Callable[[dict], tuple[str, dict]]) ->
     if found is None:
         raise UserError(f"{path} holds no checkpoint: expected a workdir that was trained in")
     return found
+
+
+def is_saved(folder: str | os.PathLike) -> bool:
+    """Whether a folder is one step of a run, or one of `save_folder`."""
+    return (pathlib.Path(folder) / "meta").is_dir()
 
 
 def save_folder(folder: str | os.PathLike, item: str, arrays: dict, meta: dict) -> None:

@@ -26,7 +26,10 @@ def ask(server, tmp_path):
     """ask(path, **environment) → (exit code, the last line printed)."""
 
     def ask(path, **environment):
-        code = f"from mdt_jax.interop.hub import local_path; print(local_path({path!r}))"
+        code = (
+            "from mdt_jax import cli; from mdt_jax.interop.hub import local_path; "
+            f"cli.run(lambda _: print(local_path({path!r})))"
+        )
         own = {"HF_HOME": str(tmp_path / "cache"), "HF_ENDPOINT": server.endpoint, **environment}
         done = subprocess.run(
             [sys.executable, "-c", code],
@@ -35,7 +38,9 @@ def ask(server, tmp_path):
             cwd=ROOT,
             env={**os.environ, **own},
         )
-        return done.returncode, (done.stdout or done.stderr).strip().splitlines()[-1]
+        if done.returncode:
+            assert done.stderr.count("\n") == 1 and not done.stdout, done.stderr
+        return done.returncode, (done.stdout or done.stderr).strip()
 
     return ask
 
@@ -71,13 +76,22 @@ def test_download_then_cache_then_offline(server, ask):
 )
 def test_what_cannot_be_had(path, environment, message, ask):
     code, line = ask(path, **environment)
-    assert code == 1 and line.startswith("mdt_jax.errors.UserError: ") and message in line
+    assert code == 2 and line.startswith("error: ") and message in line
 
 
 def test_a_wrong_hash_is_noticed_and_not_kept(server, ask):
     server.wrong_hash = True
     code, line = ask("hf://someone/model/weights.pt")
-    assert code == 1 and "its SHA-256 is" in line
+    assert code == 2 and "its SHA-256 is" in line
     server.wrong_hash = False
+    code, path = ask("hf://someone/model/weights.pt")
+    assert code == 0 and pathlib.Path(path).read_bytes() == WEIGHTS
+
+
+def test_a_download_that_stops_is_one_line_and_is_not_kept(server, ask):
+    server.hangs_up = True
+    code, line = ask("hf://someone/model/weights.pt")
+    assert code == 2 and "could not be downloaded" in line
+    server.hangs_up = False
     code, path = ask("hf://someone/model/weights.pt")
     assert code == 0 and pathlib.Path(path).read_bytes() == WEIGHTS

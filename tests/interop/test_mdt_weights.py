@@ -12,6 +12,8 @@ from mdt_jax.models.mdt import MDT
 from tests.models.common import random_params
 from tests.published import MODELS, VERSIONS, published_params, published_state, relative_error
 
+TABLE = "blocks.0.attn.rel_pos_bias.relative_position_bias_table"
+INDEX = "blocks.0.attn.rel_pos_bias.relative_position_index"
 SMALL = dict(in_channels=3, hidden_size=16, depth=5, num_heads=2, num_classes=4)
 
 
@@ -106,3 +108,19 @@ def test_parameters_without_index_buffers_are_enough():
     state = {k: v for k, v in published_state("v1_state").items() if not k.endswith("index")}
     model = model_from_published(state)
     assert relative_error(params_from_published(state, model), published_params("v1_state")) == 0
+
+
+@pytest.mark.parametrize(
+    "name, array, message",
+    [
+        (TABLE, np.zeros((52, 3)), "a width of 32 with 3 heads is no MDT's"),
+        (TABLE, np.zeros((52, 0)), "is empty"),
+        ("pos_embed", np.zeros((16, 32)), "pos_embed has the shape .16, 32.; an MDT's has 3 axes"),
+        ("y_embedder.embedding_table.weight", np.zeros(3), "the label table has the shape .3."),
+        ("mask_token", np.zeros(()), "mask_token has the shape ..; the rest of the file asks for"),
+        (INDEX, np.zeros(3, np.int64), "position_index has the shape .3."),
+    ],
+)
+def test_shapes_that_do_not_fit(name, array, message):
+    with pytest.raises(UserError, match=message):
+        model_from_published({**published_state("v1_state"), name: array})
