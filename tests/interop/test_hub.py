@@ -21,26 +21,40 @@ def server():
         yield server
 
 
+def start(path, home, **environment):
+    """A process that looks for the file and prints where it is."""
+    code = (
+        "from mdt_jax import cli; from mdt_jax.interop.hub import local_path; "
+        f"cli.run(lambda _: print(local_path({path!r})))"
+    )
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "HF_HOME": str(home), **environment},
+    )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_network(tmp_path_factory):
+    """Begins before the other tests: the hub's client tries for 20 seconds."""
+    nobody = {"HF_ENDPOINT": "http://127.0.0.1:9"}
+    return start("hf://someone/model/weights.pt", tmp_path_factory.mktemp("none"), **nobody)
+
+
 @pytest.fixture
 def ask(server, tmp_path):
-    """ask(path, **environment) → (exit code, the last line printed)."""
+    """ask(path, **environment) → (exit code, the one line printed)."""
 
     def ask(path, **environment):
-        code = (
-            "from mdt_jax import cli; from mdt_jax.interop.hub import local_path; "
-            f"cli.run(lambda _: print(local_path({path!r})))"
-        )
-        own = {"HF_HOME": str(tmp_path / "cache"), "HF_ENDPOINT": server.endpoint, **environment}
-        done = subprocess.run(
-            [sys.executable, "-c", code],
-            capture_output=True,
-            text=True,
-            cwd=ROOT,
-            env={**os.environ, **own},
-        )
-        if done.returncode:
-            assert done.stderr.count("\n") == 1 and not done.stdout, done.stderr
-        return done.returncode, (done.stdout or done.stderr).strip()
+        own = {"HF_ENDPOINT": server.endpoint, **environment}
+        process = start(path, tmp_path / "cache", **own)
+        out, err = process.communicate()
+        if process.returncode:
+            assert err.count("\n") == 1 and not out, err
+        return process.returncode, (out or err).strip()
 
     return ask
 
@@ -65,11 +79,6 @@ def test_download_then_cache_then_offline(server, ask):
         ("hf://someone/model/nothing.pt", {}, "someone/model has no such file"),
         ("hf://nobody/nothing/weights.pt", {}, "no such repository"),
         ("hf://someone/model/weights.pt", {"HF_HUB_OFFLINE": "1"}, "is not in the cache"),
-        (
-            "hf://someone/model/weights.pt",
-            {"HF_ENDPOINT": "http://127.0.0.1:9"},
-            "not in the cache",
-        ),
         ("hf://someone/model", {}, "write hf://OWNER/REPOSITORY/FILE"),
         ("hf://some one/model/weights.pt", {}, "some one/model"),
     ],
@@ -95,3 +104,9 @@ def test_a_download_that_stops_is_one_line_and_is_not_kept(server, ask):
     server.hangs_up = False
     code, path = ask("hf://someone/model/weights.pt")
     assert code == 0 and pathlib.Path(path).read_bytes() == WEIGHTS
+
+
+def test_no_network(no_network):
+    out, err = no_network.communicate()
+    assert no_network.returncode == 2 and not out and err.count("\n") == 1
+    assert err.startswith("error: hf://someone/model/weights.pt is not in the cache and the hub ")

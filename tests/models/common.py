@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mdt_jax.models.embeddings import sincos_positions
 from mdt_jax.models.mdt import init_params
 
 
@@ -12,10 +13,14 @@ def apply(model, params, *inputs, **options):
 
 
 def random_params(model, seed=0):
-    """Initial parameters with the zeros replaced, so that outputs are not zero."""
-    leaves, tree = jax.tree.flatten(init_params(model, jax.random.key(seed)))
+    """Parameters as at the start, but none of them zero; nothing is compiled for them."""
+    shapes = jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0))
     random = np.random.default_rng(seed)
-    leaves = [
-        a if np.any(a) else jnp.asarray(random.normal(0, 0.1, a.shape), a.dtype) for a in leaves
-    ]
-    return tree.unflatten(leaves)
+
+    def draw(path, leaf):
+        if path[-1].key.endswith("pos_embed"):
+            return jnp.asarray(sincos_positions(model.grid, model.hidden_size)[None])
+        deviation = leaf.shape[-2] ** -0.5 if path[-1].key == "kernel" else 0.1
+        return jnp.asarray(random.normal(0, deviation, leaf.shape), leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
