@@ -22,12 +22,19 @@ def whole(
     temporary = beside(path)
     try:
         yield temporary
+        os.chmod(temporary, 0o666 & ~_umask())  # some writers let nobody else read
         os.replace(temporary, path)
     except (OSError, *failures) as error:
         raise UserError(f"{path} could not be written: {reason(error)}{free(path)}") from None
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def _umask() -> int:
+    mask = os.umask(0)  # it can only be read by being set
+    os.umask(mask)
+    return mask
 
 
 def beside(path: pathlib.Path) -> pathlib.Path:

@@ -26,6 +26,8 @@ def test_there_and_back(suffix, tmp_path):
         assert back[name].dtype == array.dtype
         np.testing.assert_array_equal(back[name], array)
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    (tmp_path / "plain").touch()  # who may read it is the user's choice alone
+    assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
 def test_pytorch_reads_what_is_written(tmp_path):
