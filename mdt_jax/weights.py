@@ -286,7 +286,8 @@ def start_from(config: ConfigDict, model: MDT, key: jax.Array) -> tuple[dict, di
         source, ema, *_ = load_weights(path, decoder_layers=model.decoder_layers)
     params = ema if is_file else load_weights(path, params="raw").params
     ours, others = _fields(model), _fields(source)
-    free = ("input_size", "num_classes", "asymmetric")
+    # Seen to below, or without parameters of their own.
+    free = ("input_size", "num_classes", "asymmetric", "masked_shortcut")
     different = [
         f"{name} is {others[name]} there and {value} here"
         for name, value in ours.items()
