@@ -1,4 +1,4 @@
-"""The published PyTorch names and layouts of MDT's weights, and ours: both ways. NumPy only."""
+"""The published PyTorch names and layouts of MDT's weights, and ours: both ways."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping

@@ -88,20 +88,15 @@ def test_what_cannot_be_had(path, environment, message, ask):
     assert code == 2 and line.startswith("error: ") and message in line
 
 
-def test_a_wrong_hash_is_noticed_and_not_kept(server, ask):
-    server.wrong_hash = True
+@pytest.mark.parametrize(
+    "fault, message",
+    [("wrong_hash", "its SHA-256 is"), ("hangs_up", "could not be downloaded")],
+)
+def test_a_faulty_download_is_one_line_and_is_not_kept(fault, message, server, ask):
+    setattr(server, fault, True)
     code, line = ask("hf://someone/model/weights.pt")
-    assert code == 2 and "its SHA-256 is" in line
-    server.wrong_hash = False
-    code, path = ask("hf://someone/model/weights.pt")
-    assert code == 0 and pathlib.Path(path).read_bytes() == WEIGHTS
-
-
-def test_a_download_that_stops_is_one_line_and_is_not_kept(server, ask):
-    server.hangs_up = True
-    code, line = ask("hf://someone/model/weights.pt")
-    assert code == 2 and "could not be downloaded" in line
-    server.hangs_up = False
+    assert code == 2 and message in line
+    setattr(server, fault, False)
     code, path = ask("hf://someone/model/weights.pt")
     assert code == 0 and pathlib.Path(path).read_bytes() == WEIGHTS
 

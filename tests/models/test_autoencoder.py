@@ -1,5 +1,7 @@
 """The VAE against diffusers' own, with random weights."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -42,15 +44,8 @@ def arrays(vae):
     return {name: tensor.numpy() for name, tensor in vae.state_dict().items()}
 
 
-def small_weights():
-    """A small VAE's weights as diffusers saves them."""
-    return arrays(theirs(SMALL))
-
-
 def compvis_names(state):
     """The same weights as the original code names them."""
-    import re
-
     levels = 1 + max(int(m[1]) for n in state if (m := re.match(r"decoder\.up_blocks\.(\d)", n)))
     renamed = {}
     for name, array in state.items():
