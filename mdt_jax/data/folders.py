@@ -1,0 +1,145 @@
+"""Images in folders: a folder a class, ClassID_ImgID names, a CSV or JSONL of path and label."""
+
+import csv
+import dataclasses
+import json
+import os
+import pathlib
+
+import numpy as np
+
+from mdt_jax.errors import UserError
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff")
+
+
+def class_order(names: set[str]) -> list[str]:
+    """Sorted; as numbers where all are numbers, so that 10 comes after 2."""
+    if all(name.isascii() and name.isdigit() for name in names):
+        return sorted(names, key=lambda name: (int(name), name))
+    return sorted(names)
+
+
+@dataclasses.dataclass(frozen=True)
+class Files:
+    """Image files below a folder. labels: [N] int32; classes: their names, none without labels."""
+
+    root: pathlib.Path
+    paths: list[str]
+    labels: np.ndarray
+    classes: list[str]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def name(self, i: int) -> str:
+        """For messages."""
+        return str(self.root / self.paths[i])
+
+    def open(self, i: int):
+        """Image number i as a PIL.Image of whatever mode and size; OSError where it is none."""
+        from PIL import Image
+
+        return Image.open(self.root / self.paths[i])
+
+
+def load(path: str, unlabelled: bool = False) -> Files:
+    """The images that `path` names.
+
+    A folder: each folder in it is a class, of all images below that; where there are none but
+    images themselves, ClassID_ImgID.jpg gives the class, and names without "_" have none.
+    A .csv of path,label (with or without that header) or a .jsonl of {"path": …, "label": …}: paths
+    are taken from the file's folder, and labels may be names or numbers; without them there are no
+    classes. unlabelled: classes are left aside. Raises UserError where there is no image, a label
+    is missing, or a path leaves the folder.
+    """
+    place = pathlib.Path(path)
+    if os.path.isfile(place) and place.suffix in (".csv", ".jsonl"):
+        root, pairs = place.parent, _listed(place)
+    elif os.path.isdir(place):
+        root, pairs = place, _found(place)
+    else:
+        what = "is no folder, .csv or .jsonl" if os.path.exists(place) else "does not exist"
+        raise UserError(f"data.path {path} {what}")
+    if not pairs:
+        raise UserError(f"data.path {path} holds no images ({', '.join(SUFFIXES)})")
+    names = {label for _, label in pairs}
+    if None in names and len(names) > 1:
+        bare = next(p for p, label in pairs if label is None)
+        raise UserError(f"{path}: {bare} has no label, but others have")
+    if unlabelled or None in names:
+        return Files(root, [p for p, _ in pairs], np.zeros(len(pairs), np.int32), [])
+    classes = class_order(names)
+    numbers = {name: number for number, name in enumerate(classes)}
+    labels = np.array([numbers[label] for _, label in pairs], np.int32)
+    return Files(root, [p for p, _ in pairs], labels, classes)
+
+
+def _found(root: pathlib.Path) -> list[tuple[str, str | None]]:
+    """(path below root, class) of every image, in an order that no file system changes."""
+    folders = sorted(e.name for e in os.scandir(root) if e.is_dir() and e.name[0] != ".")
+    if folders:
+        return [(f"{name}/{p}", name) for name in folders for p in _images(root / name)]
+    return [(p, _class_of(p)) for p in _images(root)]
+
+
+def _images(folder: pathlib.Path) -> list[str]:
+    paths = []
+    for place, folders, files in os.walk(folder, followlinks=True):
+        folders.sort()
+        below = os.path.relpath(place, folder)
+        paths += [
+            os.path.normpath(os.path.join(below, name))
+            for name in sorted(files)
+            if name.lower().endswith(SUFFIXES) and name[0] != "."
+        ]
+    return paths
+
+
+def _class_of(path: str) -> str | None:
+    head, underscore, _ = os.path.basename(path).partition("_")
+    return head if underscore else None
+
+
+def _listed(file: pathlib.Path) -> list[tuple[str, str | None]]:
+    """The lines of a CSV or JSONL, each checked."""
+    read = _csv_lines if file.suffix == ".csv" else _json_lines
+    pairs = []
+    for number, path, label in read(file):
+        where = f"{file}, line {number}"
+        if not path:
+            raise UserError(f"{where}: no path")
+        inside = os.path.normpath(path)
+        if os.path.isabs(path) or inside.split(os.sep)[0] == "..":
+            raise UserError(f"{where}: {path} leaves {file.parent}")
+        if not os.path.isfile(file.parent / inside):
+            raise UserError(f"{where}: {path} does not exist in {file.parent}")
+        pairs.append((inside, label))
+    return pairs
+
+
+def _csv_lines(file: pathlib.Path):
+    with open(file, newline="", encoding="utf-8-sig") as lines:
+        for number, row in enumerate(csv.reader(lines), start=1):
+            if not row or (number == 1 and row[0].strip().lower() in ("path", "file", "filename")):
+                continue
+            if len(row) > 2:
+                raise UserError(f"{file}, line {number}: {len(row)} fields; path,label are two")
+            if len(row) == 2 and not row[1].strip():
+                raise UserError(f"{file}, line {number}: the label is missing")
+            yield number, row[0].strip(), row[1].strip() if len(row) == 2 else None
+
+
+def _json_lines(file: pathlib.Path):
+    with open(file, encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                entry = json.loads(line)
+                path, label = entry["path"], entry.get("label")
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise UserError(f'{file}, line {number}: no {{"path": …, "label": …}}') from None
+            if not isinstance(path, str) or not isinstance(label, (str, int, type(None))):
+                raise UserError(f"{file}, line {number}: path is text, label text or a number")
+            yield number, path, None if label is None else str(label)

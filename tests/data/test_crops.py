@@ -1,0 +1,75 @@
+"""ADM's crop against a second writing of its description, byte for byte."""
+
+import math
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mdt_jax.data import crops
+
+
+def reference(image, size):
+    """Halved by averaging 2×2 blocks as Pillow's box filter does, bicubic, the middle."""
+    width, height = image.size
+    while min(width, height) >= 2 * size:
+        width, height = width // 2, height // 2
+        image = image.resize((width, height), Image.Resampling.BOX)
+    short = min(width, height)
+    new = (round(width * (size / short)), round(height * (size / short)))
+    image = image.resize(new, Image.Resampling.BICUBIC)
+    left, top = (new[0] - size) // 2, (new[1] - size) // 2
+    return np.asarray(image)[top : top + size, left : left + size]
+
+
+SIDES = [1, 3, 17, 31, 32, 33, 63, 64, 65, 127, 300, 513]
+
+
+@pytest.mark.parametrize("width", SIDES)
+@pytest.mark.parametrize("height", SIDES)
+def test_center_crop(width, height):
+    pixels = np.random.default_rng([width, height]).integers(0, 256, (height, width, 3))
+    image = Image.fromarray(pixels.astype(np.uint8))
+    out = crops.center_crop(image, 32)
+    assert out.shape == (32, 32, 3) and out.dtype == np.uint8
+    np.testing.assert_array_equal(out, reference(image, 32))
+
+
+def test_a_random_crop_is_a_square_from_anywhere():
+    row = np.broadcast_to(np.arange(256, dtype=np.uint8)[None, :, None], (128, 256, 3))
+    image = Image.fromarray(np.ascontiguousarray(row))
+    random = np.random.default_rng(0)
+    firsts = []
+    for _ in range(50):
+        out = crops.random_crop(image, 32, random)
+        assert out.shape == (32, 32, 3)
+        firsts.append(int(out[0, 0, 0]))
+        steps = np.diff(out[0, :, 0].astype(int)).mean()  # pixels of the original for one of ours
+        assert 128 / math.ceil(32 / 0.8) - 0.3 < steps < 128 / 32 + 0.3
+    assert min(firsts) < 40 and max(firsts) > 90
+
+
+@pytest.mark.parametrize(
+    "mode, value, expected",
+    [
+        ("L", 77, (77, 77, 77)),
+        ("LA", (77, 3), (77, 77, 77)),
+        ("1", 1, (255, 255, 255)),
+        ("RGBA", (1, 2, 3, 0), (1, 2, 3)),
+        ("CMYK", (0, 255, 255, 0), (255, 0, 0)),
+        ("I;16", 65535, (255, 255, 255)),
+        ("I;16", 257 * 99, (99, 99, 99)),
+        ("I", 257 * 99, (99, 99, 99)),
+    ],
+)
+def test_every_mode_becomes_rgb(mode, value, expected, tmp_path):
+    image = Image.new(mode, (5, 4), value)
+    out = crops.to_rgb(image)
+    assert out.mode == "RGB" and out.getpixel((2, 2)) == expected
+
+
+def test_a_palette_with_transparency(tmp_path):
+    image = Image.new("P", (4, 4), 1)
+    image.putpalette([0, 0, 0, 9, 8, 7])
+    image.info["transparency"] = 1
+    assert crops.to_rgb(image).getpixel((0, 0)) == (9, 8, 7)

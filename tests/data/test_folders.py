@@ -1,0 +1,89 @@
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mdt_jax.data import folders
+from mdt_jax.errors import UserError
+
+
+def picture(path, value=0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full((4, 4, 3), value, np.uint8)).save(path)
+
+
+def test_a_folder_a_class_sorted_as_numbers(tmp_path):
+    for name in ("10", "9", "2"):
+        picture(tmp_path / name / "deep" / "a.png", int(name))
+        picture(tmp_path / name / "b.JPG")
+    (tmp_path / "9" / "notes.txt").touch()
+    (tmp_path / ".cache").mkdir()
+    found = folders.load(tmp_path)
+    assert found.classes == ["2", "9", "10"] and len(found) == 6
+    assert found.labels.tolist() == [2, 2, 0, 0, 1, 1] and found.labels.dtype == np.int32
+    assert found.open(found.paths.index("10/deep/a.png")).getpixel((0, 0)) == (10, 10, 10)
+    assert folders.load(tmp_path, unlabelled=True).classes == []
+
+
+def test_names_that_are_no_numbers_are_sorted_as_text():
+    assert folders.class_order({"b", "a10", "a9"}) == ["a10", "a9", "b"]
+    assert folders.class_order({"10", "9", "x"}) == ["10", "9", "x"]
+    assert folders.class_order({"010", "9", "0"}) == ["0", "9", "010"]
+
+
+def test_class_and_image_in_the_name_or_no_class_at_all(tmp_path):
+    for name in ("dog_1.png", "cat_7.png", "dog_2.png"):
+        picture(tmp_path / "named" / name)
+    found = folders.load(tmp_path / "named")
+    assert found.classes == ["cat", "dog"] and found.labels.tolist() == [0, 1, 1]
+    picture(tmp_path / "bare" / "00001.png")
+    assert folders.load(tmp_path / "bare").classes == []
+    picture(tmp_path / "named" / "fish.png")
+    with pytest.raises(UserError, match="fish.png has no label, but others have"):
+        folders.load(tmp_path / "named")
+
+
+def test_lists(tmp_path):
+    picture(tmp_path / "x" / "1.png")
+    picture(tmp_path / "2.png")
+    (tmp_path / "l.csv").write_text("path,label\nx/1.png,7\n2.png,11\n")
+    found = folders.load(tmp_path / "l.csv")
+    assert found.paths == ["x/1.png", "2.png"] and found.classes == ["7", "11"]
+    lines = [{"path": "2.png", "label": "b"}, {"path": "./x/1.png", "label": "a"}]
+    (tmp_path / "l.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    found = folders.load(tmp_path / "l.jsonl")
+    assert found.paths == ["2.png", "x/1.png"] and found.labels.tolist() == [1, 0]
+    (tmp_path / "bare.csv").write_text("2.png\nx/1.png\n")
+    assert folders.load(tmp_path / "bare.csv").classes == []
+
+
+@pytest.mark.parametrize(
+    "name, text, message",
+    [
+        ("a.csv", "1.png,\n", "line 1: the label is missing"),
+        ("a.csv", "path,label\n../secret.png,1\n", "line 2: ../secret.png leaves"),
+        ("a.csv", "/etc/passwd,1\n", "line 1: /etc/passwd leaves"),
+        ("a.csv", "b/../../x.png,1\n", "line 1: b/../../x.png leaves"),
+        ("a.csv", "none.png,1\n", "line 1: none.png does not exist"),
+        ("a.csv", "1.png,2,3\n", "line 1: 3 fields"),
+        ("a.csv", "1.png,2\n1.png\n", "1.png has no label, but others have"),
+        ("a.csv", "", "holds no images"),
+        ("a.jsonl", "{", 'line 1: no {"path"'),
+        ("a.jsonl", '{"label": 1}', 'line 1: no {"path"'),
+        ("a.jsonl", '{"path": "1.png", "label": [1]}', "line 1: path is text, label"),
+        ("a.txt", "", "is no folder, .csv or .jsonl"),
+    ],
+)
+def test_lists_that_are_wrong(name, text, message, tmp_path):
+    picture(tmp_path / "1.png")
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=message):
+        folders.load(tmp_path / name)
+
+
+def test_nothing_there(tmp_path):
+    with pytest.raises(UserError, match="does not exist"):
+        folders.load(tmp_path / "none")
+    with pytest.raises(UserError, match="holds no images"):
+        folders.load(tmp_path)
