@@ -1,4 +1,4 @@
-"""Images inside a tar, read in place: a tar of a tar a class as ILSVRC2012 has it, or a plain one."""
+"""Images inside a tar, read in place: ILSVRC2012's tar of a tar a class, or a plain one."""
 
 import dataclasses
 import io
