@@ -36,11 +36,11 @@ class Files:
         """For messages."""
         return str(self.root / self.paths[i])
 
-    def open(self, i: int):
-        """Image number i as a PIL.Image of whatever mode and size; OSError where it is none."""
+    def read(self, i: int):
+        """(PIL.Image of whatever mode and size, label); OSError where it is no image."""
         from PIL import Image
 
-        return Image.open(self.root / self.paths[i])
+        return Image.open(self.root / self.paths[i]), int(self.labels[i])
 
 
 def load(path: str, unlabelled: bool = False) -> Files:

@@ -33,13 +33,14 @@ class Members:
         """For messages."""
         return f"{self.path}:{self.names[i]}"
 
-    def open(self, i: int):
-        """Image number i as a PIL.Image of whatever mode and size; OSError where it is none."""
+    def read(self, i: int):
+        """(PIL.Image of whatever mode and size, label); OSError where it is no image."""
         from PIL import Image
 
         with open(self.path, "rb") as file:
             file.seek(self.offsets[i])
-            return Image.open(io.BytesIO(file.read(int(self.sizes[i]))))
+            content = file.read(int(self.sizes[i]))
+        return Image.open(io.BytesIO(content)), int(self.labels[i])
 
 
 def load(path: str) -> Members:

@@ -22,7 +22,7 @@ def test_a_folder_a_class_sorted_as_numbers(tmp_path):
     found = folders.load(tmp_path)
     assert found.classes == ["2", "9", "10"] and len(found) == 6
     assert found.labels.tolist() == [2, 2, 0, 0, 1, 1] and found.labels.dtype == np.int32
-    assert found.open(found.paths.index("10/deep/a.png")).getpixel((0, 0)) == (10, 10, 10)
+    assert found.read(found.paths.index("10/deep/a.png"))[0].getpixel((0, 0)) == (10, 10, 10)
     assert folders.load(tmp_path, unlabelled=True).classes == []
 
 

@@ -41,7 +41,7 @@ def test_nested_tars_are_read_in_place(imagenet):
     assert found.classes == ["n1", "n2"] and found.labels.tolist() == [1, 1, 1, 0, 0, 0]
     for i in range(6):
         c, k = divmod(i, 3)
-        assert found.open(i).getpixel((3, 3)) == (10 * (2 - c) + k,) * 3
+        assert found.read(i)[0].getpixel((3, 3)) == (10 * (2 - c) + k,) * 3
     assert found.name(0) == f"{imagenet}:n2.tar/n2_0.JPEG"
 
 
@@ -54,7 +54,7 @@ def test_the_index_is_made_once_for_the_same_tar(imagenet, monkeypatch):
     monkeypatch.setattr(tars, "_scan", scan)
     imagenet.write_bytes(tar({"a/1.png": jpeg(1), "b/2.png": jpeg(2)}))
     other = tars.load(imagenet)
-    assert other.classes == ["a", "b"] and other.open(1).getpixel((0, 0)) == (2, 2, 2)
+    assert other.classes == ["a", "b"] and other.read(1)[0].getpixel((0, 0)) == (2, 2, 2)
     index = imagenet.with_name("train.tar.index.npz")
     index.write_bytes(index.read_bytes()[:100])  # a damaged one is made again
     assert len(tars.load(imagenet)) == 2

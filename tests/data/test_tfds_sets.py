@@ -1,0 +1,81 @@
+"""A set that TFDS itself prepared, in a process where TensorFlow cannot be imported."""
+
+import subprocess
+import sys
+
+from tests.conftest import ROOT
+
+CODE = """
+import importlib.abc, io, sys
+
+class Without(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "tensorflow":
+            raise ModuleNotFoundError(name, name=name)
+
+import importlib.util
+found = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *a: None if name == "tensorflow" else found(name, *a)
+sys.meta_path.insert(0, Without())
+
+import numpy as np
+import tensorflow_datasets as tfds
+from PIL import Image
+from mdt_jax.data import tfds_sets
+from mdt_jax.errors import UserError
+
+def png(value):
+    file = io.BytesIO()
+    Image.fromarray(np.full((9, 7, 3), value, np.uint8)).save(file, "PNG")
+    file.seek(0)
+    return file
+
+class TinyShapes(tfds.core.GeneratorBasedBuilder):
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+        features = {
+            "image": tfds.features.Image(shape=(None, None, 3)),
+            "label": tfds.features.ClassLabel(names=["square", "circle"]),
+        }
+        return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+    def _split_generators(self, download):
+        return {"train": self._generate_examples()}
+
+    def _generate_examples(self):
+        for i in range(10):
+            yield i, {"image": png(20 * i), "label": i % 2}
+
+folder = sys.argv[1]
+TinyShapes(data_dir=folder, file_format="array_record").download_and_prepare()
+found = tfds_sets.load("tiny_shapes", "train", folder)
+assert len(found) == 10 and found.classes == ["square", "circle"]
+for i in range(10):
+    image, label = found.read(i)
+    assert image.size == (7, 9) and image.getpixel((3, 3))[0] // 20 % 2 == label
+for name, split, message in (
+    ("tiny_shapes", "test", "no split 'test'; it has train"),
+    ("imagenet2012", "train", "tfds build imagenet2012 --file_format=array_record"),
+    ("no_such_set", "train", "TFDS has no set 'no_such_set'"),
+):
+    try:
+        tfds_sets.load(name, split, folder)
+        raise SystemExit(f"{name} was loaded")
+    except UserError as error:
+        assert message in str(error), error
+assert "tensorflow" not in sys.modules and "jax" not in sys.modules
+print("done")
+"""
+
+
+def test_it_is_read_without_tensorflow(tmp_path):
+    (tmp_path / "tiny.py").write_text(CODE)
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "tiny.py"), str(tmp_path / "data")],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)},
+    )
+    assert done.returncode == 0 and done.stdout.endswith("done\n"), done.stdout + done.stderr
