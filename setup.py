@@ -9,6 +9,7 @@ WEIGHTS = ["huggingface_hub", "safetensors", "torch"]
 TEST = [
     "diffusers",
     "huggingface_hub",
+    "importlib_resources",  # what tensorflow-datasets needs, but does not ask for, to prepare a set
     "ipykernel",
     "matplotlib",
     "mlxtend",
@@ -33,8 +34,10 @@ setup(
     python_requires=">=3.11",
     install_requires=[
         "absl-py",
+        "array-record>=0.8",
         "einops",
         "flax>=0.12",
+        "grain>=0.2.18",
         "jax>=0.10",
         "ml-collections>=1.0",
         "numpy>=2.0",

@@ -16,7 +16,8 @@ def get_config(variant=""):
     config.model.num_classes = 1000  # ImageNet
     config.mask.passes = "full"  # DiT: no masking
     config.diffusion.steps = 1000  # DiT; MDT's script
-    config.data.update(name="imagenet2012", image_size=256, channels=3)  # DiT; MDT's script
+    config.data.update(name="tfds", path="imagenet2012")  # DiT; MDT's script
+    config.data.update(image_size=256, channels=3)  # DiT; MDT's script
     config.data.update(batch_size=256, flip=True)  # DiT; MDT's script and code
     config.vae.path = "hf://stabilityai/sd-vae-ft-mse"  # MDT's code
     config.optim.update(name="adamw", lr=3e-4, clip_norm=0.0, ema_decay=0.9999)  # MDT's code

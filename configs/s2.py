@@ -14,7 +14,8 @@ def get_config(variant=""):
     config.model.num_classes = 1000  # ImageNet
     config.mask.ratio = 0.3  # script; paper, section 5.3
     config.diffusion.steps = 1000  # script
-    config.data.update(name="imagenet2012", image_size=256, channels=3)  # script
+    config.data.update(name="tfds", path="imagenet2012")  # script
+    config.data.update(image_size=256, channels=3)  # script
     config.data.update(batch_size=256, flip=True)  # script: 8 × 32; code: the ADM loader
     config.vae.path = "hf://stabilityai/sd-vae-ft-mse"  # code
     config.optim.update(name="adamw", lr=3e-4, clip_norm=0.0, ema_decay=0.9999)  # code

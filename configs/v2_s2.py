@@ -15,7 +15,8 @@ def get_config(variant=""):
     config.model.update(side_layers=1, num_classes=1000)  # code; ImageNet
     config.mask.update(ratio=0.3, ratio_max=0.5)  # script; code: 0.2 is added to it
     config.diffusion.update(steps=1000, loss_weight="min_snr_5")  # script; code
-    config.data.update(name="imagenet2012", image_size=256, channels=3)  # script
+    config.data.update(name="tfds", path="imagenet2012")  # script
+    config.data.update(image_size=256, channels=3)  # script
     config.data.update(batch_size=256, flip=True)  # script: 8 × 32; code: the ADM loader
     config.vae.path = "hf://stabilityai/sd-vae-ft-mse"  # code
     config.optim.update(name="adan", lr=5e-4)  # code; rate: script; constant: author, issue 47

@@ -33,12 +33,16 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse_config(
-    argv: list[str], usage: str, **strings: str
+    argv: list[str],
+    usage: str,
+    optional: dict[str, tuple[bool | int | str, str]] | None = None,
+    **strings: str,
 ) -> tuple[ConfigDict, flags.FlagValues]:
-    """Read `--config=FILE.py[:variant]`, `--config.field=value` and string flags.
+    """Read `--config=FILE.py[:variant]`, `--config.field=value` and further flags.
 
-    strings: name → help of the further flags, all required. Raises UserError for an unknown file,
-    field or flag, for a value of the wrong type, and for a file that gives no config.
+    strings: name → help of those that are required. optional: name → (default, help) of others.
+    Raises UserError for an unknown file, field or flag, for a value of the wrong type, and for a
+    file that gives no config.
     """
     if "--help" in argv or "-h" in argv:
         print(usage)
@@ -47,6 +51,9 @@ def parse_config(
     values = flags.FlagValues()
     for name, help_text in strings.items():
         flags.DEFINE_string(name, None, help_text, flag_values=values)
+    for name, (default, help_text) in (optional or {}).items():
+        define = {bool: flags.DEFINE_bool, int: flags.DEFINE_integer, str: flags.DEFINE_string}
+        define[type(default)](name, default, help_text, flag_values=values)
     try:
         config_flags.DEFINE_config_file("config", flag_values=values)
         stray = values(argv)[1:]

@@ -4,11 +4,14 @@ import math
 
 from ml_collections import ConfigDict
 
+from mdt_jax.data import sources
+from mdt_jax.data.crops import CROPS
 from mdt_jax.diffusion.losses import LOSS_WEIGHTS
 from mdt_jax.errors import UserError
 from mdt_jax.models.masking import keep_length
 from mdt_jax.models.mdt import VAE_FACTOR, input_shape
-from mdt_jax.sampling import VAE_SCALE, SampleOptions
+from mdt_jax.sampling import SampleOptions
+from mdt_jax.vae import VAE_SCALE
 
 OPTIMIZERS = ("adamw", "adan")
 
@@ -43,11 +46,16 @@ def default() -> ConfigDict:
                 loss_weight="uniform",  # of the squared error; or min_snr_5
             ),
             data=dict(
-                name="digits",  # one of data/sources.py
+                name="digits",  # digits, mnist, …: sets in packages; folder, tar, tfds, latents
+                path="",  # of these four: where they lie; of tfds the set's name does as well
+                split="train",  # of tfds
                 image_size=8,
                 channels=1,
                 batch_size=256,  # global, over all devices
                 flip=False,  # mirror half of the images
+                crop="center",  # of images: center or random
+                workers=0,  # processes that read; 0: threads
+                max_damaged=0,  # damaged images that are left out before the run stops
             ),
             vae=dict(
                 path="identity",  # identity: the model is trained on pixels
@@ -100,7 +108,7 @@ def variant(config: ConfigDict, name: str) -> ConfigDict:
         config.data.batch_size = 16
         if config.vae.path != "identity":
             config.vae.path = "identity"
-            config.data.update(name="digits", image_size=8, channels=1)
+            config.data.update(name="digits", path="", image_size=8, channels=1)
             config.model.num_classes = min(config.model.num_classes, 10)
         config.train.update(steps=2, log_every=1, sample_every=1, checkpoint_every=1)
         config.sample.update(num_steps=3, num_samples=20, batch_size=10)
@@ -226,7 +234,28 @@ def validate(config: ConfigDict, num_devices: int = 1) -> None:
     _require(model.num_classes >= 0, f"model.num_classes is {model.num_classes}; 0 or more")
     for name in ("image_size", "channels", "batch_size"):
         _require(data[name] >= 1, f"data.{name} is {data[name]}; it must be at least 1")
+    _one_of("data.name", data.name, sources.NAMES)
+    _one_of("data.crop", data.crop, CROPS)
+    for name in ("workers", "max_damaged"):
+        _require(data[name] >= 0, f"data.{name} is {data[name]}; 0 or more")
+    _require(
+        not data.path or data.name in sources.STORED,
+        f"data.path={data.path} means nothing with data.name={data.name}, which is in a package",
+    )
+    _require(
+        data.name != "latents" or data.crop == "center",
+        "data.crop=random means nothing with data.name=latents: they are of the middle",
+    )
+    _require(
+        data.name != "latents" or config.vae.path != "identity",
+        "data.name=latents needs vae.path, the VAE that they are of",
+    )
+    _require(
+        data.channels in (1, 3) or data.name in sources.PACKAGED,
+        f"data.channels is {data.channels}; images have 3, or 1 if grey",
+    )
     if config.vae.path != "identity":
+        _require(data.channels == 3, f"data.channels is {data.channels}; the VAE takes 3")
         _require(
             data.image_size % VAE_FACTOR == 0,
             f"data.image_size {data.image_size} must be a multiple of {VAE_FACTOR} for the VAE",

@@ -4,6 +4,7 @@ Any field of the config can be set by a flag: --config.optim.lr=1e-3. The same c
 on where the run stopped, to the same bits as if it had not stopped; SIGTERM and Ctrl-C save first.
 """
 
+import contextlib
 import json
 import pathlib
 import signal
@@ -15,10 +16,9 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from mdt_jax import cli, evaluation, parallel, weights
+from mdt_jax import cli, evaluation, inputs, parallel, weights
 from mdt_jax import config as configs
 from mdt_jax.data import images as pictures
-from mdt_jax.data import pipeline, sources
 from mdt_jax.errors import UserError
 from mdt_jax.files import whole
 from mdt_jax.models.mdt import MDT
@@ -28,19 +28,23 @@ from mdt_jax.train.metrics import MetricsLog, read_steps
 from mdt_jax.train.optimizers import make_optimizer
 from mdt_jax.train.state import abstract_state, init_state
 from mdt_jax.train.step import compile_step
+from mdt_jax.vae import decode
 
 
 def train(config: ConfigDict, workdir: pathlib.Path, stop: "StopSignal") -> None:
     """The whole of a run: start or go on, train, sample, report."""
     mesh = parallel.data_mesh()
     configs.validate(config, mesh.size)
-    data, held_out = sources.load(config.data.name)
-    check_data(config, data)
+    data, held_out = inputs.open_data(config)
+    vae = load_vae(config)
+    if config.data.name == "latents":
+        inputs.check_cache(data, config, vae)
+    classes = data.classes if config.model.num_classes else []
 
     # The model and its state, as shapes: nothing is computed yet.
     model = MDT.from_config(config)
     optimizer = make_optimizer(config.optim)
-    whole, split = parallel.replicated(mesh), parallel.split_batch(mesh)
+    whole = parallel.replicated(mesh)
     abstract = abstract_state(model, optimizer, whole)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(abstract.params))
 
@@ -51,7 +55,9 @@ def train(config: ConfigDict, workdir: pathlib.Path, stop: "StopSignal") -> None
     taken = take_weights(config, model, init_key) if not has_steps(workdir) else None
     make_workdir(workdir)
     checkpoints = Checkpoints(workdir, config.train.keep)
-    restored = checkpoints.restore(abstract, lambda meta: check_same_model(meta, config, workdir))
+    restored = checkpoints.restore(
+        abstract, lambda meta: check_same_model(meta, config, workdir, classes)
+    )
     if restored is None:
         check_nothing_is_lost(workdir)
         print(f"{workdir} holds no checkpoint: starting at step 0", file=sys.stderr)
@@ -71,11 +77,13 @@ def train(config: ConfigDict, workdir: pathlib.Path, stop: "StopSignal") -> None
         return
     (workdir / "report.json").unlink(missing_ok=True)
     write_json(workdir / "config.json", config.to_dict())
+    if classes:
+        write_json(workdir / "classes.json", classes)
+        print(f"classes: {inputs.describe_classes(classes)}", file=sys.stderr)
     log = MetricsLog(workdir / "metrics.jsonl", start)
 
-    def next_batch(k):
-        size, flip = config.data.batch_size, config.data.flip
-        return jax.device_put(pipeline.batch(data, config.train.seed, k, size, flip), split)
+    encoding = vae if config.data.name != "latents" else None
+    batches = inputs.feed(config, data, mesh, encoding, start)
 
     # One step, compiled once, ahead of time.
     steps, options = config.train.steps, SampleOptions.from_config(config)
@@ -89,6 +97,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, stop: "StopSignal") -> None
     with (
         checkpoints,
         log,
+        contextlib.closing(batches),
         tqdm(total=steps, initial=min(start, steps), desc="training", unit="step",
              mininterval=0.5 if sys.stderr.isatty() else 10) as bar,
     ):  # fmt: skip
@@ -125,14 +134,15 @@ def train(config: ConfigDict, workdir: pathlib.Path, stop: "StopSignal") -> None
 
         def save():
             times = {"seconds": spent(), "compile_seconds": compile_seconds}
-            checkpoints.save(state, {"config": config.to_dict(), **times})
+            meta = {"config": config.to_dict(), "classes": classes}
+            checkpoints.save(state, {**meta, **times})
 
         def draw_grid(step):
             nonlocal clock
             every, path = config.train.sample_every, workdir / "samples" / f"{step:07d}.png"
             if every and step and step % every == 0 and not path.exists():
                 paused = time.perf_counter()
-                save_sample_grid(path, model, state.ema, config, options)
+                save_sample_grid(path, model, state.ema, vae, config, options)
                 clock += time.perf_counter() - paused
 
         # Save → next batch → step → log the step before: the host never waits on the device.
@@ -148,7 +158,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, stop: "StopSignal") -> None
                 print(f"stopped at step {step}, saved; the same command goes on", file=sys.stderr)
                 return
             draw_grid(step)
-            state, metrics = train_step(state, next_batch(step), seed_key)
+            state, metrics = train_step(state, next(batches), seed_key)
             finish_waiting()
             waiting = (step + 1, metrics)
         finish_waiting()
@@ -167,7 +177,9 @@ def train(config: ConfigDict, workdir: pathlib.Path, stop: "StopSignal") -> None
         "skipped": skipped,
     }
     if config.sample.num_samples:
-        report |= sample_and_measure(workdir, model, state.ema, config, options, data, held_out)
+        report |= sample_and_measure(
+            workdir, model, state.ema, vae, config, options, data, held_out
+        )
     write_json(workdir / "report.json", report)
     print(json.dumps(report, indent=1))
 
@@ -201,30 +213,23 @@ class StopSignal:
             signal.signal(number, lambda *_: sys.exit(0))
 
 
-def check_data(config: ConfigDict, data: sources.Images) -> None:
-    """Raise UserError where the config's shapes are not the data's."""
-    if config.vae.path != "identity":
-        raise UserError(
-            f"vae.path is {config.vae.path}, but a VAE's latents cannot be read yet; "
-            "vae.path=identity trains on pixels"
-        )
-    _, height, width, channels = data.images.shape
-    size = config.data.image_size
-    if (height, width, channels) != (size, size, config.data.channels):
-        raise UserError(
-            f"{config.data.name} holds {height}×{width} images with {channels} channels, but "
-            f"data.image_size is {size} and data.channels {config.data.channels}"
-        )
-    classes = int(data.labels.max()) + 1
-    if config.model.num_classes not in (0, classes):
-        raise UserError(
-            f"{config.data.name} has {classes} classes, but model.num_classes is "
-            f"{config.model.num_classes}; set it to {classes}, or to 0 to train without classes"
-        )
+def load_vae(config: ConfigDict) -> inputs.Vae | None:
+    """The VAE of a config, if it needs one: to encode images, or to draw pictures of samples."""
+    drawn = config.train.sample_every or config.sample.num_samples
+    if config.vae.path == "identity" or (config.data.name == "latents" and not drawn):
+        return None
+    return inputs.Vae(config.vae.path, *weights.load_vae(config.vae.path))
 
 
-def check_same_model(meta: dict, config: ConfigDict, workdir: pathlib.Path) -> None:
+def check_same_model(
+    meta: dict, config: ConfigDict, workdir: pathlib.Path, classes: list[str]
+) -> None:
     """Raise UserError where a checkpoint is of another model; print what else has changed."""
+    if meta.get("classes", classes) != classes:
+        raise UserError(
+            f"{workdir} was trained with the classes {inputs.describe_classes(meta['classes'])}; "
+            f"the data now has {inputs.describe_classes(classes)}"
+        )
     old, new = configs.complete(meta["config"]).to_dict(), config.to_dict()
     changed = []
     for group, fields in new.items():
@@ -287,13 +292,20 @@ def make_workdir(workdir: pathlib.Path) -> None:
         raise UserError(f"workdir {workdir} cannot be written to: {error.strerror}") from None
 
 
-def write_json(path: pathlib.Path, content: dict) -> None:
+def write_json(path: pathlib.Path, content: object) -> None:
     """Whole or not at all."""
     with whole(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n")
 
 
-def save_sample_grid(path, model, params, config: ConfigDict, options: SampleOptions) -> None:
+def pixels(samples, vae: inputs.Vae | None, config: ConfigDict):
+    """What a model draws as uint8 images, decoded if it draws latents."""
+    if vae is not None:
+        samples = decode(vae.network, vae.params, samples, scale=config.vae.scale)
+    return pictures.to_uint8(samples)
+
+
+def save_sample_grid(path, model, params, vae, config: ConfigDict, options: SampleOptions) -> None:
     """A PNG of one batch of EMA samples, the same noise each time."""
     path.parent.mkdir(exist_ok=True)
     size = config.sample.batch_size
@@ -301,11 +313,14 @@ def save_sample_grid(path, model, params, config: ConfigDict, options: SampleOpt
     samples = generate(
         model, params, labels, seed=config.train.seed, batch_size=size, options=options
     )
-    pictures.save_grid(str(path), pictures.to_uint8(samples))
+    pictures.save_grid(str(path), pixels(samples, vae, config))
 
 
-def sample_and_measure(workdir, model, params, config, options, data, held_out) -> dict:
-    """Write samples.npz and samples.png; returns how good they are."""
+def sample_and_measure(workdir, model, params, vae, config, options, data, held_out) -> dict:
+    """Write samples.npz and samples.png; returns how good they are, where there is a way to tell.
+
+    That is for packaged sets, whose images are all at hand and partly held out.
+    """
     labels = balanced_labels(config.sample.num_samples, model.num_classes)
     started = time.perf_counter()
     samples = generate(
@@ -317,13 +332,15 @@ def sample_and_measure(workdir, model, params, config, options, data, held_out) 
         progress=True,
         options=options,
     )
+    images = pixels(samples, vae, config)
     seconds = time.perf_counter() - started
-    images = pictures.to_uint8(samples)
     pictures.save_npz(str(workdir / "samples.npz"), images, labels)
     pictures.save_grid(str(workdir / "samples.png"), images[:100])
-    measured = evaluation.evaluate_samples(
-        images, labels if model.num_classes else None, data, held_out
-    )
+    measured = {"num_samples": len(images)}
+    if held_out is not None:
+        measured = evaluation.evaluate_samples(
+            images, labels if model.num_classes else None, data, held_out
+        )
     return measured | {"sample_seconds": round(seconds, 1)}
 
 

@@ -16,15 +16,8 @@ from mdt_jax.data.classes import imagenet_label, imagenet_names
 from mdt_jax.data.images import save_grid, save_npz, to_uint8
 from mdt_jax.errors import UserError
 from mdt_jax.files import beside
-from mdt_jax.sampling import (
-    VAE_SCALE,
-    SampleOptions,
-    balanced_labels,
-    check_labels,
-    check_seed,
-    decode,
-    generate,
-)
+from mdt_jax.sampling import SampleOptions, balanced_labels, check_labels, check_seed, generate
+from mdt_jax.vae import VAE_SCALE, decode
 from mdt_jax.weights import describe, load_vae, load_weights
 
 WRITERS = {

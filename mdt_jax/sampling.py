@@ -1,10 +1,8 @@
 """Labels → images: guidance, sampler and noise put together, batch by batch."""
 
-import contextlib
 import dataclasses
 import functools
 import numbers
-import types
 from collections.abc import Sequence
 
 import jax
@@ -15,17 +13,11 @@ from mdt_jax.diffusion import schedule as sch
 from mdt_jax.diffusion.guidance import WEIGHTS, guide
 from mdt_jax.diffusion.samplers import SAMPLERS, sample
 from mdt_jax.errors import UserError
-from mdt_jax.models.autoencoder import AutoencoderKL
 from mdt_jax.models.mdt import MDT
-
-# Stable Diffusion 1.x: one over the deviation of its VAE's latents.
-VAE_SCALE = 0.18215
+from mdt_jax.progress import progress_bar
 
 # While the progress is shown, a batch is drawn in at most so many parts.
 PARTS = 50
-
-# Images of 256×256 that the VAE decodes at once, or as many pixels of others.
-DECODED_AT_ONCE = 8
 
 SPACINGS = {"even": sch.spaced_timesteps, "stride": sch.strided_timesteps}
 
@@ -172,7 +164,7 @@ def generate(
     # Stops on the way are only for the bar to move; the program is the same for any part.
     part = -(-options.num_steps // PARTS) if progress else options.num_steps
     images = []
-    with _progress(len(batches) * options.num_steps, progress, "sampling", "step") as bar:
+    with progress_bar(len(batches) * options.num_steps, progress, "sampling", "step") as bar:
         for start in batches:
             indices = np.arange(start, start + size, dtype=np.int32)
             inputs = (indices, labels[np.minimum(indices, len(labels) - 1)])
@@ -186,49 +178,6 @@ def generate(
             images.append(np.asarray(x))
     shape = (*model.input_size, model.in_channels)
     return np.concatenate([np.zeros((0, *shape), np.float32), *images])[: len(labels)]
-
-
-@functools.partial(jax.jit, static_argnames=("vae",))
-def _decode_slice(vae: AutoencoderKL, params, latents):
-    return vae.apply({"params": params}, latents, method="decode")
-
-
-def decode(
-    vae: AutoencoderKL,
-    params: dict,
-    latents: np.ndarray,
-    *,
-    scale: float = VAE_SCALE,
-    batch_size: int | None = None,
-    progress: bool = False,
-) -> np.ndarray:
-    """Latents [N, h, w, C] as a model draws them → images [N, H, W, 3] float32, about in [−1, 1].
-
-    scale: what the VAE's latents were multiplied by for training. batch_size: how many are decoded
-    at a time, on all devices together; default: as many pixels as DECODED_AT_ONCE images have on
-    each device, so that many large images do not need all their memory at once. Compiles once.
-    Raises UserError where the VAE's latents have another number of channels.
-    """
-    if latents.shape[-1] != vae.latent_channels:
-        raise UserError(
-            f"the VAE's latents have {vae.latent_channels} channels, but the model draws "
-            f"{latents.shape[-1]}"
-        )
-    height, width = (vae.factor * side for side in latents.shape[1:3])
-    mesh = parallel.data_mesh()
-    params = jax.device_put(params, parallel.replicated(mesh))
-    if batch_size is None:
-        batch_size = max(1, DECODED_AT_ONCE * 256**2 // (height * width)) * mesh.size
-    size = -(-min(batch_size, max(len(latents), 1)) // mesh.size) * mesh.size
-    images = [np.zeros((0, height, width, 3), np.float32)]
-    with _progress(len(latents), progress, "decoding", "image") as bar:
-        for start in range(0, len(latents), size):
-            part = latents[start : start + size] / np.float32(scale)
-            padded = np.pad(part, [(0, size - len(part)), (0, 0), (0, 0), (0, 0)])
-            out = _decode_slice(vae, params, jax.device_put(padded, parallel.split_batch(mesh)))
-            images.append(np.asarray(out)[: len(part)])
-            bar.update(len(part))
-    return np.concatenate(images)
 
 
 def balanced_labels(count: int, num_classes: int) -> np.ndarray:
@@ -249,12 +198,3 @@ def check_seed(seed: int) -> None:
     """Raise UserError for a seed that is not in [0, 2^31)."""
     if not 0 <= seed < 2**31:
         raise UserError(f"seed is {seed}; it must be in [0, 2^31)")
-
-
-def _progress(total: int, show: bool, what: str, unit: str):
-    """A bar; where none is to be shown, something that takes its updates."""
-    if not show:
-        return contextlib.nullcontext(types.SimpleNamespace(update=lambda count: None))
-    from tqdm import tqdm
-
-    return tqdm(total=total, desc=what, unit=unit)

@@ -55,24 +55,31 @@ def run_command(*arguments: str, expect: int = 0, **environment: str) -> str:
     return out + err
 
 
-def train_here(*arguments: str, expect: int = 0) -> str:
-    """`python -m mdt_jax.main …` in this process, which is quicker; returns what it printed."""
-    from mdt_jax import cli, main
+def run_here(command, *arguments: str, expect: int = 0) -> str:
+    """An entry point's main(argv) in this process, which is quicker; returns what it printed."""
+    from mdt_jax import cli
 
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     printed, code = io.StringIO(), 0
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
-        patch.setattr("sys.argv", ["main", *arguments])
+        patch.setattr("sys.argv", ["command", *arguments])
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
             try:
-                cli.run(main.main)
+                cli.run(command)
             except SystemExit as exit_:
                 code = exit_.code
     for number, handler in before.items():
         signal.signal(number, handler)
     assert code == expect, f"exit code {code}\n{printed.getvalue()}"
     return printed.getvalue()
+
+
+def train_here(*arguments: str, expect: int = 0) -> str:
+    """`python -m mdt_jax.main …` in this process."""
+    from mdt_jax import main
+
+    return run_here(main.main, *arguments, expect=expect)
 
 
 def exits_with_one_line(command, argv, capsys, monkeypatch) -> str:

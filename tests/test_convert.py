@@ -16,7 +16,7 @@ from mdt_jax.interop.inception_weights import Inception
 from mdt_jax.models.autoencoder import AutoencoderKL
 from mdt_jax.models.mdt import MDT
 from mdt_jax.models.resize import resize_grid
-from mdt_jax.sampling import decode
+from mdt_jax.vae import decode
 from tests.conftest import FULL_COMPILE, exits_with_one_line
 from tests.models.common import random_params
 from tests.published import (

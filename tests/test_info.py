@@ -89,6 +89,6 @@ def test_memory_holds_the_state():
     total, _ = info.parameter_counts(model)
     # Parameters, EMA, three moments and the last gradient, in float32; and a few counters.
     assert memory["state"] == pytest.approx(4 * 6 * total, abs=64)
-    latents = 4 * 16 * 8 * 8
-    assert latents <= memory["batch"] < 2 * latents
+    pixels = 16 * 8 * 8
+    assert pixels <= memory["batch"] < 2 * pixels
     assert memory["temporary"] > 4 * total

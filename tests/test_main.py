@@ -118,9 +118,10 @@ def test_a_finished_run(trained):
     assert sorted(p.name for p in (trained / "checkpoints").iterdir()) == ["2", "4"]
     assert sorted(p.name for p in (trained / "samples").iterdir()) == ["0000002.png", "0000004.png"]
     assert {p.name for p in trained.iterdir()} == {
-        "checkpoints", "config.json", "metrics.jsonl", "report.json", "samples", "samples.npz",
-        "samples.png",
+        "checkpoints", "classes.json", "config.json", "metrics.jsonl", "report.json", "samples",
+        "samples.npz", "samples.png",
     }  # fmt: skip
+    assert json.loads((trained / "classes.json").read_text()) == list("0123456789")
     report = json.loads((trained / "report.json").read_text())
     assert report["steps"] == 4 and report["num_samples"] == 20 and report["skipped"] == 0
     assert 0.95 < report["classifier_accuracy"] <= 1 and 0 <= report["class_agreement"] <= 1

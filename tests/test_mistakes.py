@@ -7,6 +7,7 @@ import pytest
 from mdt_jax import info, main, sample
 from tests.conftest import SMOKE, XLA_FLAGS, exits_with_one_line, run_command
 
+VAE = ["--config.vae.path=vae", "--config.data.channels=3"]
 BAD_CONFIGS = {
     "no config": ([], "--config is missing"),
     "missing file": (["--config=configs/nothing.py"], "'configs/nothing.py' does not exist"),
@@ -77,13 +78,26 @@ BAD_CONFIGS = {
         [*SMOKE, "--config.diffusion.loss_weight=snr"], "choose one of uniform, min_snr_5"
     ),
     "optimiser": ([*SMOKE, "--config.optim.name=sgd"], "choose one of adamw, adan"),
-    "ImageNet": (["--config=configs/xl2.py"], "ImageNet cannot be read yet"),
-    "latents": ([*SMOKE, "--config.vae.path=vae", "--config.data.image_size=32"], "is vae, but"),
+    "ImageNet": (["--config=configs/xl2.py"], "tfds build imagenet2012 --file_format=array_record"),
+    "nowhere": (["--config=configs/ffhq.py"], "data.path is empty: set it to where it is"),
+    "pixels of latents": ([*SMOKE, "--config.data.name=latents"], "needs vae.path"),
+    "random middle": (
+        [*SMOKE, "--config.data.name=latents", *VAE, "--config.data.crop=random"],
+        "data.crop=random means nothing",
+    ),
+    "path of a package": ([*SMOKE, "--config.data.path=x"], "means nothing with data.name=digits"),
+    "workers": ([*SMOKE, "--config.data.workers=-1"], "data.workers is -1"),
+    "damaged": ([*SMOKE, "--config.data.max_damaged=-1"], "data.max_damaged is -1"),
+    "crop": ([*SMOKE, "--config.data.crop=left"], "choose one of center, random"),
+    "more than there is": ([*SMOKE, "--config.data.batch_size=2000"], "fewer than data.batch_size"),
     "latents of no size": (
-        [*SMOKE, "--config.vae.path=vae", "--config.data.image_size=20"], "must be a multiple of 8"
+        [*SMOKE, *VAE, "--config.data.image_size=20"], "must be a multiple of 8"
+    ),
+    "grey latents": (
+        [*SMOKE, "--config.vae.path=vae", "--config.data.image_size=32"], "the VAE takes 3"
     ),
     "patches of latents": (
-        [*SMOKE, "--config.vae.path=vae", "--config.data.image_size=24"], "does not divide"
+        [*SMOKE, *VAE, "--config.data.image_size=24"], "does not divide"
     ),
     "negative ratio": ([*SMOKE, "--config.mask.ratio=-0.1"], "mask.ratio is -0.1"),
     "nothing kept": ([*SMOKE, "--config.mask.ratio=0.99"], "leaves none of the 16 tokens"),

@@ -29,6 +29,7 @@ def recipe(name, variant=""):
 def test_none_is_missing():
     sizes = ("s2", "b2", "l2", "xl2")
     wanted = {*sizes, *(f"v2_{size}" for size in sizes), "dit_s2", "dit_b2", "dit_xl2"}
+    wanted |= {"lsun_bedroom", "ffhq"}
     assert set(RECIPES) == wanted | OWN
 
 

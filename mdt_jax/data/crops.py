@@ -1,26 +1,32 @@
-"""From any image file to the square that a model is trained on, as ADM does it.
+"""From image files of any kind to the squares that a model is trained on, as ADM does it.
 
 Dhariwal & Nichol 2021 (guided-diffusion, image_datasets.py): halve with a box filter while the
 short side is at least twice the target, resize bicubically, cut out. EXIF is left aside.
 """
 
+import dataclasses
+
 import numpy as np
 
+from mdt_jax.data.pipeline import UNREADABLE
+
 BOX, BICUBIC = 4, 3  # Pillow's own numbers
+CROPS = ("center", "random")
+STAND_INS = 100  # images after a damaged one that are tried in its place
 
 
 def to_rgb(image):
     """A PIL.Image of any mode as RGB: grey repeated, alpha dropped, 16 bits scaled to 8."""
-    if image.mode.startswith(("I;16", "I")):
+    if image.mode.startswith("I"):  # I, I;16, I;16B, …
         from PIL import Image
 
-        wide = np.asarray(image).astype(np.uint32)
+        wide = np.asarray(image).astype(np.int64)
         image = Image.fromarray((wide / 257 + 0.5).clip(0, 255).astype(np.uint8))
     return image.convert("RGB")
 
 
 def center_crop(image, size: int) -> np.ndarray:
-    """A PIL.Image in RGB → its middle, uint8 [size, size, 3]."""
+    """A PIL.Image → its middle, uint8 [size, size] or [size, size, channels]."""
     array = np.asarray(_shrink(image, size))
     top, left = (array.shape[0] - size) // 2, (array.shape[1] - size) // 2
     return array[top : top + size, left : left + size]
@@ -29,7 +35,7 @@ def center_crop(image, size: int) -> np.ndarray:
 def random_crop(
     image, size: int, random: np.random.Generator, smallest: float = 0.8, largest: float = 1.0
 ) -> np.ndarray:
-    """A PIL.Image in RGB → a square from anywhere in it, uint8 [size, size, 3].
+    """A PIL.Image → a square from anywhere in it, uint8 [size, size] or [size, size, channels].
 
     The square is `smallest` to `largest` of the image's short side.
     """
@@ -45,3 +51,62 @@ def _shrink(image, size: int):
         image = image.resize(tuple(side // 2 for side in image.size), resample=BOX)
     scale = size / min(image.size)
     return image.resize(tuple(round(side * scale) for side in image.size), resample=BICUBIC)
+
+
+@dataclasses.dataclass(frozen=True)
+class Squares:
+    """Image files as squares, for `pipeline.batches`.
+
+    files: what has len, classes, name(i), and read(i) → (PIL.Image, label). channels: 3, or 1 for
+    grey. crop: one of CROPS. flip: mirror those whose u is below a half. stand_ins: how many of the
+    images that follow a damaged one are tried in its place; 0: it is given as black.
+    """
+
+    files: object
+    size: int
+    channels: int = 3
+    crop: str = "center"
+    flip: bool = False
+    stand_ins: int = STAND_INS
+    advice = "; nor can those that follow it"
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    @property
+    def classes(self) -> list[str]:
+        return self.files.classes
+
+    def name(self, i: int) -> str:
+        """For messages."""
+        return self.files.name(i)
+
+    def take(self, items: np.ndarray, u: np.ndarray) -> dict[str, np.ndarray]:
+        """{"images": [n, size, size, channels] uint8, "labels": [n] int32, "damaged": [n] int64}.
+
+        damaged: −1; or the item, where another or black stands in; or UNREADABLE − item, where all
+        stand-ins are damaged, too.
+        """
+        images = np.zeros((len(items), self.size, self.size, self.channels), np.uint8)
+        labels, damaged = np.zeros(len(items), np.int32), np.full(len(items), -1, np.int64)
+        for n, (item, draw) in enumerate(zip(items.tolist(), u.tolist(), strict=True)):
+            for tried in range(min(self.stand_ins + 1, len(self))):
+                try:
+                    images[n], labels[n] = self._one((item + tried) % len(self), draw)
+                    break
+                except Exception:  # Pillow raises many kinds for damaged files
+                    damaged[n] = item
+            else:
+                damaged[n] = UNREADABLE - item if self.stand_ins else item
+        return {"images": images, "labels": labels, "damaged": damaged}
+
+    def _one(self, i: int, u: float) -> tuple[np.ndarray, int]:
+        image, label = self.files.read(i)
+        with image:
+            image = to_rgb(image) if self.channels == 3 else to_rgb(image).convert("L")
+        if self.crop == "center":
+            array = center_crop(image, self.size)
+        else:
+            array = random_crop(image, self.size, np.random.default_rng(int(u * 2**53)))
+        array = array.reshape(self.size, self.size, self.channels)
+        return (array[:, ::-1] if self.flip and u < 0.5 else array), label

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 
 import numpy as np
 
@@ -43,15 +44,16 @@ class Files:
         return Image.open(self.root / self.paths[i]), int(self.labels[i])
 
 
-def load(path: str, unlabelled: bool = False) -> Files:
+def load(path: str, num_classes: int | None = None) -> Files:
     """The images that `path` names.
 
     A folder: each folder in it is a class, of all images below that; where there are none but
     images themselves, ClassID_ImgID.jpg gives the class, and names without "_" have none.
     A .csv of path,label (with or without that header) or a .jsonl of {"path": …, "label": …}: paths
     are taken from the file's folder, and labels may be names or numbers; without them there are no
-    classes. unlabelled: classes are left aside. Raises UserError where there is no image, a label
-    is missing, or a path leaves the folder.
+    classes. num_classes: how many are expected; 0: they are left aside. A list whose labels are all
+    numbers below num_classes means those. Raises UserError where there is no image, a label is
+    missing or out of range, or a path leaves the folder.
     """
     place = pathlib.Path(path)
     if os.path.isfile(place) and place.suffix in (".csv", ".jsonl"):
@@ -67,12 +69,38 @@ def load(path: str, unlabelled: bool = False) -> Files:
     if None in names and len(names) > 1:
         bare = next(p for p, label in pairs if label is None)
         raise UserError(f"{path}: {bare} has no label, but others have")
-    if unlabelled or None in names:
+    if num_classes == 0 or None in names:
         return Files(root, [p for p, _ in pairs], np.zeros(len(pairs), np.int32), [])
     classes = class_order(names)
+    if root != place and num_classes:
+        classes = _numbered(place, pairs, num_classes) or classes
     numbers = {name: number for number, name in enumerate(classes)}
     labels = np.array([numbers[label] for _, label in pairs], np.int32)
     return Files(root, [p for p, _ in pairs], labels, classes)
+
+
+def _numbered(
+    file: pathlib.Path, pairs: list[tuple[str, str | None]], num_classes: int
+) -> list[str] | None:
+    """0, 1, … where the labels of a list are those numbers, though some may have no image.
+
+    None where they are names, or as many numbers as there are classes. Raises UserError for a
+    number that is out of range.
+    """
+    names = {label for _, label in pairs}
+    numbers = [str(number) for number in range(num_classes)]
+    if names <= set(numbers):
+        return numbers
+    is_number = re.compile(r"-?[0-9]+").fullmatch
+    if not all(map(is_number, names)) or (
+        len(names) == num_classes and not any(name.startswith("-") for name in names)
+    ):
+        return None
+    path, label = next(pair for pair in pairs if pair[1] not in numbers)
+    raise UserError(
+        f"{file}: label {label} of {path} is out of range: {num_classes} classes are 0 to "
+        f"{num_classes - 1}"
+    )
 
 
 def _found(root: pathlib.Path) -> list[tuple[str, str | None]]:

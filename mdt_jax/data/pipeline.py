@@ -1,11 +1,21 @@
-"""Batch k as a pure function of (seed, k): resuming needs no iterator state."""
+"""Batch k as a pure function of (seed, k), for any number of hosts and worker processes."""
 
+import dataclasses
 import functools
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections.abc import Collection, Iterator
 
 import numpy as np
 
-from mdt_jax.data.images import to_float
-from mdt_jax.data.sources import Images
+from mdt_jax.errors import UserError
+from mdt_jax.progress import say
+
+ENDLESS = 2**62  # batches; epochs follow each other for as long as anybody asks
+UNREADABLE = -2  # and below: item −2 − n could not be read, and nothing stands in for it
 
 
 @functools.lru_cache(maxsize=2)
@@ -13,23 +23,113 @@ def _epoch_order(seed: int, epoch: int, size: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(size)
 
 
-def batch_indices(seed: int, k: int, batch_size: int, size: int) -> np.ndarray:
-    """Which of `size` images make up batch k: every image once an epoch, each epoch reshuffled.
+@dataclasses.dataclass(frozen=True)
+class Shuffled:
+    """Element n: (items, u) of batch `start` + n, of which this host reads the places `rows`.
 
-    Epochs run on into each other: a batch may hold the end of one and the start of the next.
+    items: int64, which of `size` stand there: every one once an epoch, each epoch reshuffled, and a
+    batch may hold the end of one and the start of the next. u: float64 in [0, 1), for what is drawn
+    for each item. Neither depends on how many hosts there are.
     """
-    positions = np.arange(k * batch_size, (k + 1) * batch_size)
-    epochs, offsets = np.divmod(positions, size)
-    return np.array(
-        [_epoch_order(seed, e, size)[o] for e, o in zip(epochs.tolist(), offsets, strict=True)]
-    )
+
+    size: int
+    seed: int
+    batch_size: int
+    rows: np.ndarray
+    start: int = 0
+
+    def __len__(self) -> int:
+        return ENDLESS
+
+    def __getitem__(self, n: int) -> tuple[np.ndarray, np.ndarray]:
+        k = self.start + n
+        epochs, offsets = np.divmod(k * self.batch_size + self.rows, self.size)
+        items = np.empty(len(self.rows), np.int64)
+        for epoch in np.unique(epochs).tolist():
+            here = epochs == epoch
+            items[here] = _epoch_order(self.seed, epoch, self.size)[offsets[here]]
+        return items, np.random.default_rng([self.seed, k, 1]).random(self.batch_size)[self.rows]
 
 
-def batch(data: Images, seed: int, k: int, batch_size: int, flip: bool) -> dict[str, np.ndarray]:
-    """{"latents": [B, H, W, C] float32 in [−1, 1], "labels": [B] int32}; `flip` mirrors half."""
-    indices = batch_indices(seed, k, batch_size, len(data))
-    images = to_float(data.images[indices])
-    if flip:
-        mirrored = np.random.default_rng([seed, k, 1]).random(batch_size) < 0.5
-        images = np.where(mirrored[:, None, None, None], images[:, :, ::-1], images)
-    return {"latents": images, "labels": data.labels[indices]}
+@dataclasses.dataclass(frozen=True)
+class _Taken:
+    """What a source gives for each element of a plan; random access for Grain."""
+
+    source: object
+    plan: object
+
+    def __len__(self) -> int:
+        return len(self.plan)
+
+    def __getitem__(self, n: int) -> dict[str, np.ndarray]:
+        return self.source.take(*self.plan[n])
+
+
+def batches(
+    source, plan, workers: int = 0, max_damaged: int = 0, known: Collection[int] = ()
+) -> Iterator[dict[str, np.ndarray]]:
+    """source.take(items, u) for each element (items, u) of a plan, in order, read ahead.
+
+    plan: `Shuffled`, or a list. workers: processes that read; 0: threads of this one. Damaged items
+    are named on stderr once, and more than max_damaged different ones, those `known` before
+    included, raise UserError; so does what nothing can stand in for.
+    """
+    import grain
+    from absl import flags
+
+    if not flags.FLAGS.is_parsed():  # Grain reads flags of its own, which have defaults
+        flags.FLAGS.mark_as_parsed()
+    dataset = grain.MapDataset.source(_Taken(source, plan))
+    dataset = dataset.to_iter_dataset(grain.ReadOptions(num_threads=4, prefetch_buffer_size=4))
+    if workers:
+        # No shared memory: containers have little, and what is killed would leave it filled.
+        unshared = grain.experimental.DatasetOptions(min_shm_size=sys.maxsize)
+        dataset = grain.experimental.WithOptionsIterDataset(dataset, unshared)
+        options = grain.MultiprocessingOptions(num_workers=workers)
+        dataset = dataset.mp_prefetch(options, worker_init_fn=_in_a_worker)
+    known, iterator = set(known), iter(dataset)
+    try:
+        for batch in _explained(iterator):
+            for item in batch["damaged"].tolist():
+                _look_at(source, item, known, max_damaged)
+            yield batch
+    finally:
+        iterator.close()
+
+
+def _in_a_worker(*_) -> None:
+    """Signals are the main process's to answer, and no worker outlives it."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+    def follow():
+        multiprocessing.parent_process().join()
+        os._exit(0)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def _explained(iterator: Iterator) -> Iterator:
+    try:
+        yield from iterator
+    except RuntimeError as error:
+        if "terminated unexpectedly" not in str(error):
+            raise
+        raise UserError(
+            "a process that reads data was killed, perhaps for want of memory: lower data.workers"
+        ) from None
+
+
+def _look_at(source, item: int, known: set[int], max_damaged: int) -> None:
+    """Say that an item is damaged, once; UserError where that is one too many."""
+    if item <= UNREADABLE:
+        raise UserError(f"{source.name(UNREADABLE - item)} cannot be read{source.advice}")
+    if item < 0 or item in known:
+        return
+    known.add(item)
+    say(f"{source.name(item)} is damaged and left out")
+    if len(known) > max_damaged:
+        raise UserError(
+            f"{len(known)} damaged images, the last {source.name(item)}; data.max_damaged is "
+            f"{max_damaged}"
+        )

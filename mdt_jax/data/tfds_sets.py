@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import os
 
 from mdt_jax.errors import UserError
 
@@ -30,15 +31,16 @@ class Prepared:
         return Image.open(io.BytesIO(record[self.image])), int(record.get("label", 0))
 
 
-def load(name: str, split: str, data_dir: str | None = None) -> Prepared:
-    """A split of the set `name`, such as imagenet2012 or lsun/bedroom, below `data_dir`.
+def load(name: str, split: str) -> Prepared:
+    """A split of the set `name`, such as imagenet2012 or lsun/bedroom.
 
-    data_dir: TFDS's own choice by default (TFDS_DATA_DIR, ~/tensorflow_datasets). Raises UserError
-    where it is not prepared as ArrayRecord (and says how), or has no such split or no images.
+    It lies where TFDS puts it (TFDS_DATA_DIR, or ~/tensorflow_datasets); or `name` is the folder of
+    one version of a prepared set, which then needs no code of its own. Raises UserError where it is
+    not prepared as ArrayRecord (and says how), or has no such split or no images.
     """
     import tensorflow_datasets as tfds
 
-    builder = _builder(tfds, name, data_dir)
+    builder = _builder(tfds, name)
     if split not in builder.info.splits:
         known = ", ".join(builder.info.splits) or "none"
         raise UserError(f"{name} has no split {split!r}; it has {known}")
@@ -51,21 +53,24 @@ def load(name: str, split: str, data_dir: str | None = None) -> Prepared:
         # Encoded, to be decoded by Pillow as everywhere.
         records = builder.as_data_source(split, decoders={images[0]: tfds.decode.SkipDecoding()})
     except (NotImplementedError, ImportError):
-        raise UserError(f"{name} is not prepared as ArrayRecord; {_how(name, data_dir)}") from None
+        raise UserError(f"{name} is not prepared as ArrayRecord; {_how(name)}") from None
     return Prepared(f"{name}/{split}", records, images[0], list(classes))
 
 
-def _builder(tfds, name: str, data_dir: str | None):
+def _builder(tfds, name: str):
     try:
-        builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
+        if os.path.isdir(name):
+            return tfds.builder_from_directory(name)
+        builder = tfds.builder(name, file_format="array_record")
     except Exception as error:  # of many kinds, by what is missing
         text = " ".join(str(error).split())[:200]
         raise UserError(f"TFDS has no set {name!r} that can be read here: {text}") from None
     if not builder.is_prepared():
-        raise UserError(f"{name} is not prepared in {builder.data_dir}; {_how(name, data_dir)}")
+        raise UserError(f"{name} is not prepared in {builder.data_dir}; {_how(name)}")
     return builder
 
 
-def _how(name: str, data_dir: str | None) -> str:
-    where = f" --data_dir={data_dir}" if data_dir else ""
-    return f"where TensorFlow is installed: tfds build {name} --file_format=array_record{where}"
+def _how(name: str) -> str:
+    if os.path.isdir(name):
+        name = os.path.basename(os.path.dirname(os.path.normpath(name)))
+    return f"where TensorFlow is installed: tfds build {name} --file_format=array_record"

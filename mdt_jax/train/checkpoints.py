@@ -213,7 +213,7 @@ def load(path: str | os.PathLike, choose: Callable[[dict], tuple[str, dict]]) ->
     def read(folder: pathlib.Path):
         meta = read_meta(folder)
         item, shapes = choose(meta)
-        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         abstract = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), shapes
         )

@@ -16,6 +16,7 @@ from mdt_jax.diffusion.schedule import extract, linear_schedule
 from mdt_jax.models import masking
 from mdt_jax.models.mdt import MDT
 from mdt_jax.train.state import TrainState
+from mdt_jax.vae import from_uint8
 
 LABEL_DROPOUT = 0.1
 
@@ -47,11 +48,12 @@ class Draws(NamedTuple):
     drop_masked: jax.Array
     mask_noise: jax.Array  # [B, L] float32, uniform: the smallest are kept
     ratio_u: jax.Array  # [] float32, uniform: where between ratio and ratio_max
+    posterior: jax.Array | None = None  # [B, H, W, C] standard normal: what the VAE's latents are
 
 
 def draw(key: jax.Array, step: jax.Array, model: MDT, batch: int, diffusion_steps: int) -> Draws:
     """The draws of `step`: a pure function of (key, step), the same on any number of devices."""
-    keys = jax.random.split(jax.random.fold_in(key, step), 7)
+    keys = jax.random.split(jax.random.fold_in(key, step), 8)
     shape = (batch, *model.input_size, model.in_channels)
     return Draws(
         t=jax.random.randint(keys[0], (batch,), 0, diffusion_steps),
@@ -61,7 +63,35 @@ def draw(key: jax.Array, step: jax.Array, model: MDT, batch: int, diffusion_step
         drop_masked=jax.random.bernoulli(keys[4], LABEL_DROPOUT, (batch,)),
         mask_noise=jax.random.uniform(keys[5], (batch, model.num_tokens)),
         ratio_u=jax.random.uniform(keys[6]),
+        posterior=jax.random.normal(keys[7], shape),
     )
+
+
+def latents_of(batch: dict, draws: Draws, scale: float) -> jax.Array:
+    """[B, H, W, C] float32, what the model is trained on, of a batch as `batch_shapes` has it.
+
+    Pixels in [−1, 1]; or (mean + std·noise)·scale, a draw from the VAE's posterior.
+    """
+    if "images" in batch:
+        return from_uint8(batch["images"])
+    mean, std = (batch[name].astype(jnp.float32) for name in ("mean", "std"))
+    return (mean + std * draws.posterior) * scale
+
+
+def batch_shapes(config: ConfigDict, model: MDT, sharding) -> dict[str, jax.ShapeDtypeStruct]:
+    """What a batch is: "labels", and "images" (uint8), or "mean" and "std" of a VAE's posteriors.
+
+    These are float16 in a cache, float32 where the VAE encodes images on the way.
+    """
+    size = config.data.batch_size
+    shape = (size, *model.input_size, model.in_channels)
+    arrays = {"labels": ((size,), jnp.int32)}
+    if config.vae.path == "identity":
+        arrays["images"] = (shape, jnp.uint8)
+    else:
+        dtype = jnp.float16 if config.data.name == "latents" else jnp.float32
+        arrays |= {"mean": (shape, dtype), "std": (shape, dtype)}
+    return {name: jax.ShapeDtypeStruct(*array, sharding=sharding) for name, array in arrays.items()}
 
 
 def _by_quartile(values: jax.Array, t: jax.Array, steps: int, name: str) -> dict[str, jax.Array]:
@@ -194,14 +224,11 @@ def compile_step(
 
     def step_with_draws(state, batch, key):
         draws = draw(key, state.step, model, size, objective.steps)
-        return train_step(state, batch, draws)
+        latents = latents_of(batch, draws, config.vae.scale)
+        return train_step(state, {"latents": latents, "labels": batch["labels"]}, draws)
 
-    whole, split = parallel.replicated(mesh), parallel.split_batch(mesh)
-    shape = (size, *model.input_size, model.in_channels)
-    batch = {
-        "latents": jax.ShapeDtypeStruct(shape, jnp.float32, sharding=split),
-        "labels": jax.ShapeDtypeStruct((size,), jnp.int32, sharding=split),
-    }
+    whole = parallel.replicated(mesh)
+    batch = batch_shapes(config, model, parallel.split_batch(mesh))
     key = jax.eval_shape(jax.random.key, 0)
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole)
     jitted = jax.jit(step_with_draws, donate_argnums=0, out_shardings=(whole, whole))

@@ -1,3 +1,4 @@
+import dataclasses
 import subprocess
 import sys
 
@@ -5,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mdt_jax.data import images, pipeline, sources
+from mdt_jax.data import images, sources
 from mdt_jax.errors import UserError
 from tests.conftest import ROOT
 
@@ -42,31 +43,13 @@ def test_unknown_source():
         sources.load("cifar")
 
 
-def test_every_image_once_an_epoch_in_a_new_order():
-    taken = np.concatenate([pipeline.batch_indices(3, k, 7, 20) for k in range(20)])
-    epochs = taken.reshape(7, 20)
-    for epoch in epochs:
-        assert sorted(epoch.tolist()) == list(range(20))
-    assert len({tuple(epoch) for epoch in epochs.tolist()}) == 7
-    np.testing.assert_array_equal(pipeline.batch_indices(3, 11, 7, 20), taken[77:84])
-    assert not np.array_equal(pipeline.batch_indices(4, 0, 7, 20), taken[:7])
-    assert len(pipeline.batch_indices(0, 0, 50, 20)) == 50
-
-
-def test_batches_and_their_mirror_images():
+def test_mirror_images():
     train, _ = sources.load("digits")
-    plain = pipeline.batch(train, 0, 5, 64, flip=False)
-    flipped = pipeline.batch(train, 0, 5, 64, flip=True)
-    assert plain["latents"].dtype == np.float32 and plain["latents"].min() == -1
-    assert plain["latents"].max() == 1 and plain["labels"].dtype == np.int32
-    np.testing.assert_array_equal(plain["labels"], flipped["labels"])
-    mirrored = 0
-    for a, b in zip(plain["latents"], flipped["latents"], strict=True):
-        assert np.array_equal(a, b) or np.array_equal(a[:, ::-1], b)
-        mirrored += not np.array_equal(a, b)
-    assert 15 < mirrored < 50
-    again = pipeline.batch(train, 0, 5, 64, flip=True)
-    np.testing.assert_array_equal(again["latents"], flipped["latents"])
+    items, u = np.arange(64), np.random.default_rng(0).random(64)
+    plain = train.take(items, u)["images"]
+    flipped = dataclasses.replace(train, flip=True).take(items, u)["images"]
+    for image, other, draw in zip(plain, flipped, u, strict=True):
+        np.testing.assert_array_equal(other, image[:, ::-1] if draw < 0.5 else image)
 
 
 def test_pixels_there_and_back():
@@ -89,5 +72,5 @@ def test_grid(tmp_path, channels):
 
 
 def test_data_never_imports_jax():
-    code = "import sys, mdt_jax.data.pipeline, mdt_jax.data.images; assert 'jax' not in sys.modules"
+    code = "import sys, mdt_jax.data.sources, mdt_jax.data.images; assert 'jax' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

@@ -23,7 +23,7 @@ def test_a_folder_a_class_sorted_as_numbers(tmp_path):
     assert found.classes == ["2", "9", "10"] and len(found) == 6
     assert found.labels.tolist() == [2, 2, 0, 0, 1, 1] and found.labels.dtype == np.int32
     assert found.read(found.paths.index("10/deep/a.png"))[0].getpixel((0, 0)) == (10, 10, 10)
-    assert folders.load(tmp_path, unlabelled=True).classes == []
+    assert folders.load(tmp_path, num_classes=0).classes == []
 
 
 def test_names_that_are_no_numbers_are_sorted_as_text():
@@ -56,6 +56,21 @@ def test_lists(tmp_path):
     assert found.paths == ["2.png", "x/1.png"] and found.labels.tolist() == [1, 0]
     (tmp_path / "bare.csv").write_text("2.png\nx/1.png\n")
     assert folders.load(tmp_path / "bare.csv").classes == []
+
+
+def test_numbers_in_a_list_are_those_classes(tmp_path):
+    for name in "abc":
+        picture(tmp_path / f"{name}.png")
+    table = tmp_path / "l.csv"
+    table.write_text("a.png,7\nb.png,2\nc.png,7\n")
+    found = folders.load(table, num_classes=10)  # some classes have no image
+    assert found.labels.tolist() == [7, 2, 7] and found.classes == list("0123456789")
+    found = folders.load(table, num_classes=2)  # as many numbers as classes, from whatever start
+    assert found.labels.tolist() == [1, 0, 1] and found.classes == ["2", "7"]
+    for number, num_classes in (("10", 10), ("-1", 3), ("-1", 10), ("12", 5)):
+        table.write_text(f"a.png,7\nb.png,2\nc.png,{number}\n")
+        with pytest.raises(UserError, match="label .* is out of range: .* classes are 0 to"):
+            folders.load(table, num_classes)
 
 
 @pytest.mark.parametrize(

@@ -49,18 +49,22 @@ class TinyShapes(tfds.core.GeneratorBasedBuilder):
 
 folder = sys.argv[1]
 TinyShapes(data_dir=folder, file_format="array_record").download_and_prepare()
-found = tfds_sets.load("tiny_shapes", "train", folder)
-assert len(found) == 10 and found.classes == ["square", "circle"]
-for i in range(10):
-    image, label = found.read(i)
-    assert image.size == (7, 9) and image.getpixel((3, 3))[0] // 20 % 2 == label
+for name in ("tiny_shapes", f"{folder}/tiny_shapes/1.0.0"):
+    found = tfds_sets.load(name, "train")
+    assert len(found) == 10 and found.classes == ["square", "circle"]
+    for i in range(10):
+        image, label = found.read(i)
+        assert image.size == (7, 9) and image.getpixel((3, 3))[0] // 20 % 2 == label
+import os
+os.mkdir(f"{folder}/empty")
 for name, split, message in (
     ("tiny_shapes", "test", "no split 'test'; it has train"),
     ("imagenet2012", "train", "tfds build imagenet2012 --file_format=array_record"),
     ("no_such_set", "train", "TFDS has no set 'no_such_set'"),
+    (f"{folder}/empty", "train", "TFDS has no set"),
 ):
     try:
-        tfds_sets.load(name, split, folder)
+        tfds_sets.load(name, split)
         raise SystemExit(f"{name} was loaded")
     except UserError as error:
         assert message in str(error), error
@@ -76,6 +80,11 @@ def test_it_is_read_without_tensorflow(tmp_path):
         capture_output=True,
         text=True,
         cwd=ROOT,
-        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)},
+        env={
+            "PYTHONPATH": str(ROOT),
+            "PATH": "/usr/bin:/bin",
+            "HOME": str(tmp_path),
+            "TFDS_DATA_DIR": str(tmp_path / "data"),
+        },
     )
     assert done.returncode == 0 and done.stdout.endswith("done\n"), done.stdout + done.stderr

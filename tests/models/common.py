@@ -1,11 +1,13 @@
 """What the tests of the network share."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from mdt_jax.models.embeddings import sincos_positions
-from mdt_jax.models.mdt import init_params
+from mdt_jax.weights import KINDS, kind_of
 
 
 def apply(model, params, *inputs, **options):
@@ -14,13 +16,14 @@ def apply(model, params, *inputs, **options):
 
 def random_params(model, seed=0):
     """Parameters as at the start, but none of them zero; nothing is compiled for them."""
-    shapes = jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0))
+    shapes = KINDS[kind_of(model)].shapes(model)
     random = np.random.default_rng(seed)
 
     def draw(path, leaf):
         if path[-1].key.endswith("pos_embed"):
             return jnp.asarray(sincos_positions(model.grid, model.hidden_size)[None])
-        deviation = leaf.shape[-2] ** -0.5 if path[-1].key == "kernel" else 0.1
+        inputs = math.prod(leaf.shape[:3]) if leaf.ndim == 4 else leaf.shape[-2:][0]
+        deviation = inputs**-0.5 if path[-1].key == "kernel" else 0.1
         return jnp.asarray(random.normal(0, deviation, leaf.shape), leaf.dtype)
 
     return jax.tree_util.tree_map_with_path(draw, shapes)

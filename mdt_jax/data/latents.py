@@ -1,0 +1,322 @@
+"""A cache of latents: the VAE's posterior of each image and of its mirror, as ArrayRecord shards.
+
+A record is the label (int32, little-endian), then float16 [4, h, w, c]: mean and deviation of the
+image, mean and deviation of its mirror. manifest.json tells what they were made from and with.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import os
+import pathlib
+from collections.abc import Iterable
+
+import numpy as np
+
+from mdt_jax.data.pipeline import UNREADABLE
+from mdt_jax.errors import UserError
+from mdt_jax.files import beside, check_room, free, reason, whole
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+UNFINISHED = "unfinished.json"  # what a cache in the making is of
+OPTIONS = "group_size:1,uncompressed"  # read at random; compressing saves a few per cent
+LABEL = np.dtype("<i4")
+MOMENTS = np.dtype("<f2")
+VIEWS = 2  # the image and its mirror
+
+
+@dataclasses.dataclass(frozen=True)
+class Latents:
+    """A finished cache. manifest: its content; flip: take the mirror where u is below a half."""
+
+    folder: pathlib.Path
+    manifest: dict
+    flip: bool = False
+    advice = "; python -m mdt_jax.encode … --verify finds what is damaged"
+
+    def __len__(self) -> int:
+        return sum(shard["records"] for shard in self.manifest["shards"])
+
+    @property
+    def classes(self) -> list[str]:
+        return self.manifest["classes"]
+
+    def name(self, i: int) -> str:
+        """For messages."""
+        for shard in self.manifest["shards"]:
+            if i < shard["records"]:
+                return f"record {i} of {self.folder / shard['file']}"
+            i -= shard["records"]
+        raise IndexError(i)
+
+    def take(self, items: np.ndarray, u: np.ndarray) -> dict[str, np.ndarray]:
+        """{"mean", "std": [n, h, w, c] float16, "labels": [n] int32, "damaged": [n] int64}."""
+        height, width, channels = self.manifest["latents"]
+        size = height * width * channels
+        moments = np.zeros((len(items), 2, height, width, channels), MOMENTS)
+        labels, damaged = np.zeros(len(items), np.int32), np.full(len(items), -1, np.int64)
+        try:
+            records = self._records.__getitems__(items.tolist())
+        except Exception:  # which one it is, is told by reading them one by one
+            records = [self._one(item) for item in items.tolist()]
+        for n, record in enumerate(records):
+            if len(record) != record_bytes(self.manifest["latents"]):
+                damaged[n] = UNREADABLE - items[n]
+                continue
+            labels[n] = np.frombuffer(record, LABEL, 1)[0]
+            skipped = 2 * size * int(self.flip and u[n] < 0.5)
+            offset = LABEL.itemsize + skipped * MOMENTS.itemsize
+            moments[n].reshape(-1)[:] = np.frombuffer(record, MOMENTS, 2 * size, offset)
+        return {"mean": moments[:, 0], "std": moments[:, 1], "labels": labels, "damaged": damaged}
+
+    @functools.cached_property
+    def _records(self):
+        from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+        shards = self.manifest["shards"]
+        paths = [f"{self.folder / s['file']}[0:{s['records']}]" for s in shards if s["records"]]
+        return ArrayRecordDataSource(paths)
+
+    def _one(self, item: int) -> bytes:
+        try:
+            return self._records[item]
+        except Exception:  # of the kinds that ArrayRecord's C++ has
+            return b""
+
+
+def record_bytes(shape: tuple[int, int, int]) -> int:
+    """Of one image, whose latents are [h, w, c]."""
+    return LABEL.itemsize + VIEWS * 2 * math.prod(shape) * MOMENTS.itemsize
+
+
+def load(path: str | os.PathLike, flip: bool = False) -> Latents:
+    """A finished cache; UserError where there is none, or a shard is not as long as it was."""
+    folder = pathlib.Path(path)
+    manifest = _manifest(folder)
+    if manifest is None:
+        if (folder / UNFINISHED).exists():
+            raise UserError(f"{path} is not finished: run the same mdt_jax.encode again")
+        raise UserError(f"data.path {path} holds no {MANIFEST}: python -m mdt_jax.encode makes it")
+    damaged = [shard["file"] for shard in manifest["shards"] if not _is_there(folder, shard)]
+    if damaged:
+        raise UserError(
+            f"{path}: {damaged[0]} and {len(damaged) - 1} other shards are missing or cut short; "
+            "run the same mdt_jax.encode again"
+        )
+    return Latents(folder, manifest, flip)
+
+
+def read_json(path: pathlib.Path) -> dict | None:
+    """Its content, or None where there is no such file; UserError where it is damaged."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {reason(error)}") from None
+
+
+def is_finished(folder: pathlib.Path) -> bool:
+    """Whether a cache has its manifest, which is written last."""
+    return (folder / MANIFEST).exists()
+
+
+def sums(moments: np.ndarray) -> dict[str, float]:
+    """Of [n, 4, h, w, c]: "records", "sum" and "squares", of which `deviation` is made."""
+    return {
+        "records": len(moments),
+        "sum": float(moments[:, ::2].sum(dtype=np.float64)),
+        "squares": float(np.square(moments, dtype=np.float64).sum()),  # E[z²] = mean² + std²
+    }
+
+
+def deviation(shards: list[dict], shape: tuple[int, int, int]) -> float:
+    """Standard deviation of all values of latents [h, w, c] drawn from the posteriors in shards."""
+    values = VIEWS * math.prod(shape) * sum(shard["records"] for shard in shards)
+    mean, square = (sum(shard[k] for shard in shards) / max(values, 1) for k in ("sum", "squares"))
+    return math.sqrt(max(square - mean**2, 0.0))
+
+
+def measure(cache: Latents, number: int) -> dict:
+    """What one shard holds: "records", "sum", "squares", and "wrong": "" or what is."""
+    shard, path = (
+        cache.manifest["shards"][number],
+        cache.folder / cache.manifest["shards"][number]["file"],
+    )
+    if sha256(path) != shard["sha256"]:
+        return {"wrong": f"{path} is damaged: delete it and run the same mdt_jax.encode again"}
+    alone = Latents(cache.folder, {**cache.manifest, "shards": [shard]}, flip=True)
+    summed = {"records": 0, "sum": 0.0, "squares": 0.0}
+    for start in range(0, len(alone), 64):
+        items = np.arange(start, min(start + 64, len(alone)))
+        # The image and its mirror.
+        views = [alone.take(items, u) for u in (np.ones(len(items)), np.zeros(len(items)))]
+        if (views[0]["damaged"] != -1).any():
+            return {"wrong": f"{path} does not hold the {len(alone)} records that it should"}
+        moments = np.stack([view[name] for view in views for name in ("mean", "std")], axis=1)
+        summed = {name: summed[name] + part for name, part in sums(moments).items()}
+    wrong = "" if math.isfinite(summed["squares"]) else f"{path} holds values that are not finite"
+    return {**summed, "wrong": wrong}
+
+
+def _manifest(folder: pathlib.Path) -> dict | None:
+    """Of a finished cache; UserError where it is none, or would lead out of the folder."""
+    manifest = read_json(folder / MANIFEST)
+    if manifest is None:
+        return None
+    try:
+        sound = manifest["format"] == FORMAT and len(manifest["latents"]) == 3
+        sound &= {"vae", "scale", "image_size", "classes", "images"} <= set(manifest)
+        for shard in manifest["shards"]:
+            sound &= shard["file"] == os.path.basename(shard["file"])
+            sound &= min(shard["records"], shard["bytes"], len(shard["sha256"])) >= 0
+    except (KeyError, TypeError):
+        sound = False
+    if not sound:
+        raise UserError(f"{folder / MANIFEST} is not a latent cache's, or is damaged")
+    return manifest
+
+
+def _is_there(folder: pathlib.Path, shard: dict) -> bool:
+    try:
+        return os.stat(folder / shard["file"]).st_size == shard["bytes"]
+    except OSError:
+        return False
+
+
+def sha256(path: pathlib.Path) -> str:
+    """Of a file, hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class Making:
+    """A cache in the making, which any number of hosts can fill at once.
+
+    what: all that it is of, `images`, `shard_images` and `latents` among it. A shard is done when
+    the JSON beside it is there; it is always the same images' and so always the same bytes.
+    """
+
+    folder: pathlib.Path
+    what: dict
+
+    @property
+    def num_shards(self) -> int:
+        return -(-self.what["images"] // self.what["shard_images"])
+
+    def items(self, shard: int) -> np.ndarray:
+        """The numbers of a shard's images."""
+        size = self.what["shard_images"]
+        return np.arange(shard * size, min((shard + 1) * size, self.what["images"]))
+
+    def start(self) -> None:
+        """Make the folder, or go on in it; UserError where it is of something else."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except FileExistsError:
+            raise UserError(f"{self.folder} is a file, not a folder for latents") from None
+        for name in (MANIFEST, UNFINISHED):
+            found = read_json(self.folder / name)
+            if found is None:
+                continue
+            other = [k for k, value in self.what.items() if found.get(k) != value]
+            if other:
+                was, now = (str(each.get(other[0]))[:100] for each in (found, self.what))
+                raise UserError(
+                    f"{self.folder} holds another cache: its {other[0]} is {was}, not {now}; "
+                    "choose another --out"
+                )
+            return
+        if any(self.folder.iterdir()):
+            raise UserError(f"{self.folder} is neither empty nor a cache of latents")
+        self._write(UNFINISHED, self.what)
+
+    def reopen(self) -> bool:
+        """Whether all is done; of a finished cache, shards that were lost are to be made again."""
+        manifest = _manifest(self.folder)
+        if manifest is None:
+            return False
+        if all(_is_there(self.folder, shard) for shard in manifest["shards"]):
+            self._tidy()
+            return True
+        for number, shard in enumerate(manifest["shards"]):
+            if _is_there(self.folder, shard):
+                self._write(self._sidecar(number), shard)
+        self._write(UNFINISHED, self.what)
+        (self.folder / MANIFEST).unlink()
+        return False
+
+    def done(self, shard: int) -> dict | None:
+        """What was noted of a shard, if it is done."""
+        noted = read_json(self.folder / self._sidecar(shard))
+        return noted if noted is not None and _is_there(self.folder, noted) else None
+
+    def write(self, shard: int, batches: Iterable[dict[str, np.ndarray]]) -> None:
+        """A shard, whole or not at all; UserError where the disk is full.
+
+        batches: "moments" [n, 4, h, w, c] float16 and "labels" [n] int32 of its images in order,
+        and "damaged" [n]: where it is not −1, the number of an image that is left out.
+        """
+        from array_record.python.array_record_module import ArrayRecordWriter
+
+        path, temporary = self.folder / self._file(shard), beside(self.folder / self._file(shard))
+        check_room(path, len(self.items(shard)) * record_bytes(self.what["latents"]))
+        damaged, summed = [], {"records": 0, "sum": 0.0, "squares": 0.0}
+        try:
+            writer = ArrayRecordWriter(str(temporary), OPTIONS)
+            for batch in batches:
+                sound = batch["damaged"] == -1
+                damaged += batch["damaged"][~sound].tolist()
+                moments = batch["moments"][sound].astype(MOMENTS)
+                for label, values in zip(batch["labels"][sound], moments, strict=True):
+                    writer.write(label.astype(LABEL).tobytes() + values.tobytes())
+                summed = {name: summed[name] + part for name, part in sums(moments).items()}
+            writer.close()
+            noted = {
+                "file": path.name,
+                "bytes": os.stat(temporary).st_size,
+                "sha256": sha256(temporary),
+                "damaged": damaged,
+                **summed,
+            }
+            os.replace(temporary, path)
+        except (OSError, ValueError, RuntimeError) as error:
+            text = f"{path} could not be written: {reason(error)}{free(path)}"
+            raise UserError(f"{text}; finished shards are kept, the same command goes on") from None
+        finally:
+            temporary.unlink(missing_ok=True)
+        self._write(self._sidecar(shard), noted)
+
+    def finish(self) -> dict:
+        """Write the manifest once every shard is done; returns it."""
+        shards = [self.done(shard) for shard in range(self.num_shards)]
+        if None in shards:
+            raise UserError(f"{self.folder}: shard {shards.index(None)} is not done; run again")
+        manifest = {
+            **self.what,
+            "latent_std": deviation(shards, self.what["latents"]),
+            "shards": shards,
+        }
+        self._write(MANIFEST, manifest)
+        self._tidy()
+        return manifest
+
+    def _tidy(self) -> None:
+        for shard in range(self.num_shards):
+            (self.folder / self._sidecar(shard)).unlink(missing_ok=True)
+        for left in [self.folder / UNFINISHED, *self.folder.glob("*.tmp")]:
+            left.unlink(missing_ok=True)
+
+    def _file(self, shard: int) -> str:
+        return f"latents-{shard:05d}-of-{self.num_shards:05d}.array_record"
+
+    def _sidecar(self, shard: int) -> str:
+        return f"{self._file(shard)}.json"
+
+    def _write(self, name: str, content: dict) -> None:
+        with whole(self.folder / name) as temporary:
+            temporary.write_text(json.dumps(content, indent=1) + "\n")

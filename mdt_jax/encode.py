@@ -1,0 +1,224 @@
+"""Encode: python -m mdt_jax.encode --config=configs/xl2.py --out=latents/imagenet
+
+Images → the VAE's latents, once for all runs: of each image and its mirror the mean and deviation
+of the posterior, in float16, on all devices and hosts at once. The same command again goes on where
+it was stopped. To train on them: --config.data.name=latents --config.data.path=latents/imagenet
+"""
+
+import contextlib
+import dataclasses
+import pathlib
+import sys
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+from jax.experimental.multihost_utils import sync_global_devices
+from ml_collections import ConfigDict
+
+from mdt_jax import cli, inputs, parallel, vae, weights
+from mdt_jax import config as configs
+from mdt_jax.data import latents, pipeline, sources
+from mdt_jax.data.crops import Squares
+from mdt_jax.errors import UserError
+from mdt_jax.models.mdt import input_shape
+from mdt_jax.progress import progress_bar
+
+SHARD_IMAGES = 2048
+EACH_DEVICE = 16  # images in a batch; the VAE takes a few of them at a time
+MEASURED = 4096  # images that tell a VAE's scale
+USUAL = (2 / 3, 3 / 2)  # deviation of scaled latents: Stable Diffusion's of ImageNet have 0.91
+
+
+def open_images(config: ConfigDict) -> Squares:
+    """The images of a config in their own order, none standing in for another."""
+    if config.vae.path == "identity":
+        raise UserError("vae.path is identity: there is nothing to encode with")
+    if config.data.name not in sources.STORED or config.data.name == "latents":
+        raise UserError(f"data.name is {config.data.name}; folder, tar and tfds can be encoded")
+    if config.data.crop != "center":
+        raise UserError(f"data.crop is {config.data.crop}; a cache is of the middle of each image")
+    images = sources.stored(config.data, config.model.num_classes, stand_ins=0)
+    return dataclasses.replace(images, flip=False)
+
+
+def encoded(
+    config: ConfigDict, images: Squares, found: inputs.Vae, parts: list[np.ndarray], known: set[int]
+) -> Iterator[dict[str, np.ndarray]]:
+    """The images of each part in batches: "moments" [n, 4, h, w, c] float16, "labels", "damaged".
+
+    The devices encode a batch while the one before is handed on.
+    """
+    mesh = parallel.local_mesh()
+    size, split = EACH_DEVICE * mesh.size, parallel.split_batch(mesh)
+    encode = vae.encoder(found.network, mesh)
+    params = jax.device_put(found.params, parallel.replicated(mesh))
+    items = [part[i : i + size] for part in parts for i in range(0, len(part), size)]
+    plan = [(each, np.ones(len(each))) for each in items]
+
+    def finish(batch, views):
+        count = len(batch["labels"])
+        with np.errstate(over="ignore"):
+            parts = [np.asarray(m)[:count].astype(latents.MOMENTS) for view in views for m in view]
+        moments = np.stack(parts, axis=1)
+        if not np.isfinite(moments).all():
+            raise UserError(f"{found.path} encodes images to numbers that float16 cannot hold")
+        return {"moments": moments, **batch}
+
+    def start(batch):
+        pixels = batch.pop("images")
+        pixels = np.pad(pixels, [(0, size - len(pixels)), (0, 0), (0, 0), (0, 0)])
+        both = jax.device_put((pixels, pixels[:, :, ::-1]), split)
+        return batch, [encode(params, view) for view in both]
+
+    waiting, reading = None, (config.data.workers, config.data.max_damaged, known)
+    for batch in pipeline.batches(images, plan, *reading):
+        started = start(batch)
+        if waiting is not None:
+            yield finish(*waiting)
+        waiting = started
+    if waiting is not None:
+        yield finish(*waiting)
+
+
+def describe(config: ConfigDict, images: Squares, found: inputs.Vae, shard_images: int) -> dict:
+    """All that a cache is of, as its manifest begins."""
+    data = config.data
+    return {
+        "format": latents.FORMAT,
+        "images": len(images),
+        "shard_images": shard_images,
+        "latents": list(input_shape(config)),
+        "image_size": data.image_size,
+        "crop": data.crop,
+        "vae": {"path": found.path, "sha256": vae.sha256(found.params)},
+        "scale": config.vae.scale,
+        "classes": images.classes if config.model.num_classes else [],
+        "source": {"name": data.name, "path": data.path, "split": data.split},
+    }
+
+
+def make(config: ConfigDict, out: pathlib.Path, shard_images: int) -> None:
+    """Encode what is not yet encoded, this host its share of the shards."""
+    images = open_images(config)
+    name = f"{config.data.name} {config.data.path}"
+    inputs.check_classes(name, len(images.classes), config.model.num_classes)
+    found = inputs.Vae(config.vae.path, *weights.load_vae(config.vae.path))
+    making = latents.Making(out, describe(config, images, found, shard_images))
+    if jax.process_index() == 0:
+        making.start()
+        making.reopen()
+    wait_for_all("started")
+    if latents.is_finished(out):
+        print(f"{out} is finished already", file=sys.stderr)
+        return
+    own = range(jax.process_index(), making.num_shards, jax.process_count())
+    noted = {shard: making.done(shard) for shard in own}
+    left = [shard for shard in own if noted[shard] is None]
+    known = {item for note in noted.values() if note for item in note["damaged"]}
+    stream = encoded(config, images, found, [making.items(shard) for shard in left], known)
+    total, ahead = (sum(len(making.items(shard)) for shard in part) for part in (own, left))
+    bar = progress_bar(total, True, "encoding", "image", initial=total - ahead)
+    with contextlib.closing(stream), bar:
+        for shard in left:
+            making.write(shard, until(stream, len(making.items(shard)), bar))
+    wait_for_all("encoded")
+    if jax.process_index() == 0:
+        manifest = making.finish()
+        count = sum(len(shard["damaged"]) for shard in manifest["shards"])
+        print(
+            f"{out}: {len(images) - count} images in {making.num_shards} shards, {count} damaged "
+            f"left out; {said_of_scale(manifest['latent_std'], config.vae.scale)}"
+        )
+
+
+def until(stream: Iterator[dict], count: int, bar) -> Iterator[dict]:
+    """Batches of a stream that make up `count` images."""
+    while count > 0:
+        batch = next(stream)
+        bar.update(len(batch["labels"]))
+        count -= len(batch["labels"])
+        yield batch
+
+
+def wait_for_all(what: str) -> None:
+    """Until every host is here."""
+    if jax.process_count() > 1:
+        sync_global_devices(what)
+
+
+def said_of_scale(std: float, scale: float) -> str:
+    return f"latents have a deviation of {std:.4f}, times vae.scale {scale:g} is {std * scale:.3f}"
+
+
+def verify(config: ConfigDict, out: pathlib.Path) -> None:
+    """Read a finished cache; UserError for the first thing that is wrong with it."""
+    cache = latents.load(out)
+    inputs.check_cache(cache, config, None)
+    shards, damaged = [], []
+    with progress_bar(len(cache), True, "verifying", "image") as bar:
+        for number, shard in enumerate(cache.manifest["shards"]):
+            shards.append(latents.measure(cache, number))
+            damaged += [shards[-1]["wrong"]] if shards[-1]["wrong"] else []
+            bar.update(shard["records"])
+    if damaged:
+        more = f"; and {len(damaged) - 3} more" if len(damaged) > 3 else ""
+        raise UserError("; ".join(damaged[:3]) + more)
+    made = cache.manifest
+    counted = len(cache) + sum(len(shard["damaged"]) for shard in made["shards"])
+    if counted != made["images"]:
+        raise UserError(f"{out} accounts for {counted} of {made['images']} images")
+    std = latents.deviation(shards, made["latents"])
+    said = said_of_scale(std, config.vae.scale)
+    if not USUAL[0] < std * config.vae.scale < USUAL[1]:
+        raise UserError(
+            f"{out}: {said}, which should be about 1; measure vae.scale with --estimate_scale"
+        )
+    print(f"{out} is sound: {len(cache)} images in {len(shards)} shards; {said}")
+
+
+def estimate_scale(config: ConfigDict) -> None:
+    """Print one over the deviation of the latents of images from all over the set."""
+    images = open_images(config)
+    found = inputs.Vae(config.vae.path, *weights.load_vae(config.vae.path))
+    count = min(MEASURED, len(images))
+    chosen = np.sort(np.random.default_rng(0).permutation(len(images))[:count])
+    measured = []
+    stream = encoded(config, images, found, [chosen], set())
+    with contextlib.closing(stream), progress_bar(count, True, "encoding", "image") as bar:
+        for batch in stream:
+            measured.append(latents.sums(batch["moments"][batch["damaged"] == -1]))
+            bar.update(len(batch["labels"]))
+    std = latents.deviation(measured, input_shape(config))
+    print(f"vae.scale: {1 / std:.5g}, one over the deviation of the latents of {count} images")
+
+
+def main(argv: list[str]) -> None:
+    """Parse the flags and encode, verify or estimate."""
+    usage = (
+        "usage: python -m mdt_jax.encode --config=configs/xl2.py --out=FOLDER "
+        "[--verify | --estimate_scale] [--shard_images=2048] [--config.field=value …]\n"
+        "Fields and defaults: mdt_jax/config.py"
+    )
+    optional = {
+        "out": ("", "where the latents go"),
+        "verify": (False, "read a finished cache and compare it with its manifest"),
+        "estimate_scale": (False, "measure what vae.scale should be; nothing is written"),
+        "shard_images": (SHARD_IMAGES, "images in a shard, which is what a stop may cost"),
+    }
+    config, flags = cli.parse_config(argv, usage, optional)
+    configs.validate(config, jax.device_count())
+    if flags.shard_images < 1:
+        raise UserError(f"--shard_images={flags.shard_images}; it must be at least 1")
+    if flags.estimate_scale:
+        estimate_scale(config)
+    elif not flags.out:
+        raise UserError(f"--out is missing; {usage.splitlines()[0]}")
+    elif flags.verify:
+        verify(config, pathlib.Path(flags.out))
+    else:
+        make(config, pathlib.Path(flags.out), flags.shard_images)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,124 @@
+"""What a run is trained on: a config's images or latents, checked, as batches on the devices."""
+
+import dataclasses
+from collections.abc import Iterator
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from mdt_jax import parallel, vae
+from mdt_jax.data import latents, pipeline, sources
+from mdt_jax.data.crops import Squares
+from mdt_jax.errors import UserError
+from mdt_jax.models.autoencoder import AutoencoderKL
+from mdt_jax.models.mdt import VAE_CHANNELS, VAE_FACTOR
+
+Source = sources.Images | Squares | latents.Latents
+
+
+@dataclasses.dataclass(frozen=True)
+class Vae:
+    """A VAE with its parameters, and the path they were read from."""
+
+    path: str
+    network: AutoencoderKL
+    params: dict
+
+    def __post_init__(self):
+        found = self.network.latent_channels, self.network.factor
+        if found != (VAE_CHANNELS, VAE_FACTOR):
+            raise UserError(
+                f"vae.path {self.path} has latents of {found[0]} channels at 1/{found[1]} of the "
+                f"size; they must have {VAE_CHANNELS} at 1/{VAE_FACTOR}"
+            )
+
+
+def open_data(config: ConfigDict) -> tuple[Source, sources.Images | None]:
+    """The training images or latents of a config, and of a packaged set the held-out images.
+
+    Raises UserError where there is nothing, or it does not fit the config.
+    """
+    data, held_out = config.data, None
+    if data.name in sources.PACKAGED:
+        source, held_out = sources.load(data.name)
+        _, height, width, channels = source.images.shape
+        if (height, width, channels) != (data.image_size, data.image_size, data.channels):
+            raise UserError(
+                f"{data.name} holds {height}×{width} images with {channels} channels, but "
+                f"data.image_size is {data.image_size} and data.channels {data.channels}"
+            )
+        source = dataclasses.replace(source, flip=data.flip)
+    else:
+        source = sources.stored(data, config.model.num_classes)
+    name = f"{data.name} {data.path}".strip()
+    if len(source) < data.batch_size:
+        raise UserError(
+            f"{name} holds {len(source)} images, fewer than data.batch_size {data.batch_size}"
+        )
+    check_classes(name, len(source.classes), config.model.num_classes)
+    return source, held_out
+
+
+def check_classes(name: str, found: int, num_classes: int) -> None:
+    """Raise UserError where a set does not have the classes that a config is for."""
+    if num_classes == 0 or found == num_classes > 1:
+        return
+    if found < 2:
+        what = "one class: there is nothing to tell apart" if found else "no labels"
+        raise UserError(f"{name} has {what}; set model.num_classes to 0 to train without classes")
+    raise UserError(
+        f"{name} has {found} classes, but model.num_classes is {num_classes}; set it to {found}, "
+        "or to 0 to train without classes"
+    )
+
+
+def check_cache(cache: latents.Latents, config: ConfigDict, found: Vae | None) -> None:
+    """Raise UserError where latents were made with another VAE, scale or size than the config's.
+
+    found: the config's VAE, if it was read; else only its path can be compared.
+    """
+    made = cache.manifest
+    wanted = {"vae.scale": config.vae.scale, "data.image_size": config.data.image_size}
+    there = {"vae.scale": made["scale"], "data.image_size": made["image_size"]}
+    if found is None:
+        wanted["vae.path"], there["vae.path"] = config.vae.path, made["vae"]["path"]
+    elif (hashed := vae.sha256(found.params)) != made["vae"]["sha256"]:
+        wanted["vae.path"] = f"{found.path} (SHA-256 {hashed[:12]})"
+        there["vae.path"] = f"{made['vae']['path']} (SHA-256 {made['vae']['sha256'][:12]})"
+    other = [
+        f"{name} {there[name]}, not {wanted[name]}"
+        for name in wanted
+        if there[name] != wanted[name]
+    ]
+    if other:
+        raise UserError(f"{cache.folder} was made with {'; '.join(other)}")
+
+
+def feed(
+    config: ConfigDict, source: Source, mesh: Mesh, found: Vae | None, start: int
+) -> Iterator[dict[str, jax.Array]]:
+    """Batch `start`, `start` + 1, … on the devices, as `train.step.batch_shapes` says.
+
+    Each process reads what its devices hold. found: the VAE that encodes images on the way, if any.
+    """
+    size, split = config.data.batch_size, parallel.split_batch(mesh)
+    rows = parallel.local_rows(split, size)
+    plan = pipeline.Shuffled(len(source), config.train.seed, size, rows, start)
+    if found is not None:
+        encode = vae.encoder(found.network, mesh)
+        params = jax.device_put(found.params, parallel.replicated(mesh))
+    for arrays in pipeline.batches(source, plan, config.data.workers, config.data.max_damaged):
+        del arrays["damaged"]
+        batch = {k: jax.make_array_from_process_local_data(split, v) for k, v in arrays.items()}
+        if found is not None:
+            batch["mean"], batch["std"] = encode(params, batch.pop("images"))
+        yield batch
+
+
+def describe_classes(classes: list[str]) -> str:
+    """The class map in a line, however many there are."""
+    named = [f"{number} = {name}" for number, name in enumerate(classes)]
+    if len(named) > 12:
+        named = [*named[:10], "…", named[-1]]
+    return ", ".join(named)

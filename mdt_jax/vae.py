@@ -1,0 +1,108 @@
+"""Images ⇄ latents of a VAE, a few images at a time, on all devices."""
+
+import functools
+import hashlib
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, PartitionSpec
+
+from mdt_jax import parallel
+from mdt_jax.data.images import to_float
+from mdt_jax.errors import UserError
+from mdt_jax.models.autoencoder import AutoencoderKL
+from mdt_jax.progress import progress_bar
+
+# Stable Diffusion 1.x: one over the deviation of its VAE's latents.
+VAE_SCALE = 0.18215
+
+# Images of 256×256 that a device takes at once, or as many pixels of others.
+AT_ONCE = 8
+
+
+def sha256(params: dict) -> str:
+    """Of a network's parameters by name, whatever file they came from; hexadecimal."""
+    digest = hashlib.sha256()
+    for path, leaf in sorted(jax.tree_util.tree_leaves_with_path(params), key=lambda x: str(x[0])):
+        digest.update(f"{jax.tree_util.keystr(path)} {leaf.shape} ".encode())
+        digest.update(np.ascontiguousarray(leaf, "<f4").data)
+    return digest.hexdigest()
+
+
+def from_uint8(images: jax.Array) -> jax.Array:
+    """uint8 0…255 → float32 in [−1, 1]: x/127.5 − 1, to the bits that NumPy gives.
+
+    XLA would multiply by 1/127.5, which rounds otherwise.
+    """
+    return jnp.asarray(to_float(np.arange(256, dtype=np.uint8)))[images]
+
+
+def encoder(vae: AutoencoderKL, mesh: Mesh) -> Callable:
+    """A jitted function (params, images) → (mean, std) of the posteriors.
+
+    images: [B, H, W, 3] uint8, split over the mesh, as [B, h, w, c] float32 mean and std are.
+    Each device takes a slice of its images after the other, so that memory does not grow with B.
+    """
+
+    def moments(params, images):
+        count, height, width, _ = images.shape
+        most = max(1, AT_ONCE * 256**2 // (height * width))
+        size = next(n for n in range(min(most, count), 0, -1) if count % n == 0)
+
+        def one_slice(images):
+            return vae.apply({"params": params}, from_uint8(images), method="encode")
+
+        slices = images.reshape(-1, size, *images.shape[1:])
+        return jax.tree.map(
+            lambda x: x.reshape(count, *x.shape[2:]), jax.lax.map(one_slice, slices)
+        )
+
+    split = PartitionSpec("data")
+    return jax.jit(
+        jax.shard_map(moments, mesh=mesh, in_specs=(PartitionSpec(), split), out_specs=split)
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("vae",))
+def _decode_slice(vae: AutoencoderKL, params, latents):
+    return vae.apply({"params": params}, latents, method="decode")
+
+
+def decode(
+    vae: AutoencoderKL,
+    params: dict,
+    latents: np.ndarray,
+    *,
+    scale: float = VAE_SCALE,
+    batch_size: int | None = None,
+    progress: bool = False,
+) -> np.ndarray:
+    """Latents [N, h, w, C] as a model draws them → images [N, H, W, 3] float32, about in [−1, 1].
+
+    scale: what the VAE's latents were multiplied by for training. batch_size: how many are decoded
+    at a time, on all devices together; default: as many pixels as AT_ONCE images have on
+    each device, so that many large images do not need all their memory at once. Compiles once.
+    Raises UserError where the VAE's latents have another number of channels.
+    """
+    if latents.shape[-1] != vae.latent_channels:
+        raise UserError(
+            f"the VAE's latents have {vae.latent_channels} channels, but the model draws "
+            f"{latents.shape[-1]}"
+        )
+    height, width = (vae.factor * side for side in latents.shape[1:3])
+    mesh = parallel.data_mesh()
+    params = jax.device_put(params, parallel.replicated(mesh))
+    if batch_size is None:
+        batch_size = max(1, AT_ONCE * 256**2 // (height * width)) * mesh.size
+    size = -(-min(batch_size, max(len(latents), 1)) // mesh.size) * mesh.size
+    images = [np.zeros((0, height, width, 3), np.float32)]
+    with progress_bar(len(latents), progress, "decoding", "image") as bar:
+        for start in range(0, len(latents), size):
+            part = latents[start : start + size] / np.float32(scale)
+            padded = np.pad(part, [(0, size - len(part)), (0, 0), (0, 0), (0, 0)])
+            out = _decode_slice(vae, params, jax.device_put(padded, parallel.split_batch(mesh)))
+            images.append(np.asarray(out)[: len(part)])
+            bar.update(len(part))
+    return np.concatenate(images)

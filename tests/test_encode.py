@@ -1,0 +1,349 @@
+"""Images → latent cache → training: equal to encoding on the way, and to itself after kill -9."""
+
+import dataclasses
+import itertools
+import json
+import random
+import shutil
+import socket
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mdt_jax import config as configs
+from mdt_jax import encode, inputs, main, parallel, weights
+from mdt_jax.data import latents
+from mdt_jax.train.step import Draws, latents_of
+from tests.conftest import (
+    ROOT,
+    exits_with_one_line,
+    run_command,
+    run_here,
+    start_command,
+    train_here,
+)
+from tests.small_data import write_pictures, write_vae
+
+IMAGES = 52
+SCALE = 1.02
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with `pictures`, a `vae`, another one, and the finished `cache`."""
+    folder = tmp_path_factory.mktemp("encode")
+    write_pictures(folder / "pictures", IMAGES)
+    write_vae(folder / "vae")
+    write_vae(folder / "other", seed=1)
+    run_command("mdt_jax.encode", *arguments(folder), f"--out={folder / 'cache'}", SHARDS)
+    return folder
+
+
+SHARDS = "--shard_images=4"
+
+
+def arguments(folder, name="folder", path="pictures"):
+    return [
+        "--config=configs/xl2.py:smoke",
+        f"--config.data.name={name}",
+        f"--config.data.path={folder / path}",
+        "--config.data.image_size=32",
+        "--config.data.channels=3",
+        "--config.model.num_classes=3",
+        f"--config.vae.path={folder / 'vae'}",
+        f"--config.vae.scale={SCALE}",
+    ]
+
+
+def config_of(folder, name="folder", path="pictures"):
+    config = configs.variant(configs.default(), "smoke")
+    config.data.update(name=name, path=str(folder / path), image_size=32, channels=3, flip=True)
+    config.data.batch_size = 16
+    config.model.num_classes = 3
+    config.vae.update(path=str(folder / "vae"), scale=SCALE)
+    configs.validate(config)
+    return config
+
+
+def content(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_what_a_cache_holds(place):
+    manifest = json.loads((place / "cache" / "manifest.json").read_text())
+    assert manifest["images"] == IMAGES and manifest["latents"] == [4, 4, 4]
+    assert manifest["classes"] == ["2", "9", "10"] and manifest["scale"] == SCALE
+    assert len(manifest["shards"]) == 13
+    # Each record against the VAE itself, image by image.
+    images, _ = inputs.open_data(config_of(place))
+    images = dataclasses.replace(images, flip=False).take(np.arange(IMAGES), np.ones(IMAGES))
+    network, params = weights.load_vae(place / "vae")
+    run = jax.jit(lambda x: network.apply({"params": params}, x, method="encode"))
+    for flip, pixels in ((False, images["images"]), (True, images["images"][:, :, ::-1])):
+        found = latents.load(place / "cache", flip).take(np.arange(IMAGES), np.zeros(IMAGES))
+        mean, std = run(jnp.asarray(pixels, jnp.float32) / 127.5 - 1)
+        np.testing.assert_allclose(found["mean"], mean, rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(found["std"], std, rtol=1e-3, atol=1e-4)
+        np.testing.assert_array_equal(found["labels"], images["labels"])
+
+
+def test_online_and_cached_training_see_the_same(place):
+    """The images in the same order with the same mirrors; only the posterior's noise differs."""
+    mesh = parallel.data_mesh()
+    online, cached = config_of(place), config_of(place, "latents", "cache")
+    vae = main.load_vae(online)
+    streams = [
+        inputs.feed(config, inputs.open_data(config)[0], mesh, found, 0)
+        for config, found in ((online, vae), (cached, None))
+    ]
+
+    @jax.jit
+    def draw(batch, key):
+        noise = jax.random.normal(key, batch["mean"].shape)
+        draws = Draws(*[None] * 7, posterior=noise)
+        return latents_of(batch, draws, SCALE)
+
+    drawn = {name: [] for name in ("online", "cached")}
+    variance = []
+    for k, (a, b) in enumerate(itertools.islice(zip(*streams, strict=True), 70)):
+        np.testing.assert_array_equal(a["labels"], b["labels"])
+        key = jax.random.key(k)
+        same = np.asarray(draw(a, key)), np.asarray(draw(b, key))
+        np.testing.assert_allclose(*same, rtol=2e-3, atol=2e-3)
+        drawn["online"].append(same[0])
+        drawn["cached"].append(np.asarray(draw(b, jax.random.fold_in(key, 1))))
+        variance.append(np.square(np.asarray(a["std"]) * SCALE).mean())
+    online, cached = (np.concatenate(parts) for parts in drawn.values())
+    assert len(online) == 1120 and not np.allclose(online, cached, atol=0.1)
+    # The difference of the means of n pairs of draws from the same posteriors.
+    noise = np.sqrt(2 * np.mean(variance) / online.size)
+    assert abs(online.mean() - cached.mean()) < 4 * noise
+    assert abs(online.std() - cached.std()) < 4 * noise
+    assert online.std() == pytest.approx(1, abs=0.1)
+
+
+def test_killed_five_times_it_ends_with_the_same_bytes(place, tmp_path):
+    chance = random.Random(0)
+    command = ["mdt_jax.encode", *arguments(place), f"--out={tmp_path / 'cache'}", SHARDS]
+    killed = 0
+    while killed < 5:
+        before = len(list(tmp_path.glob("cache/*.array_record")))
+        process = start_command(*command)
+        deadline = time.monotonic() + 120
+        # Somewhere in the work on one of the next shards.
+        wanted = min(before + chance.randint(0, 2), 12)
+        while len(list(tmp_path.glob("cache/*.array_record"))) < wanted:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.001)
+        time.sleep(chance.random() * 0.02)
+        process.kill()
+        process.communicate()
+        assert not (tmp_path / "cache" / "manifest.json").exists()
+        killed += 1
+    assert 0 < len(list(tmp_path.glob("cache/*.array_record"))) < 13
+    printed = run_command(*command)
+    assert "52 images in 13 shards, 0 damaged" in printed
+    assert content(tmp_path / "cache") == content(place / "cache")
+    assert "is finished already" in run_command(*command)
+
+
+def encode_here(*arguments, expect=0):
+    return run_here(encode.main, *arguments, expect=expect)
+
+
+def test_verify(place, tmp_path):
+    def verify(folder, *more, expect=0):
+        options = [*arguments(place), f"--out={folder}", "--verify", *more]
+        return encode_here(*options, expect=expect).splitlines()[-1]
+
+    said = verify(place / "cache")
+    assert f"is sound: {IMAGES} images in 13 shards; latents have a deviation of" in said
+    copy = shutil.copytree(place / "cache", tmp_path / "cache")
+    shard = copy / "latents-00002-of-00013.array_record"
+    spoilt = bytearray(shard.read_bytes())
+    spoilt[1000] ^= 1
+    shard.write_bytes(spoilt)
+    said = verify(copy, expect=2)
+    assert "00002-of-00013.array_record is damaged: delete it and run the same" in said
+    shard.unlink()
+    encode_here(*arguments(place), f"--out={copy}", SHARDS)
+    assert content(copy) == content(place / "cache")
+    # A scale that is far from one over the deviation.
+    said = verify(copy, "--config.vae.scale=0.18215", expect=2)
+    assert f"was made with vae.scale {SCALE}, not 0.18215" in said
+    manifest = json.loads((copy / "manifest.json").read_text())
+    (copy / "manifest.json").write_text(json.dumps({**manifest, "scale": 0.18215}))
+    said = verify(copy, "--config.vae.scale=0.18215", expect=2)
+    assert "which should be about 1; measure vae.scale with --estimate_scale" in said
+
+
+def test_estimate_scale(place):
+    printed = encode_here(*arguments(place), "--estimate_scale")
+    scale = float(printed.partition("vae.scale: ")[2].split(",")[0])
+    std = latents.load(place / "cache").manifest["latent_std"]
+    assert scale == pytest.approx(1 / std, rel=1e-3)
+
+
+def test_on_eight_devices(place, tmp_path):
+    out = tmp_path / "cache"
+    flags = "--xla_force_host_platform_device_count=8"
+    run_command("mdt_jax.encode", *arguments(place), f"--out={out}", XLA_FLAGS=flags)
+    assert len(list(out.glob("*.array_record"))) == 1
+    items = np.arange(IMAGES), np.ones(IMAGES)
+    found, one = latents.load(out).take(*items), latents.load(place / "cache").take(*items)
+    np.testing.assert_array_equal(found["labels"], one["labels"])
+    for name in ("mean", "std"):
+        np.testing.assert_allclose(found[name], one[name], rtol=2e-3, atol=2e-3)
+
+
+def on_hosts(count, *arguments):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        coordinator = f"127.0.0.1:{free.getsockname()[1]}"
+    command = [sys.executable, "-m", "tests.two_hosts", coordinator, str(count)]
+    processes = [
+        subprocess.Popen(
+            [*command, str(index), *arguments], cwd=ROOT, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, text=True,
+        )
+        for index in range(count)
+    ]  # fmt: skip
+    for process in processes:
+        printed, _ = process.communicate(timeout=200)
+        assert process.returncode == 0, printed
+
+
+def test_two_hosts_share_the_work(place, tmp_path):
+    on_hosts(2, "encode", *arguments(place), f"--out={tmp_path / 'cache'}", SHARDS)
+    assert content(tmp_path / "cache") == content(place / "cache")
+
+
+def test_two_hosts_read_their_halves_of_the_same_batches(place, tmp_path):
+    names = arguments(place, "latents", "cache")
+    for count in (1, 2):
+        (tmp_path / str(count)).mkdir()
+        on_hosts(count, "feed", str(tmp_path / str(count)), "3", *names)
+    for k in range(3):
+        for name in ("mean", "std", "labels"):
+            whole = np.load(tmp_path / "1" / f"{k}-{name}-0.npy")
+            halves = [np.load(tmp_path / "2" / f"{k}-{name}-{start}.npy") for start in (0, 8)]
+            np.testing.assert_array_equal(np.concatenate(halves), whole)
+
+
+def test_damaged_images_are_left_out_up_to_a_limit(place, tmp_path):
+    pictures = shutil.copytree(place / "pictures", tmp_path / "pictures")
+    for name in ("10/005.jpg", "2/000.jpg"):
+        (pictures / name).write_bytes((pictures / name).read_bytes()[:300])
+    argv = [*arguments(place), f"--config.data.path={pictures}", f"--out={tmp_path / 'cache'}"]
+    *said, last = encode_here(*argv, SHARDS, expect=2).splitlines()
+    assert any(line.endswith("pictures/10/005.jpg is damaged and left out") for line in said)
+    assert "1 damaged images, the last" in last and "data.max_damaged is 0" in last
+    # More of them are forgiven: it goes on.
+    printed = encode_here(*argv, SHARDS, "--config.data.max_damaged=2")
+    assert "50 images in 13 shards, 2 damaged left out" in printed
+    cache = latents.load(tmp_path / "cache")
+    whole = latents.load(place / "cache").take(np.arange(IMAGES), np.ones(IMAGES))
+    kept = np.array([n for n in range(IMAGES) if n not in damaged_items(cache)])
+    assert len(kept) == len(cache) == 50
+    found = cache.take(np.arange(50), np.ones(50))
+    np.testing.assert_array_equal(found["mean"], whole["mean"][kept])
+
+
+def damaged_items(cache):
+    return {item for shard in cache.manifest["shards"] for item in shard["damaged"]}
+
+
+BAD_ENCODING = {
+    "no out": ([], "--out is missing"),
+    "no VAE": (["--out=OUT", "--config.vae.path=nothing"], "nothing"),
+    "pixels": (["--out=OUT", "--config.vae.path=identity"], "nothing to encode with"),
+    "random": (["--out=OUT", "--config.data.crop=random"], "a cache is of the middle"),
+    "latents": (["--out=OUT", "--config.data.name=latents"], "folder, tar and tfds can be encoded"),
+    "digits": (
+        ["--out=OUT", "--config.data.name=digits", "--config.data.path="],
+        "folder, tar and tfds can be encoded",
+    ),
+    "no images": (["--out=OUT", "--config.data.path=EMPTY"], "holds no images"),
+    "classes": (["--out=OUT", "--config.model.num_classes=4"], "has 3 classes, but"),
+    "shards": (["--out=OUT", "--shard_images=0"], "it must be at least 1"),
+    "not finished": (["--out=EMPTY", "--verify"], "holds no manifest.json"),
+    "another VAE": (
+        ["--out=CACHE", SHARDS, "--config.vae.path=OTHER"],
+        "holds another cache: its vae",
+    ),
+    "another scale": (["--out=CACHE", SHARDS, "--config.vae.scale=1"], "its scale is 1.02, not 1"),
+    "other shards": (["--out=CACHE"], "its shard_images is 4, not 2048"),
+    "out is a file": (["--out=CACHE/manifest.json"], "is a file, not a folder for latents"),
+}
+
+
+def places(text, place, tmp_path):
+    (tmp_path / "empty").mkdir(exist_ok=True)
+    for name, path in (
+        ("OUT", tmp_path / "out"), ("EMPTY", tmp_path / "empty"), ("CACHE", place / "cache"),
+        ("OTHER", place / "other"),
+    ):  # fmt: skip
+        text = text.replace(name, str(path))
+    return text
+
+
+@pytest.mark.parametrize("name", BAD_ENCODING)
+def test_bad_encoding(name, place, tmp_path, capsys, monkeypatch, in_root):
+    more, message = BAD_ENCODING[name]
+    before = content(place / "cache")
+    argv = [*arguments(place), *(places(text, place, tmp_path) for text in more)]
+    assert message in exits_with_one_line(encode.main, argv, capsys, monkeypatch)
+    assert not (tmp_path / "out").exists() and content(place / "cache") == before
+
+
+BAD_TRAINING = {
+    "another VAE": (["--config.vae.path=OTHER"], "was made with vae.path"),
+    "another VAE by name": (
+        ["--config.vae.path=OTHER", "--config.train.sample_every=0",
+         "--config.sample.num_samples=0"],
+        "was made with vae.path",
+    ),
+    "another scale": (["--config.vae.scale=0.5"], "was made with vae.scale 1.02, not 0.5"),
+    "another size": (["--config.data.image_size=64"], "with data.image_size 32, not 64"),
+    "classes": (["--config.model.num_classes=4"], "has 3 classes"),
+    "no cache": (["--config.data.path=EMPTY"], "holds no manifest.json"),
+    "pixels": (["--config.vae.path=identity"], "data.name=latents needs vae.path"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_TRAINING)
+def test_bad_training(name, place, tmp_path, capsys, monkeypatch, in_root, keep_signals):
+    more, message = BAD_TRAINING[name]
+    argv = [*arguments(place, "latents", "cache"), f"--workdir={tmp_path / 'out'}"]
+    argv += [places(text, place, tmp_path) for text in more]
+    assert message in exits_with_one_line(main.main, argv, capsys, monkeypatch)
+    assert not (tmp_path / "out").exists()
+
+
+def test_half_a_cache_is_no_cache(place, tmp_path):
+    half = shutil.copytree(place / "cache", tmp_path / "half")
+    (half / "manifest.json").rename(half / "unfinished.json")
+    printed = train_here(
+        *arguments(place, "latents", "cache"), f"--config.data.path={half}",
+        f"--workdir={tmp_path / 'run'}", expect=2,
+    )  # fmt: skip
+    assert "half is not finished: run the same mdt_jax.encode again" in printed
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_disk_is_full(place, tmp_path):
+    """What was finished stays, and the same command ends with the same bytes."""
+    out = tmp_path / "cache"
+    command = [sys.executable, "-m", "mdt_jax.encode", *arguments(place), f"--out={out}"]
+    limited = ["bash", "-c", 'ulimit -f 100 && exec "$@"', "bash", *command]
+    done = subprocess.run(limited, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert "could not be written: write() failed: File too large" in last
+    assert "finished shards are kept, the same command goes on" in last
+    assert [path.name for path in out.iterdir()] == ["unfinished.json"]

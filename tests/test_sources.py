@@ -1,0 +1,193 @@
+"""Training end to end from each source: the same pictures in every form give the same run."""
+
+import csv
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from mdt_jax import encode, weights
+from mdt_jax.models.autoencoder import AutoencoderKL
+from tests.conftest import run_here, train_here
+from tests.models.common import random_params
+from tests.small_data import CLASSES, write_pictures, write_tar, write_vae
+
+
+def prepare_tfds(pictures, data_dir):
+    """The pictures as TFDS prepares a set; returns the folder of that."""
+    tfds = pytest.importorskip("tensorflow_datasets")
+
+    class SmallPictures(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            features = tfds.features.FeaturesDict(
+                {
+                    "image": tfds.features.Image(shape=(None, None, 3)),
+                    "label": tfds.features.ClassLabel(names=CLASSES),
+                }
+            )
+            return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
+
+        def _split_generators(self, download):
+            return {"train": self._generate_examples()}
+
+        def _generate_examples(self):
+            for n, path in enumerate(sorted(pictures.glob("*/*.jpg"))):
+                yield n, {"image": str(path), "label": path.parent.name}
+
+    builder = SmallPictures(data_dir=data_dir, file_format="array_record")
+    builder.download_and_prepare()
+    return builder.data_dir
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sources")
+    pictures = write_pictures(folder / "folder", 24)
+    write_vae(folder / "vae")
+    write_tar(pictures, folder / "tar")
+    paths = sorted(path.relative_to(folder) for path in pictures.glob("*/*.jpg"))
+    with open(folder / "list.csv", "w", newline="") as file:
+        csv.writer(file).writerows([("path", "label"), *((p, p.parent.name) for p in paths)])
+    (folder / "list.jsonl").write_text(
+        "".join(json.dumps({"path": str(p), "label": int(p.parent.name)}) + "\n" for p in paths)
+    )
+    (folder / "named").mkdir()
+    for path in paths:
+        (folder / "named" / f"{path.parent.name}_{path.name}").hardlink_to(folder / path)
+    run_here(encode.main, *arguments(folder, "folder", "folder"), f"--out={folder / 'latents'}")
+    # And sets with something wrong.
+    shutil.copytree(pictures / "9", folder / "one" / "9")
+    (folder / "wrong.csv").write_text("folder/2/000.jpg,12\nfolder/9/001.jpg,1\n")
+    shutil.copytree(pictures, folder / "spoilt")
+    for path in (folder / "spoilt").glob("*/*.jpg"):
+        path.write_bytes(path.read_bytes()[:200])
+    wide = AutoencoderKL(channels=(8, 8), layers=1, groups=4)
+    weights.save(folder / "wide", weights.Weights(wide, random_params(wide)))
+    return folder
+
+
+def arguments(place, name, path):
+    return [
+        "--config=configs/xl2.py:smoke",
+        f"--config.data.name={name}",
+        f"--config.data.path={place / path}",
+        "--config.data.image_size=32",
+        "--config.data.channels=3",
+        "--config.data.batch_size=8",
+        "--config.model.num_classes=3",
+        f"--config.vae.path={place / 'vae'}",
+        "--config.vae.scale=1.0",
+        "--config.train.steps=3",
+        "--config.train.sample_every=3",
+        "--config.sample.num_samples=10",
+    ]
+
+
+def run(place, tmp_path, name, path, *more):
+    """(metrics by step, what was printed) of a run."""
+    workdir = tmp_path / "run"
+    printed = train_here(*arguments(place, name, path), f"--workdir={workdir}", *more)
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    images = np.load(workdir / "samples.npz")["arr_0"]
+    assert images.dtype == np.uint8 and images.shape[0] == 10
+    assert (workdir / "samples" / "0000003.png").exists()
+    report = json.loads((workdir / "report.json").read_text())
+    assert report["steps"] == 3 and report["num_samples"] == 10
+    metrics = [json.loads(line) for line in lines]
+    for line in metrics:
+        del line["seconds"]
+    return metrics, printed
+
+
+@pytest.fixture(scope="module")
+def from_folder(place, tmp_path_factory):
+    return run(place, tmp_path_factory.mktemp("run"), "folder", "folder")[0]
+
+
+SOURCES = {
+    "tar": ("tar", "tar"),
+    "csv": ("folder", "list.csv"),
+    "jsonl": ("folder", "list.jsonl"),
+    "ClassID_ImgID": ("folder", "named"),
+    "workers": ("folder", "folder", "--config.data.workers=1"),
+}
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_the_same_run_from_each_source(source, place, from_folder, tmp_path):
+    metrics, printed = run(place, tmp_path, *SOURCES[source])
+    assert "classes: 0 = 2, 1 = 9, 2 = 10" in printed
+    assert json.loads((tmp_path / "run" / "classes.json").read_text()) == CLASSES
+    assert metrics == from_folder
+
+
+def test_tfds(place, from_folder, tmp_path):
+    folder = prepare_tfds(place / "folder", tmp_path / "tfds")
+    metrics, printed = run(place, tmp_path, "tfds", folder)
+    assert metrics == from_folder and "0 = 2, 1 = 9, 2 = 10" in printed
+    printed = train_here(
+        *arguments(place, "tfds", folder), f"--workdir={tmp_path / 'no'}",
+        "--config.data.split=test", expect=2,
+    )  # fmt: skip
+    assert "has no split 'test'; it has train" in printed
+
+
+def test_latents_give_the_run_that_images_give(place, from_folder, tmp_path):
+    metrics, _ = run(place, tmp_path, "latents", "latents")
+    for cached, online in zip(metrics, from_folder, strict=True):
+        for name in ("loss", "loss/full", "loss/masked", "grad_norm"):
+            assert cached[name] == pytest.approx(online[name], rel=2e-3)
+
+
+def test_pixels_of_a_folder_without_classes(place, tmp_path):
+    more = ["--config.vae.path=identity", "--config.model.num_classes=0"]
+    more += ["--config.sample.guidance_scale=1.0", "--config.data.crop=random"]
+    metrics, printed = run(place, tmp_path, "folder", "folder", *more)
+    assert len(metrics) == 3 and "classes" not in printed
+    assert not (tmp_path / "run" / "classes.json").exists()
+
+
+def test_a_run_goes_on_with_the_same_batches_and_classes(place, from_folder, tmp_path):
+    workdir = f"--workdir={tmp_path / 'run'}"
+    train_here(*arguments(place, "folder", "folder"), workdir, "--config.train.steps=2")
+    assert run(place, tmp_path, "tar", "tar")[0] == from_folder
+    # Other classes under the same numbers are another set.
+    other = shutil.copytree(place / "folder", tmp_path / "other")
+    (other / "9").rename(other / "3")
+    argv = [*arguments(place, "folder", other), workdir, "--config.train.steps=4"]
+    printed = train_here(*argv, expect=2)
+    assert "was trained with the classes 0 = 2, 1 = 9, 2 = 10; the data now has 0 = 2" in printed
+
+
+BAD_DATA = {
+    "nothing": (["--config.data.path=NONE"], "does not exist"),
+    "one class": (["--config.data.path=PLACE/folder/9"], "has no labels"),
+    "one folder": (["--config.data.path=PLACE/one"], "has one class: there is nothing to tell"),
+    "a class too many": (["--config.model.num_classes=2"], "has 3 classes, but"),
+    "large batch": (["--config.data.batch_size=32"], "24 images, fewer than data.batch_size 32"),
+    "label": (["--config.data.path=PLACE/wrong.csv"], "label 12 of folder/2/000.jpg is out of"),
+    "no tar": (["--config.data.name=tar"], "is no tar file"),
+    "no set": (["--config.data.name=tfds", "--config.data.path=no_such_set"], "TFDS has no set"),
+    "not prepared": (
+        ["--config.data.name=tfds", "--config.data.path=cifar10"],
+        "cifar10 is not prepared in",
+    ),
+    "other VAE": (["--config.vae.path=PLACE/wide"], "has latents of 4 channels at 1/2 of the size"),
+    "damaged": (["--config.data.path=PLACE/spoilt"], ".jpg cannot be read; nor can those that follow it"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_DATA)
+def test_bad_data(name, place, tmp_path, monkeypatch):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    more, message = BAD_DATA[name]
+    more = [text.replace("PLACE", str(place)) for text in more]
+    workdir = tmp_path / "run"
+    printed = train_here(
+        *arguments(place, "folder", "folder"), f"--workdir={workdir}", *more, expect=2
+    )
+    assert printed.splitlines()[-1].startswith("error: ") and message in printed
+    assert not (workdir / "checkpoints").exists() or not any((workdir / "checkpoints").iterdir())
