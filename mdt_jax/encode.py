@@ -1,19 +1,20 @@
 """Encode: python -m mdt_jax.encode --config=configs/xl2.py --out=latents/imagenet
 
 Images → the VAE's latents, once for all runs: of each image and its mirror the mean and deviation
-of the posterior, in float16, on all devices and hosts at once. The same command again goes on where
-it was stopped. To train on them: --config.data.name=latents --config.data.path=latents/imagenet
+of the posterior, in float16, on all devices. Several machines share the work with --part=1/4 and so
+on. The same command again goes on where it was stopped. To train on them:
+--config.data.name=latents --config.data.path=latents/imagenet
 """
 
 import contextlib
 import dataclasses
 import pathlib
+import re
 import sys
 from collections.abc import Iterator
 
 import jax
 import numpy as np
-from jax.experimental.multihost_utils import sync_global_devices
 from ml_collections import ConfigDict
 
 from mdt_jax import cli, inputs, parallel, vae, weights
@@ -98,21 +99,17 @@ def describe(config: ConfigDict, images: Squares, found: inputs.Vae, shard_image
     }
 
 
-def make(config: ConfigDict, out: pathlib.Path, shard_images: int) -> None:
-    """Encode what is not yet encoded, this host its share of the shards."""
+def make(config: ConfigDict, out: pathlib.Path, shard_images: int, part: tuple[int, int]) -> None:
+    """Encode what is not yet encoded of one part of the shards; part: (which, of how many)."""
     images = open_images(config)
     name = f"{config.data.name} {config.data.path}"
     inputs.check_classes(name, len(images.classes), config.model.num_classes)
     found = inputs.Vae(config.vae.path, *weights.load_vae(config.vae.path))
     making = latents.Making(out, describe(config, images, found, shard_images))
-    if jax.process_index() == 0:
-        making.start()
-        making.reopen()
-    wait_for_all("started")
-    if latents.is_finished(out):
+    if making.start():
         print(f"{out} is finished already", file=sys.stderr)
         return
-    own = range(jax.process_index(), making.num_shards, jax.process_count())
+    own = range(part[0], making.num_shards, part[1])
     noted = {shard: making.done(shard) for shard in own}
     left = [shard for shard in own if noted[shard] is None]
     known = {item for note in noted.values() if note for item in note["damaged"]}
@@ -122,14 +119,15 @@ def make(config: ConfigDict, out: pathlib.Path, shard_images: int) -> None:
     with contextlib.closing(stream), bar:
         for shard in left:
             making.write(shard, until(stream, len(making.items(shard)), bar))
-    wait_for_all("encoded")
-    if jax.process_index() == 0:
-        manifest = making.finish()
-        count = sum(len(shard["damaged"]) for shard in manifest["shards"])
-        print(
-            f"{out}: {len(images) - count} images in {making.num_shards} shards, {count} damaged "
-            f"left out; {said_of_scale(manifest['latent_std'], config.vae.scale)}"
-        )
+    manifest = making.finish()
+    if manifest is None:
+        print(f"{out}: this part is done; the last of the {part[1]} to end finishes the cache")
+        return
+    count = sum(len(shard["damaged"]) for shard in manifest["shards"])
+    print(
+        f"{out}: {len(images) - count} images in {making.num_shards} shards, {count} damaged left "
+        f"out; {said_of_scale(manifest['latent_std'], config.vae.scale)}"
+    )
 
 
 def until(stream: Iterator[dict], count: int, bar) -> Iterator[dict]:
@@ -141,10 +139,14 @@ def until(stream: Iterator[dict], count: int, bar) -> Iterator[dict]:
         yield batch
 
 
-def wait_for_all(what: str) -> None:
-    """Until every host is here."""
-    if jax.process_count() > 1:
-        sync_global_devices(what)
+def parse_part(text: str) -> tuple[int, int]:
+    """ "2/4" → (1, 4); "" → this process and how many JAX knows of."""
+    if not text:
+        return jax.process_index(), jax.process_count()
+    numbers = re.fullmatch(r"([0-9]+)/([0-9]+)", text)
+    if not numbers or not 1 <= int(numbers[1]) <= int(numbers[2]):
+        raise UserError(f"--part={text} is not such as 2/4, the second of four")
+    return int(numbers[1]) - 1, int(numbers[2])
 
 
 def said_of_scale(std: float, scale: float) -> str:
@@ -197,13 +199,15 @@ def main(argv: list[str]) -> None:
     """Parse the flags and encode, verify or estimate."""
     usage = (
         "usage: python -m mdt_jax.encode --config=configs/xl2.py --out=FOLDER "
-        "[--verify | --estimate_scale] [--shard_images=2048] [--config.field=value …]\n"
+        "[--verify | --estimate_scale] [--part=2/4] [--shard_images=2048] "
+        "[--config.field=value …]\n"
         "Fields and defaults: mdt_jax/config.py"
     )
     optional = {
         "out": ("", "where the latents go"),
         "verify": (False, "read a finished cache and compare it with its manifest"),
         "estimate_scale": (False, "measure what vae.scale should be; nothing is written"),
+        "part": ("", "of several machines that fill one folder at once, which this is: 2/4"),
         "shard_images": (SHARD_IMAGES, "images in a shard, which is what a stop may cost"),
     }
     config, flags = cli.parse_config(argv, usage, optional)
@@ -217,7 +221,7 @@ def main(argv: list[str]) -> None:
     elif flags.verify:
         verify(config, pathlib.Path(flags.out))
     else:
-        make(config, pathlib.Path(flags.out), flags.shard_images)
+        make(config, pathlib.Path(flags.out), flags.shard_images, parse_part(flags.part))
 
 
 if __name__ == "__main__":

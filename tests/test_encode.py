@@ -223,6 +223,26 @@ def test_two_hosts_share_the_work(place, tmp_path):
     assert content(tmp_path / "cache") == content(place / "cache")
 
 
+def test_parts_on_machines_that_know_nothing_of_each_other(place, tmp_path):
+    parts = [
+        start_command(
+            "mdt_jax.encode",
+            *arguments(place),
+            f"--out={tmp_path / 'cache'}",
+            SHARDS,
+            f"--part={part}",
+        )
+        for part in ("1/3", "2/3", "3/3")
+    ]
+    for process in parts:
+        printed = "".join(process.communicate(timeout=200))
+        assert process.returncode == 0, printed
+    assert content(tmp_path / "cache") == content(place / "cache")
+    again = encode_here(*arguments(place), f"--out={tmp_path / 'new'}", SHARDS, "--part=2/3")
+    assert "this part is done; the last of the 3 to end finishes the cache" in again
+    assert len(list((tmp_path / "new").glob("*.array_record"))) == 4
+
+
 def test_two_hosts_read_their_halves_of_the_same_batches(place, tmp_path):
     names = arguments(place, "latents", "cache")
     for count in (1, 2):
@@ -271,6 +291,7 @@ BAD_ENCODING = {
     "no images": (["--out=OUT", "--config.data.path=EMPTY"], "holds no images"),
     "classes": (["--out=OUT", "--config.model.num_classes=4"], "has 3 classes, but"),
     "shards": (["--out=OUT", "--shard_images=0"], "it must be at least 1"),
+    "part": (["--out=OUT", "--part=5/4"], "--part=5/4 is not such as 2/4, the second of four"),
     "not finished": (["--out=EMPTY", "--verify"], "holds no manifest.json"),
     "another VAE": (
         ["--out=CACHE", SHARDS, "--config.vae.path=OTHER"],

@@ -112,8 +112,13 @@ def _found(root: pathlib.Path) -> list[tuple[str, str | None]]:
 
 
 def _images(folder: pathlib.Path) -> list[str]:
-    paths = []
+    paths, seen = [], set()
     for place, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:  # links that lead back to where they are
+            folders.clear()
+            continue
+        seen.add(real)
         folders.sort()
         below = os.path.relpath(place, folder)
         paths += [

@@ -119,11 +119,6 @@ def read_json(path: pathlib.Path) -> dict | None:
         raise UserError(f"{path} cannot be read: {reason(error)}") from None
 
 
-def is_finished(folder: pathlib.Path) -> bool:
-    """Whether a cache has its manifest, which is written last."""
-    return (folder / MANIFEST).exists()
-
-
 def sums(moments: np.ndarray) -> dict[str, float]:
     """Of [n, 4, h, w, c]: "records", "sum" and "squares", of which `deviation` is made."""
     return {
@@ -213,31 +208,30 @@ class Making:
         size = self.what["shard_images"]
         return np.arange(shard * size, min((shard + 1) * size, self.what["images"]))
 
-    def start(self) -> None:
-        """Make the folder, or go on in it; UserError where it is of something else."""
+    def start(self) -> bool:
+        """Make the folder, or go on in it; whether all is done already.
+
+        Of a finished cache, shards that were lost are to be made again. Raises UserError where the
+        folder holds something else.
+        """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except FileExistsError:
             raise UserError(f"{self.folder} is a file, not a folder for latents") from None
-        for name in (MANIFEST, UNFINISHED):
-            found = read_json(self.folder / name)
-            if found is None:
-                continue
-            other = [k for k, value in self.what.items() if found.get(k) != value]
-            if other:
-                was, now = (str(each.get(other[0]))[:100] for each in (found, self.what))
-                raise UserError(
-                    f"{self.folder} holds another cache: its {other[0]} is {was}, not {now}; "
-                    "choose another --out"
-                )
-            return
-        if any(self.folder.iterdir()):
-            raise UserError(f"{self.folder} is neither empty nor a cache of latents")
-        self._write(UNFINISHED, self.what)
-
-    def reopen(self) -> bool:
-        """Whether all is done; of a finished cache, shards that were lost are to be made again."""
         manifest = _manifest(self.folder)
+        found = manifest or read_json(self.folder / UNFINISHED)
+        if found is None:
+            if any(not path.name.endswith(".tmp") for path in self.folder.iterdir()):
+                raise UserError(f"{self.folder} is neither empty nor a cache of latents")
+            self._write(UNFINISHED, self.what)
+            return False
+        other = [k for k, value in self.what.items() if found.get(k) != value]
+        if other:
+            was, now = (str(each.get(other[0]))[:100] for each in (found, self.what))
+            raise UserError(
+                f"{self.folder} holds another cache: its {other[0]} is {was}, not {now}; "
+                "choose another --out"
+            )
         if manifest is None:
             return False
         if all(_is_there(self.folder, shard) for shard in manifest["shards"]):
@@ -247,7 +241,7 @@ class Making:
             if _is_there(self.folder, shard):
                 self._write(self._sidecar(number), shard)
         self._write(UNFINISHED, self.what)
-        (self.folder / MANIFEST).unlink()
+        (self.folder / MANIFEST).unlink(missing_ok=True)
         return False
 
     def done(self, shard: int) -> dict | None:
@@ -291,11 +285,11 @@ class Making:
             temporary.unlink(missing_ok=True)
         self._write(self._sidecar(shard), noted)
 
-    def finish(self) -> dict:
-        """Write the manifest once every shard is done; returns it."""
+    def finish(self) -> dict | None:
+        """Write the manifest and return it; None where shards of another host are not done."""
         shards = [self.done(shard) for shard in range(self.num_shards)]
         if None in shards:
-            raise UserError(f"{self.folder}: shard {shards.index(None)} is not done; run again")
+            return _manifest(self.folder)  # or another host has just finished
         manifest = {
             **self.what,
             "latent_std": deviation(shards, self.what["latents"]),
@@ -306,10 +300,10 @@ class Making:
         return manifest
 
     def _tidy(self) -> None:
-        for shard in range(self.num_shards):
-            (self.folder / self._sidecar(shard)).unlink(missing_ok=True)
-        for left in [self.folder / UNFINISHED, *self.folder.glob("*.tmp")]:
-            left.unlink(missing_ok=True)
+        sidecars = [self.folder / self._sidecar(shard) for shard in range(self.num_shards)]
+        left = self.folder.glob("*.array_record.*.tmp")  # by what was killed
+        for path in [*sidecars, self.folder / UNFINISHED, *left]:
+            path.unlink(missing_ok=True)
 
     def _file(self, shard: int) -> str:
         return f"latents-{shard:05d}-of-{self.num_shards:05d}.array_record"

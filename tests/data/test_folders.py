@@ -26,6 +26,16 @@ def test_a_folder_a_class_sorted_as_numbers(tmp_path):
     assert folders.load(tmp_path, num_classes=0).classes == []
 
 
+def test_links_to_folders_are_followed_but_not_in_circles(tmp_path):
+    picture(tmp_path / "all" / "cat" / "1.png")
+    picture(tmp_path / "all" / "dog" / "1.png")
+    (tmp_path / "some").mkdir()
+    (tmp_path / "some" / "cat").symlink_to(tmp_path / "all" / "cat")
+    (tmp_path / "all" / "cat" / "circle").symlink_to(tmp_path / "all" / "cat")
+    assert folders.load(tmp_path / "some").paths == ["cat/1.png"]
+    assert folders.load(tmp_path / "all").paths == ["cat/1.png", "dog/1.png"]
+
+
 def test_names_that_are_no_numbers_are_sorted_as_text():
     assert folders.class_order({"b", "a10", "a9"}) == ["a10", "a9", "b"]
     assert folders.class_order({"10", "9", "x"}) == ["10", "9", "x"]
