@@ -8,6 +8,7 @@ import dataclasses
 import json
 import math
 import pathlib
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -59,25 +60,33 @@ def parse(argv: list[str]):
     return parser.parse_args(argv[1:])
 
 
-def parse_labels(text: str | None, num_samples: int | None, num_classes: int) -> np.ndarray:
+def parse_labels(
+    text: str | None, num_samples: int | None, num_classes: int, classes: Sequence[str] = ()
+) -> np.ndarray:
     """`num_samples` labels: those of the text in turn, or all classes in turn."""
     if text is None:
         return balanced_labels(100 if num_samples is None else num_samples, num_classes)
     if not num_classes:
         raise UserError("--labels was given, but the model is unconditional")
-    labels = [parse_label(part.strip(), text, num_classes) for part in text.split(",")]
+    labels = [parse_label(part.strip(), text, num_classes, classes) for part in text.split(",")]
     check_labels(labels, num_classes)
     return np.resize(np.asarray(labels, np.int32), num_samples or len(labels))
 
 
-def parse_label(part: str, text: str, num_classes: int) -> int:
-    """A class number, or for a model of ImageNet's classes a name."""
+def parse_label(part: str, text: str, num_classes: int, classes: Sequence[str] = ()) -> int:
+    """A class number, or a name: the run's own, or for a thousand classes ImageNet's."""
     try:
         return int(part)
     except ValueError:
+        if part in classes:
+            return classes.index(part)
         if part and num_classes == len(imagenet_names()):
             return imagenet_label(part)
-        raise UserError(f"--labels={text} is not a list of class numbers such as 0,1,2") from None
+        names = [name for name in classes if not name.isdigit()]
+        hint = f", nor a class of the run such as {names[0]}" if part and names else ""
+        raise UserError(
+            f"--labels={text} is not a list of class numbers such as 0,1,2{hint}"
+        ) from None
 
 
 def check_writable(out: pathlib.Path) -> None:
@@ -132,7 +141,8 @@ def main(argv: list[str]) -> None:
         if value is not None and not 0 < value < math.inf:
             raise UserError(f"--{name}={value} must be positive, and finite")
     check_seed(args.seed)
-    model, params, config, item = load_weights(args.checkpoint, decoder_layers=args.decoder_layers)
+    found = load_weights(args.checkpoint, decoder_layers=args.decoder_layers)
+    model, params, config, item, classes = found
     fields = [field.name for field in dataclasses.fields(SampleOptions)]
     given = {name: getattr(args, name, None) for name in fields}
     options = dataclasses.replace(
@@ -140,8 +150,8 @@ def main(argv: list[str]) -> None:
         **{name: value for name, value in given.items() if value is not None},
     )
     options.check(model.num_classes)
-    labels = parse_labels(args.labels, args.num_samples, model.num_classes)
-    found = find_vae(args, config, model)
+    labels = parse_labels(args.labels, args.num_samples, model.num_classes, classes)
+    decoder = find_vae(args, config, model)
     check_writable(out)
     samples = generate(
         model,
@@ -162,8 +172,8 @@ def main(argv: list[str]) -> None:
         "seed": args.seed,
         **dataclasses.asdict(options),
     }
-    if found is not None:
-        path, scale, vae, vae_params = found
+    if decoder is not None:
+        path, scale, vae, vae_params = decoder
         note |= {"vae": path, "vae_scale": scale}
         samples = decode(vae, vae_params, samples, scale=scale, progress=True)
     WRITERS[out.suffix](str(out), to_uint8(samples), labels, json.dumps(note))

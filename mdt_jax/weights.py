@@ -31,13 +31,15 @@ class Weights(NamedTuple):
     """A network and its parameters.
 
     config: of the run they come from, if any. item: which of a run's parameters they are, one of
-    ITEMS; None where it is not known, as of a file.
+    ITEMS; None where it is not known, as of a file. classes: their names in the run's data, if
+    known.
     """
 
     model: MDT | AutoencoderKL | inception_weights.Inception
     params: dict
     config: ConfigDict | None = None
     item: str | None = None
+    classes: tuple[str, ...] = ()
 
 
 class _Kind(NamedTuple):
@@ -169,7 +171,7 @@ def _read_folder(path: pathlib.Path, params: str) -> Weights:
     arrays, meta = checkpoints.load(path, choose)
     config = configs.complete(meta["config"]) if "config" in meta else None
     item = meta["item"] if _ONLY in meta["checksums"] else params
-    return Weights(network(meta), arrays, config, item)
+    return Weights(network(meta), arrays, config, item, tuple(meta.get("classes", ())))
 
 
 def load_weights(
@@ -246,7 +248,8 @@ def save(path: str | os.PathLike, weights: Weights) -> None:
         meta = {"config": config.to_dict()}
     else:
         meta = {"model": {"kind": kind, **_fields(model)}}
-    checkpoints.save_folder(path, _ONLY, weights.params, {"item": weights.item, **meta})
+    meta |= {"item": weights.item, "classes": weights.classes}
+    checkpoints.save_folder(path, _ONLY, weights.params, meta)
 
 
 def not_told(model: object) -> list[str]:
@@ -279,7 +282,7 @@ def start_from(config: ConfigDict, model: MDT, key: jax.Array) -> tuple[dict, di
     latents, differ in anything else.
     """
     path = config.init.checkpoint
-    source, ema, theirs, _ = load_weights(path)
+    source, ema, theirs, *_ = load_weights(path)
     is_file = hub.local_path(path).is_file()
     untold = is_file and source.version == "v1" and source.depth == model.depth
     if untold and 0 < model.decoder_layers != source.decoder_layers:

@@ -9,6 +9,7 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.hub_server import released
+from tests.small_data import write_pictures, write_vae
 
 README = (ROOT / "README.md").read_text()
 
@@ -30,6 +31,9 @@ def run(command: str, folder, **kwargs):
 
 def smoke(command: str) -> str:
     """The same command on the smallest variant, in this interpreter."""
+    if "latents/" in command:  # on the pictures and the VAE of the fixture
+        command += " --config.data.image_size=32 --config.data.channels=3 --config.vae.path=vae"
+        command += " --config.model.num_classes=3 --config.vae.scale=1.0"
     command = re.sub(r"(configs/\w+\.py)(?!:)", rf"{ROOT}/\1:smoke", command)
     command = re.sub(r"--config=configs", f"--config={ROOT}/configs", command)
     command = command.replace("train.steps=4000", "train.steps=4")
@@ -41,8 +45,10 @@ def smoke(command: str) -> str:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A folder in which the README's first training command has run."""
+    """A folder with data, in which the README's first training command has run."""
     folder = tmp_path_factory.mktemp("readme")
+    write_pictures(folder / "imagenet" / "train")
+    write_vae(folder / "vae")
     run(smoke(MODULE_COMMANDS[0]), folder, env=ENVIRONMENT)
     assert (folder / "runs" / "digits" / "report.json").is_file()
     return folder
@@ -65,12 +71,13 @@ def hub(tmp_path_factory):
 @pytest.mark.parametrize("command", MODULE_COMMANDS)
 def test_module_commands(command, runs, hub):
     printed = run(smoke(command), runs, env=ENVIRONMENT | hub)
+    for module, said in (("info", "memory of a step"), ("--verify", "is sound: 24 images")):
+        assert said in printed or module not in command
     if "mdt_jax.info" in command:
-        assert "memory of a step" in printed
         return
     out = re.search(r"--(?:out|dst)=(\S+)", command)
     workdir = re.search(r"--workdir=(\S+)", command)
-    assert (runs / out[1]).is_file() if out else (runs / workdir[1] / "report.json").is_file()
+    assert (runs / out[1]).exists() if out else (runs / workdir[1] / "report.json").is_file()
 
 
 def test_make_demo(tmp_path):
@@ -113,5 +120,6 @@ def test_python_blocks(runs, monkeypatch):
 
 
 def test_links_lead_somewhere():
+    headings = {f"#{heading.lower()}" for heading in re.findall(r"^#+ (\w+)$", README, re.M)}
     for target in re.findall(r"\]\((?!http)([^)]+)\)", README):
-        assert (ROOT / target).is_file(), target
+        assert target in headings or (ROOT / target).is_file(), target
