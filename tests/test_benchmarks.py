@@ -1,4 +1,5 @@
 import json
+import re
 import runpy
 import subprocess
 import sys
@@ -101,3 +102,16 @@ def test_mistakes_are_one_line(tmp_path):
         _, log = convergence(argument, f"--out={tmp_path / 'out'}", expect=2)
         assert log.startswith("error: ") and message in log and log.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_what_the_pipeline_reads(tmp_path, capsys):
+    bench = runpy.run_path(str(ROOT / "benchmarks" / "data.py"))
+    few = ["--images=12", "--latents=80", "--seconds=0.1", "--workers=0,1"]
+    bench["bench"](["data.py", *few, f"--out={tmp_path}"])
+    printed = capsys.readouterr().out
+    for source in ("images of a folder", "images of a tar", "latents of a cache"):
+        assert re.search(rf"\| {source} \|( [1-9][0-9,]* \|){{3}}", printed), printed
+    # The work of a trained image is what the recipes' cost says.
+    assert re.search(r"MDT-XL/2 \| 1.25 \| 794 \| 397 ", printed)
+    report = json.loads((tmp_path / "data.json").read_text())
+    assert report["rates"]["latents of a cache"]["0"]["per_second"] > 0

@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 
-from mdt_jax import encode, weights
+from mdt_jax import convert, encode, sample, weights
 from mdt_jax.models.autoencoder import AutoencoderKL
 from tests.conftest import run_here, train_here
 from tests.models.common import random_params
@@ -160,6 +160,21 @@ def test_a_run_goes_on_with_the_same_batches_and_classes(place, from_folder, tmp
     argv = [*arguments(place, "folder", other), workdir, "--config.train.steps=4"]
     printed = train_here(*argv, expect=2)
     assert "was trained with the classes 0 = 2, 1 = 9, 2 = 10; the data now has 0 = 2" in printed
+
+
+def test_samples_by_the_names_of_the_classes(place, tmp_path):
+    for number, name in zip(CLASSES, ("emu", "cat", "dog"), strict=True):
+        shutil.copytree(place / "folder" / number, tmp_path / "zoo" / name)
+    argv = arguments(place, "folder", tmp_path / "zoo")
+    train_here(*argv, "--config.train.steps=1", f"--workdir={tmp_path / 'run'}")
+    run_here(convert.main, f"--src={tmp_path / 'run'}", f"--dst={tmp_path / 'weights'}")
+    for checkpoint in ("run", "weights"):
+        labels = ["--labels=emu,0, dog", f"--checkpoint={tmp_path / checkpoint}"]
+        run_here(sample.main, *labels, "--num_steps=2", f"--out={tmp_path / 'out.npz'}")
+        assert np.load(tmp_path / "out.npz")["arr_1"].tolist() == [2, 0, 1]
+    labels[0] = "--labels=fox"
+    printed = run_here(sample.main, *labels, f"--out={tmp_path / 'out.npz'}", expect=2)
+    assert "nor a class of the run such as cat" in printed
 
 
 BAD_DATA = {
