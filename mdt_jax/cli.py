@@ -3,6 +3,7 @@
 import argparse
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable
 
@@ -13,13 +14,19 @@ from mdt_jax.errors import UserError
 
 
 def run(main: Callable[[list[str]], None]) -> None:
-    """Call main(argv); a mistake of the user's or of the file system is one line, exit code 2."""
+    """Call main(argv); a mistake of the user's or of the file system is one line, exit code 2.
+
+    So is Ctrl-C where main leaves it to Python, with the code that shells have for it.
+    """
     try:
         main(sys.argv)
     except (UserError, OSError) as error:
         line = " ".join(str(error).split())
         print(f"error: {line}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
 
 
 class Parser(argparse.ArgumentParser):

@@ -211,7 +211,7 @@ def main(argv: list[str]) -> None:
         "shard_images": (SHARD_IMAGES, "images in a shard, which is what a stop may cost"),
     }
     config, flags = cli.parse_config(argv, usage, optional)
-    configs.validate(config, jax.device_count())
+    configs.validate(config)
     if flags.shard_images < 1:
         raise UserError(f"--shard_images={flags.shard_images}; it must be at least 1")
     if flags.estimate_scale:

@@ -3,8 +3,10 @@
 import dataclasses
 import itertools
 import json
+import os
 import random
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -154,6 +156,23 @@ def test_killed_five_times_it_ends_with_the_same_bytes(place, tmp_path):
 
 def encode_here(*arguments, expect=0):
     return run_here(encode.main, *arguments, expect=expect)
+
+
+def test_ctrl_c_reaches_the_workers_too(place, tmp_path):
+    out = tmp_path / "cache"
+    command = [sys.executable, "-m", "mdt_jax.encode", *arguments(place), "--shard_images=1"]
+    process = subprocess.Popen(
+        [*command, f"--out={out}", "--config.data.workers=1"],
+        cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    while not list(tmp_path.glob("cache/*.array_record")):
+        assert process.poll() is None
+        time.sleep(0.001)
+    os.killpg(process.pid, signal.SIGINT)
+    _, printed = process.communicate(timeout=60)
+    assert process.returncode == 130 and printed.endswith("\nstopped\n")
+    assert "Traceback" not in printed and not (out / "manifest.json").exists()
+    assert not list(out.glob("*.tmp"))
 
 
 def test_verify(place, tmp_path):
