@@ -55,7 +55,7 @@ def default() -> ConfigDict:
                 flip=False,  # mirror half of the images
                 crop="center",  # of images: center or random
                 workers=0,  # processes that read; 0: threads
-                max_damaged=0,  # damaged images that are left out before the run stops
+                max_damaged=0,  # damaged images that each host leaves out before it stops
             ),
             vae=dict(
                 path="identity",  # identity: the model is trained on pixels

@@ -8,6 +8,7 @@ on. The same command again goes on where it was stopped. To train on them:
 
 import contextlib
 import dataclasses
+import hashlib
 import pathlib
 import re
 import sys
@@ -17,7 +18,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from mdt_jax import cli, inputs, parallel, vae, weights
+from mdt_jax import cli, inputs, parallel, vae
 from mdt_jax import config as configs
 from mdt_jax.data import latents, pipeline, sources
 from mdt_jax.data.crops import Squares
@@ -92,10 +93,12 @@ def describe(config: ConfigDict, images: Squares, found: inputs.Vae, shard_image
         "latents": list(input_shape(config)),
         "image_size": data.image_size,
         "crop": data.crop,
-        "vae": {"path": found.path, "sha256": vae.sha256(found.params)},
+        "vae": found.path,
+        "vae_sha256": vae.sha256(found.params),
         "scale": config.vae.scale,
         "classes": images.classes if config.model.num_classes else [],
-        "source": {"name": data.name, "path": data.path, "split": data.split},
+        "contents": hashlib.sha256(images.files.contents.encode(errors="replace")).hexdigest(),
+        "source": f"{data.name} {data.path}",
     }
 
 
@@ -104,10 +107,10 @@ def make(config: ConfigDict, out: pathlib.Path, shard_images: int, part: tuple[i
     images = open_images(config)
     name = f"{config.data.name} {config.data.path}"
     inputs.check_classes(name, len(images.classes), config.model.num_classes)
-    found = inputs.Vae(config.vae.path, *weights.load_vae(config.vae.path))
+    found = inputs.load_vae(config)
     making = latents.Making(out, describe(config, images, found, shard_images))
     if making.start():
-        print(f"{out} is finished already", file=sys.stderr)
+        print(f"{out} is finished already; --verify reads all of it", file=sys.stderr)
         return
     own = range(part[0], making.num_shards, part[1])
     noted = {shard: making.done(shard) for shard in own}
@@ -156,7 +159,7 @@ def said_of_scale(std: float, scale: float) -> str:
 def verify(config: ConfigDict, out: pathlib.Path) -> None:
     """Read a finished cache; UserError for the first thing that is wrong with it."""
     cache = latents.load(out)
-    inputs.check_cache(cache, config, None)
+    inputs.check_cache(cache, config, inputs.load_vae(config))
     shards, damaged = [], []
     with progress_bar(len(cache), True, "verifying", "image") as bar:
         for number, shard in enumerate(cache.manifest["shards"]):
@@ -182,7 +185,7 @@ def verify(config: ConfigDict, out: pathlib.Path) -> None:
 def estimate_scale(config: ConfigDict) -> None:
     """Print one over the deviation of the latents of images from all over the set."""
     images = open_images(config)
-    found = inputs.Vae(config.vae.path, *weights.load_vae(config.vae.path))
+    found = inputs.load_vae(config)
     count = min(MEASURED, len(images))
     chosen = np.sort(np.random.default_rng(0).permutation(len(images))[:count])
     measured = []
@@ -192,6 +195,8 @@ def estimate_scale(config: ConfigDict) -> None:
             measured.append(latents.sums(batch["moments"][batch["damaged"] == -1]))
             bar.update(len(batch["labels"]))
     std = latents.deviation(measured, input_shape(config))
+    if not std:
+        raise UserError(f"none of {count} images could be read")
     print(f"vae.scale: {1 / std:.5g}, one over the deviation of the latents of {count} images")
 
 
@@ -214,6 +219,8 @@ def main(argv: list[str]) -> None:
     configs.validate(config)
     if flags.shard_images < 1:
         raise UserError(f"--shard_images={flags.shard_images}; it must be at least 1")
+    if flags.estimate_scale and flags.verify:
+        raise UserError("--estimate_scale and --verify are two things: give one")
     if flags.estimate_scale:
         estimate_scale(config)
     elif not flags.out:

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pathlib
+import secrets
 import shutil
 from collections.abc import Iterator
 
@@ -23,12 +24,19 @@ def whole(
     try:
         yield temporary
         os.chmod(temporary, 0o666 & ~_umask())  # some writers let nobody else read
+        settle(temporary)
         os.replace(temporary, path)
     except (OSError, *failures) as error:
         raise UserError(f"{path} could not be written: {reason(error)}{free(path)}") from None
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def settle(path: pathlib.Path) -> None:
+    """Wait until a file is on the disk, so that a power cut cannot leave its name without it."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
 
 
 def _umask() -> int:
@@ -39,7 +47,7 @@ def _umask() -> int:
 
 def beside(path: pathlib.Path) -> pathlib.Path:
     """A temporary name in the same folder that nobody else uses."""
-    return path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    return path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
 
 
 def reason(error: Exception) -> str:

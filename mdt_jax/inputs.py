@@ -7,7 +7,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from mdt_jax import parallel, vae
+from mdt_jax import parallel, vae, weights
 from mdt_jax.data import latents, pipeline, sources
 from mdt_jax.data.crops import Squares
 from mdt_jax.errors import UserError
@@ -32,6 +32,13 @@ class Vae:
                 f"vae.path {self.path} has latents of {found[0]} channels at 1/{found[1]} of the "
                 f"size; they must have {VAE_CHANNELS} at 1/{VAE_FACTOR}"
             )
+
+
+def load_vae(config: ConfigDict) -> Vae | None:
+    """The VAE of a config, if it has one: to encode, to decode, or to compare with a cache's."""
+    if config.vae.path == "identity":
+        return None
+    return Vae(config.vae.path, *weights.load_vae(config.vae.path))
 
 
 def open_data(config: ConfigDict) -> tuple[Source, sources.Images | None]:
@@ -73,24 +80,20 @@ def check_classes(name: str, found: int, num_classes: int) -> None:
     )
 
 
-def check_cache(cache: latents.Latents, config: ConfigDict, found: Vae | None) -> None:
-    """Raise UserError where latents were made with another VAE, scale or size than the config's.
-
-    found: the config's VAE, if it was read; else only its path can be compared.
-    """
-    made = cache.manifest
-    wanted = {"vae.scale": config.vae.scale, "data.image_size": config.data.image_size}
-    there = {"vae.scale": made["scale"], "data.image_size": made["image_size"]}
-    if found is None:
-        wanted["vae.path"], there["vae.path"] = config.vae.path, made["vae"]["path"]
-    elif (hashed := vae.sha256(found.params)) != made["vae"]["sha256"]:
-        wanted["vae.path"] = f"{found.path} (SHA-256 {hashed[:12]})"
-        there["vae.path"] = f"{made['vae']['path']} (SHA-256 {made['vae']['sha256'][:12]})"
-    other = [
-        f"{name} {there[name]}, not {wanted[name]}"
-        for name in wanted
-        if there[name] != wanted[name]
-    ]
+def check_cache(cache: latents.Latents, config: ConfigDict, found: Vae) -> None:
+    """Raise UserError where latents were made with another VAE, scale or size than the config's."""
+    made, hashed = cache.manifest, vae.sha256(found.params)
+    compared = {
+        "vae.scale": (made["scale"], config.vae.scale),
+        "data.image_size": (made["image_size"], config.data.image_size),
+        "vae.path": (
+            f"{made['vae']} (SHA-256 {made['vae_sha256'][:12]})",
+            f"{found.path} (SHA-256 {hashed[:12]})",
+        ),
+    }
+    if hashed == made["vae_sha256"]:
+        del compared["vae.path"]
+    other = [f"{name} {was}, not {now}" for name, (was, now) in compared.items() if was != now]
     if other:
         raise UserError(f"{cache.folder} was made with {'; '.join(other)}")
 

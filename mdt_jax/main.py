@@ -36,7 +36,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, stop: "StopSignal") -> None
     mesh = parallel.data_mesh()
     configs.validate(config, mesh.size)
     data, held_out = inputs.open_data(config)
-    vae = load_vae(config)
+    vae = inputs.load_vae(config)
     if config.data.name == "latents":
         inputs.check_cache(data, config, vae)
     classes = data.classes if config.model.num_classes else []
@@ -211,14 +211,6 @@ class StopSignal:
             sys.exit(0)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: sys.exit(0))
-
-
-def load_vae(config: ConfigDict) -> inputs.Vae | None:
-    """The VAE of a config, if it needs one: to encode images, or to draw pictures of samples."""
-    drawn = config.train.sample_every or config.sample.num_samples
-    if config.vae.path == "identity" or (config.data.name == "latents" and not drawn):
-        return None
-    return inputs.Vae(config.vae.path, *weights.load_vae(config.vae.path))
 
 
 def check_same_model(

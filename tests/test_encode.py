@@ -42,6 +42,9 @@ def place(tmp_path_factory):
     write_pictures(folder / "pictures", IMAGES)
     write_vae(folder / "vae")
     write_vae(folder / "other", seed=1)
+    write_vae(folder / "moved" / "vae")
+    write_pictures(folder / "renamed", IMAGES)
+    (folder / "renamed" / "9" / "001.jpg").rename(folder / "renamed" / "9" / "002.jpg")
     run_command("mdt_jax.encode", *arguments(folder), f"--out={folder / 'cache'}", SHARDS)
     return folder
 
@@ -76,6 +79,16 @@ def content(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+def test_where_things_lie_is_no_matter(place, tmp_path):
+    """The same images and VAE by other paths go on with, and train on, the same cache."""
+    pictures = shutil.copytree(place / "pictures", tmp_path / "pictures")
+    moved = [f"--config.vae.path={place / 'moved' / 'vae'}"]
+    argv = [*arguments(place), *moved, f"--config.data.path={pictures}/", SHARDS]
+    assert "finished already" in encode_here(*argv, f"--out={place / 'cache'}")
+    argv = [*arguments(place, "latents", "cache"), *moved, "--config.train.steps=1"]
+    train_here(*argv, f"--workdir={tmp_path / 'run'}")
+
+
 def test_what_a_cache_holds(place):
     manifest = json.loads((place / "cache" / "manifest.json").read_text())
     assert manifest["images"] == IMAGES and manifest["latents"] == [4, 4, 4]
@@ -98,7 +111,7 @@ def test_online_and_cached_training_see_the_same(place):
     """The images in the same order with the same mirrors; only the posterior's noise differs."""
     mesh = parallel.data_mesh()
     online, cached = config_of(place), config_of(place, "latents", "cache")
-    vae = main.load_vae(online)
+    vae = inputs.load_vae(online)
     streams = [
         inputs.feed(config, inputs.open_data(config)[0], mesh, found, 0)
         for config, found in ((online, vae), (cached, None))
@@ -182,6 +195,9 @@ def test_verify(place, tmp_path):
 
     said = verify(place / "cache")
     assert f"is sound: {IMAGES} images in 13 shards; latents have a deviation of" in said
+    assert "was made with vae.path" in verify(
+        place / "cache", f"--config.vae.path={place / 'other'}", expect=2
+    )
     copy = shutil.copytree(place / "cache", tmp_path / "cache")
     shard = copy / "latents-00002-of-00013.array_record"
     spoilt = bytearray(shard.read_bytes())
@@ -197,8 +213,14 @@ def test_verify(place, tmp_path):
     assert f"was made with vae.scale {SCALE}, not 0.18215" in said
     manifest = json.loads((copy / "manifest.json").read_text())
     (copy / "manifest.json").write_text(json.dumps({**manifest, "scale": 0.18215}))
-    said = verify(copy, "--config.vae.scale=0.18215", expect=2)
+    assert "manifest.json is damaged, or was edited: encode anew" in verify(copy, expect=2)
+    (copy / "manifest.json").unlink()
+    argv = [*arguments(place), f"--out={tmp_path / 'unscaled'}", "--config.vae.scale=0.18215"]
+    encode_here(*argv)
+    said = encode_here(*argv, "--verify", expect=2)
     assert "which should be about 1; measure vae.scale with --estimate_scale" in said
+    said = encode_here(*argv, "--verify", "--estimate_scale", expect=2)
+    assert "--estimate_scale and --verify are two things" in said
 
 
 def test_estimate_scale(place):
@@ -262,16 +284,18 @@ def test_parts_on_machines_that_know_nothing_of_each_other(place, tmp_path):
     assert len(list((tmp_path / "new").glob("*.array_record"))) == 4
 
 
-def test_two_hosts_read_their_halves_of_the_same_batches(place, tmp_path):
+def test_hosts_read_their_parts_of_the_same_batches(place, tmp_path):
     names = arguments(place, "latents", "cache")
-    for count in (1, 2):
+    for count in (1, 2, 4):
         (tmp_path / str(count)).mkdir()
         on_hosts(count, "feed", str(tmp_path / str(count)), "3", *names)
     for k in range(3):
         for name in ("mean", "std", "labels"):
             whole = np.load(tmp_path / "1" / f"{k}-{name}-0.npy")
-            halves = [np.load(tmp_path / "2" / f"{k}-{name}-{start}.npy") for start in (0, 8)]
-            np.testing.assert_array_equal(np.concatenate(halves), whole)
+            for count in (2, 4):
+                starts = range(0, 16, 16 // count)
+                parts = [np.load(tmp_path / str(count) / f"{k}-{name}-{n}.npy") for n in starts]
+                np.testing.assert_array_equal(np.concatenate(parts), whole)
 
 
 def test_damaged_images_are_left_out_up_to_a_limit(place, tmp_path):
@@ -280,8 +304,8 @@ def test_damaged_images_are_left_out_up_to_a_limit(place, tmp_path):
         (pictures / name).write_bytes((pictures / name).read_bytes()[:300])
     argv = [*arguments(place), f"--config.data.path={pictures}", f"--out={tmp_path / 'cache'}"]
     *said, last = encode_here(*argv, SHARDS, expect=2).splitlines()
-    assert any(line.endswith("pictures/10/005.jpg is damaged and left out") for line in said)
-    assert "1 damaged images, the last" in last and "data.max_damaged is 0" in last
+    assert any("pictures/10/005.jpg is damaged and left out: " in line for line in said)
+    assert last.startswith("error: 1 damaged images, the last") and "max_damaged is 0" in last
     # More of them are forgiven: it goes on.
     printed = encode_here(*argv, SHARDS, "--config.data.max_damaged=2")
     assert "50 images in 13 shards, 2 damaged left out" in printed
@@ -326,7 +350,7 @@ def places(text, place, tmp_path):
     (tmp_path / "empty").mkdir(exist_ok=True)
     for name, path in (
         ("OUT", tmp_path / "out"), ("EMPTY", tmp_path / "empty"), ("CACHE", place / "cache"),
-        ("OTHER", place / "other"),
+        ("OTHER", place / "other"), ("RENAMED", place / "renamed"),
     ):  # fmt: skip
         text = text.replace(name, str(path))
     return text

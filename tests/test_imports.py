@@ -26,15 +26,15 @@ LEVELS = {
     "interop": 3,
     "config": 5,
     "evaluation": 5,
-    "inputs": 5,
     "train": 6,
     "cli": 6,
     "weights": 7,
-    "main": 8,
-    "sample": 8,
-    "info": 8,
-    "convert": 8,
-    "encode": 8,
+    "inputs": 8,
+    "main": 9,
+    "sample": 9,
+    "info": 9,
+    "convert": 9,
+    "encode": 9,
 }
 NEVER = {("diffusion", "models"), ("data", "jax"), ("data", "models"), ("data", "diffusion")}
 # What the core needs; everything else is imported where it is used.

@@ -9,6 +9,7 @@ import dataclasses
 import numpy as np
 
 from mdt_jax.data.pipeline import UNREADABLE
+from mdt_jax.files import reason
 
 BOX, BICUBIC = 4, 3  # Pillow's own numbers
 CROPS = ("center", "random")
@@ -16,12 +17,21 @@ STAND_INS = 100  # images after a damaged one that are tried in its place
 
 
 def to_rgb(image):
-    """A PIL.Image of any mode as RGB: grey repeated, alpha dropped, 16 bits scaled to 8."""
-    if image.mode.startswith("I"):  # I, I;16, I;16B, …
+    """A PIL.Image as RGB: grey repeated, alpha dropped, 16 bits scaled to 8.
+
+    Raises ValueError for pixels of 32 bits, whose range nobody knows.
+    """
+    if image.mode.startswith("I"):  # I;16, I;16B, and I where Pillow widens 16 bits
         from PIL import Image
 
         wide = np.asarray(image).astype(np.int64)
-        image = Image.fromarray((wide / 257 + 0.5).clip(0, 255).astype(np.uint8))
+        if wide.min() < 0 or wide.max() > 65535:
+            raise ValueError("its pixels have more than 16 bits")
+        image = Image.fromarray((wide / 257 + 0.5).astype(np.uint8))
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers")
+    if "transparency" in image.info:
+        image = image.convert("RGBA")
     return image.convert("RGB")
 
 
@@ -57,9 +67,9 @@ def _shrink(image, size: int):
 class Squares:
     """Image files as squares, for `pipeline.batches`.
 
-    files: what has len, classes, name(i), and read(i) → (PIL.Image, label). channels: 3, or 1 for
-    grey. crop: one of CROPS. flip: mirror those whose u is below a half. stand_ins: how many of the
-    images that follow a damaged one are tried in its place; 0: it is given as black.
+    files: what has len, classes, name(i), and read(i) → (a path or file, label). channels: 3, or 1
+    for grey. crop: one of CROPS. flip: mirror those whose u is below a half. stand_ins: how many of
+    the images that follow a damaged one are tried in its place; 0: it is given as black.
     """
 
     files: object
@@ -68,7 +78,6 @@ class Squares:
     crop: str = "center"
     flip: bool = False
     stand_ins: int = STAND_INS
-    advice = "; nor can those that follow it"
 
     def __len__(self) -> int:
         return len(self.files)
@@ -81,32 +90,46 @@ class Squares:
         """For messages."""
         return self.files.name(i)
 
+    def why(self, i: int) -> str:
+        """What is wrong with an image."""
+        try:
+            self._square(self.files.read(i)[0], 0.5)
+        except Exception as error:
+            return reason(error)
+        return "it can be read now"
+
     def take(self, items: np.ndarray, u: np.ndarray) -> dict[str, np.ndarray]:
         """{"images": [n, size, size, channels] uint8, "labels": [n] int32, "damaged": [n] int64}.
 
         damaged: −1; or the item, where another or black stands in; or UNREADABLE − item, where all
-        stand-ins are damaged, too.
+        stand-ins are damaged, too. Raises OSError where it is not the image's fault.
         """
         images = np.zeros((len(items), self.size, self.size, self.channels), np.uint8)
         labels, damaged = np.zeros(len(items), np.int32), np.full(len(items), -1, np.int64)
         for n, (item, draw) in enumerate(zip(items.tolist(), u.tolist(), strict=True)):
             for tried in range(min(self.stand_ins + 1, len(self))):
+                file, label = self.files.read((item + tried) % len(self))
                 try:
-                    images[n], labels[n] = self._one((item + tried) % len(self), draw)
-                    break
-                except Exception:  # Pillow raises many kinds for damaged files
+                    images[n] = self._square(file, draw)
+                except Exception as error:  # Pillow raises many kinds for damaged files
+                    if getattr(error, "errno", None) is not None or isinstance(error, MemoryError):
+                        raise
                     damaged[n] = item
+                else:
+                    labels[n] = label if self.classes else 0
+                    break
             else:
                 damaged[n] = UNREADABLE - item if self.stand_ins else item
         return {"images": images, "labels": labels, "damaged": damaged}
 
-    def _one(self, i: int, u: float) -> tuple[np.ndarray, int]:
-        image, label = self.files.read(i)
-        with image:
+    def _square(self, file, u: float) -> np.ndarray:
+        from PIL import Image
+
+        with Image.open(file) as image:
             image = to_rgb(image) if self.channels == 3 else to_rgb(image).convert("L")
         if self.crop == "center":
             array = center_crop(image, self.size)
         else:
             array = random_crop(image, self.size, np.random.default_rng(int(u * 2**53)))
         array = array.reshape(self.size, self.size, self.channels)
-        return (array[:, ::-1] if self.flip and u < 0.5 else array), label
+        return array[:, ::-1] if self.flip and u < 0.5 else array

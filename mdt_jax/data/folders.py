@@ -37,11 +37,14 @@ class Files:
         """For messages."""
         return str(self.root / self.paths[i])
 
-    def read(self, i: int):
-        """(PIL.Image of whatever mode and size, label); OSError where it is no image."""
-        from PIL import Image
+    @property
+    def contents(self) -> str:
+        """What tells it from other sets: every path and label."""
+        return "\n".join(map("{}\t{}".format, self.paths, self.labels.tolist()))
 
-        return Image.open(self.root / self.paths[i]), int(self.labels[i])
+    def read(self, i: int) -> tuple[pathlib.Path, int]:
+        """(the file of an image, label)."""
+        return self.root / self.paths[i], int(self.labels[i])
 
 
 def load(path: str, num_classes: int | None = None) -> Files:
@@ -51,25 +54,25 @@ def load(path: str, num_classes: int | None = None) -> Files:
     images themselves, ClassID_ImgID.jpg gives the class, and names without "_" have none.
     A .csv of path,label (with or without that header) or a .jsonl of {"path": …, "label": …}: paths
     are taken from the file's folder, and labels may be names or numbers; without them there are no
-    classes. num_classes: how many are expected; 0: they are left aside. A list whose labels are all
-    numbers below num_classes means those. Raises UserError where there is no image, a label is
-    missing or out of range, or a path leaves the folder.
+    classes. num_classes: how many are expected; 0: they are left aside. Numbers in a list count
+    from 0 to num_classes − 1, or from 1 to num_classes. Raises UserError where there is no image, a
+    label is missing or out of range, or a path leaves the folder.
     """
     place = pathlib.Path(path)
     if os.path.isfile(place) and place.suffix in (".csv", ".jsonl"):
         root, pairs = place.parent, _listed(place)
     elif os.path.isdir(place):
-        root, pairs = place, _found(place)
+        root, pairs = place, _found(place, num_classes != 0)
     else:
         what = "is no folder, .csv or .jsonl" if os.path.exists(place) else "does not exist"
         raise UserError(f"data.path {path} {what}")
     if not pairs:
         raise UserError(f"data.path {path} holds no images ({', '.join(SUFFIXES)})")
-    names = {label for _, label in pairs}
+    names = {label for _, label in pairs} if num_classes != 0 else {None}
     if None in names and len(names) > 1:
         bare = next(p for p, label in pairs if label is None)
         raise UserError(f"{path}: {bare} has no label, but others have")
-    if num_classes == 0 or None in names:
+    if None in names:
         return Files(root, [p for p, _ in pairs], np.zeros(len(pairs), np.int32), [])
     classes = class_order(names)
     if root != place and num_classes:
@@ -82,44 +85,47 @@ def load(path: str, num_classes: int | None = None) -> Files:
 def _numbered(
     file: pathlib.Path, pairs: list[tuple[str, str | None]], num_classes: int
 ) -> list[str] | None:
-    """0, 1, … where the labels of a list are those numbers, though some may have no image.
+    """0, 1, … or 1, 2, … where the labels of a list are those numbers, some perhaps of no image.
 
-    None where they are names, or as many numbers as there are classes. Raises UserError for a
-    number that is out of range.
+    None where they are names. Raises UserError for a number that is out of range.
     """
     names = {label for _, label in pairs}
-    numbers = [str(number) for number in range(num_classes)]
-    if names <= set(numbers):
-        return numbers
-    is_number = re.compile(r"-?[0-9]+").fullmatch
-    if not all(map(is_number, names)) or (
-        len(names) == num_classes and not any(name.startswith("-") for name in names)
-    ):
+    if not all(map(re.compile(r"-?[0-9]+").fullmatch, names)):
         return None
-    path, label = next(pair for pair in pairs if pair[1] not in numbers)
+    for first in (0, 1):
+        numbers = [str(number) for number in range(first, first + num_classes)]
+        if names <= set(numbers):
+            return numbers
+    most, least = max(names, key=int), min(names, key=int)
+    label = least if int(least) < 0 else most
+    path = next(path for path, given in pairs if given == label)
     raise UserError(
         f"{file}: label {label} of {path} is out of range: {num_classes} classes are 0 to "
         f"{num_classes - 1}"
     )
 
 
-def _found(root: pathlib.Path) -> list[tuple[str, str | None]]:
+def _found(root: pathlib.Path, labelled: bool) -> list[tuple[str, str | None]]:
     """(path below root, class) of every image, in an order that no file system changes."""
-    folders = sorted(e.name for e in os.scandir(root) if e.is_dir() and e.name[0] != ".")
-    if folders:
-        return [(f"{name}/{p}", name) for name in folders for p in _images(root / name)]
-    return [(p, _class_of(p)) for p in _images(root)]
+    paths = _images(root)
+    inside = [path for path in paths if os.sep in path]
+    if inside and len(inside) < len(paths) and labelled:
+        bare = next(path for path in paths if os.sep not in path)
+        raise UserError(f"{root} holds both folders of images and images without one, as {bare}")
+    if inside:
+        return [(path, path.split(os.sep)[0]) for path in paths]
+    return [(path, class_of(path)) for path in paths]
 
 
 def _images(folder: pathlib.Path) -> list[str]:
     paths, seen = [], set()
-    for place, folders, files in os.walk(folder, followlinks=True):
+    for place, folders, files in os.walk(folder, onerror=_raise, followlinks=True):
         real = os.path.realpath(place)
         if real in seen:  # links that lead back to where they are
             folders.clear()
             continue
         seen.add(real)
-        folders.sort()
+        folders[:] = sorted(name for name in folders if name[0] != ".")
         below = os.path.relpath(place, folder)
         paths += [
             os.path.normpath(os.path.join(below, name))
@@ -129,33 +135,48 @@ def _images(folder: pathlib.Path) -> list[str]:
     return paths
 
 
-def _class_of(path: str) -> str | None:
+def _raise(error: OSError):
+    raise error
+
+
+def class_of(path: str) -> str | None:
+    """The ClassID of ClassID_ImgID.jpg, if it is such a name."""
     head, underscore, _ = os.path.basename(path).partition("_")
-    return head if underscore else None
+    return head if underscore and head else None
 
 
 def _listed(file: pathlib.Path) -> list[tuple[str, str | None]]:
     """The lines of a CSV or JSONL, each checked."""
     read = _csv_lines if file.suffix == ".csv" else _json_lines
+    labels: dict[str, str | None] = {}
     pairs = []
-    for number, path, label in read(file):
-        where = f"{file}, line {number}"
-        if not path:
-            raise UserError(f"{where}: no path")
-        inside = os.path.normpath(path)
-        if os.path.isabs(path) or inside.split(os.sep)[0] == "..":
-            raise UserError(f"{where}: {path} leaves {file.parent}")
-        if not os.path.isfile(file.parent / inside):
-            raise UserError(f"{where}: {path} does not exist in {file.parent}")
-        pairs.append((inside, label))
+    try:
+        for number, path, label in read(file):
+            where = f"{file}, line {number}"
+            if not path:
+                raise UserError(f"{where}: no path")
+            inside = os.path.normpath(path)
+            if os.path.isabs(path) or inside.split(os.sep)[0] == "..":
+                raise UserError(f"{where}: {path} leaves {file.parent}")
+            if not os.path.isfile(file.parent / inside):
+                raise UserError(f"{where}: {path} does not exist in {file.parent}")
+            if (before := labels.setdefault(inside, label)) != label:
+                raise UserError(f"{where}: {path} is {label}, but {before} in a line before")
+            pairs.append((inside, label))
+    except UnicodeDecodeError:
+        raise UserError(f"{file} is not text in UTF-8") from None
+    except csv.Error as error:
+        raise UserError(f"{file} is no CSV: {error}") from None
     return pairs
 
 
 def _csv_lines(file: pathlib.Path):
     with open(file, newline="", encoding="utf-8-sig") as lines:
-        for number, row in enumerate(csv.reader(lines), start=1):
-            if not row or (number == 1 and row[0].strip().lower() in ("path", "file", "filename")):
+        rows = csv.reader(lines)
+        for n, row in enumerate(rows):
+            if not row or (n == 0 and row[0].strip().lower() in ("path", "file", "filename")):
                 continue
+            number = rows.line_num
             if len(row) > 2:
                 raise UserError(f"{file}, line {number}: {len(row)} fields; path,label are two")
             if len(row) == 2 and not row[1].strip():
@@ -164,15 +185,20 @@ def _csv_lines(file: pathlib.Path):
 
 
 def _json_lines(file: pathlib.Path):
-    with open(file, encoding="utf-8") as lines:
+    with open(file, encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:
                 entry = json.loads(line)
                 path, label = entry["path"], entry.get("label")
-            except (ValueError, KeyError, TypeError, AttributeError):
+            except UnicodeDecodeError:
+                raise
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 raise UserError(f'{file}, line {number}: no {{"path": …, "label": …}}') from None
-            if not isinstance(path, str) or not isinstance(label, (str, int, type(None))):
+            known = (
+                label is None or type(label) is int or (isinstance(label, str) and label.strip())
+            )
+            if not isinstance(path, str) or not known:
                 raise UserError(f"{file}, line {number}: path is text, label text or a number")
-            yield number, path, None if label is None else str(label)
+            yield number, path, None if label is None else str(label).strip()

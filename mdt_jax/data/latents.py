@@ -17,7 +17,7 @@ import numpy as np
 
 from mdt_jax.data.pipeline import UNREADABLE
 from mdt_jax.errors import UserError
-from mdt_jax.files import beside, check_room, free, reason, whole
+from mdt_jax.files import beside, check_room, free, reason, settle, whole
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -35,7 +35,6 @@ class Latents:
     folder: pathlib.Path
     manifest: dict
     flip: bool = False
-    advice = "; python -m mdt_jax.encode … --verify finds what is damaged"
 
     def __len__(self) -> int:
         return sum(shard["records"] for shard in self.manifest["shards"])
@@ -51,6 +50,10 @@ class Latents:
                 return f"record {i} of {self.folder / shard['file']}"
             i -= shard["records"]
         raise IndexError(i)
+
+    def why(self, i: int) -> str:
+        """What to do about a record that cannot be read."""
+        return "python -m mdt_jax.encode … --verify tells what is damaged"
 
     def take(self, items: np.ndarray, u: np.ndarray) -> dict[str, np.ndarray]:
         """{"mean", "std": [n, h, w, c] float16, "labels": [n] int32, "damaged": [n] int64}."""
@@ -157,21 +160,23 @@ def measure(cache: Latents, number: int) -> dict:
     return {**summed, "wrong": wrong}
 
 
+def _checksum(manifest: dict) -> str:
+    """SHA-256 of all else that it holds."""
+    rest = {name: value for name, value in manifest.items() if name != "checksum"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
 def _manifest(folder: pathlib.Path) -> dict | None:
-    """Of a finished cache; UserError where it is none, or would lead out of the folder."""
+    """Of a finished cache; UserError where it is none or was changed since."""
     manifest = read_json(folder / MANIFEST)
     if manifest is None:
         return None
-    try:
-        sound = manifest["format"] == FORMAT and len(manifest["latents"]) == 3
-        sound &= {"vae", "scale", "image_size", "classes", "images"} <= set(manifest)
-        for shard in manifest["shards"]:
-            sound &= shard["file"] == os.path.basename(shard["file"])
-            sound &= min(shard["records"], shard["bytes"], len(shard["sha256"])) >= 0
-    except (KeyError, TypeError):
-        sound = False
-    if not sound:
-        raise UserError(f"{folder / MANIFEST} is not a latent cache's, or is damaged")
+    if not isinstance(manifest, dict) or manifest.get("checksum") != _checksum(manifest):
+        raise UserError(f"{folder / MANIFEST} is damaged, or was edited: encode anew")
+    if manifest["format"] != FORMAT:
+        raise UserError(
+            f"{folder} is of format {manifest['format']}, which this version cannot read"
+        )
     return manifest
 
 
@@ -192,12 +197,14 @@ def sha256(path: pathlib.Path) -> str:
 class Making:
     """A cache in the making, which any number of hosts can fill at once.
 
-    what: all that it is of, `images`, `shard_images` and `latents` among it. A shard is done when
+    what: all that it is of, `images`, `shard_images` and `latents` among it; `told` are the parts
+    that only say where things lay. A shard is done when
     the JSON beside it is there; it is always the same images' and so always the same bytes.
     """
 
     folder: pathlib.Path
     what: dict
+    told = ("source", "vae")
 
     @property
     def num_shards(self) -> int:
@@ -218,14 +225,17 @@ class Making:
             self.folder.mkdir(parents=True, exist_ok=True)
         except FileExistsError:
             raise UserError(f"{self.folder} is a file, not a folder for latents") from None
+        # In this order, since other hosts may start or finish meanwhile.
+        names = [path.name for path in self.folder.iterdir() if path.suffix != ".tmp"]
+        found = read_json(self.folder / UNFINISHED)
         manifest = _manifest(self.folder)
-        found = manifest or read_json(self.folder / UNFINISHED)
+        found = manifest or found
         if found is None:
-            if any(not path.name.endswith(".tmp") for path in self.folder.iterdir()):
+            if names:
                 raise UserError(f"{self.folder} is neither empty nor a cache of latents")
             self._write(UNFINISHED, self.what)
             return False
-        other = [k for k, value in self.what.items() if found.get(k) != value]
+        other = [k for k, v in self.what.items() if k not in self.told and found.get(k) != v]
         if other:
             was, now = (str(each.get(other[0]))[:100] for each in (found, self.what))
             raise UserError(
@@ -246,8 +256,11 @@ class Making:
 
     def done(self, shard: int) -> dict | None:
         """What was noted of a shard, if it is done."""
-        noted = read_json(self.folder / self._sidecar(shard))
-        return noted if noted is not None and _is_there(self.folder, noted) else None
+        try:
+            noted = read_json(self.folder / self._sidecar(shard))
+            return noted if noted and _is_there(self.folder, noted) else None
+        except (UserError, KeyError, TypeError):  # no note of ours
+            return None
 
     def write(self, shard: int, batches: Iterable[dict[str, np.ndarray]]) -> None:
         """A shard, whole or not at all; UserError where the disk is full.
@@ -277,7 +290,10 @@ class Making:
                 "damaged": damaged,
                 **summed,
             }
+            settle(temporary)
             os.replace(temporary, path)
+        except UserError:  # what the images are, not the disk
+            raise
         except (OSError, ValueError, RuntimeError) as error:
             text = f"{path} could not be written: {reason(error)}{free(path)}"
             raise UserError(f"{text}; finished shards are kept, the same command goes on") from None
@@ -291,17 +307,22 @@ class Making:
         if None in shards:
             return _manifest(self.folder)  # or another host has just finished
         manifest = {
-            **self.what,
+            **(read_json(self.folder / UNFINISHED) or self.what),
             "latent_std": deviation(shards, self.what["latents"]),
             "shards": shards,
         }
-        self._write(MANIFEST, manifest)
+        manifest["checksum"] = _checksum(manifest)
+        try:
+            self._write(MANIFEST, manifest)
+        except UserError:  # unless another host has just written it, and tidied
+            if _manifest(self.folder) is None:
+                raise
         self._tidy()
         return manifest
 
     def _tidy(self) -> None:
         sidecars = [self.folder / self._sidecar(shard) for shard in range(self.num_shards)]
-        left = self.folder.glob("*.array_record.*.tmp")  # by what was killed
+        left = self.folder.glob("*.tmp")  # by what was killed
         for path in [*sidecars, self.folder / UNFINISHED, *left]:
             path.unlink(missing_ok=True)
 

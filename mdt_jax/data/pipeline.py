@@ -2,12 +2,14 @@
 
 import dataclasses
 import functools
+import itertools
 import multiprocessing
 import os
 import signal
 import sys
 import threading
 from collections.abc import Collection, Iterator
+from multiprocessing import resource_tracker
 
 import numpy as np
 
@@ -89,7 +91,7 @@ def batches(
         dataset = dataset.mp_prefetch(options, worker_init_fn=_in_a_worker)
     known, iterator = set(known), iter(dataset)
     try:
-        for batch in _explained(iterator):
+        for batch in _explained(_started(iterator) if workers else iterator):
             for item in batch["damaged"].tolist():
                 _look_at(source, item, known, max_damaged)
             yield batch
@@ -97,10 +99,23 @@ def batches(
         iterator.close()
 
 
+def _started(iterator: Iterator) -> Iterator:
+    """Its elements. Processes that start for the first inherit that signals are blocked.
+
+    These are the main process's to answer.
+    """
+    resource_tracker.ensure_running()  # which unblocks signals when it starts
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        first = list(itertools.islice(iterator, 1))
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    yield from first
+    yield from iterator
+
+
 def _in_a_worker(*_) -> None:
-    """Signals are the main process's to answer, and no worker outlives it."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    """No worker outlives the main process."""
 
     def follow():
         multiprocessing.parent_process().join()
@@ -123,11 +138,12 @@ def _explained(iterator: Iterator) -> Iterator:
 def _look_at(source, item: int, known: set[int], max_damaged: int) -> None:
     """Say that an item is damaged, once; UserError where that is one too many."""
     if item <= UNREADABLE:
-        raise UserError(f"{source.name(UNREADABLE - item)} cannot be read{source.advice}")
+        item = UNREADABLE - item
+        raise UserError(f"{source.name(item)} cannot be read: {source.why(item)}")
     if item < 0 or item in known:
         return
     known.add(item)
-    say(f"{source.name(item)} is damaged and left out")
+    say(f"{source.name(item)} is damaged and left out: {source.why(item)}")
     if len(known) > max_damaged:
         raise UserError(
             f"{len(known)} damaged images, the last {source.name(item)}; data.max_damaged is "

@@ -102,4 +102,6 @@ def stored(data, num_classes: int, **options) -> Squares | latents.Latents:
         files = (
             tars.load(data.path) if data.name == "tar" else tfds_sets.load(data.path, data.split)
         )
+    if num_classes == 0:
+        files = dataclasses.replace(files, classes=[])
     return Squares(files, data.image_size, data.channels, data.crop, data.flip, **options)

@@ -7,10 +7,11 @@ import pathlib
 import sys
 import tarfile
 import zipfile
+from collections.abc import Iterator
 
 import numpy as np
 
-from mdt_jax.data.folders import SUFFIXES, class_order
+from mdt_jax.data.folders import SUFFIXES, class_of, class_order
 from mdt_jax.errors import UserError
 from mdt_jax.files import whole
 
@@ -33,20 +34,25 @@ class Members:
         """For messages."""
         return f"{self.path}:{self.names[i]}"
 
-    def read(self, i: int):
-        """(PIL.Image of whatever mode and size, label); OSError where it is no image."""
-        from PIL import Image
+    @property
+    def contents(self) -> str:
+        """What tells it from other sets: every name, length and label."""
+        lists = self.names.tolist(), self.sizes.tolist(), self.labels.tolist()
+        return "\n".join(map("{}\t{}\t{}".format, *lists))
 
+    def read(self, i: int) -> tuple[io.BytesIO, int]:
+        """(the file of an image, label)."""
         with open(self.path, "rb") as file:
             file.seek(self.offsets[i])
-            content = file.read(int(self.sizes[i]))
-        return Image.open(io.BytesIO(content)), int(self.labels[i])
+            return io.BytesIO(file.read(int(self.sizes[i]))), int(self.labels[i])
 
 
 def load(path: str) -> Members:
-    """The images of a tar; a nested tar, or the folder within, is the class.
+    """The images of a tar.
 
-    Where everything lies is found once and kept in PATH.index.npz, as long as the tar is the same.
+    The class is the nested tar or the folder that an image lies in, or of one that lies in neither
+    the ClassID of ClassID_ImgID.jpg; where no image has any of these, there are no classes. Where
+    everything lies is found once and kept in PATH.index.npz, as long as the tar is the same.
     Raises UserError where it is no tar, is cut short, or holds no images.
     """
     place = pathlib.Path(path)
@@ -62,8 +68,12 @@ def load(path: str) -> Members:
                 np.savez(file, **found)
         except UserError as error:  # a read-only data set is no reason to stop
             print(f"the index of {path} is not kept: {error}", file=sys.stderr)
-    classes = class_order(set(found["classes"].tolist()))
-    numbers = {name: number for number, name in enumerate(classes)}
+    names = set(found["classes"].tolist())
+    classes = class_order(names) if names != {""} else []
+    if "" in classes:
+        bare = found["names"][found["classes"] == ""][0]
+        raise UserError(f"{path}: {bare} lies in no folder or tar, but others do")
+    numbers = {name: number for number, name in enumerate(classes or [""])}
     labels = np.array([numbers[name] for name in found["classes"].tolist()], np.int32)
     return Members(place, found["names"], found["offsets"], found["sizes"], labels, classes)
 
@@ -78,28 +88,10 @@ def _kept(index: pathlib.Path, stamp: list[int]) -> dict[str, np.ndarray] | None
 
 
 def _scan(path: pathlib.Path) -> dict[str, np.ndarray]:
-    rows = []
-    try:
-        with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as outer:
-            for member in outer:
-                if member.isfile() and member.name.endswith(".tar"):
-                    part = _Part(path, member.offset_data, member.size)
-                    class_name = os.path.basename(member.name).removesuffix(".tar")
-                    with part, tarfile.open(fileobj=part, mode="r:") as inner:
-                        rows += [
-                            (f"{member.name}/{m.name}", class_name, at + member.offset_data, size)
-                            for m, at, size in _images(inner)
-                        ]
-                elif row := _image(member):
-                    m, at, size = row
-                    rows.append((m.name, os.path.basename(os.path.dirname(m.name)), at, size))
-    except (tarfile.TarError, EOFError) as error:
-        raise UserError(f"{path} is no tar or is damaged: {error}") from None
+    with open(path, "rb") as file:
+        rows = list(_images(file, str(path), ""))
     if not rows:
-        raise UserError(f"{path} holds no images ({', '.join(SUFFIXES)})")
-    end = rows[-1][2] + rows[-1][3]
-    if end > os.stat(path).st_size:
-        raise UserError(f"{path} is cut short: {rows[-1][0]} ends at byte {end}")
+        raise UserError(f"{path} holds no images ({', '.join(SUFFIXES)}), nor tars of them")
     names, classes, offsets, sizes = zip(*rows, strict=True)
     return {
         "names": np.array(names),
@@ -109,22 +101,37 @@ def _scan(path: pathlib.Path) -> dict[str, np.ndarray]:
     }
 
 
-def _image(member: tarfile.TarInfo):
-    if member.isfile() and member.name.lower().endswith(SUFFIXES):
-        return member, member.offset_data, member.size
-    return None
+def _images(file, place: str, above: str, start: int = 0) -> Iterator[tuple[str, str, int, int]]:
+    """(name, class, offset, size) of the images of a tar and of the tars in it.
 
-
-def _images(archive: tarfile.TarFile):
-    return filter(None, map(_image, archive))
+    above: the names of the tars that it lies in; start: where it lies in the outermost.
+    """
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as archive:
+            for member in archive:
+                name, at = f"{above}{member.name}", start + member.offset_data
+                hidden = os.path.basename(name).startswith(".")
+                if member.isfile() and name.endswith(".tar") and not hidden:
+                    with _Part(file, member.offset_data, member.size) as part:
+                        yield from _images(part, f"{place}:{member.name}", f"{name}/", at)
+                elif member.isfile() and name.lower().endswith(SUFFIXES) and not hidden:
+                    holder = os.path.basename(os.path.dirname(os.path.normpath(name)))
+                    yield name, holder.removesuffix(".tar") or class_of(name) or "", at, member.size
+            # Python's reader takes what it cannot read for the end.
+            file.seek(archive.offset)
+            if file.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
+                raise UserError(f"{place} is damaged or cut short at byte {archive.offset}")
+    except (tarfile.TarError, EOFError) as error:
+        hint = "; it must not be compressed" if place.endswith(("gz", "bz2", "xz", "zst")) else ""
+        raise UserError(f"{place} is no tar or is damaged: {error}{hint}") from None
 
 
 class _Part(io.RawIOBase):
     """A stretch of a file, as a file."""
 
-    def __init__(self, path: pathlib.Path, offset: int, size: int):
-        self._file = open(path, "rb")  # noqa: SIM115, closed in `close`
-        self._offset, self._size, self._at = offset, size, 0
+    def __init__(self, file, offset: int, size: int):
+        super().__init__()
+        self._file, self._offset, self._size, self._at = file, offset, size, 0
 
     def readable(self) -> bool:
         return True
@@ -146,7 +153,3 @@ class _Part(io.RawIOBase):
         content = self._file.read(left if size < 0 else min(size, left))
         self._at += len(content)
         return content
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()

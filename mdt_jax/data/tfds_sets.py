@@ -5,6 +5,7 @@ import io
 import os
 
 from mdt_jax.errors import UserError
+from mdt_jax.files import reason
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,12 +24,21 @@ class Prepared:
         """For messages."""
         return f"{self.title}, record {i}"
 
-    def read(self, i: int):
-        """(PIL.Image of whatever mode and size, label); OSError where it is no image."""
-        from PIL import Image
+    @property
+    def contents(self) -> str:
+        """What tells it from other sets: its full name, with its version, and its size."""
+        return f"{self.title}, {len(self)} records"
 
-        record = self.records[i]
-        return Image.open(io.BytesIO(record[self.image])), int(record.get("label", 0))
+    def read(self, i: int) -> tuple[io.BytesIO, int]:
+        """(the file of an image, label). Raises UserError where the record is damaged."""
+        try:
+            record = self.records[i]
+        except Exception as error:  # of the kinds that ArrayRecord's C++ has
+            raise UserError(f"{self.name(i)} is damaged: {reason(error)}") from None
+        label = int(record["label"]) if self.classes else 0
+        if self.classes and not 0 <= label < len(self.classes):
+            raise UserError(f"{self.name(i)} has the label {label}: the split is not labelled")
+        return io.BytesIO(record[self.image]), label
 
 
 def load(name: str, split: str) -> Prepared:
@@ -41,30 +51,37 @@ def load(name: str, split: str) -> Prepared:
     import tensorflow_datasets as tfds
 
     builder = _builder(tfds, name)
-    if split not in builder.info.splits:
+    try:
+        builder.info.splits[split]
+    except Exception:  # KeyError, ValueError, …, by what is wrong with it
         known = ", ".join(builder.info.splits) or "none"
-        raise UserError(f"{name} has no split {split!r}; it has {known}")
+        raise UserError(f"{name} has no split {split!r}; it has {known}") from None
     features = dict(builder.info.features.items())
     images = [key for key, feature in features.items() if isinstance(feature, tfds.features.Image)]
     if not images:
         raise UserError(f"{name} holds no images; its features are {', '.join(features)}")
-    classes = getattr(features.get("label"), "names", None) or []
+    label = features.get("label")
+    classes = label.names if isinstance(label, tfds.features.ClassLabel) else []
     try:
         # Encoded, to be decoded by Pillow as everywhere.
         records = builder.as_data_source(split, decoders={images[0]: tfds.decode.SkipDecoding()})
     except (NotImplementedError, ImportError):
         raise UserError(f"{name} is not prepared as ArrayRecord; {_how(name)}") from None
-    return Prepared(f"{name}/{split}", records, images[0], list(classes))
+    title = f"{builder.info.full_name}/{split}"
+    return Prepared(title, records, images[0], list(classes or []))
 
 
 def _builder(tfds, name: str):
-    try:
-        if os.path.isdir(name):
+    hint = ""
+    if os.path.isdir(name):
+        if os.path.isfile(os.path.join(name, "dataset_info.json")):
             return tfds.builder_from_directory(name)
+        hint = f"; the folder {name} is not that of one version of a prepared set"
+    try:
         builder = tfds.builder(name, file_format="array_record")
     except Exception as error:  # of many kinds, by what is missing
         text = " ".join(str(error).split())[:200]
-        raise UserError(f"TFDS has no set {name!r} that can be read here: {text}") from None
+        raise UserError(f"TFDS has no set {name!r} that can be read here{hint}: {text}") from None
     if not builder.is_prepared():
         raise UserError(f"{name} is not prepared in {builder.data_dir}; {_how(name)}")
     return builder

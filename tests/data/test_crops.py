@@ -68,8 +68,22 @@ def test_every_mode_becomes_rgb(mode, value, expected, tmp_path):
     assert out.mode == "RGB" and out.getpixel((2, 2)) == expected
 
 
+@pytest.mark.parametrize("mode, value", [("F", 0.5), ("I", 70_000), ("I", -1)])
+def test_pixels_of_no_known_range(mode, value):
+    with pytest.raises(ValueError, match="its pixels"):
+        crops.to_rgb(Image.new(mode, (5, 4), value))
+
+
 def test_a_palette_with_transparency(tmp_path):
     image = Image.new("P", (4, 4), 1)
     image.putpalette([0, 0, 0, 9, 8, 7])
     image.info["transparency"] = 1
     assert crops.to_rgb(image).getpixel((0, 0)) == (9, 8, 7)
+
+
+def test_transparency_leaves_the_colours_alone(recwarn):
+    image = Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3)).quantize(8)
+    image.info["transparency"] = bytes(range(8))
+    palette = np.array(image.getpalette()).reshape(-1, 3)
+    np.testing.assert_array_equal(np.asarray(crops.to_rgb(image)), palette[np.asarray(image)])
+    assert not recwarn.list

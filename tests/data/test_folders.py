@@ -1,4 +1,5 @@
 import json
+import os
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ def test_a_folder_a_class_sorted_as_numbers(tmp_path):
     found = folders.load(tmp_path)
     assert found.classes == ["2", "9", "10"] and len(found) == 6
     assert found.labels.tolist() == [2, 2, 0, 0, 1, 1] and found.labels.dtype == np.int32
-    assert found.read(found.paths.index("10/deep/a.png"))[0].getpixel((0, 0)) == (10, 10, 10)
+    assert found.read(found.paths.index("10/deep/a.png"))[0] == tmp_path / "10/deep/a.png"
     assert folders.load(tmp_path, num_classes=0).classes == []
 
 
@@ -75,12 +76,63 @@ def test_numbers_in_a_list_are_those_classes(tmp_path):
     table.write_text("a.png,7\nb.png,2\nc.png,7\n")
     found = folders.load(table, num_classes=10)  # some classes have no image
     assert found.labels.tolist() == [7, 2, 7] and found.classes == list("0123456789")
-    found = folders.load(table, num_classes=2)  # as many numbers as classes, from whatever start
-    assert found.labels.tolist() == [1, 0, 1] and found.classes == ["2", "7"]
-    for number, num_classes in (("10", 10), ("-1", 3), ("-1", 10), ("12", 5)):
-        table.write_text(f"a.png,7\nb.png,2\nc.png,{number}\n")
+    table.write_text("a.png,10\nb.png,1\nc.png,7\n")
+    found = folders.load(table, num_classes=10)  # counted from 1
+    assert found.labels.tolist() == [9, 0, 6] and found.classes[0] == "1"
+    for number, num_classes in (("10", 10), ("-1", 3), ("-1", 10), ("12", 5), ("0", 2)):
+        table.write_text(f"a.png,7\nb.png,0\nc.png,{number}\n")
         with pytest.raises(UserError, match="label .* is out of range: .* classes are 0 to"):
             folders.load(table, num_classes)
+
+
+def test_images_beside_folders(tmp_path):
+    picture(tmp_path / "1_1.png")
+    (tmp_path / "thumbs").mkdir()
+    assert folders.load(tmp_path).classes == ["1"]  # an empty folder is no class
+    picture(tmp_path / "thumbs" / "1.png")
+    with pytest.raises(UserError, match="both folders of images and images without one, as 1_1"):
+        folders.load(tmp_path)
+    assert len(folders.load(tmp_path, num_classes=0)) == 2
+
+
+def test_labels_left_aside_need_not_be_whole(tmp_path):
+    for name in ("IMG_1.png", "photo.png", "_x.png"):
+        picture(tmp_path / name)
+    assert len(folders.load(tmp_path, num_classes=0)) == 3
+    assert folders.class_of("_x.png") is None
+
+
+def test_folders_that_cannot_be_read(tmp_path, monkeypatch):
+    """As root may read everything, the system's answer is made up."""
+    picture(tmp_path / "a" / "1.png")
+    picture(tmp_path / "b" / "1.png")
+    scandir = os.scandir
+
+    def refused(path):
+        if str(path).endswith("b"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    with pytest.raises(PermissionError, match="b"):
+        folders.load(tmp_path)
+
+
+def test_lists_of_other_encodings(tmp_path):
+    picture(tmp_path / "1.png")
+    for suffix, text in (("csv", "1.png,é"), ("jsonl", '{"path": "1.png", "label": "é"}')):
+        table = tmp_path / f"l.{suffix}"
+        table.write_text(text, encoding="utf-8-sig")
+        assert folders.load(table).classes == ["é"]
+        table.write_text(text, encoding="latin-1")
+        with pytest.raises(UserError, match="is not text in UTF-8"):
+            folders.load(table)
+    table.write_text("[" * 100_000)
+    with pytest.raises(UserError, match='line 1: no {"path"'):
+        folders.load(table)
+    (tmp_path / "l.csv").write_text('"1.png,a\n' + "x" * 200_000)
+    with pytest.raises(UserError, match="is no CSV: field larger"):
+        folders.load(tmp_path / "l.csv")
 
 
 @pytest.mark.parametrize(
@@ -92,8 +144,12 @@ def test_numbers_in_a_list_are_those_classes(tmp_path):
         ("a.csv", "b/../../x.png,1\n", "line 1: b/../../x.png leaves"),
         ("a.csv", "none.png,1\n", "line 1: none.png does not exist"),
         ("a.csv", "1.png,2,3\n", "line 1: 3 fields"),
-        ("a.csv", "1.png,2\n1.png\n", "1.png has no label, but others have"),
+        ("a.csv", "1.png,2\n2.png\n", "2.png has no label, but others have"),
         ("a.csv", "", "holds no images"),
+        ("a.csv", "1.png,2\n1.png,3\n", "line 2: 1.png is 3, but 2 in a line before"),
+        ("a.csv", '"1\n.png",2\n', "line 2: "),
+        ("a.jsonl", '{"path": "1.png", "label": ""}', "line 1: path is text, label"),
+        ("a.jsonl", '{"path": "1.png", "label": true}', "line 1: path is text, label"),
         ("a.jsonl", "{", 'line 1: no {"path"'),
         ("a.jsonl", '{"label": 1}', 'line 1: no {"path"'),
         ("a.jsonl", '{"path": "1.png", "label": [1]}', "line 1: path is text, label"),
@@ -102,6 +158,7 @@ def test_numbers_in_a_list_are_those_classes(tmp_path):
 )
 def test_lists_that_are_wrong(name, text, message, tmp_path):
     picture(tmp_path / "1.png")
+    picture(tmp_path / "2.png")
     (tmp_path / name).write_text(text)
     with pytest.raises(UserError, match=message):
         folders.load(tmp_path / name)

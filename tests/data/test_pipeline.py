@@ -110,8 +110,8 @@ def test_damaged_images_are_named_counted_and_replaced(tmp_path, capfd):
         stream.close()
         printed = capfd.readouterr().err
         assert printed.count("is damaged and left out") == 2  # each is named once
-        assert f"{folder}/2/000.jpg is damaged" in printed
-        assert f"{folder}/9/001.jpg is damaged" in printed
+        assert f"{folder}/2/000.jpg is damaged and left out: cannot identify image" in printed
+        assert f"{folder}/9/001.jpg is damaged and left out: " in printed
         for batch in found:
             assert all(image.any() for image in batch["images"])
         stream = pipeline.batches(source, plan, workers, max_damaged=1)
@@ -124,7 +124,7 @@ def test_where_no_image_can_be_read(tmp_path):
     for n in range(4):
         (tmp_path / f"{n}.png").write_bytes(b"")
     source = Squares(folders.load(tmp_path), size=8)
-    with pytest.raises(UserError, match=r"\d.png cannot be read; nor can those that follow"):
+    with pytest.raises(UserError, match=r"\d.png cannot be read: cannot identify image"):
         next(pipeline.batches(source, pipeline.Shuffled(4, 0, 2, np.arange(2)), 0, 100))
 
 
@@ -163,3 +163,13 @@ def test_grey_and_wide_images(tmp_path):
     ]  # fmt: skip
     grey = Squares(files, size=8, channels=1).take(np.arange(4), np.ones(4))["images"]
     assert grey.shape == (4, 8, 8, 1) and grey[:, 4, 4, 0].tolist() == [77, 9, 5, 76]
+
+
+def test_what_is_not_the_images_fault_is_an_error(tmp_path):
+    folder = write_pictures(tmp_path / "pictures", 12)
+    source = Squares(folders.load(folder), size=16)
+    (folder / "2" / "000.jpg").unlink()
+    plan = pipeline.Shuffled(12, 0, 12, np.arange(12))
+    for workers in (0, 1):
+        with pytest.raises(FileNotFoundError, match="2/000.jpg"):
+            next(pipeline.batches(source, plan, workers, max_damaged=100))

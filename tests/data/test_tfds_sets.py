@@ -53,7 +53,8 @@ for name in ("tiny_shapes", f"{folder}/tiny_shapes/1.0.0"):
     found = tfds_sets.load(name, "train")
     assert len(found) == 10 and found.classes == ["square", "circle"]
     for i in range(10):
-        image, label = found.read(i)
+        file, label = found.read(i)
+        image = Image.open(file)
         assert image.size == (7, 9) and image.getpixel((3, 3))[0] // 20 % 2 == label
 import os
 os.mkdir(f"{folder}/empty")
