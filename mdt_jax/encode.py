@@ -97,7 +97,7 @@ def describe(config: ConfigDict, images: Squares, found: inputs.Vae, shard_image
         "vae_sha256": vae.sha256(found.params),
         "scale": config.vae.scale,
         "classes": images.classes if config.model.num_classes else [],
-        "contents": hashlib.sha256(images.files.contents.encode(errors="replace")).hexdigest(),
+        "images_sha256": hashlib.sha256(images.files.contents.encode(errors="replace")).hexdigest(),
         "source": f"{data.name} {data.path}",
     }
 

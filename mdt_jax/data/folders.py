@@ -90,7 +90,7 @@ def _numbered(
     None where they are names. Raises UserError for a number that is out of range.
     """
     names = {label for _, label in pairs}
-    if not all(map(re.compile(r"-?[0-9]+").fullmatch, names)):
+    if not all(map(re.compile(r"-?(0|[1-9][0-9]*)").fullmatch, names)):
         return None
     for first in (0, 1):
         numbers = [str(number) for number in range(first, first + num_classes)]
@@ -108,35 +108,31 @@ def _numbered(
 def _found(root: pathlib.Path, labelled: bool) -> list[tuple[str, str | None]]:
     """(path below root, class) of every image, in an order that no file system changes."""
     paths = _images(root)
-    inside = [path for path in paths if os.sep in path]
+    inside = [path for path in paths if "/" in path]
     if inside and len(inside) < len(paths) and labelled:
-        bare = next(path for path in paths if os.sep not in path)
+        bare = next(path for path in paths if "/" not in path)
         raise UserError(f"{root} holds both folders of images and images without one, as {bare}")
     if inside:
-        return [(path, path.split(os.sep)[0]) for path in paths]
+        return [(path, path.split("/")[0]) for path in paths]
     return [(path, class_of(path)) for path in paths]
 
 
-def _images(folder: pathlib.Path) -> list[str]:
-    paths, seen = [], set()
-    for place, folders, files in os.walk(folder, onerror=_raise, followlinks=True):
-        real = os.path.realpath(place)
-        if real in seen:  # links that lead back to where they are
-            folders.clear()
-            continue
-        seen.add(real)
-        folders[:] = sorted(name for name in folders if name[0] != ".")
-        below = os.path.relpath(place, folder)
-        paths += [
-            os.path.normpath(os.path.join(below, name))
-            for name in sorted(files)
-            if name.lower().endswith(SUFFIXES) and name[0] != "."
-        ]
+def _images(folder: str | os.PathLike, below: str = "", above: tuple[str, ...] = ()) -> list[str]:
+    """The paths of all images in a folder, then in those in it; links lead nowhere in circles."""
+    real = os.path.realpath(folder)
+    if real in above:
+        return []
+    with os.scandir(folder) as found:
+        entries = sorted((e for e in found if e.name[0] != "."), key=lambda entry: entry.name)
+    inside = [entry for entry in entries if entry.is_dir()]
+    paths = [
+        f"{below}{entry.name}"
+        for entry in entries
+        if entry.name.lower().endswith(SUFFIXES) and not entry.is_dir()
+    ]
+    for entry in inside:
+        paths += _images(entry.path, f"{below}{entry.name}/", (*above, real))
     return paths
-
-
-def _raise(error: OSError):
-    raise error
 
 
 def class_of(path: str) -> str | None:

@@ -35,6 +35,11 @@ def test_links_to_folders_are_followed_but_not_in_circles(tmp_path):
     (tmp_path / "all" / "cat" / "circle").symlink_to(tmp_path / "all" / "cat")
     assert folders.load(tmp_path / "some").paths == ["cat/1.png"]
     assert folders.load(tmp_path / "all").paths == ["cat/1.png", "dog/1.png"]
+    (tmp_path / "all" / "dog" / "cats").symlink_to(tmp_path / "all" / "cat")
+    (tmp_path / "all" / "cat" / "dogs").symlink_to(tmp_path / "all" / "dog")
+    (tmp_path / "all" / "kitten").symlink_to(tmp_path / "some" / "cat")
+    paths = folders.load(tmp_path / "all").paths
+    assert len(paths) == 6 and "kitten/1.png" in paths and "dog/cats/1.png" in paths
 
 
 def test_names_that_are_no_numbers_are_sorted_as_text():

@@ -1,6 +1,7 @@
 """Batch k is a pure function of (seed, k): of no host count, worker count or place of resuming."""
 
 import dataclasses
+import time
 
 import numpy as np
 import pytest
@@ -173,3 +174,22 @@ def test_what_is_not_the_images_fault_is_an_error(tmp_path):
     for workers in (0, 1):
         with pytest.raises(FileNotFoundError, match="2/000.jpg"):
             next(pipeline.batches(source, plan, workers, max_damaged=100))
+
+
+@dataclasses.dataclass(frozen=True)
+class Slow:
+    """A source that takes a twentieth of a second for a batch."""
+
+    def take(self, items, u):
+        time.sleep(0.05)
+        return {"damaged": np.full(len(items), -1)}
+
+
+def test_reading_goes_on_while_a_step_runs():
+    stream = pipeline.batches(Slow(), [(np.arange(2), np.ones(2))] * 21)
+    next(stream)
+    started = time.perf_counter()
+    for _ in range(20):
+        time.sleep(0.05)  # the step
+        next(stream)
+    assert time.perf_counter() - started < 1.6  # one after the other it would be 2
