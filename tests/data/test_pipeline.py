@@ -178,18 +178,18 @@ def test_what_is_not_the_images_fault_is_an_error(tmp_path):
 
 @dataclasses.dataclass(frozen=True)
 class Slow:
-    """A source that takes a twentieth of a second for a batch."""
+    """A source that takes a tenth of a second for a batch."""
 
     def take(self, items, u):
-        time.sleep(0.05)
+        time.sleep(0.1)
         return {"damaged": np.full(len(items), -1)}
 
 
 def test_reading_goes_on_while_a_step_runs():
-    stream = pipeline.batches(Slow(), [(np.arange(2), np.ones(2))] * 21)
+    stream = pipeline.batches(Slow(), [(np.arange(2), np.ones(2))] * 11)
     next(stream)
     started = time.perf_counter()
-    for _ in range(20):
-        time.sleep(0.05)  # the step
+    for _ in range(10):
+        time.sleep(0.1)  # the step
         next(stream)
     assert time.perf_counter() - started < 1.6  # one after the other it would be 2
