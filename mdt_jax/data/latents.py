@@ -4,6 +4,7 @@ A record is the label (int32, little-endian), then float16 [4, h, w, c]: mean an
 image, mean and deviation of its mirror. manifest.json tells what they were made from and with.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -11,7 +12,7 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -193,13 +194,23 @@ def sha256(path: pathlib.Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+@contextlib.contextmanager
+def _writing(path: pathlib.Path) -> Iterator[None]:
+    """UserError where the disk, or ArrayRecord for it, refuses to write a shard."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError) as error:
+        text = f"{path} could not be written: {reason(error)}{free(path)}"
+        raise UserError(f"{text}; finished shards are kept, the same command goes on") from None
+
+
 @dataclasses.dataclass(frozen=True)
 class Making:
     """A cache in the making, which any number of hosts can fill at once.
 
     what: all that it is of, `images`, `shard_images` and `latents` among it; `told` are the parts
-    that only say where things lay. A shard is done when
-    the JSON beside it is there; it is always the same images' and so always the same bytes.
+    that only say where things lay. A shard is done when the JSON beside it is there; it is always
+    the same images' and so always the same bytes.
     """
 
     folder: pathlib.Path
@@ -270,33 +281,32 @@ class Making:
         """
         from array_record.python.array_record_module import ArrayRecordWriter
 
-        path, temporary = self.folder / self._file(shard), beside(self.folder / self._file(shard))
+        path = self.folder / self._file(shard)
         check_room(path, len(self.items(shard)) * record_bytes(self.what["latents"]))
+        temporary = beside(path)
         damaged, summed = [], {"records": 0, "sum": 0.0, "squares": 0.0}
         try:
-            writer = ArrayRecordWriter(str(temporary), OPTIONS)
+            with _writing(path):
+                writer = ArrayRecordWriter(str(temporary), OPTIONS)
             for batch in batches:
                 sound = batch["damaged"] == -1
                 damaged += batch["damaged"][~sound].tolist()
                 moments = batch["moments"][sound].astype(MOMENTS)
-                for label, values in zip(batch["labels"][sound], moments, strict=True):
-                    writer.write(label.astype(LABEL).tobytes() + values.tobytes())
                 summed = {name: summed[name] + part for name, part in sums(moments).items()}
-            writer.close()
-            noted = {
-                "file": path.name,
-                "bytes": os.stat(temporary).st_size,
-                "sha256": sha256(temporary),
-                "damaged": damaged,
-                **summed,
-            }
-            settle(temporary)
-            os.replace(temporary, path)
-        except UserError:  # what the images are, not the disk
-            raise
-        except (OSError, ValueError, RuntimeError) as error:
-            text = f"{path} could not be written: {reason(error)}{free(path)}"
-            raise UserError(f"{text}; finished shards are kept, the same command goes on") from None
+                with _writing(path):
+                    for label, values in zip(batch["labels"][sound], moments, strict=True):
+                        writer.write(label.astype(LABEL).tobytes() + values.tobytes())
+            with _writing(path):
+                writer.close()
+                noted = {
+                    "file": path.name,
+                    "bytes": os.stat(temporary).st_size,
+                    "sha256": sha256(temporary),
+                    "damaged": damaged,
+                    **summed,
+                }
+                settle(temporary)
+                os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
         self._write(self._sidecar(shard), noted)

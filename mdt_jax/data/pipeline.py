@@ -125,8 +125,11 @@ def _in_a_worker(*_) -> None:
 
 
 def _explained(iterator: Iterator) -> Iterator:
+    """Its elements; UserError where reading fails through no fault of an image."""
     try:
         yield from iterator
+    except OSError as error:
+        raise UserError(f"the data cannot be read: {error}") from None
     except RuntimeError as error:
         if "terminated unexpectedly" not in str(error):
             raise

@@ -172,7 +172,7 @@ def test_what_is_not_the_images_fault_is_an_error(tmp_path):
     (folder / "2" / "000.jpg").unlink()
     plan = pipeline.Shuffled(12, 0, 12, np.arange(12))
     for workers in (0, 1):
-        with pytest.raises(FileNotFoundError, match="2/000.jpg"):
+        with pytest.raises(UserError, match="the data cannot be read: .*No such file.*2/000.jpg"):
             next(pipeline.batches(source, plan, workers, max_damaged=100))
 
 
