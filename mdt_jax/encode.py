@@ -8,7 +8,6 @@ on. The same command again goes on where it was stopped. To train on them:
 
 import contextlib
 import dataclasses
-import hashlib
 import pathlib
 import re
 import sys
@@ -97,7 +96,7 @@ def describe(config: ConfigDict, images: Squares, found: inputs.Vae, shard_image
         "vae_sha256": vae.sha256(found.params),
         "scale": config.vae.scale,
         "classes": images.classes if config.model.num_classes else [],
-        "images_sha256": hashlib.sha256(images.files.contents.encode(errors="replace")).hexdigest(),
+        "images_sha256": images.identity,
         "source": f"{data.name} {data.path}",
     }
 

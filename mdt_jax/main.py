@@ -39,7 +39,10 @@ def train(config: ConfigDict, workdir: pathlib.Path, stop: "StopSignal") -> None
     vae = inputs.load_vae(config)
     if config.data.name == "latents":
         inputs.check_cache(data, config, vae)
-    classes = data.classes if config.model.num_classes else []
+    about_data = {
+        "classes": data.classes if config.model.num_classes else [],
+        "images_sha256": data.identity,
+    }
 
     # The model and its state, as shapes: nothing is computed yet.
     model = MDT.from_config(config)
@@ -56,7 +59,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, stop: "StopSignal") -> None
     make_workdir(workdir)
     checkpoints = Checkpoints(workdir, config.train.keep)
     restored = checkpoints.restore(
-        abstract, lambda meta: check_same_model(meta, config, workdir, classes)
+        abstract, lambda meta: check_same_run(meta, config, workdir, about_data)
     )
     if restored is None:
         check_nothing_is_lost(workdir)
@@ -77,7 +80,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, stop: "StopSignal") -> None
         return
     (workdir / "report.json").unlink(missing_ok=True)
     write_json(workdir / "config.json", config.to_dict())
-    if classes:
+    if classes := about_data["classes"]:
         write_json(workdir / "classes.json", classes)
         print(f"classes: {inputs.describe_classes(classes)}", file=sys.stderr)
     log = MetricsLog(workdir / "metrics.jsonl", start)
@@ -134,8 +137,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, stop: "StopSignal") -> None
 
         def save():
             times = {"seconds": spent(), "compile_seconds": compile_seconds}
-            meta = {"config": config.to_dict(), "classes": classes}
-            checkpoints.save(state, {**meta, **times})
+            checkpoints.save(state, {"config": config.to_dict(), **about_data, **times})
 
         def draw_grid(step):
             nonlocal clock
@@ -213,15 +215,16 @@ class StopSignal:
             signal.signal(number, lambda *_: sys.exit(0))
 
 
-def check_same_model(
-    meta: dict, config: ConfigDict, workdir: pathlib.Path, classes: list[str]
-) -> None:
+def check_same_run(meta: dict, config: ConfigDict, workdir: pathlib.Path, about_data: dict) -> None:
     """Raise UserError where a checkpoint is of another model; print what else has changed."""
-    if meta.get("classes", classes) != classes:
+    was, now = meta.get("classes", about_data["classes"]), about_data["classes"]
+    if was != now:
         raise UserError(
-            f"{workdir} was trained with the classes {inputs.describe_classes(meta['classes'])}; "
-            f"the data now has {inputs.describe_classes(classes)}"
+            f"{workdir} was trained with the classes {inputs.describe_classes(was)}; "
+            f"the data now has {inputs.describe_classes(now)}"
         )
+    if meta.get("images_sha256", about_data["images_sha256"]) != about_data["images_sha256"]:
+        print("going on with another list of images than before", file=sys.stderr)
     old, new = configs.complete(meta["config"]).to_dict(), config.to_dict()
     changed = []
     for group, fields in new.items():

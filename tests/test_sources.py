@@ -159,10 +159,14 @@ def test_a_run_goes_on_with_the_same_batches_and_classes(place, from_folder, tmp
     workdir = f"--workdir={tmp_path / 'run'}"
     train_here(*arguments(place, "folder", "folder"), workdir, "--config.train.steps=2")
     assert run(place, tmp_path, "tar", "tar")[0] == from_folder
-    # Other classes under the same numbers are another set.
+    # Other images are said, and other classes under the same numbers are another set.
+    more = shutil.copytree(place / "folder", tmp_path / "more")
+    (more / "9" / "001.jpg").rename(more / "9" / "002.jpg")
+    argv = [*arguments(place, "folder", more), workdir, "--config.train.steps=4"]
+    assert "going on with another list of images than before" in train_here(*argv)
     other = shutil.copytree(place / "folder", tmp_path / "other")
     (other / "9").rename(other / "3")
-    argv = [*arguments(place, "folder", other), workdir, "--config.train.steps=4"]
+    argv = [*arguments(place, "folder", other), workdir, "--config.train.steps=5"]
     printed = train_here(*argv, expect=2)
     assert "was trained with the classes 0 = 2, 1 = 9, 2 = 10; the data now has 0 = 2" in printed
 

@@ -5,6 +5,7 @@ short side is at least twice the target, resize bicubically, cut out. EXIF is le
 """
 
 import dataclasses
+import hashlib
 
 import numpy as np
 
@@ -67,9 +68,10 @@ def _shrink(image, size: int):
 class Squares:
     """Image files as squares, for `pipeline.batches`.
 
-    files: what has len, classes, name(i), and read(i) → (a path or file, label). channels: 3, or 1
-    for grey. crop: one of CROPS. flip: mirror those whose u is below a half. stand_ins: how many of
-    the images that follow a damaged one are tried in its place; 0: it is given as black.
+    files: what has len, classes, contents, name(i), and read(i) → (a path or file, label).
+    channels: 3, or 1 for grey. crop: one of CROPS. flip: mirror those whose u is below a half.
+    stand_ins: how many of the images that follow a damaged one are tried in its place; 0: it is
+    given as black.
     """
 
     files: object
@@ -85,6 +87,11 @@ class Squares:
     @property
     def classes(self) -> list[str]:
         return self.files.classes
+
+    @property
+    def identity(self) -> str:
+        """SHA-256 of the list of images and labels, hexadecimal."""
+        return hashlib.sha256(self.files.contents.encode(errors="replace")).hexdigest()
 
     def name(self, i: int) -> str:
         """For messages."""

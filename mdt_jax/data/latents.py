@@ -44,6 +44,11 @@ class Latents:
     def classes(self) -> list[str]:
         return self.manifest["classes"]
 
+    @property
+    def identity(self) -> str:
+        """As of the images that it was made of."""
+        return self.manifest["images_sha256"]
+
     def name(self, i: int) -> str:
         """For messages."""
         for shard in self.manifest["shards"]:

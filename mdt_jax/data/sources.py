@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 from collections.abc import Callable
 
 import numpy as np
@@ -24,6 +25,11 @@ class Images:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def identity(self) -> str:
+        """SHA-256 of the images and labels, hexadecimal."""
+        return hashlib.sha256(self.images.tobytes() + self.labels.tobytes()).hexdigest()
 
     def take(self, items: np.ndarray, u: np.ndarray) -> dict[str, np.ndarray]:
         """Arrays as of `crops.Squares.take`; none is ever damaged."""
