@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from mdt_jax import cli, info
+from mdt_jax import cli, costs
 from mdt_jax.data import folders, latents, pipeline, tars
 from mdt_jax.data.crops import Squares
 from mdt_jax.errors import UserError
@@ -140,7 +140,7 @@ def needed() -> dict[str, float]:
         model = MDT(input_size=SHAPE[:2], in_channels=SHAPE[2], **fields)
         kept = keep_length(model.num_tokens, RATIO)
         # A multiply-accumulate is two operations, and the backward pass costs two forward passes.
-        found[size] = 6 * (info.pass_macs(model) + info.pass_macs(model, kept)) / 1e12
+        found[size] = 6 * (costs.pass_macs(model) + costs.pass_macs(model, kept)) / 1e12
     return found
 
 

@@ -5,28 +5,56 @@ import os
 import re
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 
+import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from mdt_jax import distributed
 from mdt_jax.errors import UserError
 
 
 def run(main: Callable[[list[str]], None]) -> None:
     """Call main(argv); a mistake of the user's or of the file system is one line, exit code 2.
 
-    So is Ctrl-C where main leaves it to Python, with the code that shells have for it.
+    So is Ctrl-C where main leaves it to Python, with the code that shells have for it. Where a run
+    has several processes, the others hear why this one left.
     """
+    keep_compilations()
     try:
         main(sys.argv)
+        distributed.part()
     except (UserError, OSError) as error:
         line = " ".join(str(error).split())
-        print(f"error: {line}", file=sys.stderr)
-        sys.exit(2)
+        who = f"process {jax.process_index()}: " if distributed.several() else ""
+        print(f"error: {who}{line}", file=sys.stderr)
+        _exit(2, line)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
+        _exit(128 + signal.SIGINT, "Ctrl-C")
+    except SystemExit as exit_:
+        _exit(exit_.code, "it was told to")
+    except Exception as error:
+        if distributed.several():
+            distributed.await_verdict(error)
+            traceback.print_exc()
+            _exit(1, f"{type(error).__name__}: {error}")
+        raise
+
+
+def _exit(code: int, reason: str) -> None:
+    if distributed.several():
+        distributed.leave_at_once(code, reason)
+    sys.exit(code)
+
+
+def keep_compilations() -> None:
+    """Cache compiled programs in the user's cache folder, unless JAX was told where or not to."""
+    if jax.config.jax_compilation_cache_dir is None:
+        place = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+        jax.config.update("jax_compilation_cache_dir", os.path.join(place, "mdt_jax", "xla"))
 
 
 class Parser(argparse.ArgumentParser):

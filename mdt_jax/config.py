@@ -9,7 +9,8 @@ from mdt_jax.data.crops import CROPS
 from mdt_jax.diffusion.losses import LOSS_WEIGHTS
 from mdt_jax.errors import UserError
 from mdt_jax.models.masking import keep_length
-from mdt_jax.models.mdt import VAE_FACTOR, input_shape
+from mdt_jax.models.mdt import REMAT, VAE_FACTOR, input_shape
+from mdt_jax.parallel import mesh_shape
 from mdt_jax.sampling import SampleOptions
 from mdt_jax.vae import VAE_SCALE
 
@@ -75,12 +76,17 @@ def default() -> ConfigDict:
                 steps=400_000,
                 seed=0,
                 dtype="float32",  # of matmuls and activations: float32 or bfloat16
-                remat=False,  # recompute activations in the backward pass: less memory, slower
+                remat="none",  # what of each block the backward pass recomputes: none, dots, full
+                accumulate=1,  # parts of the batch that a step takes after each other
                 log_every=100,
                 sample_every=10_000,  # EMA sample grids; 0: none
                 checkpoint_every=10_000,
                 keep=3,  # checkpoints kept
                 max_skipped=20,  # non-finite steps in a row that stop the run
+            ),
+            mesh=dict(
+                data=0,  # groups of devices that split the batch; 0: as many as there are
+                fsdp=1,  # devices in a group, which split parameters, optimiser and EMA as well
             ),
             sample=dict(
                 sampler="ddpm",  # ddpm or ddim
@@ -122,6 +128,8 @@ def complete(stored: dict) -> ConfigDict:
     groups = {group: fields.to_dict() for group, fields in default().items()}
     for group, fields in stored.items():
         groups[group] = {**groups.get(group, {}), **fields}
+    if isinstance(groups["train"]["remat"], bool):  # before there were policies
+        groups["train"]["remat"] = "full" if groups["train"]["remat"] else "none"
     return ConfigDict(groups)
 
 
@@ -225,8 +233,24 @@ def _check_mask(config: ConfigDict, tokens: int) -> None:
         )
 
 
-def validate(config: ConfigDict, num_devices: int = 1) -> None:
-    """Raise UserError, naming the field, for a config that could not train."""
+def _check_devices(config: ConfigDict, num_devices: int) -> None:
+    """The mesh fits the devices, and the batch the mesh."""
+    mesh, size, parts = config.mesh, config.data.batch_size, config.train.accumulate
+    _require(mesh.data >= 0, f"mesh.data is {mesh.data}; 0 or more")
+    _require(mesh.fsdp >= 1, f"mesh.fsdp is {mesh.fsdp}; it must be at least 1")
+    mesh_shape(mesh.data, mesh.fsdp, num_devices)
+    _require(
+        size % (num_devices * parts) == 0,
+        f"data.batch_size {size} is not divisible by the {num_devices} devices"
+        + (f" times train.accumulate {parts}" if parts > 1 else ""),
+    )
+
+
+def validate(config: ConfigDict, num_devices: int | None = None) -> None:
+    """Raise UserError, naming the field, for a config that could not train.
+
+    num_devices: how many there are to train on; None where nothing is to be trained.
+    """
     _check_fields(config)
     model, data, train = config.model, config.data, config.train
     for name in ("hidden_size", "depth", "num_heads", "patch_size"):
@@ -279,10 +303,8 @@ def validate(config: ConfigDict, num_devices: int = 1) -> None:
     )
     _check_blocks(model)
     _check_mask(config, (size // model.patch_size) ** 2)
-    _require(
-        data.batch_size % num_devices == 0,
-        f"data.batch_size {data.batch_size} is not divisible by the {num_devices} devices",
-    )
+    if num_devices is not None:
+        _check_devices(config, num_devices)
     _require(
         config.diffusion.steps > 20,
         f"diffusion.steps is {config.diffusion.steps}; with 20 or fewer the last β reaches 1",
@@ -297,12 +319,13 @@ def validate(config: ConfigDict, num_devices: int = 1) -> None:
     _require(
         0 <= optim.ema_decay < 1, f"optim.ema_decay is {optim.ema_decay}; it must be in [0, 1)"
     )
-    for name in ("steps", "log_every", "checkpoint_every", "keep", "max_skipped"):
+    for name in ("steps", "log_every", "checkpoint_every", "keep", "max_skipped", "accumulate"):
         _require(train[name] >= 1, f"train.{name} is {train[name]}; it must be at least 1")
     _require(train.steps < 2**31, f"train.steps is {train.steps}; it must be below 2^31")
     _require(train.sample_every >= 0, f"train.sample_every is {train.sample_every}; 0 or more")
     _require(0 <= train.seed < 2**31, f"train.seed is {train.seed}; it must be in [0, 2^31)")
     _one_of("train.dtype", train.dtype, ("float32", "bfloat16"))
+    _one_of("train.remat", train.remat, REMAT)
     SampleOptions.from_config(config).check(model.num_classes)
     _require(
         config.sample.num_samples == 0 or config.sample.num_samples >= 2,

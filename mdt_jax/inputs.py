@@ -110,7 +110,7 @@ def feed(
     plan = pipeline.Shuffled(len(source), config.train.seed, size, rows, start)
     if found is not None:
         encode = vae.encoder(found.network, mesh)
-        params = jax.device_put(found.params, parallel.replicated(mesh))
+        params = parallel.put(found.params, parallel.replicated(mesh))
     for arrays in pipeline.batches(source, plan, config.data.workers, config.data.max_damaged):
         del arrays["damaged"]
         batch = {k: jax.make_array_from_process_local_data(split, v) for k, v in arrays.items()}

@@ -1,31 +1,121 @@
-"""The device mesh and how arrays lie on it."""
+"""The device mesh, how arrays lie on it, and how they get there and back."""
+
+import functools
+import math
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from mdt_jax.errors import UserError
 
-def data_mesh() -> Mesh:
-    """All devices along one axis, `data`, over which batches are split."""
-    return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+AXES = ("data", "fsdp")  # batches are split over both, parameters over `fsdp` alone
+SHARDED_FROM = 2**14  # elements; what is smaller costs more to gather than it saves
+
+
+def mesh_shape(data: int, fsdp: int, devices: int, slices: int = 1) -> tuple[int, int]:
+    """(data, fsdp) in full; data=0 is what `devices` leave. Raises UserError where it does not fit.
+
+    slices: groups of devices with slow links between them, over which only `data` may reach.
+    """
+    if devices % fsdp or data not in (0, devices // fsdp):
+        asked = f"mesh.data {data} × mesh.fsdp {fsdp}" if data else f"mesh.fsdp {fsdp}"
+        raise UserError(
+            f"{asked} does not match the {devices} devices: their product must be {devices}, or "
+            f"mesh.data 0 and mesh.fsdp a divisor of it"
+        )
+    data = devices // fsdp
+    if data % slices:
+        raise UserError(
+            f"mesh.data {data} is not divisible by the {slices} slices: mesh.fsdp {fsdp} must fit "
+            "into one of them"
+        )
+    return data, fsdp
+
+
+def make_mesh(data: int = 0, fsdp: int = 1, devices: list | None = None) -> Mesh:
+    """A mesh of `devices` (default: all there are) with the axes `data` and `fsdp`.
+
+    Over several slices of TPUs `data` reaches across the network between them, and all of an
+    `fsdp` group lies within one. Raises UserError where the sizes do not match the devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    data, fsdp = mesh_shape(data, fsdp, len(devices), slices)
+    if slices > 1:
+        inside, across = (data // slices, fsdp), (slices, 1)
+        placed = mesh_utils.create_hybrid_device_mesh(inside, across, devices)
+    else:
+        placed = mesh_utils.create_device_mesh((data, fsdp), devices)
+    return Mesh(placed, AXES, axis_types=(AxisType.Auto, AxisType.Auto))
 
 
 def local_mesh() -> Mesh:
-    """As `data_mesh`, of this process's devices alone."""
-    return Mesh(np.array(jax.local_devices()), ("data",), axis_types=(AxisType.Auto,))
+    """As `make_mesh`, of this process's devices alone."""
+    devices = np.array(jax.local_devices()).reshape(-1, 1)
+    return Mesh(devices, AXES, axis_types=(AxisType.Auto, AxisType.Auto))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Every device holds the whole array: parameters, optimiser state, EMA."""
+    """Every device holds the whole array."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def split_batch(mesh: Mesh) -> NamedSharding:
-    """The first axis is split over the devices."""
-    return NamedSharding(mesh, PartitionSpec("data"))
+    """The first axis is split over all devices."""
+    return NamedSharding(mesh, PartitionSpec(AXES))
+
+
+def sharded(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
+    """Where an array of the training state lies: its largest divisible axis is split over `fsdp`.
+
+    Arrays of less than SHARDED_FROM elements, and those without such an axis, lie on every device.
+    """
+    parts = mesh.shape["fsdp"]
+    divisible = [axis for axis, size in enumerate(shape) if size % parts == 0]
+    if parts == 1 or math.prod(shape) < SHARDED_FROM or not divisible:
+        return replicated(mesh)
+    largest = max(divisible, key=lambda axis: (shape[axis], axis))
+    return NamedSharding(mesh, PartitionSpec(*[None] * largest, "fsdp"))
+
+
+def gathered(mesh: Mesh, tree):
+    """Inside a jitted function: the tree with every array whole on every device."""
+    return jax.lax.with_sharding_constraint(tree, replicated(mesh))
 
 
 def local_rows(sharding: NamedSharding, size: int) -> np.ndarray:
     """Which places along a first axis of `size` lie on this process's devices; int64, ascending."""
     slices = sharding.addressable_devices_indices_map((size,)).values()
     return np.unique(np.concatenate([np.arange(size)[place] for place in slices]))
+
+
+def put(tree, sharding: NamedSharding):
+    """A tree of arrays as they shall lie on a mesh.
+
+    What only this process has must be the same in every process that the mesh reaches to.
+    """
+    leaves = jax.tree.leaves(tree)
+    if any(isinstance(a, jax.Array) and not a.is_fully_addressable for a in leaves):
+        return _relay(sharding)(tree)
+    if sharding.is_fully_addressable:
+        return jax.device_put(tree, sharding)
+
+    def one(array):
+        array = np.asarray(array)
+        return jax.make_array_from_callback(array.shape, sharding, lambda place: array[place])
+
+    return jax.tree.map(one, tree)
+
+
+@functools.cache
+def _relay(sharding: NamedSharding):
+    return jax.jit(lambda tree: tree, out_shardings=sharding)
+
+
+def get(array: jax.Array) -> np.ndarray:
+    """All of an array, in every process, wherever it lies."""
+    if array.is_fully_addressable:
+        return np.asarray(array)
+    return multihost_utils.process_allgather(array, tiled=True)

@@ -155,27 +155,29 @@ def generate(
         raise UserError(f"batch_size is {batch_size}; it must be at least 1")
     check_seed(seed)
 
-    mesh = parallel.data_mesh()
-    params = jax.device_put(params, parallel.replicated(mesh))
-    key = jax.device_put(jax.random.key(seed), parallel.replicated(mesh))
+    mesh = parallel.make_mesh()
+    whole, split = parallel.replicated(mesh), parallel.split_batch(mesh)
+    params = parallel.put(params, whole)
+    key = jax.jit(jax.random.key, out_shardings=whole)(seed)
     # Every batch has one shape, a multiple of the devices: the program compiles once.
     size = -(-min(batch_size, len(labels)) // mesh.size) * mesh.size if len(labels) else mesh.size
     batches = range(0, len(labels), size)
     # Stops on the way are only for the bar to move; the program is the same for any part.
     part = -(-options.num_steps // PARTS) if progress else options.num_steps
     images = []
-    with progress_bar(len(batches) * options.num_steps, progress, "sampling", "step") as bar:
+    show = progress and jax.process_index() == 0
+    with progress_bar(len(batches) * options.num_steps, show, "sampling", "step") as bar:
         for start in batches:
             indices = np.arange(start, start + size, dtype=np.int32)
             inputs = (indices, labels[np.minimum(indices, len(labels) - 1)])
-            inputs = jax.device_put(inputs, parallel.split_batch(mesh))
+            inputs = parallel.put(inputs, split)
             x = _first_noise(model, key, inputs[0], 0)
             for step in range(0, options.num_steps, part):
                 stop = min(step + part, options.num_steps)
                 x = _run_steps(model, options, params, key, *inputs, x, step, stop)
                 x.block_until_ready()
                 bar.update(stop - step)
-            images.append(np.asarray(x))
+            images.append(parallel.get(x))
     shape = (*model.input_size, model.in_channels)
     return np.concatenate([np.zeros((0, *shape), np.float32), *images])[: len(labels)]
 

@@ -59,7 +59,7 @@ def encoder(vae: AutoencoderKL, mesh: Mesh) -> Callable:
             lambda x: x.reshape(count, *x.shape[2:]), jax.lax.map(one_slice, slices)
         )
 
-    split = PartitionSpec("data")
+    split = PartitionSpec(parallel.AXES)
     return jax.jit(
         jax.shard_map(moments, mesh=mesh, in_specs=(PartitionSpec(), split), out_specs=split)
     )
@@ -92,8 +92,8 @@ def decode(
             f"{latents.shape[-1]}"
         )
     height, width = (vae.factor * side for side in latents.shape[1:3])
-    mesh = parallel.data_mesh()
-    params = jax.device_put(params, parallel.replicated(mesh))
+    mesh = parallel.make_mesh()
+    params = parallel.put(params, parallel.replicated(mesh))
     if batch_size is None:
         batch_size = max(1, AT_ONCE * 256**2 // (height * width)) * mesh.size
     size = -(-min(batch_size, max(len(latents), 1)) // mesh.size) * mesh.size
@@ -102,7 +102,7 @@ def decode(
         for start in range(0, len(latents), size):
             part = latents[start : start + size] / np.float32(scale)
             padded = np.pad(part, [(0, size - len(part)), (0, 0), (0, 0), (0, 0)])
-            out = _decode_slice(vae, params, jax.device_put(padded, parallel.split_batch(mesh)))
-            images.append(np.asarray(out)[: len(part)])
+            out = _decode_slice(vae, params, parallel.put(padded, parallel.split_batch(mesh)))
+            images.append(parallel.get(out)[: len(part)])
             bar.update(len(part))
     return np.concatenate(images)

@@ -109,7 +109,7 @@ def test_what_a_cache_holds(place):
 
 def test_online_and_cached_training_see_the_same(place):
     """The images in the same order with the same mirrors; only the posterior's noise differs."""
-    mesh = parallel.data_mesh()
+    mesh = parallel.make_mesh()
     online, cached = config_of(place), config_of(place, "latents", "cache")
     vae = inputs.load_vae(online)
     streams = [

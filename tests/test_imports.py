@@ -27,14 +27,17 @@ LEVELS = {
     "config": 5,
     "evaluation": 5,
     "train": 6,
+    "distributed": 3,
     "cli": 6,
+    "costs": 7,
     "weights": 7,
     "inputs": 8,
-    "main": 9,
-    "sample": 9,
-    "info": 9,
-    "convert": 9,
-    "encode": 9,
+    "workdir": 9,
+    "main": 10,
+    "sample": 10,
+    "info": 10,
+    "convert": 10,
+    "encode": 10,
 }
 NEVER = {("diffusion", "models"), ("data", "jax"), ("data", "models"), ("data", "diffusion")}
 # What the core needs; everything else is imported where it is used.

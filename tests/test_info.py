@@ -4,7 +4,7 @@ import jax
 import pytest
 
 from mdt_jax import config as configs
-from mdt_jax import info
+from mdt_jax import costs
 from mdt_jax.models.mdt import MDT, SIZES
 from tests.conftest import run_command
 
@@ -28,7 +28,7 @@ def published(size, version="v1", decoder_layers=2, **fields):
     ids=["S", "B", "L", "XL", "v2 S", "v2 XL"],
 )
 def test_parameter_counts_are_the_published_ones(model, total, sampling):
-    counted, without = info.parameter_counts(model)
+    counted, without = costs.parameter_counts(model)
     assert counted == total
     assert without == pytest.approx(sampling, abs=6e3)
 
@@ -36,7 +36,7 @@ def test_parameter_counts_are_the_published_ones(model, total, sampling):
 def test_a_dit_has_dits_parameters():
     """DiT-XL/2 counts 675,129,632, its fixed position embedding [256, 1152] among them."""
     dit = published("XL", decoder_layers=0, relative_bias=False, learned_position=False)
-    total, sampling = info.parameter_counts(dit)
+    total, sampling = costs.parameter_counts(dit)
     assert total == sampling == 675_129_632 - 256 * 1152
 
 
@@ -53,16 +53,16 @@ def test_a_dit_has_dits_parameters():
     ids=["S", "B", "L", "XL", "v2 S", "v2 XL"],
 )
 def test_work_is_the_published_codes(model, full, masked):
-    assert round(info.pass_macs(model) / 1e9, 2) == full
+    assert round(costs.pass_macs(model) / 1e9, 2) == full
     for kept, expected in masked.items():
         digits = len(str(expected).partition(".")[2])
-        assert round(info.pass_macs(model, kept) / 1e9, digits) == expected
+        assert round(costs.pass_macs(model, kept) / 1e9, digits) == expected
 
 
 def test_scanned_and_unrolled_blocks_are_the_same_work():
     model = MDT(input_size=(8, 8), in_channels=1, hidden_size=16, depth=5, num_heads=2)
-    assert info.pass_macs(model) == info.pass_macs(model.clone(unroll=True))
-    assert info.pass_macs(model) == info.pass_macs(model.clone(remat=True))
+    assert costs.pass_macs(model) == costs.pass_macs(model.clone(unroll=True))
+    assert costs.pass_macs(model) == costs.pass_macs(model.clone(remat="full"))
 
 
 def test_the_command():
@@ -85,8 +85,8 @@ def test_memory_holds_the_state():
     config = configs.variant(configs.default(), "smoke")
     config.optim.name = "adan"
     model = MDT.from_config(config)
-    memory = info.step_memory(config, model)
-    total, _ = info.parameter_counts(model)
+    memory = costs.step_memory(config, model)
+    total, _ = costs.parameter_counts(model)
     # Parameters, EMA, three moments and the last gradient, in float32; and a few counters.
     assert memory["state"] == pytest.approx(4 * 6 * total, abs=64)
     pixels = 16 * 8 * 8

@@ -249,7 +249,7 @@ def test_every_other_way_of_training_at_once(version, tmp_path):
     train_here(*SMOKE, f"--config.model.version={version}", f"--workdir={workdir}",
         "--config.model.num_classes=0", "--config.mask.ratio_max=0.5",
         "--config.sample.guidance_scale=1", "--config.data.flip=True", "--config.optim.clip_norm=1",
-        "--config.train.dtype=bfloat16", "--config.train.remat=True",
+        "--config.train.dtype=bfloat16", "--config.train.remat=full", "--config.train.accumulate=2",
     )  # fmt: skip
     report = json.loads((workdir / "report.json").read_text())
     assert report["skipped"] == 0 and np.isfinite(report["frechet_distance"])

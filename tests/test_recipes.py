@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from mdt_jax import config as configs
-from mdt_jax import info
+from mdt_jax import costs
 from mdt_jax.models.mdt import MDT
 from tests.conftest import ROOT, train_here
 
@@ -66,7 +66,7 @@ def test_smoke_has_the_structure_of_the_recipe(name):
 def test_parameter_counts(name):
     model = MDT.from_config(recipe(name))
     assert model.num_tokens == 256
-    assert info.parameter_counts(model)[0] == PARAMETERS[name]
+    assert costs.parameter_counts(model)[0] == PARAMETERS[name]
 
 
 @pytest.mark.parametrize("name", sorted(set(RECIPES) - OWN))
@@ -90,6 +90,6 @@ def test_v2_differs_from_v1_as_published():
         "adan",
         1.0,
     )
-    assert info.kept_lengths(v1, 256) == (179, 179)
-    assert info.kept_lengths(v2, 256) == (128, 179)
+    assert costs.kept_lengths(v1, 256) == (179, 179)
+    assert costs.kept_lengths(v2, 256) == (128, 179)
     assert (v1.optim.lr, v2.optim.lr, recipe("v2_s2").optim.lr) == (3e-4, 3e-4, 5e-4)

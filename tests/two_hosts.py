@@ -22,7 +22,7 @@ if __name__ == "__main__":
     else:
         out, steps, *arguments = arguments
         config, _ = cli.parse_config(["feed", *arguments], "")
-        mesh = parallel.data_mesh()
+        mesh = parallel.make_mesh()
         configs.validate(config, mesh.size)
         source, _ = inputs.open_data(config)
         batches = inputs.feed(config, source, mesh, None, 0)

@@ -51,15 +51,15 @@ def scatter_tokens(
 
     kept: [B, K, D], places: [B, K], fill: [D] → [B, num_tokens, D].
     """
-    batch, _, dim = kept.shape
-    base = jnp.broadcast_to(fill.astype(kept.dtype), (batch, num_tokens, dim))
-    rows = jnp.arange(batch)[:, None]
-    return base.at[rows, places].set(kept, unique_indices=True, mode="drop")
+    base = jnp.broadcast_to(fill.astype(kept.dtype), (num_tokens, kept.shape[-1]))
+    return jax.vmap(_set, in_axes=(None, 0, 0))(base, places, kept)
 
 
 def masked_positions(places: jax.Array, num_tokens: int) -> jax.Array:
     """places: [B, K] of kept tokens → [B, num_tokens] bool, true where a token is masked."""
-    batch = places.shape[0]
-    masked = jnp.ones((batch, num_tokens), bool)
-    rows = jnp.arange(batch)[:, None]
-    return masked.at[rows, places].set(False, unique_indices=True, mode="drop")
+    return jax.vmap(_set, in_axes=(None, 0, None))(jnp.ones(num_tokens, bool), places, False)
+
+
+def _set(base: jax.Array, places: jax.Array, values) -> jax.Array:
+    """Under vmap, so that XLA knows that samples are apart and leaves them on their devices."""
+    return base.at[places].set(values, unique_indices=True, mode="drop")

@@ -7,11 +7,13 @@ are dropped comes in from outside.
 """
 
 import functools
+from collections.abc import Callable
 
 import einops
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from mdt_jax.models import masking
 from mdt_jax.models.attention import Attention, relative_index
@@ -31,6 +33,18 @@ VAE_FACTOR, VAE_CHANNELS = 8, 4
 
 # On a CPU, stacks up to this depth are unrolled: about a third faster, still compiled in seconds.
 UNROLL_DEPTH = 8
+
+
+STACKS = ("encoder", "encoder_in", "encoder_out", "decoder", "side_interpolater")  # of blocks
+
+# What the backward pass keeps of each block; the rest it recomputes from the block's input. "dots"
+# keeps what Linear layers give, and recomputes the attention and all that is elementwise.
+GATHERED = "gathered"
+REMAT = {
+    "none": jax.checkpoint_policies.save_anything_except_these_names(GATHERED),
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
 
 
 def input_shape(config) -> tuple[int, int, int]:
@@ -154,7 +168,9 @@ class MDT(nn.Module):
     asymmetric: False lets the masked pass decode the kept tokens alone, and put the
         side-interpolater after the decoder.
     dtype: of matmuls and activations; parameters, conditioning, softmax and norms stay float32.
-    remat: recompute blocks in the backward pass instead of storing their activations.
+    remat: what the backward pass recomputes of each block, see `REMAT`.
+    gather: where devices share the parameters, the function of a tree of them that brings them
+        together: block by block, and again in the backward pass.
     unroll: lay the blocks out one by one instead of scanning them (same parameters and result);
         compiles longer, runs faster on a CPU.
     """
@@ -174,7 +190,8 @@ class MDT(nn.Module):
     learned_position: bool = True
     asymmetric: bool = True
     dtype: jnp.dtype = jnp.float32
-    remat: bool = False
+    remat: str = "none"
+    gather: Callable[[dict], dict] | None = None
     unroll: bool = False
 
     @classmethod
@@ -237,7 +254,11 @@ class MDT(nn.Module):
         Returns (x, the x after each block [count, B, N, D]). skip_axis=0: each block has its own
         skip, [count, B, N, D] in all; else they share one.
         """
-        block = nn.remat(Block, prevent_cse=False) if self.remat else Block
+        block = Block
+        if self.gather is not None:
+            block = nn.map_variables(Block, "params", self._gathered)
+        if self.remat != "none" or self.gather is not None:
+            block = nn.remat(block, prevent_cse=False, policy=REMAT[self.remat])
         shared = nn.broadcast
         return nn.scan(
             block,
@@ -247,6 +268,16 @@ class MDT(nn.Module):
             in_axes=(shared, shared, shared, skip_axis),
             unroll=count if self.unroll else 1,
         )(self.num_heads, self.grid, self.relative_bias, self.dtype)
+
+    def gather_rest(self, params: dict) -> dict:
+        """The parameters with those brought together that belong to no block."""
+        if self.gather is None:
+            return params
+        rest = {name: tree for name, tree in params.items() if name not in STACKS}
+        return {**params, **self.gather(rest)}
+
+    def _gathered(self, params):
+        return jax.tree.map(lambda leaf: checkpoint_name(leaf, GATHERED), self.gather(params))
 
     def __call__(
         self,

@@ -17,11 +17,13 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
+from mdt_jax import distributed
 from mdt_jax.errors import UserError
 from mdt_jax.files import check_room, free, reason
 from mdt_jax.train.state import TrainState
 
 FOLDER = "checkpoints"
+FORMAT = 1  # of a step folder; a newer one is not for this code
 ORBAX_FILES = 1_000_000  # bytes that a step takes besides its arrays, generously
 
 
@@ -57,10 +59,17 @@ def has_steps(workdir: str | os.PathLike) -> bool:
 def _restore(folder: pathlib.Path, items: dict[str, object]) -> dict[str, object]:
     """Restore items (abstract trees by name) of a step folder; ValueError if bits have changed."""
     args = {name: ocp.args.StandardRestore(tree) for name, tree in items.items()}
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-        restored = checkpointer.restore(
-            folder, ocp.args.Composite(meta=ocp.args.JsonRestore(), **args)
-        )
+    error = None
+    try:
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+            restored = checkpointer.restore(
+                folder, ocp.args.Composite(meta=ocp.args.JsonRestore(), **args)
+            )
+    except Exception as raised:  # whatever Orbax makes of a damaged folder
+        error = raised
+    # Where the files of one process are damaged, the others must not begin a sum with it.
+    if not distributed.everyone(error is None):
+        raise error or ValueError("another process cannot read it")
     for name in items:
         if int(_checksum(restored[name])) != restored["meta"]["checksums"][name]:
             raise ValueError(f"the values of {name} are not those that were saved")
@@ -68,9 +77,18 @@ def _restore(folder: pathlib.Path, items: dict[str, object]) -> dict[str, object
 
 
 def read_meta(folder: pathlib.Path) -> dict:
-    """The JSON of a step folder: config, step, checksums and the times of the run."""
+    """The JSON of a step folder: config, step, checksums and the times of the run.
+
+    Raises UserError where a newer mdt_jax has written it in a way that this one does not know.
+    """
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
-        return checkpointer.restore(folder, ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+        meta = checkpointer.restore(folder, ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+    if meta.get("format", 1) > FORMAT:
+        raise UserError(
+            f"checkpoint {folder} is of format {meta['format']}, and this mdt_jax knows {FORMAT} at "
+            "most: install a newer one"
+        )
+    return meta
 
 
 def _newest_sound(directory: pathlib.Path, read: Callable[[pathlib.Path], object]):
@@ -166,7 +184,8 @@ class Checkpoints:
         items = _items(state)
         checksums = {name: int(_checksum(tree)) for name, tree in items.items()}
         args = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
-        meta = ocp.args.JsonSave({"step": step, "checksums": checksums, **meta})
+        about = {"format": FORMAT, "step": step, "checksums": checksums}
+        meta = ocp.args.JsonSave({**about, **meta})
         manager, self._manager = self._manager, None  # nothing to wait for where this fails
         with _writing(self.directory, items):
             manager.save(step, args=ocp.args.Composite(meta=meta, **args), force=True)
@@ -194,6 +213,8 @@ def _writing(path: pathlib.Path, arrays: object = ()):
     try:
         yield
     except Exception as error:
+        if distributed.may_be_lost(error):
+            raise
         raise UserError(f"{path} could not be written: {reason(error)}{free(path)}") from None
 
 
@@ -244,7 +265,8 @@ def save_folder(folder: str | os.PathLike, item: str, arrays: dict, meta: dict) 
     """
     _quiet()
     folder = pathlib.Path(folder).absolute()
-    meta = {"step": 0, "checksums": {item: int(_checksum(arrays))}, **meta}
+    checksums = {item: int(_checksum(arrays))}
+    meta = {"format": FORMAT, "step": 0, "checksums": checksums, **meta}
     args = {item: ocp.args.StandardSave(arrays), "meta": ocp.args.JsonSave(meta)}
     try:
         with _writing(folder, arrays), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as orbax:

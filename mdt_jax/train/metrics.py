@@ -31,13 +31,13 @@ class MetricsLog:
         with open(temporary, "w") as file:
             file.writelines(kept)
         os.replace(temporary, path)
-        self._file = open(path, "a")  # noqa: SIM115 (closed in __exit__)
+        self._file = open(path, "a")  # noqa: SIM115 (closed in close)
 
-    def __enter__(self) -> "MetricsLog":
-        return self
-
-    def __exit__(self, *_) -> None:
+    def close(self) -> None:
         self._file.close()
+
+    def image(self, step: int, path: os.PathLike) -> None:
+        """Pictures lie beside it."""
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Append a line. Numbers that are not finite become null: JSON has no NaN."""

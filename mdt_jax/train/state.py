@@ -4,7 +4,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
+from mdt_jax import parallel
 from mdt_jax.models.mdt import MDT, init_params
 
 
@@ -37,11 +39,12 @@ def init_state(model: MDT, optimizer: optax.GradientTransformation, key: jax.Arr
     return state_from_params(init_params(model, key), optimizer)
 
 
-def abstract_state(
-    model: MDT, optimizer: optax.GradientTransformation, sharding: jax.sharding.Sharding
-) -> TrainState:
-    """The shapes, dtypes and shardings of a state; nothing is computed."""
+def abstract_state(model: MDT, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """The shapes, dtypes and shardings of a state on a mesh; nothing is computed."""
     shapes = jax.eval_shape(lambda key: init_state(model, optimizer, key), jax.random.key(0))
-    return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes
-    )
+
+    def lying(leaf):
+        sharding = parallel.sharded(mesh, leaf.shape)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree.map(lying, shapes)

@@ -1,6 +1,7 @@
 """One training step: a full and a masked pass, one optimiser update, one EMA update."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -121,27 +122,26 @@ def _masked_pixels(model: MDT, keep_ids: jax.Array, keep_count: jax.Array | None
     return patches.repeat(model.patch_size, axis=1).repeat(model.patch_size, axis=2)
 
 
-def training_loss(
+def sample_losses(
     model: MDT, objective: Objective, params: dict, batch: dict, draws: Draws
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """mean(weight·mse + vb) of the full pass plus the same of the masked pass; and its parts.
+    """mean(weight·mse + vb) of the full pass plus the same of the masked pass; and each sample's.
 
-    batch: {"latents": [B, H, W, C] float32, "labels": [B] int32}. A pure function. The parts are
-    means over the batch: of each pass `loss`, `mse` (not weighted), `vb`, and `weighted_mse` where
-    the weight is not 1; `kept`, the tokens a masked pass kept, where their number is drawn.
+    batch: {"latents": [B, H, W, C] float32, "labels": [B] int32}. A pure function. What is given
+    for each sample, [B] float32: of each pass `loss`, `mse` (not weighted), `vb`, and
+    `weighted_mse` where the weight is not 1.
     """
+    params = model.gather_rest(params)
     schedule = linear_schedule(objective.steps)
     weights = extract(LOSS_WEIGHTS[objective.loss_weight](schedule), draws.t).reshape(-1)
     passes = {}
-    metrics = {}
     if objective.passes != "masked":
         passes["full"] = (draws.noise_full, draws.drop_full, None, None, None)
     if objective.passes != "full":
         keep_ids, count = _kept(model, objective, draws)
         where = _masked_pixels(model, keep_ids, count) if objective.loss_on == "masked" else None
         passes["masked"] = (draws.noise_masked, draws.drop_masked, keep_ids, count, where)
-        if count is not None:
-            metrics["kept"] = count
+    values = {}
     for name, (noise, drop, keep_ids, count, where) in passes.items():
         labels = jnp.where(drop, model.num_classes, batch["labels"])
 
@@ -150,14 +150,42 @@ def training_loss(
 
         parts = diffusion_losses(network, schedule, batch["latents"], draws.t, noise, where)
         weighted = weights * parts["mse"]
-        metrics[f"loss/{name}"] = (weighted + parts["vb"]).mean()
         if objective.loss_weight != "uniform":
             parts["weighted_mse"] = weighted
-        for part, values in parts.items():
-            metrics[f"{part}/{name}"] = values.mean()
-            metrics |= _by_quartile(values, draws.t, schedule.num_steps, f"{part}/{name}")
-    loss = sum(metrics[f"loss/{name}"] for name in passes)
-    return loss, {"loss": loss, **metrics}
+        parts["loss"] = weighted + parts["vb"]
+        values |= {f"{part}/{name}": each for part, each in parts.items()}
+    return sum(values[f"loss/{name}"].mean() for name in passes), values
+
+
+def summary(
+    model: MDT, objective: Objective, values: dict[str, jax.Array], draws: Draws
+) -> dict[str, jax.Array]:
+    """What is logged of a batch's `sample_losses`: means over all, and over quarters of t.
+
+    `kept` is the tokens that a masked pass kept, where their number is drawn.
+    """
+    metrics = {name: each.mean() for name, each in values.items()}
+    loss = sum(value for name, value in metrics.items() if name.startswith("loss/"))
+    for name, each in values.items():
+        if not name.startswith("loss/"):
+            metrics |= _by_quartile(each, draws.t, objective.steps, name)
+    if objective.passes != "full" and objective.ratio_max > objective.ratio:
+        metrics["kept"] = _kept(model, objective, draws)[1]
+    return {"loss": loss, **metrics}
+
+
+def _parts(tree, count: int):
+    """A batch in `count` parts: [B, …] → [count, B / count, …], and what is one for all repeated.
+
+    Each part takes every count-th row, so that the rows of a device stay there.
+    """
+
+    def split(array):
+        if array.ndim == 0:
+            return jnp.broadcast_to(array, count)
+        return array.reshape(-1, count, *array.shape[1:]).swapaxes(0, 1)
+
+    return jax.tree.map(split, tree)
 
 
 def make_train_step(
@@ -165,18 +193,33 @@ def make_train_step(
     objective: Objective,
     optimizer: optax.GradientTransformation,
     ema_decay: float,
+    accumulate: int = 1,
 ) -> Callable[[TrainState, dict, Draws], tuple[TrainState, dict]]:
     """The function (state, batch, draws) → (state, metrics), to be jitted by the caller.
 
-    A step whose loss or gradient norm is not finite leaves parameters, optimiser and EMA as they
-    were and is counted.
+    accumulate: in how many parts the batch is taken, one after the other; gradients are added in
+    float32 and the optimiser is called once, so that the step is that of the whole batch. A step
+    whose loss or gradient norm is not finite leaves parameters, optimiser and EMA as they were and
+    is counted.
     """
+    slopes = jax.grad(functools.partial(sample_losses, model, objective), has_aux=True)
+
+    def gradient(params, batch: dict, draws: Draws):
+        if accumulate == 1:
+            return slopes(params, batch, draws)
+
+        def add(total, part):
+            grads, values = slopes(params, *part)
+            return jax.tree.map(jnp.add, total, grads), values
+
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        total, values = jax.lax.scan(add, zeros, _parts((batch, draws), accumulate))
+        grads = jax.tree.map(lambda leaf: leaf / accumulate, total)
+        return grads, {name: each.swapaxes(0, 1).reshape(-1) for name, each in values.items()}
 
     def train_step(state: TrainState, batch: dict, draws: Draws) -> tuple[TrainState, dict]:
-        def loss_fn(params):
-            return training_loss(model, objective, params, batch, draws)
-
-        grads, metrics = jax.grad(loss_fn, has_aux=True)(state.params)
+        grads, values = gradient(state.params, batch, draws)
+        metrics = summary(model, objective, values, draws)
         metrics["grad_norm"] = optax.tree.norm(grads)
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
 
@@ -220,16 +263,22 @@ def compile_step(
     state: shapes with their shardings; it is donated. key: all of a run's draws come from it.
     """
     objective, size = Objective.from_config(config), config.data.batch_size
-    train_step = make_train_step(model, objective, optimizer, config.optim.ema_decay)
+    if mesh.shape["fsdp"] > 1:
+        model = model.clone(gather=functools.partial(parallel.gathered, mesh))
+    train_step = make_train_step(
+        model, objective, optimizer, config.optim.ema_decay, config.train.accumulate
+    )
 
     def step_with_draws(state, batch, key):
         draws = draw(key, state.step, model, size, objective.steps)
         latents = latents_of(batch, draws, config.vae.scale)
+        draws = draws._replace(posterior=None)
         return train_step(state, {"latents": latents, "labels": batch["labels"]}, draws)
 
     whole = parallel.replicated(mesh)
     batch = batch_shapes(config, model, parallel.split_batch(mesh))
     key = jax.eval_shape(jax.random.key, 0)
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole)
-    jitted = jax.jit(step_with_draws, donate_argnums=0, out_shardings=(whole, whole))
+    lies = jax.tree.map(lambda leaf: leaf.sharding, state)
+    jitted = jax.jit(step_with_draws, donate_argnums=0, out_shardings=(lies, whole))
     return jitted.lower(state, batch, key).compile(compiler_options)

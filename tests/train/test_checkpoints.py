@@ -1,3 +1,4 @@
+import contextlib
 import json
 import pathlib
 import shutil
@@ -115,12 +116,12 @@ def test_paths_without_a_checkpoint(tmp_path):
 
 def test_metrics_log_drops_later_and_torn_lines(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    with MetricsLog(path, 0) as log:
+    with contextlib.closing(MetricsLog(path, 0)) as log:
         for step in (1, 2, 3):
             log.write(step, {"loss": np.float32(step), "empty": float("nan")})
     with open(path, "a") as file:
         file.write('{"step": 4, "lo')
-    with MetricsLog(path, 2) as log:
+    with contextlib.closing(MetricsLog(path, 2)) as log:
         log.write(3, {"loss": 30.0})
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [(line["step"], line["loss"]) for line in lines] == [(1, 1.0), (2, 2.0), (3, 30.0)]

@@ -13,8 +13,9 @@ from mdt_jax.diffusion.losses import min_snr_weights
 from mdt_jax.diffusion.schedule import linear_schedule
 from mdt_jax.models import masking
 from mdt_jax.models.mdt import MDT, init_params
-from mdt_jax.train.step import Objective, draw, training_loss
+from mdt_jax.train.step import Objective, draw
 from tests.models.common import random_params
+from tests.train.common import training_loss
 
 MODEL = MDT(
     input_size=(8, 8), in_channels=1, hidden_size=16, depth=2, num_heads=2, decoder_layers=1,

@@ -9,9 +9,10 @@ from mdt_jax import config as configs
 from mdt_jax.models.mdt import MDT
 from mdt_jax.train.optimizers import make_optimizer
 from mdt_jax.train.state import init_state, state_from_params
-from mdt_jax.train.step import Draws, Objective, draw, make_train_step, training_loss
+from mdt_jax.train.step import Draws, Objective, draw, make_train_step
 from tests.conftest import FULL_COMPILE
 from tests.published import MODELS, VERSIONS, published_numbers, published_params, relative_error
+from tests.train.common import training_loss
 
 MODEL = MDT(input_size=(8, 8), in_channels=1, hidden_size=16, depth=3, num_heads=2, num_classes=10)
 

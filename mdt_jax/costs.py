@@ -1,0 +1,110 @@
+"""What a model costs: parameters, multiply-accumulates, memory, and what a chip can do."""
+
+import math
+
+import jax
+import jax.extend.core
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from mdt_jax import parallel
+from mdt_jax.models.masking import keep_length
+from mdt_jax.models.mdt import MDT, init_params
+from mdt_jax.train.optimizers import make_optimizer
+from mdt_jax.train.state import abstract_state
+from mdt_jax.train.step import compile_step
+
+TRAINING_ONLY = ("side_interpolater", "mask_token")
+
+# Dense bfloat16 TFLOP/s of one device as JAX counts them, from the makers' data sheets; the first
+# name that is part of `device_kind` counts. A v2 or v3 device is one of a chip's two cores.
+PEAKS = {
+    "H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "A10G": 70,
+    "L40S": 362, "L40": 181, "L4": 121, "B200": 2250, "V100": 125, "T4": 65,
+    "TPU v6": 918, "TPU v5p": 459, "TPU v5 lite": 197, "TPU v5": 459, "TPU v4": 275,
+    "TPU v3": 61.5, "TPU v2": 23,
+}  # fmt: skip
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """The most operations that a device does in a second in bfloat16; None where not known."""
+    return next((peak * 1e12 for name, peak in PEAKS.items() if name in device_kind), None)
+
+
+def parameter_counts(model: MDT) -> tuple[int, int]:
+    """(all parameters, those that sampling needs)."""
+    shapes = jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0))
+    sizes = {name: sum(a.size for a in jax.tree.leaves(part)) for name, part in shapes.items()}
+    total = sum(sizes.values())
+    return total, total - sum(sizes.get(name, 0) for name in TRAINING_ONLY)
+
+
+def _macs(jaxpr: jax.extend.core.Jaxpr) -> int:
+    """Multiply-accumulates of all matrix products; a loop's as often as it runs."""
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            left = equation.invars[0].aval.shape
+            out = equation.outvars[0].aval.shape
+            total += math.prod(out) * math.prod(left[axis] for axis in contracted)
+        inner = sum(_macs(sub) for sub in jax.extend.core.jaxprs_in_params(equation.params))
+        total += inner * equation.params.get("length", 1)
+    return total
+
+
+def pass_macs(model: MDT, kept: int | None = None) -> int:
+    """Multiply-accumulates of one image's forward pass; kept: tokens the masked pass keeps."""
+    params = jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0))
+    x = jax.ShapeDtypeStruct((1, *model.input_size, model.in_channels), jnp.float32)
+    number = jax.ShapeDtypeStruct((1,), jnp.int32)
+    ids = None if kept is None else jax.ShapeDtypeStruct((1, kept), jnp.int32)
+
+    def forward(params, x, t, y, ids):
+        return model.apply({"params": params}, x, t, y, ids)
+
+    return _macs(jax.make_jaxpr(forward)(params, x, number, number, ids).jaxpr)
+
+
+def kept_lengths(config: ConfigDict, num_tokens: int) -> tuple[int, int] | None:
+    """(fewest, most) tokens that a masked pass keeps; None where there is no masked pass."""
+    mask = config.mask
+    if mask.passes == "full":
+        return None
+    fewest = keep_length(num_tokens, max(mask.ratio, mask.ratio_max))
+    return fewest, keep_length(num_tokens, mask.ratio)
+
+
+def training_flops(config: ConfigDict, model: MDT) -> int:
+    """Operations that training takes for each image: both passes, forward and backward.
+
+    A multiply-accumulate is two of them, and the backward pass costs two forward passes; what is
+    recomputed is not counted, and of a drawn mask ratio the mean.
+    """
+    lengths, macs = kept_lengths(config, model.num_tokens), 0
+    if config.mask.passes != "masked":
+        macs += pass_macs(model)
+    if lengths is not None:
+        macs += sum(pass_macs(model, kept) for kept in lengths) // 2
+    return 6 * macs
+
+
+def step_memory(config: ConfigDict, model: MDT) -> dict[str, int]:
+    """Bytes on each device: the training state, the batch, and what a step needs on top."""
+    mesh = parallel.make_mesh(config.mesh.data, config.mesh.fsdp)
+    optimizer = make_optimizer(config.optim)
+    state = abstract_state(model, optimizer, mesh)
+    # The buffers are planned before LLVM is asked to optimise, which takes most of the time.
+    quick = {"xla_backend_optimization_level": 0}
+    memory = compile_step(config, model, optimizer, state, mesh, quick).memory_analysis()
+    held = sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(state)
+    )
+    # The new state takes the place of the old one; the rest of the output is metrics.
+    new = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return {
+        "state": held,
+        "batch": memory.argument_size_in_bytes - held,
+        "temporary": memory.temp_size_in_bytes + new,
+    }

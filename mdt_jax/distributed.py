@@ -1,0 +1,328 @@
+"""The processes of a run, on JAX's distributed runtime: start, agree, notice deaths, stop.
+
+With one process all of this does nothing.
+"""
+
+import contextlib
+import itertools
+import os
+import re
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from jax._src.distributed import global_state as _state  # its only home, as Orbax and Flax have it
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
+
+from mdt_jax import parallel
+from mdt_jax.errors import UserError
+
+_left = threading.Event()  # the processes have parted in peace
+_patience = 60  # seconds
+GO_ON = "this process stops, too. The same command goes on from the last checkpoint"
+
+
+def start(how: str, num_processes: int, process_id: int, timeout: int, patience: int) -> None:
+    """Bring the processes of a run together, before anything else is asked of JAX.
+
+    how: "off"; "auto", where Cloud TPU, Slurm, Kubernetes or Open MPI say who there is, and one
+    process if none does; or HOST:PORT of process 0, with num_processes and process_id.
+    timeout: seconds in which all must have come, and again for a first sum over all devices.
+    patience: seconds after which a process that does not answer is taken for dead; the others stop.
+    Raises UserError, or ends the process with one line, where they do not come together.
+    """
+    global _patience
+    _patience = patience
+    if how == "off":
+        return
+    given = {}
+    if how != "auto":
+        if not re.fullmatch(r".+:[0-9]+", how):
+            raise UserError(f"--distributed={how} is none of auto, off, HOST:PORT of process 0")
+        if not 0 <= process_id < num_processes:
+            raise UserError(
+                f"--distributed={how} needs --num_processes and a --process_id below it; they are "
+                f"{num_processes} and {process_id}"
+            )
+        given = dict(
+            coordinator_address=how, num_processes=num_processes, process_id=process_id,
+            cluster_detection_method="deactivate",
+        )  # fmt: skip
+    arrived = threading.Event()
+    threading.Thread(target=_roll_call, args=(timeout, arrived), daemon=True).start()
+    try:
+        # JAX's own end of a start is an abort that names nobody; the roll call comes before it.
+        jax.distributed.initialize(
+            **given, initialization_timeout=timeout + 60, heartbeat_timeout_seconds=patience + 60
+        )
+    except Exception as error:
+        # Nobody says that there are others; or a notebook has asked JAX for its devices before.
+        if not given and re.search("(should|must) be defined|must be called before", str(error)):
+            return
+        raise UserError(
+            f"the processes cannot be brought together: {' '.join(str(error).split())}; with "
+            "--distributed=off this one trains alone"
+        ) from None
+    finally:
+        arrived.set()
+    if several():
+        _meet(timeout)
+
+
+def several() -> bool:
+    """Whether this is one of several processes."""
+    return _state.client is not None and _state.num_processes > 1
+
+
+def is_first() -> bool:
+    """Whether this is the process that prints and writes for all."""
+    return _state.process_id == 0
+
+
+def say(line: str) -> None:
+    """Print to stderr, once for all processes."""
+    if is_first():
+        print(line, file=sys.stderr)
+
+
+def _roll_call(timeout: float, arrived: threading.Event) -> None:
+    """While JAX waits for all processes: who is there? At the end of the time say who is not.
+
+    Processes report at the port above the coordinator's.
+    """
+    end = time.monotonic() + timeout
+    while _state.client is None:
+        if arrived.wait(0.05):
+            return
+    host, _, port = _state.coordinator_address.rpartition(":")
+    address, host = (host.strip("[]"), int(port) + 1), f"{host}:{port}"
+    with contextlib.ExitStack() as stack:
+        if is_first():
+            line = _call(address[1], end, arrived, stack)
+        else:
+            line = _report(address, end, arrived, stack)
+        if arrived.is_set():
+            return
+        if line is None and _answers((address[0], int(port))):
+            line = f"not all {_state.num_processes} processes came within {timeout:.0f} s"
+        elif line is None:
+            line = (
+                f"the coordinator, process 0 at {host}, did not answer within {timeout:.0f} s: "
+                "does it run there, and is the port open?"
+            )
+        _die(line)
+
+
+def _call(port: int, end: float, arrived: threading.Event, stack) -> str | None:
+    """Process 0's part: collect who reports, and tell them at the end who did not."""
+    began, here = time.monotonic(), {0: None}
+    try:
+        server = stack.enter_context(socket.create_server(("", port)))
+    except OSError:
+        arrived.wait(end - began)
+        return None
+    server.settimeout(0.2)
+    while not arrived.is_set() and time.monotonic() < end:
+        with contextlib.suppress(OSError, ValueError):
+            reporting = stack.enter_context(server.accept()[0])
+            reporting.settimeout(5)
+            here[int(reporting.recv(20))] = reporting
+    missing = sorted(set(range(_state.num_processes)) - set(here))
+    line = f"{_names(missing)} of {_state.num_processes} did not come within {end - began:.0f} s"
+    for process in filter(None, here.values() if not arrived.is_set() else ()):
+        with contextlib.suppress(OSError):
+            process.sendall(line.encode())
+    return line
+
+
+def _report(address, end: float, arrived: threading.Event, stack) -> str | None:
+    """Any other's part: report, and hear at the end who did not."""
+    while not arrived.is_set() and time.monotonic() < end:
+        with contextlib.suppress(OSError):
+            first = stack.enter_context(socket.create_connection(address, timeout=2))
+            first.sendall(str(_state.process_id).encode())
+            first.settimeout(0.2)
+            while not arrived.is_set() and time.monotonic() < end + 5:
+                with contextlib.suppress(TimeoutError):
+                    return first.recv(10_000).decode() or None
+        arrived.wait(0.2)
+    return None
+
+
+def _answers(address) -> bool:
+    try:
+        socket.create_connection(address, timeout=2).close()
+        return True
+    except OSError:
+        return False
+
+
+def _meet(timeout: int) -> None:
+    """Print who is there, watch over each other from now on, and try a sum over all devices."""
+    devices = jax.local_devices()
+    ids = ", ".join(str(device.id) for device in devices)
+    here = f"{socket.gethostname()}: {len(devices)} × {devices[0].device_kind} ({ids})"
+    for process, text in enumerate(_exchange("host", here)):
+        say(f"process {process} on {text}")
+    for guard in (_watch, _listen):
+        threading.Thread(target=guard, daemon=True).start()
+    late = threading.Timer(timeout, _die, [
+        f"a sum over the {jax.device_count()} devices did not end within {timeout} s, though all "
+        "processes answer: is the network between them open to each other?"
+    ])  # fmt: skip
+    late.daemon = True
+    late.start()
+    mesh = parallel.make_mesh()
+    ones = parallel.put(np.ones(mesh.size), parallel.split_batch(mesh))
+    add = jax.jit(lambda x: x.sum(), out_shardings=NamedSharding(mesh, PartitionSpec()))
+    total = int(add(ones))
+    late.cancel()
+    if total != mesh.size:
+        raise UserError(f"a sum over {mesh.size} devices that are 1 each came out as {total}")
+
+
+_calls = itertools.count()
+
+
+def _exchange(what: str, value: str) -> list[str]:
+    """Every process's value, in order. Each must call it equally often."""
+    place = f"mdt_jax/{what}/{next(_calls)}"
+    _state.client.key_value_set(f"{place}/{_state.process_id}", value)
+    _state.client.wait_at_barrier(place, 24 * 3600 * 1000)  # the watch is over who does not come
+    count = _state.num_processes
+    return [_state.client.blocking_key_value_get(f"{place}/{p}", 60_000) for p in range(count)]
+
+
+def agree(values: dict[str, object], hint: str = "") -> None:
+    """Raise UserError, in every process, where some have other values than process 0."""
+    if not several():
+        return
+    lines = [f"{name}={value}" for name, value in values.items()]
+    all_lines = [text.split("\n") for text in _exchange("agree", "\n".join(lines))]
+    for process, theirs in enumerate(all_lines):
+        for first, other in zip(all_lines[0], theirs, strict=False):
+            if first != other:
+                raise UserError(
+                    f"the processes differ: process 0 has {first}, process {process} {other}{hint}"
+                )
+
+
+def everyone(yes: bool) -> bool:
+    """Whether `yes` is so in every process; all of them must ask."""
+    return all(answer == "1" for answer in _exchange("vote", str(int(yes)))) if several() else yes
+
+
+def _watch() -> None:
+    """End this process, with a line that says why, once another one does not answer any more."""
+    while not _left.is_set():
+        try:
+            _state.client.wait_at_barrier("mdt_jax/alive", _patience * 1000)
+        except Exception as error:
+            if not _left.is_set():
+                _die(_who_is_gone(error))
+        _left.wait(_patience / 12)
+
+
+def _who_is_gone(error: Exception) -> str:
+    named = str(error).partition("task names:")[2].partition("RPC:")[0]
+    gone = [int(number) for number in re.findall(r"^\s*(\d+)\s*$", named, re.M)]
+    who = _names(gone) if gone else f"another process ({' '.join(str(error).split())[:200]})"
+    return f"{who} did not answer for {_patience} s; {GO_ON}"
+
+
+def _listen() -> None:
+    """End this process once another says that it leaves, or the coordinator is gone."""
+    while not _left.is_set():
+        try:
+            said = _state.client.blocking_key_value_get("mdt_jax/left", 3600 * 1000)
+        except Exception as error:
+            if "DEADLINE_EXCEEDED" in str(error):
+                continue
+            said = f"process 0, the coordinator, is gone; {GO_ON}"
+        if not _left.is_set():
+            _die(said)
+
+
+def _names(processes: list[int]) -> str:
+    return f"process{'es' * (len(processes) > 1)} {', '.join(map(str, processes))}"
+
+
+def _die(line: str, code: int = 2) -> None:
+    """End this process at once: what JAX does at exit would wait for processes that are gone."""
+    print(f"error: process {_state.process_id}: {line}", file=sys.stderr)
+    leave_at_once(code)
+
+
+def leave_at_once(code: int, reason: str = "") -> None:
+    """End this process without the others, who hear the reason and end as well."""
+    _left.set()
+    if reason:
+        with contextlib.suppress(Exception):  # perhaps somebody left before
+            line = f"process {_state.process_id} stopped: {reason}"
+            _state.client.key_value_set("mdt_jax/left", line)
+    if reason and is_first():
+        time.sleep(3)  # with the coordinator gone, nobody would hear of it
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def may_be_lost(error: Exception) -> bool:
+    """Whether it may be that another process is gone."""
+    return several() and bool(re.match(r"[A-Z_]+: ", str(error)))  # as XLA's errors begin
+
+
+def await_verdict(error: Exception) -> None:
+    """After an error that a lost process may have caused: wait until the watch says which."""
+    if may_be_lost(error):
+        print(
+            f"process {_state.process_id}: {' '.join(str(error).split())[:200]}; looking who is "
+            "gone …", file=sys.stderr, flush=True,
+        )  # fmt: skip
+        time.sleep(_patience * 1.5)
+
+
+def part() -> None:
+    """At the end of a run: wait for all, so that no one is missed."""
+    if several():
+        _exchange("part", "")
+        _left.set()
+
+
+class StopSignal:
+    """Turns SIGTERM, preemption notices and Ctrl-C into a wish that the training loop looks at.
+
+    Of several processes one needs to be told; all hear of it at the same step.
+    """
+
+    def __init__(self):
+        self._asked = False
+        if several():  # JAX listens to SIGTERM and passes it on
+            signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        else:
+            self._on_both(self._ask)
+
+    def _ask(self, *_):
+        self._asked = True
+
+    def _on_both(self, handler: Callable) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, handler)
+
+    def asked(self, step: int) -> bool:
+        """Whether to stop before `step`; every process must ask at every step."""
+        if several():
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self._asked
+
+    def exit_at_once(self) -> None:
+        """From here on (and if it was asked meanwhile) leave with exit code 0."""
+        if self._asked:
+            sys.exit(0)
+        self._on_both(lambda *_: sys.exit(0))

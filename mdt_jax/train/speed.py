@@ -1,0 +1,76 @@
+"""How fast a run is, and how much of its machine it uses."""
+
+import contextlib
+import resource
+import sys
+import time
+from collections.abc import Iterator
+
+import jax
+
+
+class Clock:
+    """Seconds of training, without pauses; and how many of them were spent waiting for data."""
+
+    def __init__(self, before: float = 0.0):
+        self._began = time.perf_counter() - before
+        self.waited = 0.0
+
+    def seconds(self) -> float:
+        return time.perf_counter() - self._began
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self._began += time.perf_counter() - began
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - began
+
+
+class Speed:
+    """What is logged of it, each time since the time before.
+
+    images: in a step, over all devices; flops: operations that training takes for each, as the
+    model asks for them (recomputed ones are not counted); peak: what a device does in a second at
+    most, if known.
+    """
+
+    def __init__(self, clock: Clock, step: int, images: int, flops: int, peak: float | None):
+        self._clock, self._images, self._flops, self._peak = clock, images, flops, peak
+        self._last = step, clock.seconds(), clock.waited
+
+    def since(self, step: int, steps: int) -> dict[str, float]:
+        """Up to `step`, of a run of `steps`: see README, "Read the log"."""
+        (step_before, seconds_before, waited_before), now = self._last, self._clock.seconds()
+        self._last = step, now, self._clock.waited
+        spent, done = max(now - seconds_before, 1e-9), step - step_before
+        each = done * self._images / spent / jax.device_count()
+        values = {
+            "seconds": round(now, 3),
+            "images_per_second": round(each * jax.device_count(), 2),
+            "images_per_second_per_device": round(each, 3),
+            "tflops_per_device": round(each * self._flops / 1e12, 4),
+            "data_wait": round((self._clock.waited - waited_before) / spent, 4),
+            "memory_gb": round(memory_high_water() / 1e9, 3),
+            "eta_seconds": round(spent / max(done, 1) * (steps - step), 1),
+        }
+        if self._peak:
+            values["mfu"] = round(each * self._flops / self._peak, 4)
+        return values
+
+
+def memory_high_water() -> int:
+    """The most bytes that were in use at once on one of this process's devices.
+
+    On a CPU, where devices do not tell, it is the process's resident memory.
+    """
+    told = [device.memory_stats() for device in jax.local_devices()]
+    if all(stats and "peak_bytes_in_use" in stats for stats in told):
+        return max(stats["peak_bytes_in_use"] for stats in told)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,112 @@
+"""What shows a run while it goes, besides metrics.jsonl: TensorBoard, W&B, a profiler's trace."""
+
+import hashlib
+import pathlib
+import re
+
+import jax
+import numpy as np
+
+from mdt_jax.errors import UserError
+
+
+def open_trackers(
+    workdir: pathlib.Path, config: dict, step: int, tensorboard: bool, wandb: str
+) -> list:
+    """Those asked for, each with write(step, metrics), image(step, path) and close().
+
+    step: where the run goes on; what was shown of later steps gives way. wandb: a project's name,
+    or "". Raises UserError where the package is not there.
+    """
+    trackers = []
+    if tensorboard:
+        trackers.append(TensorBoard(workdir / "tensorboard", step))
+    if wandb:
+        trackers.append(Wandb(workdir, config, wandb))
+    return trackers
+
+
+def _missing(flag: str, package: str) -> UserError:
+    return UserError(f"{flag} needs the package {package}: pip install {package}")
+
+
+def _picture(path: pathlib.Path) -> np.ndarray:
+    from PIL import Image
+
+    return np.asarray(Image.open(path).convert("RGB"))
+
+
+class TensorBoard:
+    """Event files in a folder."""
+
+    def __init__(self, folder: pathlib.Path, step: int):
+        try:
+            from tensorboardX import SummaryWriter
+        except ImportError:
+            raise _missing("--tensorboard", "tensorboardX") from None
+        self._writer = SummaryWriter(str(folder), purge_step=step + 1)
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, float(value), step)
+
+    def image(self, step: int, path: pathlib.Path) -> None:
+        self._writer.add_image("samples", _picture(path), step, dataformats="HWC")
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class Wandb:
+    """A run of Weights & Biases; the same workdir goes on in the same one."""
+
+    def __init__(self, workdir: pathlib.Path, config: dict, project: str):
+        try:
+            import wandb
+        except ImportError:
+            raise _missing("--wandb", "wandb") from None
+        name = hashlib.sha256(str(workdir.absolute()).encode()).hexdigest()[:16]
+        self._image = wandb.Image
+        self._run = wandb.init(
+            project=project, dir=str(workdir), name=workdir.name, id=name, resume="allow",
+            config=config,
+        )  # fmt: skip
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        self._run.log({name: float(value) for name, value in metrics.items()}, step=step)
+
+    def image(self, step: int, path: pathlib.Path) -> None:
+        self._run.log({"samples": self._image(str(path))}, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class Profile:
+    """A trace of some steps, for TensorBoard's or Perfetto's viewer.
+
+    steps: "10:13", the first and the last, counted as metrics.jsonl does; "": none. Raises
+    UserError for anything else.
+    """
+
+    def __init__(self, steps: str, folder: pathlib.Path):
+        found = re.fullmatch(r"([0-9]+):([0-9]+)", steps)
+        if steps and (not found or not 1 <= int(found[1]) <= int(found[2])):
+            raise UserError(f"--profile_steps={steps} is not such as 10:13, first and last step")
+        self._first, self._last = (int(found[1]), int(found[2])) if found else (0, 0)
+        self._folder, self._running = folder, False
+
+    def before(self, step: int, state) -> None:
+        """To be called before step number `step` with the state that it starts from."""
+        if step == self._first and step:
+            jax.block_until_ready(state)
+            jax.profiler.start_trace(str(self._folder))
+            self._running = True
+        elif self._running and step > self._last:
+            jax.block_until_ready(state)
+            self.close()
+
+    def close(self) -> None:
+        if self._running:
+            jax.profiler.stop_trace()
+        self._running = False

@@ -1,0 +1,122 @@
+"""The folder of a run: what may go on in it, and what is written there besides checkpoints."""
+
+import errno
+import json
+import os
+import pathlib
+
+import jax
+from ml_collections import ConfigDict
+
+from mdt_jax import __version__, distributed, inputs
+from mdt_jax import config as configs
+from mdt_jax.errors import UserError
+from mdt_jax.files import whole
+from mdt_jax.train.metrics import MetricsLog, read_steps
+
+
+def check_same_run(meta: dict, config: ConfigDict, workdir: pathlib.Path, about_data: dict) -> None:
+    """Raise UserError where a checkpoint is of another model; print what else has changed."""
+    was, now = meta.get("classes", about_data["classes"]), about_data["classes"]
+    if was != now:
+        raise UserError(
+            f"{workdir} was trained with the classes {inputs.describe_classes(was)}; "
+            f"the data now has {inputs.describe_classes(now)}"
+        )
+    if meta.get("images_sha256", about_data["images_sha256"]) != about_data["images_sha256"]:
+        distributed.say("going on with another list of images than before")
+    old, new = configs.complete(meta["config"]).to_dict(), config.to_dict()
+    changed = []
+    for group, fields in new.items():
+        for name, value in fields.items():
+            before = old.get(group, {}).get(name)
+            if before != value:
+                changed.append((f"{group}.{name}", before, value))
+    shape = (
+        "model.", "data.image_size", "data.channels", "vae.", "diffusion.steps", "optim.name"
+    )  # fmt: skip
+    other = [f"{name} is {was}, not {now}" for name, was, now in changed if name.startswith(shape)]
+    if other:
+        raise UserError(
+            f"{workdir} holds a checkpoint of another model or optimiser ({'; '.join(other)}); "
+            "choose another workdir or the same config"
+        )
+    for name, was, now in changed:
+        distributed.say(f"going on with {name} changed from {was} to {now}")
+
+
+def check_nothing_is_lost(workdir: pathlib.Path) -> None:
+    """Raise UserError where a run got past its first checkpoints but none is there any more."""
+    steps = [step for step, _ in read_steps(workdir / "metrics.jsonl")]
+    if not steps:
+        return
+    # The second save waits for the first, so after that a checkpoint must have been finished.
+    try:
+        config = json.loads((workdir / "config.json").read_text())
+        every = config["train"]["checkpoint_every"]
+    except (OSError, ValueError, KeyError):
+        every = 1
+    if (workdir / "report.json").exists() or steps[-1] > 2 * every:
+        raise UserError(
+            f"{workdir} holds the metrics of {steps[-1]} steps but no checkpoint; put its "
+            "checkpoints back, or train anew in another workdir"
+        )
+    distributed.say(f"{workdir} was stopped after {steps[-1]} steps, before a checkpoint")
+
+
+def agree(config: ConfigDict, workdir, about_data: dict, start: int, done: bool) -> None:
+    """Raise UserError where the processes of a run are not about to do the same."""
+    fields = {f"{g}.{n}": v for g, names in config.to_dict().items() for n, v in names.items()}
+    distributed.agree({"mdt_jax": __version__, "jax": jax.__version__} | fields)
+    data = {"list of images": about_data["images_sha256"], "classes": about_data["classes"]}
+    distributed.agree(data, "; all must read the same data")
+    distributed.agree(
+        {"start": f"step {start}{' and a report' * done}"}, f": {workdir} must be a shared folder"
+    )
+
+
+def begin(workdir: pathlib.Path, config: ConfigDict, classes: list[str], start: int) -> list:
+    """Write what a run is of, and open its log: what has `write`, of the first process alone."""
+    if not distributed.is_first():
+        return []
+    (workdir / "report.json").unlink(missing_ok=True)
+    write_json(workdir / "config.json", config.to_dict())
+    if classes:
+        write_json(workdir / "classes.json", classes)
+        distributed.say(f"classes: {inputs.describe_classes(classes)}")
+    return [MetricsLog(workdir / "metrics.jsonl", start)]
+
+
+def is_reported(workdir: pathlib.Path, config: ConfigDict, step: int) -> bool:
+    """Whether report.json is of this config at this step."""
+    try:
+        report = json.loads((workdir / "report.json").read_text())
+        return (
+            report["steps"] == step
+            and json.loads((workdir / "config.json").read_text()) == config.to_dict()
+        )
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def make(workdir: pathlib.Path) -> None:
+    """Raise UserError where nothing can be written, or not all processes see what is."""
+    probe = workdir / ".write-test"
+    try:
+        if distributed.is_first():
+            workdir.mkdir(parents=True, exist_ok=True)
+            probe.touch()
+        distributed.everyone(True)  # wait for it
+        if not probe.exists() and not os.listdir(workdir).count(probe.name):
+            raise FileNotFoundError(errno.ENOENT, "another process's files cannot be seen there")
+        distributed.everyone(True)
+        if distributed.is_first():
+            probe.unlink()
+    except OSError as error:
+        raise UserError(f"workdir {workdir} cannot be written to: {error.strerror}") from None
+
+
+def write_json(path: pathlib.Path, content: object) -> None:
+    """Whole or not at all."""
+    with whole(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
