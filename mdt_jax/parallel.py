@@ -41,14 +41,21 @@ def make_mesh(data: int = 0, fsdp: int = 1, devices: list | None = None) -> Mesh
     `fsdp` group lies within one. Raises UserError where the sizes do not match the devices.
     """
     devices = jax.devices() if devices is None else devices
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
-    data, fsdp = mesh_shape(data, fsdp, len(devices), slices)
-    if slices > 1:
-        inside, across = (data // slices, fsdp), (slices, 1)
-        placed = mesh_utils.create_hybrid_device_mesh(inside, across, devices)
-    else:
-        placed = mesh_utils.create_device_mesh((data, fsdp), devices)
-    return Mesh(placed, AXES, axis_types=(AxisType.Auto, AxisType.Auto))
+    shape = mesh_shape(data, fsdp, len(devices), len(_slices(devices)))
+    return Mesh(place(shape, devices), AXES, axis_types=(AxisType.Auto, AxisType.Auto))
+
+
+def _slices(devices: list) -> set[int]:
+    return {getattr(device, "slice_index", 0) for device in devices}
+
+
+def place(shape: tuple[int, int], devices: list) -> np.ndarray:
+    """Devices as an array [data, fsdp], so that neighbours along `fsdp` are linked best."""
+    slices = len(_slices(devices))
+    if slices == 1:
+        return mesh_utils.create_device_mesh(shape, devices)
+    inside = (shape[0] // slices, shape[1])
+    return mesh_utils.create_hybrid_device_mesh(inside, (slices, 1), devices)
 
 
 def local_mesh() -> Mesh:

@@ -35,11 +35,11 @@ SMOKE = [
 ]
 
 
-def start_command(*arguments: str, **environment: str) -> subprocess.Popen:
+def start_command(*arguments: str, cwd=ROOT, **environment: str) -> subprocess.Popen:
     """Start `python -m …` from the root of the project in a process of its own."""
     return subprocess.Popen(
         [sys.executable, "-m", *arguments],
-        cwd=ROOT,
+        cwd=cwd,
         env={**os.environ, **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

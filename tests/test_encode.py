@@ -246,7 +246,7 @@ def on_hosts(count, *arguments):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         coordinator = f"127.0.0.1:{free.getsockname()[1]}"
-    command = [sys.executable, "-m", "tests.two_hosts", coordinator, str(count)]
+    command = [sys.executable, "-m", "tests.hosts", coordinator, str(count)]
     processes = [
         subprocess.Popen(
             [*command, str(index), *arguments], cwd=ROOT, stdout=subprocess.PIPE,

@@ -85,8 +85,8 @@ def read_meta(folder: pathlib.Path) -> dict:
         meta = checkpointer.restore(folder, ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
     if meta.get("format", 1) > FORMAT:
         raise UserError(
-            f"checkpoint {folder} is of format {meta['format']}, and this mdt_jax knows {FORMAT} at "
-            "most: install a newer one"
+            f"checkpoint {folder} is of format {meta['format']}, newer than the {FORMAT} that this "
+            "mdt_jax knows: install a newer one"
         )
     return meta
 

@@ -1,0 +1,258 @@
+"""Real processes of one run over jax.distributed, on this machine: together, and when some fail."""
+
+import json
+import pathlib
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from tests.conftest import ROOT, run_command, start_command, train_here
+from tests.small_data import write_pictures
+from tests.test_main import arrays, steps_of
+
+# Wide enough that the stacks of blocks are split over `fsdp`.
+RUN = [
+    "--config=configs/digits.py:smoke", "--config.model.hidden_size=64", "--config.train.steps=8",
+    "--config.train.checkpoint_every=4", "--config.train.sample_every=8",
+]  # fmt: skip
+PATIENCE = 15
+
+
+def free_port() -> int:
+    """A port that nobody listens at, nor at the one above."""
+    while True:
+        with socket.socket() as one, socket.socket() as two:
+            one.bind(("127.0.0.1", 0))
+            try:
+                two.bind(("127.0.0.1", one.getsockname()[1] + 1))
+            except OSError:
+                continue
+            return one.getsockname()[1]
+
+
+def start_run(count: int, workdir, *flags: str, without: int = -1) -> list[subprocess.Popen]:
+    """The processes of a run; in flags, @ is each one's number."""
+    host = f"127.0.0.1:{free_port()}"
+    return [
+        start_command(
+            "mdt_jax.main", f"--workdir={workdir}", f"--distributed={host}",
+            f"--num_processes={count}", f"--process_id={number}", f"--patience={PATIENCE}",
+            *RUN, *(flag.replace("@", str(number)) for flag in flags),
+        )
+        for number in range(count) if number != without
+    ]  # fmt: skip
+
+
+def ends(processes: list[subprocess.Popen], timeout: float = 280) -> list[tuple[int, str]]:
+    """(exit code, what it printed) of each."""
+    until, ended = time.time() + timeout, []
+    try:
+        for process in processes:
+            out, err = process.communicate(timeout=max(until - time.time(), 1))
+            ended.append((process.returncode, out + err))
+    finally:
+        for process in processes:
+            process.kill()
+    return ended
+
+
+def all_well(processes) -> str:
+    """What the first process printed; all must end with 0."""
+    ended = ends(processes)
+    assert [code for code, _ in ended] == [0] * len(ended), ended
+    return ended[0][1]
+
+
+def log_of(workdir) -> list[dict]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def wait_for_steps(workdir, steps: int, process) -> None:
+    until = time.time() + 250
+    while len(steps_of(workdir)) < steps:
+        assert process.poll() is None and time.time() < until, process.communicate()
+        time.sleep(0.01)
+
+
+def same_losses(workdir, other) -> None:
+    for name in ("loss", "grad_norm", "mse/masked"):
+        got, wanted = ([line[name] for line in log_of(w)] for w in (workdir, other))
+        np.testing.assert_allclose(got, wanted, rtol=2e-6)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> pathlib.Path:
+    """The run by one process."""
+    workdir = tmp_path_factory.mktemp("alone") / "run"
+    train_here(*RUN, f"--workdir={workdir}")
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory) -> tuple[pathlib.Path, str]:
+    """The run by four processes, two of which share the parameters at a time; what it printed."""
+    workdir = tmp_path_factory.mktemp("four") / "run"
+    return workdir, all_well(start_run(4, workdir, "--config.mesh.fsdp=2"))
+
+
+def test_four_processes_train_as_one(alone, four):
+    workdir, printed = four
+    assert steps_of(workdir) == list(range(1, 9))
+    same_losses(workdir, alone)
+    for number in range(4):
+        assert len(re.findall(rf"process {number} on .+: 1 × cpu", printed)) == 1
+    for name in ("samples/0000008.png", "samples.npz", "report.json", "classes.json"):
+        assert (workdir / name).is_file()
+    samples, wanted = (np.load(w / "samples.npz")["arr_0"] for w in (workdir, alone))
+    assert np.abs(samples.astype(int) - wanted).max() <= 1
+
+
+def test_a_checkpoint_of_four_is_restored_by_one_and_by_two(four, tmp_path):
+    workdir, _ = four
+    written = sum((arrays(workdir, item) for item in ("ema", "params", "progress")), [])
+    for count, fsdp in ((1, 1), (2, 2), (2, 1)):
+        coordinator, out = f"127.0.0.1:{free_port()}", tmp_path / f"{count}-{fsdp}.npz"
+        processes = [
+            start_command(
+                "tests.hosts", coordinator, str(count), str(number), "restore", str(out),
+                str(workdir), *RUN, f"--config.mesh.fsdp={fsdp}",
+            )
+            for number in range(count)
+        ]  # fmt: skip
+        all_well(processes)
+        with np.load(out) as restored:
+            bits = sorted(array.tobytes() for array in restored.values())
+        assert bits == sorted(np.asarray(array).tobytes() for array in written)
+
+
+def test_two_go_on_from_four_with_another_mesh(alone, four, tmp_path):
+    one, two = (shutil.copytree(w, tmp_path / w.parent.name) for w in (alone, four[0]))
+    more = ["--config.train.steps=11", "--config.train.accumulate=2", "--config.mesh.fsdp=1"]
+    printed = all_well(start_run(2, two, *more))
+    assert "going on from step 8" in printed and "mesh.fsdp changed from 2 to 1" in printed
+    train_here(*RUN, *more, f"--workdir={one}")
+    assert steps_of(two) == list(range(1, 12))
+    same_losses(two, one)
+
+
+def test_one_of_four_is_killed_and_the_same_command_goes_on(four, tmp_path):
+    workdir, flags = tmp_path / "run", ["--config.mesh.fsdp=2"]
+    processes = start_run(4, workdir, *flags)
+    wait_for_steps(workdir, 6, processes[0])
+    processes[2].send_signal(signal.SIGKILL)
+    killed = time.time()
+    ended = ends(processes, timeout=120)
+    assert time.time() - killed < 120
+    assert [code for code, _ in ended] == [2, 2, -signal.SIGKILL, 2], ended
+    for number in (0, 1, 3):
+        assert re.search(rf"error: process {number}: process 2 did not answer", ended[number][1])
+    printed = all_well(start_run(4, workdir, *flags))
+    assert re.search("going on from step [48]", printed)
+    assert steps_of(workdir) == list(range(1, 9))
+    for item in ("params", "ema", "progress"):
+        for a, b in zip(arrays(workdir, item), arrays(four[0], item), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_one_is_told_to_stop_and_all_save_the_same_step(number, tmp_path):
+    workdir = tmp_path / "run"
+    processes = start_run(
+        2, workdir, "--config.train.steps=100000", "--config.train.checkpoint_every=100000",
+        "--config.train.sample_every=0",
+    )  # fmt: skip
+    wait_for_steps(workdir, 3, processes[0])
+    processes[1].send_signal(number)
+    printed = all_well(processes)
+    stopped = int(re.search(r"stopped at step (\d+), saved", printed)[1])
+    assert [int(p.name) for p in (workdir / "checkpoints").iterdir()] == [stopped]
+    assert steps_of(workdir) == list(range(1, stopped + 1))
+    assert not (workdir / "report.json").exists()
+
+
+def said(count: int, workdir, *flags: str, without: int = -1) -> list[str]:
+    """The last line of each process, which must all end with exit code 2 before the first step."""
+    ended = ends(start_run(count, workdir, *flags, without=without))
+    assert [code for code, _ in ended] == [2] * len(ended), ended
+    assert not any("Traceback" in printed for _, printed in ended)
+    assert not (workdir / "metrics.jsonl").exists()
+    return [printed.strip().splitlines()[-1] for _, printed in ended]
+
+
+def test_processes_with_different_configs(tmp_path):
+    lines = said(2, tmp_path / "run", "--config.train.seed=@")
+    assert all("process 0 has train.seed=0, process 1 train.seed=1" in line for line in lines)
+
+
+def test_processes_with_different_data(tmp_path):
+    """The same path, but each process's own disk."""
+    host, processes = f"127.0.0.1:{free_port()}", []
+    for number in (0, 1):
+        write_pictures(tmp_path / str(number) / "pictures", count=24 + number)
+        processes.append(
+            start_command(
+                "mdt_jax.main", f"--config={ROOT}/configs/digits.py:smoke", *RUN[1:],
+                f"--workdir={tmp_path / 'run'}", f"--distributed={host}", "--num_processes=2",
+                f"--process_id={number}", "--config.data.name=folder",
+                "--config.data.path=pictures", "--config.model.num_classes=0", "--config.sample.guidance_scale=1.0",
+                cwd=tmp_path / str(number), PYTHONPATH=str(ROOT),
+            )
+        )  # fmt: skip
+    for code, printed in ends(processes):
+        assert code == 2 and "the processes differ: process 0 has list of images=" in printed
+        assert printed.endswith("; all must read the same data\n")
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_workdir_that_is_not_shared(tmp_path):
+    lines = said(2, tmp_path / "run@")
+    assert all("cannot be written to" in line and "another process's" in line for line in lines)
+
+
+def test_a_mesh_that_does_not_match(tmp_path):
+    lines = said(2, tmp_path / "run", "--config.mesh.fsdp=3")
+    assert all("mesh.fsdp 3 does not match the 2 devices" in line for line in lines)
+    lines = said(2, tmp_path / "run", "--config.data.batch_size=17")
+    assert all("data.batch_size 17 is not divisible by the 2 devices" in line for line in lines)
+
+
+def test_a_process_that_does_not_come(tmp_path):
+    lines = said(3, tmp_path / "run", "--start_timeout=12", without=1)
+    assert all("process 1 of 3 did not come within 12 s" in line for line in lines), lines
+
+
+def test_a_coordinator_that_does_not_answer(tmp_path):
+    lines = said(2, tmp_path / "run", "--start_timeout=6", without=0)
+    assert re.search(r"process 0 at 127.0.0.1:\d+, did not answer within 6 s", lines[0])
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (["--distributed=somewhere"], "is none of auto, off, HOST:PORT"),
+        (["--distributed=127.0.0.1:1"], "needs --num_processes and a --process_id below it"),
+        (["--distributed=127.0.0.1:1", "--num_processes=2", "--process_id=2"], "they are 2 and 2"),
+        (["--profile_steps=3"], "is not such as 10:13"),
+    ],
+)
+def test_flags_that_make_no_sense(flags, line, tmp_path):
+    printed = run_command("mdt_jax.main", *RUN, f"--workdir={tmp_path}", *flags, expect=2)
+    assert printed.startswith("error: ") and line in printed and printed.count("\n") == 1
+
+
+def test_slurm_is_found_by_itself(tmp_path):
+    """As srun sets it for two tasks, of which one does not come."""
+    printed = run_command(
+        "mdt_jax.main", *RUN, f"--workdir={tmp_path}", "--start_timeout=5", expect=2,
+        SLURM_JOB_ID="7", SLURM_STEP_NODELIST="localhost", SLURM_NTASKS="2", SLURM_PROCID="0",
+        SLURM_LOCALID="0", SLURM_STEP_NUM_NODES="1",
+    )  # fmt: skip
+    assert "process 1 of 2 did not come within 5 s" in printed
+    assert jax.process_count() == 1
