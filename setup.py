@@ -19,7 +19,9 @@ TEST = [
     "pytest-xdist",
     "ruff",
     "safetensors",
+    "tensorboardX",
     "torch==2.13.0",
+    "wandb",
 ]
 
 setup(
@@ -53,6 +55,7 @@ setup(
         "tpu": ["jax[tpu]>=0.10"],
         "data": ["mlxtend"],
         "benchmarks": ["matplotlib"],
+        "logs": ["tensorboardX", "wandb"],  # for --tensorboard and --wandb
         "test": TEST,
         "weights": WEIGHTS,  # to read and write .pt and .safetensors, and hf:// paths
     },

@@ -89,14 +89,17 @@ def training_flops(config: ConfigDict, model: MDT) -> int:
     return 6 * macs
 
 
-def step_memory(config: ConfigDict, model: MDT) -> dict[str, int]:
-    """Bytes on each device: the training state, the batch, and what a step needs on top."""
+def step_memory(config: ConfigDict, model: MDT, optimized: bool = False) -> dict[str, int]:
+    """Bytes on each device: the training state, the batch, and what a step needs on top.
+
+    optimized: compile as training does; it takes longer and plans the same buffers.
+    """
     mesh = parallel.make_mesh(config.mesh.data, config.mesh.fsdp)
     optimizer = make_optimizer(config.optim)
     state = abstract_state(model, optimizer, mesh)
     # The buffers are planned before LLVM is asked to optimise, which takes most of the time.
-    quick = {"xla_backend_optimization_level": 0}
-    memory = compile_step(config, model, optimizer, state, mesh, quick).memory_analysis()
+    options = None if optimized else {"xla_backend_optimization_level": 0}
+    memory = compile_step(config, model, optimizer, state, mesh, options).memory_analysis()
     held = sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(state)

@@ -24,6 +24,7 @@ from mdt_jax import parallel
 from mdt_jax.errors import UserError
 
 _left = threading.Event()  # the processes have parted in peace
+_guards: list[threading.Thread] = []
 _patience = 60  # seconds
 GO_ON = "this process stops, too. The same command goes on from the last checkpoint"
 
@@ -171,7 +172,8 @@ def _meet(timeout: int) -> None:
     for process, text in enumerate(_exchange("host", here)):
         say(f"process {process} on {text}")
     for guard in (_watch, _listen):
-        threading.Thread(target=guard, daemon=True).start()
+        _guards.append(threading.Thread(target=guard, daemon=True))
+        _guards[-1].start()
     late = threading.Timer(timeout, _die, [
         f"a sum over the {jax.device_count()} devices did not end within {timeout} s, though all "
         "processes answer: is the network between them open to each other?"
@@ -293,6 +295,11 @@ def part() -> None:
     if several():
         _exchange("part", "")
         _left.set()
+        jax.distributed.shutdown()
+        for guard in _guards:  # Python must not end under a thread that still waits for an answer
+            guard.join(timeout=10)
+        if any(guard.is_alive() for guard in _guards):
+            leave_at_once(0)
 
 
 class StopSignal:

@@ -1,6 +1,6 @@
 """The folder of a run: what may go on in it, and what is written there besides checkpoints."""
 
-import errno
+import contextlib
 import json
 import os
 import pathlib
@@ -107,13 +107,22 @@ def make(workdir: pathlib.Path) -> None:
             workdir.mkdir(parents=True, exist_ok=True)
             probe.touch()
         distributed.everyone(True)  # wait for it
-        if not probe.exists() and not os.listdir(workdir).count(probe.name):
-            raise FileNotFoundError(errno.ENOENT, "another process's files cannot be seen there")
+        if not _is_seen(probe):
+            raise UserError(
+                f"workdir {workdir} is not one folder for all processes: what process 0 writes "
+                "there cannot be seen from this one"
+            )
         distributed.everyone(True)
         if distributed.is_first():
             probe.unlink()
     except OSError as error:
         raise UserError(f"workdir {workdir} cannot be written to: {error.strerror}") from None
+
+
+def _is_seen(path: pathlib.Path) -> bool:
+    with contextlib.suppress(OSError):
+        os.listdir(path.parent)  # so that a network's file system looks again
+    return path.exists()
 
 
 def write_json(path: pathlib.Path, content: object) -> None:

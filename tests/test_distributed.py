@@ -42,9 +42,9 @@ def start_run(count: int, workdir, *flags: str, without: int = -1) -> list[subpr
     host = f"127.0.0.1:{free_port()}"
     return [
         start_command(
-            "mdt_jax.main", f"--workdir={workdir}", f"--distributed={host}",
-            f"--num_processes={count}", f"--process_id={number}", f"--patience={PATIENCE}",
-            *RUN, *(flag.replace("@", str(number)) for flag in flags),
+            "mdt_jax.main", f"--distributed={host}", f"--num_processes={count}",
+            f"--process_id={number}", f"--patience={PATIENCE}", *RUN,
+            *(flag.replace("@", str(number)) for flag in (f"--workdir={workdir}", *flags)),
         )
         for number in range(count) if number != without
     ]  # fmt: skip
@@ -201,7 +201,8 @@ def test_processes_with_different_data(tmp_path):
                 "mdt_jax.main", f"--config={ROOT}/configs/digits.py:smoke", *RUN[1:],
                 f"--workdir={tmp_path / 'run'}", f"--distributed={host}", "--num_processes=2",
                 f"--process_id={number}", "--config.data.name=folder",
-                "--config.data.path=pictures", "--config.model.num_classes=0", "--config.sample.guidance_scale=1.0",
+                "--config.data.path=pictures", "--config.model.num_classes=0",
+                "--config.sample.guidance_scale=1.0",
                 cwd=tmp_path / str(number), PYTHONPATH=str(ROOT),
             )
         )  # fmt: skip
@@ -213,7 +214,7 @@ def test_processes_with_different_data(tmp_path):
 
 def test_a_workdir_that_is_not_shared(tmp_path):
     lines = said(2, tmp_path / "run@")
-    assert all("cannot be written to" in line and "another process's" in line for line in lines)
+    assert all("is not one folder for all processes" in line for line in lines)
 
 
 def test_a_mesh_that_does_not_match(tmp_path):

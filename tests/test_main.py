@@ -38,9 +38,12 @@ def arrays(workdir: pathlib.Path, item: str) -> list[np.ndarray]:
     """The bits of one item of the newest checkpoint, read with Orbax alone."""
     import orbax.checkpoint as ocp
 
-    newest = max((workdir / "checkpoints").iterdir(), key=lambda p: int(p.name))
-    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
-        return jax.tree.leaves(checkpointer.restore(newest / item))
+    folder = max((workdir / "checkpoints").iterdir(), key=lambda p: int(p.name)) / item
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        saved = checkpointer.metadata(folder).item_metadata.tree
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)
+        whole = ocp.args.PyTreeRestore(restore_args=as_numpy)
+        return jax.tree.leaves(checkpointer.restore(folder, whole))
 
 
 def assert_same_run(workdir, reference):
