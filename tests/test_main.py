@@ -38,7 +38,8 @@ def arrays(workdir: pathlib.Path, item: str) -> list[np.ndarray]:
     """The bits of one item of the newest checkpoint, read with Orbax alone."""
     import orbax.checkpoint as ocp
 
-    folder = max((workdir / "checkpoints").iterdir(), key=lambda p: int(p.name)) / item
+    newest = max(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
+    folder = workdir / "checkpoints" / str(newest) / item
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         saved = checkpointer.metadata(folder).item_metadata.tree
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)

@@ -2,6 +2,8 @@ import contextlib
 import json
 import pathlib
 import shutil
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -11,7 +13,8 @@ import mdt_jax
 from mdt_jax.errors import UserError
 from mdt_jax.train.metrics import MetricsLog
 from mdt_jax.weights import load_weights
-from tests.conftest import SMOKE, train_here
+from tests.conftest import ROOT, SMOKE, train_here
+from tests.test_main import arrays
 
 
 @pytest.fixture
@@ -126,3 +129,53 @@ def test_metrics_log_drops_later_and_torn_lines(tmp_path):
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [(line["step"], line["loss"]) for line in lines] == [(1, 1.0), (2, 2.0), (3, 30.0)]
     assert lines[0]["empty"] is None
+
+
+CRASHING = """
+import os, sys
+import jax.numpy as jnp
+from mdt_jax.train.checkpoints import Checkpoints
+from mdt_jax.train.state import TrainState
+
+def state(step):
+    leaf = jnp.full((2, 3), float(step))
+    return TrainState(jnp.int32(step), {"a": leaf}, {"a": leaf}, {"m": leaf}, jnp.int32(0), jnp.int32(0))
+
+workdir, last = sys.argv[1], int(sys.argv[2])
+with Checkpoints(workdir) as checkpoints:
+    checkpoints.save(state(1), {})
+    checkpoints.close()
+    for name in ("rename", "replace", "mkdir"):
+        def counted(*arguments, _before=getattr(os, name), **more):
+            global last
+            last -= 1
+            if last < 0:
+                os._exit(9)
+            return _before(*arguments, **more)
+        setattr(os, name, counted)
+    checkpoints.save(state(2), {})
+"""  # noqa: E501
+
+
+def test_a_crash_between_the_files_of_a_step_leaves_the_step_before(tmp_path):
+    """At every folder that is made and every name that is changed while a step is written."""
+    found = {}
+    for moment in range(0, 40, 2):
+        workdir = tmp_path / str(moment)
+        command = [sys.executable, "-c", CRASHING, str(workdir), str(moment)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode in (0, 9), done.stderr
+        (found[moment],) = [p.name for p in (workdir / "checkpoints").iterdir() if p.name.isdigit()]
+        values = arrays(workdir, "params")[0]
+        assert (values == float(found[moment])).all()
+        if done.returncode == 0:
+            break
+    assert found[0] == "1" and found[moment] == "2" and moment >= 6, found
+
+
+def test_a_checkpoint_of_a_newer_format(copy):
+    for meta in copy.glob("checkpoints/*/meta/metadata"):
+        meta.write_text(json.dumps(json.loads(meta.read_text()) | {"format": 2}))
+    printed = train_here(*SMOKE, f"--workdir={copy}", "--config.train.steps=6", expect=2)
+    assert "is of format 2, newer than the 1 that this mdt_jax knows" in printed
+    assert sorted(p.name for p in (copy / "checkpoints").iterdir()) == ["2", "4"]
