@@ -1,9 +1,12 @@
 import json
+import os
 import pathlib
 import random
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
 
 import jax
@@ -13,6 +16,7 @@ import pytest
 import mdt_jax
 from mdt_jax import cli, main
 from tests.conftest import (
+    ROOT,
     SMOKE,
     XLA_FLAGS,
     exits_with_one_line,
@@ -299,3 +303,18 @@ def test_checkpoints_keep_k(tmp_path):
     )  # fmt: skip
     assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["3", "4"]
     assert mdt_jax.load(workdir)[0].hidden_size == 16
+
+
+def test_compiled_programs_are_kept_for_the_next_time(tmp_path):
+    code = """
+import jax
+from mdt_jax import cli
+cli.keep_compilations()
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+jax.jit(lambda x: x + 1)(1)
+"""
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+    del environment["JAX_COMPILATION_CACHE_DIR"]
+    subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, check=True)
+    assert any((tmp_path / "mdt_jax" / "xla").iterdir())

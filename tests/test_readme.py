@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, XLA_FLAGS
 from tests.hub_server import released
 from tests.small_data import write_pictures, write_vae
 
@@ -20,7 +20,7 @@ def blocks(language: str) -> list[str]:
 
 COMMANDS = [line for block in blocks("bash") for line in block.strip().splitlines()]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
-MODULE_COMMANDS = [line for line in COMMANDS if line.startswith("python -m mdt_jax.")]
+MODULE_COMMANDS = [line for line in COMMANDS if re.match(r"(\w+=\S+ )?python -m mdt_jax\.", line)]
 
 
 def run(command: str, folder, **kwargs):
@@ -40,6 +40,7 @@ def smoke(command: str) -> str:
     if "hf://" in command:
         command += " --num_steps=3"
     command = command.replace("num_steps=250", "num_steps=5").replace("num_steps=50", "num_steps=5")
+    command = re.sub("^XLA_FLAGS=(\\S+)", rf"XLA_FLAGS='{XLA_FLAGS} \1'", command)
     return command.replace("python", sys.executable, 1)
 
 

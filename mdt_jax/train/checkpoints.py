@@ -162,9 +162,10 @@ class Checkpoints:
             return None
         for step in damaged:
             aside = self.directory.parent / "damaged" / f"{step}-{time.time_ns()}"
-            aside.parent.mkdir(exist_ok=True)
-            (self.directory / str(step)).rename(aside)
-            print(f"going on without step {step}, now in {aside}", file=sys.stderr)
+            if distributed.is_first():
+                aside.parent.mkdir(exist_ok=True)
+                (self.directory / str(step)).rename(aside)
+            distributed.say(f"going on without step {step}, now in {aside}")
         state = TrainState(params=items["params"], ema=items["ema"], **items["progress"])
         return state, items["meta"]
 
