@@ -220,6 +220,14 @@ def everyone(yes: bool) -> bool:
     return all(answer == "1" for answer in _exchange("vote", str(int(yes)))) if several() else yes
 
 
+def fetch(array: jax.Array) -> np.ndarray:
+    """All of an array, in every process, once the slowest has it; all of them must ask."""
+    array.block_until_ready()
+    if not array.is_fully_addressable:
+        everyone(True)
+    return parallel.get(array)
+
+
 def _watch() -> None:
     """End this process, with a line that says why, once another one does not answer any more."""
     while not _left.is_set():

@@ -102,6 +102,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, flags) -> None:
         clock = Clock(compile_seconds)
         train_step = compile_step(config, model, optimizer, abstract, mesh)
         compile_seconds = clock.seconds()
+        distributed.everyone(True)  # wait for the slowest: sums on CPUs do not wait for long
         say(f"the step is compiled ({compile_seconds:.1f} s in all)")
 
     waiting = None  # the step whose metrics are still on the device

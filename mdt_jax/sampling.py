@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from mdt_jax import parallel
+from mdt_jax import distributed, parallel
 from mdt_jax.diffusion import schedule as sch
 from mdt_jax.diffusion.guidance import WEIGHTS, guide
 from mdt_jax.diffusion.samplers import SAMPLERS, sample
@@ -177,7 +177,7 @@ def generate(
                 x = _run_steps(model, options, params, key, *inputs, x, step, stop)
                 x.block_until_ready()
                 bar.update(stop - step)
-            images.append(parallel.get(x))
+            images.append(distributed.fetch(x))
     shape = (*model.input_size, model.in_channels)
     return np.concatenate([np.zeros((0, *shape), np.float32), *images])[: len(labels)]
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
-from mdt_jax import parallel
+from mdt_jax import distributed, parallel
 from mdt_jax.data.images import to_float
 from mdt_jax.errors import UserError
 from mdt_jax.models.autoencoder import AutoencoderKL
@@ -103,6 +103,6 @@ def decode(
             part = latents[start : start + size] / np.float32(scale)
             padded = np.pad(part, [(0, size - len(part)), (0, 0), (0, 0), (0, 0)])
             out = _decode_slice(vae, params, parallel.put(padded, parallel.split_batch(mesh)))
-            images.append(parallel.get(out)[: len(part)])
+            images.append(distributed.fetch(out)[: len(part)])
             bar.update(len(part))
     return np.concatenate(images)

@@ -13,7 +13,6 @@ import einops
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from mdt_jax.models import masking
 from mdt_jax.models.attention import Attention, relative_index
@@ -37,11 +36,13 @@ UNROLL_DEPTH = 8
 
 STACKS = ("encoder", "encoder_in", "encoder_out", "decoder", "side_interpolater")  # of blocks
 
+# With `MDT.gather`: how parameters were brought together and cast is not kept in any case.
+REGATHERED = ("sharding_constraint", "convert_element_type")
+
 # What the backward pass keeps of each block; the rest it recomputes from the block's input. "dots"
 # keeps what Linear layers give, and recomputes the attention and all that is elementwise.
-GATHERED = "gathered"
 REMAT = {
-    "none": jax.checkpoint_policies.save_anything_except_these_names(GATHERED),
+    "none": lambda primitive, *_, **__: primitive.name not in REGATHERED,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
@@ -256,7 +257,7 @@ class MDT(nn.Module):
         """
         block = Block
         if self.gather is not None:
-            block = nn.map_variables(Block, "params", self._gathered)
+            block = nn.map_variables(Block, "params", self.gather)
         if self.remat != "none" or self.gather is not None:
             block = nn.remat(block, prevent_cse=False, policy=REMAT[self.remat])
         shared = nn.broadcast
@@ -275,9 +276,6 @@ class MDT(nn.Module):
             return params
         rest = {name: tree for name, tree in params.items() if name not in STACKS}
         return {**params, **self.gather(rest)}
-
-    def _gathered(self, params):
-        return jax.tree.map(lambda leaf: checkpoint_name(leaf, GATHERED), self.gather(params))
 
     def __call__(
         self,
