@@ -14,11 +14,13 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from tests.conftest import ROOT
-from tests.test_main import arrays, steps_of
+from tests.test_main import steps_of
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel")
 PATH = os.environ["PATH"] + ":/usr/sbin"
@@ -28,7 +30,7 @@ pytestmark = [
     pytest.mark.skipif(os.geteuid() != 0, reason="the daemons of Slurm need root"),
 ]
 
-STEPS = 200
+STEPS = 60
 TRAIN = [
     "--config=configs/digits.py:smoke", f"--config.train.steps={STEPS}",
     "--config.train.checkpoint_every=20", "--config.train.sample_every=0",
@@ -150,9 +152,7 @@ class Slurm:
     def ended(self, job: str, seconds: float = 150) -> str:
         """The state in which a job ends."""
         going = ("PENDING", "RUNNING", "COMPLETING", "REQUEUED", "CONFIGURING")
-        self.until(
-            lambda: self.job(job, "JobState") not in going, f"the end of job {job}", seconds
-        )
+        self.until(lambda: self.job(job, "JobState") not in going, f"the end of job {job}", seconds)
         return self.job(job, "JobState")
 
     def close(self) -> None:
@@ -164,6 +164,17 @@ class Slurm:
                 daemon.wait(timeout=20)
             except subprocess.TimeoutExpired:
                 daemon.kill()
+
+
+def arrays(workdir, item: str) -> list[np.ndarray]:
+    """One item of the newest checkpoint, whatever devices wrote it."""
+    newest = max((workdir / "checkpoints").iterdir(), key=lambda path: int(path.name)) / item
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        tree = checkpointer.metadata(newest).item_metadata.tree
+        each = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+        return jax.tree.leaves(
+            checkpointer.restore(newest, ocp.args.PyTreeRestore(restore_args=each))
+        )
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +195,7 @@ def test_preempted_job_ends_with_the_bits_of_an_undisturbed_one(slurm, tmp_path)
 
     workdir = tmp_path / "preempted"
     job = slurm.train(workdir)
-    slurm.until(lambda: len(steps_of(workdir)) > 30, "step 30", 120)
+    slurm.until(lambda: len(steps_of(workdir)) > 20, "step 20", 150)
     slurm.submit("--partition=high", "--ntasks=2", "--wrap=sleep 1")
     slurm.until(lambda: slurm.job(job, "Restarts") == "1", "the requeue", 120)
     assert not (workdir / "report.json").exists()
@@ -192,7 +203,7 @@ def test_preempted_job_ends_with_the_bits_of_an_undisturbed_one(slurm, tmp_path)
 
     said = slurm.said(job)
     stopped = int(re.search(r"stopped at step (\d+), saved", said)[1])
-    assert 30 <= stopped < STEPS and f"going on from step {stopped}" in said
+    assert 20 < stopped < STEPS and f"going on from step {stopped}" in said
     assert slurm.job(job, "Restarts") == "1"
     assert json.loads((workdir / "report.json").read_text())["steps"] == STEPS
     assert steps_of(workdir) == list(range(1, STEPS + 1))
@@ -200,3 +211,21 @@ def test_preempted_job_ends_with_the_bits_of_an_undisturbed_one(slurm, tmp_path)
         pairs = zip(arrays(workdir, item), arrays(tmp_path / "undisturbed", item), strict=True)
         for got, expected in pairs:
             np.testing.assert_array_equal(got, expected)
+
+
+def test_a_run_that_fails_is_not_requeued(slurm, tmp_path):
+    job = slurm.train(tmp_path / "run", "--config.no.such=1")
+    assert slurm.ended(job) == "FAILED"
+    assert slurm.job(job, "ExitCode") == "2:0" and slurm.job(job, "Restarts") == "0"
+    assert "Unknown command line flag" in slurm.said(job)
+
+
+def test_a_cancelled_job_stays_cancelled(slurm, tmp_path):
+    workdir = tmp_path / "run"
+    job = slurm.train(workdir)
+    slurm.until(lambda: steps_of(workdir), "the first step", 120)
+    slurm.ask("scancel", job)
+    assert slurm.ended(job) == "CANCELLED"
+    slurm.until(lambda: slurm.ask("squeue", "-h", "-j", job, check=False) == "", "a free node")
+    assert slurm.job(job, "JobState") == "CANCELLED" and slurm.job(job, "Restarts") == "0"
+    print(slurm.said(job))

@@ -69,7 +69,7 @@ create() {
 # The machines bring an older Python than mdt_jax needs; uv fetches one.
 install() {
     local archive
-    archive=$(mktemp --suffix=.tar.gz)
+    archive=$(mktemp)
     git -C "$root" archive --format=tar.gz --output="$archive" HEAD
     tpu tpu-vm scp "$archive" "$TPU_NAME:mdt_jax.tar.gz" --worker=all
     rm "$archive"
@@ -86,10 +86,10 @@ install() {
 # On each machine ~/mdt_jax has the log of its part, the process and, at the end, its exit code.
 run() {
     on all "cd mdt_jax || exit
-        if kill -0 \"\$(cat train.pid)\"; then
+        if kill -0 \"\$(cat train.pid 2>/dev/null)\" 2>/dev/null; then
             echo 'error: a run is going on' >&2
             exit 1
-        fi 2>/dev/null
+        fi
         rm -f train.pid train.exit
         export PYTHON=.venv/bin/python
         setsid bash -c '
@@ -127,14 +127,12 @@ watch() {
         echo "$TPU_NAME: $now"
         case $now in
             0) return ;;
-            NONE) "$0" create || true ;;
+            NONE) { "$0" create && "$0" run "$@"; } || true ;;
             FAILED | SUSPENDED) "$0" delete || true ;;
-            75) run "$@" || true ;;
             lost) { "$0" install && "$0" run "$@"; } || true ;;
             [0-9]*)
-                # Perhaps because another machine is gone: what is left may need some time to end.
-                failures=$((failures + 1))
-                if ((failures > 3)); then
+                # A failure may be that another machine was lost.
+                if [[ $now != 75 ]] && ((++failures > 3)); then
                     echo "error: training failed with exit code $now; see $0 logs" >&2
                     return 1
                 fi
@@ -152,7 +150,7 @@ case $command in
     logs) on "${WORKER:-0}" 'tail -n 100 -F mdt_jax/train.log' ;;
     delete) tpu queued-resources delete "$TPU_NAME" --force --quiet ;;
     *)
-        sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "$0" >&2
+        sed -n '2,/^set/s/^# \{0,1\}//p' "$0" >&2
         exit 2
         ;;
 esac
