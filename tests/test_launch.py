@@ -261,7 +261,8 @@ def test_dockerfile(monkeypatch):
     let_in = re.findall(r"^!(.*)$", (ROOT / ".dockerignore").read_text(), re.M)
     assert sorted(let_in) == sorted(sources)
     assert all((ROOT / name).exists() for name in sources)
-    assert json.loads(re.search(r"^ENTRYPOINT (.*)$", text, re.M)[1]) == ["launch/run.sh"]
+    assert json.loads(re.search(r"^ENTRYPOINT (.*)$", text, re.M)[1]) == ["/mdt_jax/launch/run.sh"]
+    assert "WORKDIR /mdt_jax\n" in text
 
     given = {}
     monkeypatch.setattr(setuptools, "setup", lambda **keywords: given.update(keywords))

@@ -122,7 +122,7 @@ watch() {
     while :; do
         now=$(state)
         if [[ $now == ACTIVE ]]; then
-            now=$(progress)
+            now=$(progress | tail -n 1)
         fi
         echo "$TPU_NAME: $now"
         case $now in
