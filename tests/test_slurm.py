@@ -14,13 +14,11 @@ import subprocess
 import sys
 import time
 
-import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 
 from tests.conftest import ROOT
-from tests.test_main import steps_of
+from tests.test_main import arrays, steps_of
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel")
 PATH = os.environ["PATH"] + ":/usr/sbin"
@@ -167,17 +165,6 @@ class Slurm:
                 daemon.wait(timeout=20)
             except subprocess.TimeoutExpired:
                 daemon.kill()
-
-
-def arrays(workdir, item: str) -> list[np.ndarray]:
-    """One item of the newest checkpoint, whatever devices wrote it."""
-    newest = max((workdir / "checkpoints").iterdir(), key=lambda path: int(path.name)) / item
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        tree = checkpointer.metadata(newest).item_metadata.tree
-        each = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-        return jax.tree.leaves(
-            checkpointer.restore(newest, ocp.args.PyTreeRestore(restore_args=each))
-        )
 
 
 @pytest.fixture(scope="module")
