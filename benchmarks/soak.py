@@ -101,6 +101,7 @@ def bench(argv: list[str]) -> None:
     parser.add_argument("--processes", type=int, default=4)
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--within", type=float, default=60, help="seconds of a start to its kill")
     parser.add_argument("--seed", type=int, default=0, help="of the moments and the victims")
     parser.add_argument("--out", default="runs/soak", help="folder of both runs, which must be new")
     options = parser.parse_args(argv[1:])
@@ -109,11 +110,10 @@ def bench(argv: list[str]) -> None:
         raise UserError(f"{out} exists already")
     began = time.monotonic()
     finish(start(options.processes, out / "undisturbed", options.steps))
-    whole = time.monotonic() - began
-    print(f"undisturbed: {whole:.0f} s", flush=True)
+    print(f"undisturbed: {time.monotonic() - began:.0f} s", flush=True)
     for kill in range(options.kills):
         run = start(options.processes, out / "killed", options.steps)
-        said = disturb(run, dice.uniform(0, whole), dice.randrange(options.processes))
+        said = disturb(run, dice.uniform(0, options.within), dice.randrange(options.processes))
         if said is None:
             raise UserError(f"the run ended after {kill} kills; give it more --steps")
         print(f"{kill + 1}: {said}", flush=True)

@@ -254,9 +254,10 @@ def _listen() -> None:
         except Exception as error:
             if "DEADLINE_EXCEEDED" in str(error):
                 continue
-            said = f"process 0, the coordinator, is gone; {GO_ON}"
+            said = f"2 process 0, the coordinator, is gone; {GO_ON}"
         if not _left.is_set():
-            _die(said)
+            code, _, line = said.partition(" ")
+            _die(line, int(code))
 
 
 def _names(processes: list[int]) -> str:
@@ -265,7 +266,7 @@ def _names(processes: list[int]) -> str:
 
 def _die(line: str, code: int = 2) -> None:
     """End this process at once: what JAX does at exit would wait for processes that are gone."""
-    print(f"error: process {_state.process_id}: {line}", file=sys.stderr)
+    print(f"{'error: ' * bool(code)}process {_state.process_id}: {line}", file=sys.stderr)
     leave_at_once(code)
 
 
@@ -274,7 +275,7 @@ def leave_at_once(code: int, reason: str = "") -> None:
     _left.set()
     if reason:
         with contextlib.suppress(Exception):  # perhaps somebody left before
-            line = f"process {_state.process_id} stopped: {reason}"
+            line = f"{code} process {_state.process_id} stopped: {reason}"
             _state.client.key_value_set("mdt_jax/left", line)
     if reason and is_first():
         time.sleep(3)  # with the coordinator gone, nobody would hear of it
@@ -336,8 +337,8 @@ class StopSignal:
             return multihost_utils.reached_preemption_sync_point(step)
         return self._asked
 
-    def exit_at_once(self) -> None:
+    def exit_at_once(self, step: int) -> None:
         """From here on (and if it was asked meanwhile) leave with exit code 0."""
-        if self._asked:
+        if self.asked(step):
             sys.exit(0)
         self._on_both(lambda *_: sys.exit(0))

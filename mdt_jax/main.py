@@ -187,7 +187,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, flags) -> None:
         draw_grid(max(start, steps))
         skipped = int(state.skipped)
 
-    stop.exit_at_once()  # the state is saved: nothing below needs finishing
+    stop.exit_at_once(max(start, steps))  # the state is saved: nothing below needs finishing
     report = {
         "steps": max(start, steps),
         "parameters": parameters,
