@@ -58,7 +58,9 @@ def in_its_own_process(path: str, devices: int, changes: dict) -> dict:
     command = [sys.executable, __file__, f"--config={path}", f"--one={json.dumps(changes)}"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode:
-        raise UserError(done.stderr.strip().splitlines()[-1].removeprefix("error: "))
+        said = done.stderr.strip().splitlines() or ["for want of memory, perhaps"]
+        why = said[-1].removeprefix("error: ")
+        raise UserError(f"compiling for {devices} devices ended with {done.returncode}: {why}")
     return json.loads(done.stdout)
 
 

@@ -57,6 +57,7 @@ def ended(run: list[subprocess.Popen], seconds: float) -> bool:
 def disturb(run: list[subprocess.Popen], after: float, victim: int) -> str | None:
     """Kill one after some seconds; what happened, or None where the run ended before."""
     if ended(run, after):
+        finish(run)
         return None
     run[victim].kill()
     killed = time.monotonic()

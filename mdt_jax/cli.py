@@ -1,6 +1,7 @@
 """What the commands share: one clear line and exit code 2 for a user's mistake, configs."""
 
 import argparse
+import contextlib
 import os
 import re
 import signal
@@ -28,14 +29,14 @@ def run(main: Callable[[list[str]], None]) -> None:
         distributed.part()
     except (UserError, OSError) as error:
         line = " ".join(str(error).split())
-        who = f"process {jax.process_index()}: " if distributed.several() else ""
+        who = distributed.name() if distributed.several() else ""
         print(f"error: {who}{line}", file=sys.stderr)
         _exit(2, line)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         _exit(128 + signal.SIGINT, "Ctrl-C")
     except SystemExit as exit_:
-        _exit(exit_.code, "it was told to")
+        _exit(exit_.code or 0, "it was told to")
     except Exception as error:
         if distributed.several():
             distributed.await_verdict(error)
@@ -52,9 +53,14 @@ def _exit(code: int, reason: str) -> None:
 
 def keep_compilations() -> None:
     """Cache compiled programs in the user's cache folder, unless JAX was told where or not to."""
-    if jax.config.jax_compilation_cache_dir is None:
-        place = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        jax.config.update("jax_compilation_cache_dir", os.path.join(place, "mdt_jax", "xla"))
+    if jax.config.jax_compilation_cache_dir is not None:
+        return
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    place = os.path.join(home, "mdt_jax", "xla")
+    with contextlib.suppress(OSError):  # then programs are compiled each time
+        if os.path.isabs(place):
+            os.makedirs(place, exist_ok=True)
+            jax.config.update("jax_compilation_cache_dir", place)
 
 
 class Parser(argparse.ArgumentParser):

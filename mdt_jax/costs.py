@@ -1,6 +1,7 @@
 """What a model costs: parameters, multiply-accumulates, memory, and what a chip can do."""
 
 import math
+import re
 
 import jax
 import jax.extend.core
@@ -17,18 +18,21 @@ from mdt_jax.train.step import compile_step
 TRAINING_ONLY = ("side_interpolater", "mask_token")
 
 # Dense bfloat16 TFLOP/s of one device as JAX counts them, from the makers' data sheets; the first
-# name that is part of `device_kind` counts. A v2 or v3 device is one of a chip's two cores.
+# name that is among the words of `device_kind` counts. A TPU v2 or v3 is one of a chip's two cores.
 PEAKS = {
-    "H200": 989, "H100 PCIe": 756, "H100": 989, "A100": 312, "A10G": 70,
-    "L40S": 362, "L40": 181, "L4": 121, "B200": 2250, "V100": 125, "T4": 65,
-    "TPU v6": 918, "TPU v5p": 459, "TPU v5 lite": 197, "TPU v5": 459, "TPU v4": 275,
-    "TPU v3": 61.5, "TPU v2": 23,
+    "B200": 2250, "H200": 989, "GH200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989,
+    "A100": 312, "A10G": 70, "L40S": 362, "L40": 181, "L4": 121, "V100": 125, "T4": 65,
+    "TPU v6": 918, "TPU v5p": 459, "TPU v5 lite": 197, "TPU v5": 459, "TPU v4 lite": 138,
+    "TPU v4": 275, "TPU v3": 61.5, "TPU v2": 23,
 }  # fmt: skip
 
 
 def peak_flops(device_kind: str) -> float | None:
     """The most operations that a device does in a second in bfloat16; None where not known."""
-    return next((peak * 1e12 for name, peak in PEAKS.items() if name in device_kind), None)
+    return next(
+        (peak * 1e12 for name, peak in PEAKS.items() if re.search(rf"\b{name}\b", device_kind)),
+        None,
+    )
 
 
 def parameter_counts(model: MDT) -> tuple[int, int]:

@@ -24,6 +24,7 @@ from mdt_jax import parallel
 from mdt_jax.errors import UserError
 
 _left = threading.Event()  # the processes have parted in peace
+VERDICT = "mdt_jax: "
 _guards: list[threading.Thread] = []
 _patience = 60  # seconds
 GO_ON = "this process stops, too. The same command goes on from the last checkpoint"
@@ -34,12 +35,20 @@ def start(how: str, num_processes: int, process_id: int, timeout: int, patience:
 
     how: "off"; "auto", where Cloud TPU, Slurm, Kubernetes or Open MPI say who there is, and one
     process if none does; or HOST:PORT of process 0, with num_processes and process_id.
-    timeout: seconds in which all must have come, and again for a first sum over all devices.
+    timeout: seconds in which all must have come, and again to find the devices and sum over them.
     patience: seconds after which a process that does not answer is taken for dead; the others stop.
     Raises UserError, or ends the process with one line, where they do not come together.
     """
     global _patience
     _patience = patience
+    if timeout < 1 or patience < 5:
+        raise UserError(
+            f"--start_timeout={timeout} must be at least 1, --patience={patience} at least 5"
+        )
+    if how in ("off", "auto") and (num_processes or process_id != -1):
+        raise UserError(
+            f"--num_processes and --process_id need --distributed=HOST:PORT; it is {how}"
+        )
     if how == "off":
         return
     given = {}
@@ -64,16 +73,25 @@ def start(how: str, num_processes: int, process_id: int, timeout: int, patience:
         )
     except Exception as error:
         # Nobody says that there are others; or a notebook has asked JAX for its devices before.
-        if not given and re.search("(should|must) be defined|must be called before", str(error)):
+        alone = "coordinator_address should be defined|must be called before any JAX calls"
+        if not given and re.search(alone, str(error)) and not _unheard_kubernetes():
             return
+        hint = ' (pip install -e ".[k8s]")' if _unheard_kubernetes() else ""
         raise UserError(
-            f"the processes cannot be brought together: {' '.join(str(error).split())}; with "
+            f"the processes cannot be brought together: {' '.join(str(error).split())}{hint}; with "
             "--distributed=off this one trains alone"
         ) from None
     finally:
         arrived.set()
     if several():
         _meet(timeout)
+    else:
+        say(f"process 0 on {_devices()}")
+
+
+def _unheard_kubernetes() -> bool:
+    """Whether this is a pod of an Indexed Job, but JAX lacks the package to see it."""
+    return {"KUBERNETES_SERVICE_HOST", "JOB_COMPLETION_INDEX"} <= set(os.environ)
 
 
 def several() -> bool:
@@ -86,6 +104,11 @@ def is_first() -> bool:
     return _state.process_id == 0
 
 
+def name() -> str:
+    """ "process 2: ", to begin a line with."""
+    return f"process {_state.process_id}: "
+
+
 def say(line: str) -> None:
     """Print to stderr, once for all processes."""
     if is_first():
@@ -93,16 +116,13 @@ def say(line: str) -> None:
 
 
 def _roll_call(timeout: float, arrived: threading.Event) -> None:
-    """While JAX waits for all processes: who is there? At the end of the time say who is not.
-
-    Processes report at the port above the coordinator's.
-    """
+    """While JAX waits for all processes: who is there? At the end of the time say who is not."""
     end = time.monotonic() + timeout
     while _state.client is None:
         if arrived.wait(0.05):
             return
     host, _, port = _state.coordinator_address.rpartition(":")
-    address, host = (host.strip("[]"), int(port) + 1), f"{host}:{port}"
+    address, host = (host.strip("[]"), roll_call_port(int(port))), f"{host}:{port}"
     with contextlib.ExitStack() as stack:
         if is_first():
             line = _call(address[1], end, arrived, stack)
@@ -120,11 +140,22 @@ def _roll_call(timeout: float, arrived: threading.Event) -> None:
         _die(line)
 
 
+def roll_call_port(port: int) -> int:
+    """Where process 0 calls the roll, given the coordinator's port: where no other run's would be.
+
+    On Slurm JAX takes 61440 + job % 4096, so that the next ports are those of the next jobs.
+    """
+    return 1024 + (port + 10_000) % 60_000
+
+
 def _call(port: int, end: float, arrived: threading.Event, stack) -> str | None:
     """Process 0's part: collect who reports, and tell them at the end who did not."""
     began, here = time.monotonic(), {0: None}
     try:
-        server = stack.enter_context(socket.create_server(("", port)))
+        both = socket.has_dualstack_ipv6()
+        family = socket.AF_INET6 if both else socket.AF_INET
+        server = socket.create_server(("", port), family=family, dualstack_ipv6=both)
+        stack.enter_context(server)
     except OSError:
         arrived.wait(end - began)
         return None
@@ -138,7 +169,7 @@ def _call(port: int, end: float, arrived: threading.Event, stack) -> str | None:
     line = f"{_names(missing)} of {_state.num_processes} did not come within {end - began:.0f} s"
     for process in filter(None, here.values() if not arrived.is_set() else ()):
         with contextlib.suppress(OSError):
-            process.sendall(line.encode())
+            process.sendall((VERDICT + line).encode())
     return line
 
 
@@ -151,7 +182,10 @@ def _report(address, end: float, arrived: threading.Event, stack) -> str | None:
             first.settimeout(0.2)
             while not arrived.is_set() and time.monotonic() < end + 5:
                 with contextlib.suppress(TimeoutError):
-                    return first.recv(10_000).decode() or None
+                    heard = first.recv(10_000).decode(errors="replace")
+                    if heard.startswith(VERDICT):
+                        return heard.removeprefix(VERDICT)
+                    break  # process 0 is through with it, or it is somebody else's port
         arrived.wait(0.2)
     return None
 
@@ -165,21 +199,18 @@ def _answers(address) -> bool:
 
 
 def _meet(timeout: int) -> None:
-    """Print who is there, watch over each other from now on, and try a sum over all devices."""
-    devices = jax.local_devices()
-    ids = ", ".join(str(device.id) for device in devices)
-    here = f"{socket.gethostname()}: {len(devices)} × {devices[0].device_kind} ({ids})"
-    for process, text in enumerate(_exchange("host", here)):
-        say(f"process {process} on {text}")
+    """Watch over each other from now on, print who is there, and try a sum over all devices."""
     for guard in (_watch, _listen):
         _guards.append(threading.Thread(target=guard, daemon=True))
         _guards[-1].start()
     late = threading.Timer(timeout, _die, [
-        f"a sum over the {jax.device_count()} devices did not end within {timeout} s, though all "
+        f"the devices of all processes did not come to a sum within {timeout} s, though the "
         "processes answer: is the network between them open to each other?"
     ])  # fmt: skip
     late.daemon = True
     late.start()
+    for process, text in enumerate(_exchange("host", _devices())):
+        say(f"process {process} on {text}")
     mesh = parallel.make_mesh()
     ones = parallel.put(np.ones(mesh.size), parallel.split_batch(mesh))
     add = jax.jit(lambda x: x.sum(), out_shardings=NamedSharding(mesh, PartitionSpec()))
@@ -189,16 +220,31 @@ def _meet(timeout: int) -> None:
         raise UserError(f"a sum over {mesh.size} devices that are 1 each came out as {total}")
 
 
+def _devices() -> str:
+    """This host and its devices. Raises UserError where JAX finds none."""
+    try:
+        devices = jax.local_devices()
+    except Exception as error:
+        raise UserError(f"JAX finds no devices: {' '.join(str(error).split())[:300]}") from None
+    ids = ", ".join(str(device.id) for device in devices)
+    return f"{socket.gethostname()}: {len(devices)} × {devices[0].device_kind} ({ids})"
+
+
 _calls = itertools.count()
 
 
 def _exchange(what: str, value: str) -> list[str]:
-    """Every process's value, in order. Each must call it equally often."""
-    place = f"mdt_jax/{what}/{next(_calls)}"
-    _state.client.key_value_set(f"{place}/{_state.process_id}", value)
-    _state.client.wait_at_barrier(place, 24 * 3600 * 1000)  # the watch is over who does not come
+    """Every process's value, in order. Raises UserError where others are about something else."""
+    place = f"mdt_jax/exchange/{next(_calls)}"
+    _state.client.key_value_set(f"{place}/{_state.process_id}", f"{what}\n{value}")
+    _state.client.wait_at_barrier(place, 3600 * 1000)  # the watch is over who is gone
     count = _state.num_processes
-    return [_state.client.blocking_key_value_get(f"{place}/{p}", 60_000) for p in range(count)]
+    found = [_state.client.blocking_key_value_get(f"{place}/{p}", 60_000) for p in range(count)]
+    for process, text in enumerate(found):
+        if not text.startswith(f"{what}\n"):
+            other = text.partition("\n")[0]
+            raise UserError(f"the processes differ: process {process} is at {other}, not {what}")
+    return [text.partition("\n")[2] for text in found]
 
 
 def agree(values: dict[str, object], hint: str = "") -> None:
@@ -277,8 +323,8 @@ def leave_at_once(code: int, reason: str = "") -> None:
         with contextlib.suppress(Exception):  # perhaps somebody left before
             line = f"{code} process {_state.process_id} stopped: {reason}"
             _state.client.key_value_set("mdt_jax/left", line)
-    if reason and is_first():
-        time.sleep(3)  # with the coordinator gone, nobody would hear of it
+    if several() and is_first():
+        time.sleep(3)  # with the coordinator gone, JAX aborts the others in the midst of leaving
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -320,7 +366,12 @@ class StopSignal:
     def __init__(self):
         self._asked = False
         if several():  # JAX listens to SIGTERM and passes it on
-            signal.signal(signal.SIGINT, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+
+            def pass_on(*_):
+                signal.signal(signal.SIGINT, signal.default_int_handler)  # the second time
+                os.kill(os.getpid(), signal.SIGTERM)
+
+            signal.signal(signal.SIGINT, pass_on)
         else:
             self._on_both(self._ask)
 

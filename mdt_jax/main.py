@@ -23,7 +23,7 @@ from mdt_jax.distributed import is_first, say
 from mdt_jax.errors import UserError
 from mdt_jax.models.mdt import MDT
 from mdt_jax.sampling import SampleOptions, balanced_labels, generate
-from mdt_jax.train.checkpoints import Checkpoints, has_steps
+from mdt_jax.train.checkpoints import Checkpoints, steps_in
 from mdt_jax.train.optimizers import make_optimizer
 from mdt_jax.train.speed import Clock, Speed
 from mdt_jax.train.state import abstract_state, init_state
@@ -35,6 +35,7 @@ from mdt_jax.vae import decode
 def train(config: ConfigDict, workdir: pathlib.Path, flags) -> None:
     """The whole of a run: start or go on, train, sample, report. flags: see `main`."""
     stop = distributed.StopSignal()
+    folder.agree_on_config(config)
     configs.validate(config, jax.device_count())
     mesh = parallel.make_mesh(config.mesh.data, config.mesh.fsdp)
     profile = Profile(flags.profile_steps, workdir / "profile")
@@ -57,7 +58,8 @@ def train(config: ConfigDict, workdir: pathlib.Path, flags) -> None:
     make_keys = jax.jit(lambda: jax.random.split(jax.random.key(config.train.seed)),
                         out_shardings=parallel.replicated(mesh))  # fmt: skip
     seed_key, init_key = make_keys()
-    taken = take_weights(config, model, init_key) if not has_steps(workdir) else None
+    folder.agree_on_start(workdir, about_data)
+    taken = take_weights(config, model, init_key) if not steps_in(workdir) else None
     folder.make(workdir)
     checkpoints = Checkpoints(workdir, config.train.keep)
     restored = checkpoints.restore(
@@ -72,9 +74,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, flags) -> None:
             meta[name] for name in ("step", "seconds", "compile_seconds")
         )
     done = start >= config.train.steps and folder.is_reported(workdir, config, start)
-    # Nothing was changed in the folder before this, and nothing computed.
-    folder.agree(config, workdir, about_data, start, done)
-    if done:
+    if distributed.everyone(done):
         say(f"{workdir} is trained to step {start} and reported already")
         return
     if restored is None:
@@ -89,9 +89,9 @@ def train(config: ConfigDict, workdir: pathlib.Path, flags) -> None:
             }))  # fmt: skip
     else:
         say(f"going on from step {start} in {workdir}")
-    log = folder.begin(workdir, config, about_data["classes"], start)
-    if is_first():
-        log += open_trackers(workdir, config.to_dict(), start, flags.tensorboard, flags.wandb)
+    shown = (flags.tensorboard, flags.wandb) if is_first() else (False, "")
+    log = open_trackers(workdir, config.to_dict(), start, *shown)
+    log += folder.begin(workdir, config, about_data["classes"], start)
 
     encoding = vae if config.data.name != "latents" else None
     batches = inputs.feed(config, data, mesh, encoding, start)
@@ -151,6 +151,8 @@ def train(config: ConfigDict, workdir: pathlib.Path, flags) -> None:
                 )
 
         def save():
+            for tracker in log:
+                tracker.flush()  # or a crash would lose what the checkpoint is beyond
             times = {"seconds": clock.seconds(), "compile_seconds": compile_seconds}
             checkpoints.save(state, {"config": config.to_dict(), **about_data, **times})
 

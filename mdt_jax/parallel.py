@@ -53,9 +53,20 @@ def place(shape: tuple[int, int], devices: list) -> np.ndarray:
     """Devices as an array [data, fsdp], so that neighbours along `fsdp` are linked best."""
     slices = len(_slices(devices))
     if slices == 1:
-        return mesh_utils.create_device_mesh(shape, devices)
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     inside = (shape[0] // slices, shape[1])
-    return mesh_utils.create_hybrid_device_mesh(inside, (slices, 1), devices)
+    return mesh_utils.create_hybrid_device_mesh(
+        inside, (slices, 1), devices, allow_split_physical_axes=True
+    )
+
+
+def mesh_of(tree) -> Mesh:
+    """The mesh on which a tree of arrays lies; where they lie on none, one of all devices."""
+    for leaf in jax.tree.leaves(tree):
+        sharding = getattr(leaf, "sharding", None)
+        if isinstance(sharding, NamedSharding) and sharding.mesh.axis_names == AXES:
+            return sharding.mesh
+    return make_mesh()
 
 
 def local_mesh() -> Mesh:

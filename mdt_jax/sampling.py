@@ -155,7 +155,7 @@ def generate(
         raise UserError(f"batch_size is {batch_size}; it must be at least 1")
     check_seed(seed)
 
-    mesh = parallel.make_mesh()
+    mesh = parallel.mesh_of(params)
     whole, split = parallel.replicated(mesh), parallel.split_batch(mesh)
     params = parallel.put(params, whole)
     key = jax.jit(jax.random.key, out_shardings=whole)(seed)

@@ -12,6 +12,7 @@ from mdt_jax import __version__, distributed, inputs
 from mdt_jax import config as configs
 from mdt_jax.errors import UserError
 from mdt_jax.files import whole
+from mdt_jax.train.checkpoints import steps_in
 from mdt_jax.train.metrics import MetricsLog, read_steps
 
 
@@ -64,15 +65,18 @@ def check_nothing_is_lost(workdir: pathlib.Path) -> None:
     distributed.say(f"{workdir} was stopped after {steps[-1]} steps, before a checkpoint")
 
 
-def agree(config: ConfigDict, workdir, about_data: dict, start: int, done: bool) -> None:
-    """Raise UserError where the processes of a run are not about to do the same."""
+def agree_on_config(config: ConfigDict) -> None:
+    """Raise UserError where the processes of a run have different configs or code."""
     fields = {f"{g}.{n}": v for g, names in config.to_dict().items() for n, v in names.items()}
     distributed.agree({"mdt_jax": __version__, "jax": jax.__version__} | fields)
+
+
+def agree_on_start(workdir: pathlib.Path, about_data: dict) -> None:
+    """Raise UserError where the processes see different data, or different things in the folder."""
     data = {"list of images": about_data["images_sha256"], "classes": about_data["classes"]}
     distributed.agree(data, "; all must read the same data")
-    distributed.agree(
-        {"start": f"step {start}{' and a report' * done}"}, f": {workdir} must be a shared folder"
-    )
+    found = {"checkpoints": steps_in(workdir), "a report": (workdir / "report.json").exists()}
+    distributed.agree(found, f": {workdir} must be one folder for all")
 
 
 def begin(workdir: pathlib.Path, config: ConfigDict, classes: list[str], start: int) -> list:

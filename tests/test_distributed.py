@@ -9,10 +9,10 @@ import socket
 import subprocess
 import time
 
-import jax
 import numpy as np
 import pytest
 
+from mdt_jax.distributed import roll_call_port
 from tests.conftest import ROOT, run_command, start_command, train_here
 from tests.small_data import write_pictures
 from tests.test_main import arrays, steps_of
@@ -26,12 +26,12 @@ PATIENCE = 15
 
 
 def free_port() -> int:
-    """A port that nobody listens at, nor at the one above."""
+    """A port that nobody listens at, nor where the roll would be called."""
     while True:
         with socket.socket() as one, socket.socket() as two:
             one.bind(("127.0.0.1", 0))
             try:
-                two.bind(("127.0.0.1", one.getsockname()[1] + 1))
+                two.bind(("127.0.0.1", roll_call_port(one.getsockname()[1])))
             except OSError:
                 continue
             return one.getsockname()[1]
@@ -194,6 +194,35 @@ def test_processes_with_different_configs(tmp_path):
     assert all("process 0 has train.seed=0, process 1 train.seed=1" in line for line in lines)
 
 
+def test_processes_of_which_one_starts_from_other_weights(alone, tmp_path):
+    weights = ["--config.init.checkpoint=", f"--config.init.checkpoint={alone}"]
+    host = f"127.0.0.1:{free_port()}"
+    ended = ends([
+        start_command(
+            "mdt_jax.main", *RUN, f"--workdir={tmp_path / 'run'}", f"--distributed={host}",
+            "--num_processes=2", f"--process_id={number}", weights[number],
+        )
+        for number in (0, 1)
+    ], timeout=100)  # fmt: skip
+    for code, printed in ended:
+        assert code == 2 and "process 0 has init.checkpoint=, process 1 init" in printed
+
+
+def test_processes_that_go_on_with_different_meshes(alone, tmp_path):
+    workdir = shutil.copytree(alone, tmp_path / "run")
+    flags = ("--config.train.steps=9", "--config.train.accumulate=@")
+    for code, printed in ends(start_run(2, workdir, *flags), timeout=100):
+        assert code == 2 and "process 0 has train.accumulate=0, process 1 train" in printed
+
+
+def test_a_pod_that_cannot_see_its_job(tmp_path):
+    printed = run_command(
+        "mdt_jax.main", *RUN, f"--workdir={tmp_path}", expect=2,
+        KUBERNETES_SERVICE_HOST="127.0.0.1", JOB_COMPLETION_INDEX="1", PYTHONWARNINGS="ignore",
+    )  # fmt: skip
+    assert "cannot be brought together" in printed and 'pip install -e ".[k8s]"' in printed
+
+
 def test_processes_with_different_data(tmp_path):
     """The same path, but each process's own disk."""
     host, processes = f"127.0.0.1:{free_port()}", []
@@ -243,6 +272,8 @@ def test_a_coordinator_that_does_not_answer(tmp_path):
         (["--distributed=somewhere"], "is none of auto, off, HOST:PORT"),
         (["--distributed=127.0.0.1:1"], "needs --num_processes and a --process_id below it"),
         (["--distributed=127.0.0.1:1", "--num_processes=2", "--process_id=2"], "they are 2 and 2"),
+        (["--num_processes=2"], "need --distributed=HOST:PORT; it is auto"),
+        (["--patience=0"], "--patience=0 at least 5"),
         (["--profile_steps=3"], "is not such as 10:13"),
     ],
 )
@@ -259,4 +290,3 @@ def test_slurm_is_found_by_itself(tmp_path):
         SLURM_LOCALID="0", SLURM_STEP_NUM_NODES="1",
     )  # fmt: skip
     assert "process 1 of 2 did not come within 5 s" in printed
-    assert jax.process_count() == 1

@@ -51,9 +51,9 @@ def _steps(directory: pathlib.Path) -> list[int]:
     return sorted((int(p.name) for p in directory.iterdir() if p.name.isdigit()), reverse=True)
 
 
-def has_steps(workdir: str | os.PathLike) -> bool:
-    """Whether a run has saved a step there."""
-    return bool(_steps(pathlib.Path(workdir) / FOLDER))
+def steps_in(workdir: str | os.PathLike) -> list[int]:
+    """The steps that a run has saved there, newest first."""
+    return _steps(pathlib.Path(workdir) / FOLDER)
 
 
 def _restore(folder: pathlib.Path, items: dict[str, object]) -> dict[str, object]:

@@ -36,6 +36,9 @@ class MetricsLog:
     def close(self) -> None:
         self._file.close()
 
+    def flush(self) -> None:
+        self._file.flush()
+
     def image(self, step: int, path: os.PathLike) -> None:
         """Pictures lie beside it."""
 

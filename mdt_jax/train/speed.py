@@ -51,17 +51,17 @@ class Speed:
         spent, done = max(now - seconds_before, 1e-9), step - step_before
         each = done * self._images / spent / jax.device_count()
         values = {
-            "seconds": round(now, 3),
-            "images_per_second": round(each * jax.device_count(), 2),
-            "images_per_second_per_device": round(each, 3),
-            "tflops_per_device": round(each * self._flops / 1e12, 4),
-            "data_wait": round((self._clock.waited - waited_before) / spent, 4),
-            "memory_gb": round(memory_high_water() / 1e9, 3),
-            "eta_seconds": round(spent / max(done, 1) * (steps - step), 1),
+            "images_per_second": each * jax.device_count(),
+            "images_per_second_per_device": each,
+            "tflops_per_device": each * self._flops / 1e12,
+            "data_wait": (self._clock.waited - waited_before) / spent,
+            "memory_gb": memory_high_water() / 1e9,
+            "eta_seconds": spent / max(done, 1) * (steps - step),
         }
         if self._peak:
-            values["mfu"] = round(each * self._flops / self._peak, 4)
-        return values
+            values["mfu"] = each * self._flops / self._peak
+        values = {name: float(f"{value:.6g}") for name, value in values.items()}
+        return {"seconds": round(now, 3), **values}
 
 
 def memory_high_water() -> int:

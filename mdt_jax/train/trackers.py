@@ -1,8 +1,8 @@
 """What shows a run while it goes, besides metrics.jsonl: TensorBoard, W&B, a profiler's trace."""
 
-import hashlib
 import pathlib
 import re
+import secrets
 
 import jax
 import numpy as np
@@ -13,10 +13,11 @@ from mdt_jax.errors import UserError
 def open_trackers(
     workdir: pathlib.Path, config: dict, step: int, tensorboard: bool, wandb: str
 ) -> list:
-    """Those asked for, each with write(step, metrics), image(step, path) and close().
+    """Those asked for, each with write(step, metrics), image(step, path), flush() and close().
 
-    step: where the run goes on; what was shown of later steps gives way. wandb: a project's name,
-    or "". Raises UserError where the package is not there.
+    step: where the run goes on; what TensorBoard showed of later steps gives way, W&B keeps its
+    own. wandb: a project's name, or "". Raises UserError where the package or the access is not
+    there.
     """
     trackers = []
     if tensorboard:
@@ -44,7 +45,7 @@ class TensorBoard:
             from tensorboardX import SummaryWriter
         except ImportError:
             raise _missing("--tensorboard", "tensorboardX") from None
-        self._writer = SummaryWriter(str(folder), purge_step=step + 1)
+        self._writer = SummaryWriter(str(folder), purge_step=step + 1, flush_secs=2)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         for name, value in metrics.items():
@@ -52,6 +53,9 @@ class TensorBoard:
 
     def image(self, step: int, path: pathlib.Path) -> None:
         self._writer.add_image("samples", _picture(path), step, dataformats="HWC")
+
+    def flush(self) -> None:
+        self._writer.flush()
 
     def close(self) -> None:
         self._writer.close()
@@ -65,18 +69,27 @@ class Wandb:
             import wandb
         except ImportError:
             raise _missing("--wandb", "wandb") from None
-        name = hashlib.sha256(str(workdir.absolute()).encode()).hexdigest()[:16]
+        number = workdir / "wandb" / "run-id"
+        number.parent.mkdir(exist_ok=True)
+        if not number.exists():
+            number.write_text(secrets.token_hex(8))
         self._image = wandb.Image
-        self._run = wandb.init(
-            project=project, dir=str(workdir), name=workdir.name, id=name, resume="allow",
-            config=config,
-        )  # fmt: skip
+        try:
+            self._run = wandb.init(
+                project=project, dir=str(workdir), name=workdir.name, id=number.read_text(),
+                resume="allow", config=config,
+            )  # fmt: skip
+        except wandb.errors.Error as error:
+            raise UserError(f"--wandb={project}: {error}") from None
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         self._run.log({name: float(value) for name, value in metrics.items()}, step=step)
 
     def image(self, step: int, path: pathlib.Path) -> None:
         self._run.log({"samples": self._image(str(path))}, step=step)
+
+    def flush(self) -> None:
+        """Its own process has it already."""
 
     def close(self) -> None:
         self._run.finish()
@@ -98,7 +111,7 @@ class Profile:
 
     def before(self, step: int, state) -> None:
         """To be called before step number `step` with the state that it starts from."""
-        if step == self._first and step:
+        if self._first <= step <= self._last and not self._running:
             jax.block_until_ready(state)
             jax.profiler.start_trace(str(self._folder))
             self._running = True

@@ -158,7 +158,7 @@ with Checkpoints(workdir) as checkpoints:
 
 
 def test_a_crash_between_the_files_of_a_step_leaves_the_step_before(tmp_path):
-    """At every folder that is made and every name that is changed while a step is written."""
+    """At every other folder that is made and name that is changed while a step is written."""
     found = {}
     for moment in range(0, 40, 2):
         workdir = tmp_path / str(moment)
