@@ -303,8 +303,6 @@ def validate(config: ConfigDict, num_devices: int | None = None) -> None:
     )
     _check_blocks(model)
     _check_mask(config, (size // model.patch_size) ** 2)
-    if num_devices is not None:
-        _check_devices(config, num_devices)
     _require(
         config.diffusion.steps > 20,
         f"diffusion.steps is {config.diffusion.steps}; with 20 or fewer the last β reaches 1",
@@ -334,3 +332,5 @@ def validate(config: ConfigDict, num_devices: int | None = None) -> None:
     _require(
         config.sample.batch_size >= 1, f"sample.batch_size is {config.sample.batch_size}; 1 or more"
     )
+    if num_devices is not None:
+        _check_devices(config, num_devices)

@@ -115,3 +115,31 @@ def test_what_the_pipeline_reads(tmp_path, capsys):
     assert re.search(r"MDT-XL/2 \| 1.25 \| 794 \| 397 ", printed)
     report = json.loads((tmp_path / "data.json").read_text())
     assert report["rates"]["latents of a cache"]["0"]["per_second"] > 0
+
+
+def script(name, *arguments, expect=0):
+    command = [sys.executable, str(ROOT / "benchmarks" / name), *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == expect, done.stdout + done.stderr
+    return done.stdout, done.stderr
+
+
+def test_memory_on_many_devices(tmp_path):
+    """The state of two devices that share it is about half of one's; more images need more."""
+    flags = ["--config=configs/digits.py", "--devices=2", "--dtype=float32", f"--out={tmp_path}"]
+    printed, _ = script("scale.py", *flags, "--fsdp=1,2", "--remat=none,full", "--batch_size=64")
+    rows = json.loads((tmp_path / "scale.json").read_text())
+    assert [(row["fsdp"], row["remat"]) for row in rows] == [
+        (1, "none"), (1, "full"), (2, "none"), (2, "full"),
+    ]  # fmt: skip
+    whole, recomputed, shared, _ = rows
+    assert 0.5 <= shared["state"] / whole["state"] < 0.6
+    assert recomputed["temporary"] < whole["temporary"]
+    assert printed.count("| TPU v5e, 16 GB |") == 4 and all(row["seconds"] > 0 for row in rows)
+    _, said = script("scale.py", *flags, "--fsdp=1", "--remat=none", "--batch_size=3", expect=2)
+    assert "data.batch_size 3 is not divisible by the 2 devices" in said.splitlines()[-1]
+
+
+def test_a_soak_does_not_write_over_another(tmp_path):
+    _, said = script("soak.py", f"--out={tmp_path}", expect=2)
+    assert said == f"error: {tmp_path} exists already\n"

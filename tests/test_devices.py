@@ -71,6 +71,13 @@ def test_several_slices_are_joined_by_data_alone():
     assert sorted(slices[:, 0]) == [0, 0, 1, 1] and slices[0, 0] == slices[1, 0]
 
 
+def test_samples_are_drawn_on_the_mesh_of_their_parameters():
+    mesh = parallel.make_mesh(devices=jax.devices()[:1])
+    tree = {"a": np.zeros(3), "b": jax.device_put(np.zeros(3), parallel.replicated(mesh))}
+    assert parallel.mesh_of(tree) is tree["b"].sharding.mesh
+    assert parallel.mesh_of({"a": np.zeros(3)}).size == jax.device_count()
+
+
 def test_the_rule_of_sharding():
     mesh = jax.sharding.AbstractMesh((2, 4), parallel.AXES)
 

@@ -50,7 +50,7 @@ def start_run(count: int, workdir, *flags: str, without: int = -1) -> list[subpr
     ]  # fmt: skip
 
 
-def ends(processes: list[subprocess.Popen], timeout: float = 280) -> list[tuple[int, str]]:
+def ends(processes: list[subprocess.Popen], timeout: float = 500) -> list[tuple[int, str]]:
     """(exit code, what it printed) of each."""
     until, ended = time.time() + timeout, []
     try:
@@ -75,7 +75,7 @@ def log_of(workdir) -> list[dict]:
 
 
 def wait_for_steps(workdir, steps: int, process) -> None:
-    until = time.time() + 250
+    until = time.time() + 450
     while len(steps_of(workdir)) < steps:
         assert process.poll() is None and time.time() < until, process.communicate()
         time.sleep(0.01)

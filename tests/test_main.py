@@ -172,7 +172,9 @@ def test_a_run_from_before_a_field_existed_goes_on(copy):
         stored = json.loads(meta.read_text())
         for field in ("version", "side_layers", "relative_bias"):
             del stored["config"]["model"][field]
-        del stored["config"]["vae"], stored["config"]["optim"]["name"]
+        del stored["config"]["vae"], stored["config"]["optim"]["name"], stored["format"]
+        del stored["config"]["mesh"], stored["config"]["train"]["accumulate"]
+        stored["config"]["train"]["remat"] = False
         meta.write_text(json.dumps(stored))
     assert mdt_jax.load(copy)[0].hidden_size == 16
     argv = [*SMOKE, f"--workdir={copy}", "--config.train.steps=6"]
