@@ -174,8 +174,9 @@ def encode_here(*arguments, expect=0):
 def test_ctrl_c_reaches_the_workers_too(place, tmp_path):
     out = tmp_path / "cache"
     command = [sys.executable, "-m", "mdt_jax.encode", *arguments(place), "--shard_images=1"]
+    slow = "--config.data.image_size=256"  # so that it is not done before the signal comes
     process = subprocess.Popen(
-        [*command, f"--out={out}", "--config.data.workers=1"],
+        [*command, f"--out={out}", "--config.data.workers=1", slow],
         cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
     while not list(tmp_path.glob("cache/*.array_record")):

@@ -178,6 +178,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted():
     state, _ = step(state, batch, draws)
     broken = {**batch, "latents": batch["latents"].at[0, 0, 0, 0].set(jnp.nan)}
     after, metrics = step(state, broken, draws)
+    assert (after.step, after.skipped, after.skipped_in_row) == (2, 1, 1)
     after, metrics = step(after, broken, draws)
     for name in ("params", "ema", "opt_state"):
         before, now = jax.tree.leaves(getattr(state, name)), jax.tree.leaves(getattr(after, name))
