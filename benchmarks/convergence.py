@@ -17,7 +17,6 @@ import pathlib
 import runpy
 import sys
 
-import jax
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -28,6 +27,7 @@ from mdt_jax.errors import UserError
 from mdt_jax.sampling import SampleOptions, balanced_labels, generate
 from mdt_jax.train.metrics import read_steps
 from mdt_jax.weights import load_weights
+from mdt_jax.workdir import make, write_json
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -90,7 +90,7 @@ def recipe(
     return config
 
 
-def run(config: ConfigDict, workdir: pathlib.Path, samples: int, stop: main.StopSignal) -> dict:
+def run(config: ConfigDict, workdir: pathlib.Path, samples: int) -> dict:
     """Train one and measure each of its checkpoints, unless that was done before."""
     path = workdir / "curve.json"
     wanted = {"config": config.to_dict(), "samples": samples}
@@ -99,8 +99,8 @@ def run(config: ConfigDict, workdir: pathlib.Path, samples: int, stop: main.Stop
         if {name: curve[name] for name in wanted} == wanted:
             return curve
     with contextlib.redirect_stdout(sys.stderr):
-        main.train(config, workdir, stop)
-    if stop.asked:
+        ended = main.train(config, workdir)
+    if not ended:
         raise UserError("stopped; the same command goes on")
     train, held_out = sources.load(config.data.name)
     lines = read_steps(workdir / "metrics.jsonl")
@@ -115,7 +115,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, samples: int, stop: main.Stop
         measured = evaluation.evaluate_samples(to_uint8(drawn), labels, train, held_out)
         points.append({"step": step, "seconds": seconds[step], **measured})
     curve = {**wanted, "points": points}
-    main.write_json(path, curve)
+    write_json(path, curve)
     return curve
 
 
@@ -238,16 +238,12 @@ def bench(argv: list[str]) -> None:
     suite, steps = SUITES[flags.suite], flags.steps or STEPS[flags.suite]
     curved = flags.suite != "ablations"  # which are too many: their ends are compared
     out = pathlib.Path(flags.out or f"runs/convergence-{flags.suite}")
-    main.make_workdir(out)
-    if not jax.config.jax_compilation_cache_dir:  # so that all seeds share what is compiled
-        jax.config.update("jax_compilation_cache_dir", str(out.absolute() / "compiled"))
-
-    stop = main.StopSignal()
+    make(out)
     common = {}
     if flags.suite == "finetune":
         print("the run to start from: digits 0–4", file=sys.stderr)
         config = recipe(SOURCE, 0, 2 * steps, flags.samples, flags.variant, False)
-        run(config, out / "source", flags.samples, stop)
+        run(config, out / "source", flags.samples)
         common = {"init.checkpoint": str(out / "source")}
     curves = {name: [] for name in suite}
     jobs = [(name, seed) for seed in flags.seeds for name in suite]
@@ -258,7 +254,7 @@ def bench(argv: list[str]) -> None:
             changes, seed, steps, flags.samples, flags.variant, curved, BASE[flags.suite]
         )
         workdir = out / name.replace(" ", "-") / str(seed)
-        curves[name].append(run(config, workdir, flags.samples, stop))
+        curves[name].append(run(config, workdir, flags.samples))
 
     rows = summarise(curves)
     real = curves[name][0]["points"][-1]["frechet_distance_real"]
@@ -267,7 +263,7 @@ def bench(argv: list[str]) -> None:
     else:
         draw_dots(out / "convergence.png", curves)
     report = {"summary": rows, "frechet_distance_real": real, "runs": curves}
-    main.write_json(out / "convergence.json", report)
+    write_json(out / "convergence.json", report)
     print(table(rows, real))
 
 

@@ -5,6 +5,7 @@ on where the run stopped, to the same bits as if it had not stopped; SIGTERM and
 """
 
 import contextlib
+import dataclasses
 import json
 import pathlib
 import sys
@@ -32,13 +33,26 @@ from mdt_jax.train.trackers import Profile, open_trackers
 from mdt_jax.vae import decode
 
 
-def train(config: ConfigDict, workdir: pathlib.Path, flags) -> None:
-    """The whole of a run: start or go on, train, sample, report. flags: see `main`."""
+@dataclasses.dataclass(frozen=True)
+class Shown:
+    """How a run is shown besides metrics.jsonl: the flags of `main`."""
+
+    tensorboard: bool = False
+    wandb: str = ""
+    profile_steps: str = ""
+
+
+def train(config: ConfigDict, workdir: pathlib.Path, show: Shown | None = None) -> bool:
+    """The whole of a run: start or go on, train, sample, report.
+
+    Returns whether it came to its end; False where it was told to stop, and has saved.
+    """
+    show = show or Shown()
     stop = distributed.StopSignal()
     folder.agree_on_config(config)
     configs.validate(config, jax.device_count())
     mesh = parallel.make_mesh(config.mesh.data, config.mesh.fsdp)
-    profile = Profile(flags.profile_steps, workdir / "profile")
+    profile = Profile(show.profile_steps, workdir / "profile")
     data, held_out = inputs.open_data(config)
     vae = inputs.load_vae(config)
     if config.data.name == "latents":
@@ -76,7 +90,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, flags) -> None:
     done = start >= config.train.steps and folder.is_reported(workdir, config, start)
     if distributed.everyone(done):
         say(f"{workdir} is trained to step {start} and reported already")
-        return
+        return True
     if restored is None:
         say(f"{workdir} holds no checkpoint: starting at step 0")
         lies = jax.tree.map(lambda leaf: leaf.sharding, abstract)
@@ -89,7 +103,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, flags) -> None:
             }))  # fmt: skip
     else:
         say(f"going on from step {start} in {workdir}")
-    shown = (flags.tensorboard, flags.wandb) if is_first() else (False, "")
+    shown = (show.tensorboard, show.wandb) if is_first() else (False, "")
     log = open_trackers(workdir, config.to_dict(), start, *shown)
     log += folder.begin(workdir, config, about_data["classes"], start)
 
@@ -175,7 +189,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, flags) -> None:
             if stopping:
                 checkpoints.close()
                 say(f"stopped at step {step}, saved; the same command goes on")
-                return
+                return False
             draw_grid(step)
             profile.before(step + 1, state)
             with clock.waiting():
@@ -205,6 +219,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, flags) -> None:
     if is_first():
         folder.write_json(workdir / "report.json", report)
         print(json.dumps(report, indent=1))
+    return True
 
 
 def take_weights(config: ConfigDict, model: MDT, key: jax.Array) -> dict | None:
@@ -292,7 +307,8 @@ def main(argv: list[str]) -> None:
         flags.distributed, flags.num_processes, flags.process_id, flags.start_timeout,
         flags.patience,
     )  # fmt: skip
-    train(config, pathlib.Path(flags.workdir), flags)
+    show = Shown(flags.tensorboard, flags.wandb, flags.profile_steps)
+    train(config, pathlib.Path(flags.workdir), show)
 
 
 if __name__ == "__main__":
