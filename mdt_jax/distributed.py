@@ -69,7 +69,7 @@ def start(how: str, num_processes: int, process_id: int, timeout: int, patience:
     try:
         # JAX's own end of a start is an abort that names nobody; the roll call comes before it.
         jax.distributed.initialize(
-            **given, initialization_timeout=timeout + 60, heartbeat_timeout_seconds=patience + 60
+            **given, initialization_timeout=timeout + 60, heartbeat_timeout_seconds=patience + 30
         )
     except Exception as error:
         # Nobody says that there are others; or a notebook has asked JAX for its devices before.
@@ -261,17 +261,18 @@ def agree(values: dict[str, object], hint: str = "") -> None:
                 )
 
 
-def everyone(yes: bool) -> bool:
-    """Whether `yes` is so in every process; all of them must ask."""
-    return all(answer == "1" for answer in _exchange("vote", str(int(yes)))) if several() else yes
+def everyone(yes: bool, what: str = "vote") -> bool:
+    """Whether `yes` is so in every process; all of them must ask, and about the same."""
+    return all(answer == "1" for answer in _exchange(what, str(int(yes)))) if several() else yes
 
 
 def fetch(array: jax.Array) -> np.ndarray:
     """All of an array, in every process, once the slowest has it; all of them must ask."""
     array.block_until_ready()
-    if not array.is_fully_addressable:
-        everyone(True)
-    return parallel.get(array)
+    if array.is_fully_addressable:
+        return np.asarray(array)
+    everyone(True)
+    return multihost_utils.process_allgather(array, tiled=True)
 
 
 def _watch() -> None:

@@ -1,11 +1,11 @@
-"""The device mesh, how arrays lie on it, and how they get there and back."""
+"""The device mesh, how arrays lie on it, and how they get there."""
 
 import functools
 import math
 
 import jax
 import numpy as np
-from jax.experimental import mesh_utils, multihost_utils
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mdt_jax.errors import UserError
@@ -130,10 +130,3 @@ def put(tree, sharding: NamedSharding):
 @functools.cache
 def _relay(sharding: NamedSharding):
     return jax.jit(lambda tree: tree, out_shardings=sharding)
-
-
-def get(array: jax.Array) -> np.ndarray:
-    """All of an array, in every process, wherever it lies."""
-    if array.is_fully_addressable:
-        return np.asarray(array)
-    return multihost_utils.process_allgather(array, tiled=True)

@@ -10,7 +10,7 @@ import sys
 import jax
 import numpy as np
 
-from mdt_jax import cli, encode, inputs, parallel
+from mdt_jax import cli, distributed, encode, inputs, parallel
 from mdt_jax import config as configs
 from mdt_jax.models.mdt import MDT
 from mdt_jax.train.checkpoints import Checkpoints
@@ -33,7 +33,7 @@ if __name__ == "__main__":
         assert jax.tree.map(lambda leaf: leaf.sharding, state) == jax.tree.map(
             lambda leaf: leaf.sharding, abstract
         )
-        leaves = [parallel.get(leaf) for leaf in jax.tree.leaves(state)]
+        leaves = [distributed.fetch(leaf) for leaf in jax.tree.leaves(state)]
         if jax.process_index() == 0:
             np.savez(out, *leaves)
     else:

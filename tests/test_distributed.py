@@ -210,9 +210,9 @@ def test_processes_of_which_one_starts_from_other_weights(alone, tmp_path):
 
 def test_processes_that_go_on_with_different_meshes(alone, tmp_path):
     workdir = shutil.copytree(alone, tmp_path / "run")
-    flags = ("--config.train.steps=9", "--config.train.accumulate=@")
+    flags = ("--config.train.steps=9", "--config.mesh.fsdp=@")
     for code, printed in ends(start_run(2, workdir, *flags), timeout=100):
-        assert code == 2 and "process 0 has train.accumulate=0, process 1 train" in printed
+        assert code == 2 and "process 0 has mesh.fsdp=0, process 1 mesh.fsdp=1" in printed
 
 
 def test_a_pod_that_cannot_see_its_job(tmp_path):

@@ -68,7 +68,7 @@ def _restore(folder: pathlib.Path, items: dict[str, object]) -> dict[str, object
     except Exception as raised:  # whatever Orbax makes of a damaged folder
         error = raised
     # Where the files of one process are damaged, the others must not begin a sum with it.
-    if not distributed.everyone(error is None):
+    if not distributed.everyone(error is None, f"checkpoint {folder.name}"):
         raise error or ValueError("another process cannot read it")
     for name in items:
         if int(_checksum(restored[name])) != restored["meta"]["checksums"][name]:

@@ -50,8 +50,19 @@ def test_tensorboard(run):
 
 
 def test_wandb_goes_on_in_the_same_run(run):
-    names = {path.name.rpartition("-")[2] for path in (run / "wandb").glob("offline-run-*")}
-    assert len(names) == 1 and all((run / "wandb").glob("offline-run-*/*.wandb"))
+    files = sorted((run / "wandb").glob("offline-run-*/*.wandb"))
+    number = (run / "wandb" / "run-id").read_text()
+    assert [file.name for file in files] == [f"run-{number}.wandb"] * 2
+    assert all(file.stat().st_size > 1000 for file in files)
+
+
+def test_wandb_without_access_is_one_line(tmp_path):
+    printed = run_command(
+        "mdt_jax.main", *SMOKE, f"--workdir={tmp_path / 'run'}", "--wandb=tests", expect=2,
+        WANDB_MODE="online", WANDB_API_KEY="", NETRC=str(tmp_path / "none"), HOME=str(tmp_path),
+    )  # fmt: skip
+    assert "error: --wandb=tests: " in printed and "Traceback" not in printed
+    assert not (tmp_path / "run" / "config.json").exists()
 
 
 def test_a_trace_of_the_steps_asked_for(run):
