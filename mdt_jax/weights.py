@@ -268,7 +268,7 @@ def not_told(model: object) -> list[str]:
 
 def _fields(model: object) -> dict:
     """What makes the network: every field but those that only say how it is computed."""
-    computed = ("dtype", "remat", "unroll", "parent", "name")
+    computed = ("dtype", "remat", "gather", "unroll", "parent", "name")
     fields = {field.name: getattr(model, field.name) for field in dataclasses.fields(model)}
     return {name: value for name, value in fields.items() if name not in computed}
 
