@@ -12,8 +12,12 @@ _PUBLIC = {
     "MDT": "mdt_jax.models.mdt",
     "UserError": "mdt_jax.errors",
     "generate": "mdt_jax.sampling",
+    "inpaint": "mdt_jax.inpainting",
+    "interpolate_classes": "mdt_jax.walks",
+    "interpolate_noise": "mdt_jax.walks",
     "load": "mdt_jax.weights",
     "to_uint8": "mdt_jax.data.images",
+    "trajectory": "mdt_jax.walks",
 }
 __all__ = sorted(_PUBLIC)
 

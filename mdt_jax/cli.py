@@ -15,6 +15,7 @@ from ml_collections import ConfigDict, config_flags
 
 from mdt_jax import distributed
 from mdt_jax.errors import UserError
+from mdt_jax.vae import VAE_SCALE
 
 
 def run(main: Callable[[list[str]], None]) -> None:
@@ -63,6 +64,19 @@ def keep_compilations() -> None:
             jax.config.update("jax_compilation_cache_dir", place)
 
 
+# Flags of `distributed.start`: name → (default, help).
+PROCESSES = {
+    "distributed": ("auto", "off, HOST:PORT of process 0, or auto: what the scheduler says"),
+    "num_processes": (0, "with HOST:PORT: how many processes there are"),
+    "process_id": (-1, "with HOST:PORT: which this is, from 0"),
+    "start_timeout": (300, "seconds in which all processes must have come together"),
+    "patience": (60, "seconds after which a process that does not answer is given up"),
+}
+
+
+DTYPES = ("float32", "bfloat16")
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are UserErrors, and that takes no abbreviations."""
 
@@ -71,6 +85,41 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         raise UserError(message)
+
+
+def channels(text: str) -> int:
+    """A number of channels, or "all"."""
+    return 0 if text == "all" else int(text)
+
+
+def scales(text: str) -> list[float]:
+    """A number, or several with commas between."""
+    return [float(part) for part in text.split(",")]
+
+
+def add_sampling_flags(parser: Parser) -> None:
+    """What says which network draws, and how."""
+    add = parser.add_argument
+    add("--checkpoint", required=True, help="a workdir or a step of it, .pt, .safetensors, hf://…")
+    add("--seed", type=int, default=0, help="sample n depends on the seed, n and its label alone")
+    add("--batch_size", type=int, default=100, help="changes the speed, not the samples")
+    add("--dtype", choices=DTYPES, help="of matmuls and activations (default: the run's own)")
+    add("--vae", help="a file, a folder or hf://OWNER/REPOSITORY; default: the run's own")
+    add("--vae_scale", type=float, help=f"of a file's latents (default: {VAE_SCALE})")
+    add("--decoder_layers", type=int, help="what MDT v1's published files do not tell (default: 2)")
+    group = parser.add_argument_group("overriding the checkpoint's own settings")
+    add = group.add_argument
+    add("--sampler", help="ddpm, ddim, dpmpp_2m, dpmpp_2m_sde or heun")
+    add("--num_steps", type=int)
+    add("--spacing", help="even (in t), stride, karras or log_snr")
+    add("--eta", type=float, help="ddim's, from 0 (deterministic) to 1")
+    add("--guidance_scale", type=scales, help="or several, 1,2,4: samples take them in turn")
+    add("--guidance_power", type=float, help="0: constant weight")
+    add("--guidance", help="power_cosine, power_cosine_printed or constant")
+    add("--guidance_channels", type=channels, help="the first N channels, or all")
+    add("--guidance_low", type=float, help="guidance acts from this share of the timesteps …")
+    add("--guidance_high", type=float, help="… to this one; 0 is the clean end")
+    add("--guidance_skip_tolerance", type=float, help="weights so near to 1 are taken as 1")
 
 
 def parse_config(

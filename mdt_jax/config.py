@@ -10,8 +10,8 @@ from mdt_jax.diffusion.losses import LOSS_WEIGHTS
 from mdt_jax.errors import UserError
 from mdt_jax.models.masking import keep_length
 from mdt_jax.models.mdt import REMAT, VAE_FACTOR, input_shape
+from mdt_jax.options import SampleOptions
 from mdt_jax.parallel import mesh_shape
-from mdt_jax.sampling import SampleOptions
 from mdt_jax.vae import VAE_SCALE
 
 OPTIMIZERS = ("adamw", "adan")
@@ -89,13 +89,17 @@ def default() -> ConfigDict:
                 fsdp=1,  # devices in a group, which split parameters, optimiser and EMA as well
             ),
             sample=dict(
-                sampler="ddpm",  # ddpm or ddim
+                sampler="ddpm",  # ddpm, ddim, dpmpp_2m, dpmpp_2m_sde, heun
                 num_steps=250,
-                spacing="even",  # or "stride": the published "ddimN"
+                spacing="even",  # in t; "stride": the published "ddimN"; karras, log_snr
+                eta=0.0,  # ddim's, from 0 (deterministic) to 1
                 guidance_scale=3.8,
                 guidance_power=4.0,  # 0: constant weight
-                guidance="power_cosine",  # as coded; "power_cosine_printed": as in the paper
+                guidance="power_cosine",  # as coded; power_cosine_printed: the paper's; constant
                 guidance_channels=3,  # first channels of ε guided; 0: all
+                guidance_low=0.0,  # shares of the steps between which guidance acts
+                guidance_high=1.0,
+                guidance_skip_tolerance=0.0,  # weights so near to 1 are taken as 1
                 num_samples=0,  # made and measured at the end of training; 0: none
                 batch_size=100,
             ),

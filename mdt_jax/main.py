@@ -23,7 +23,8 @@ from mdt_jax.data import images as pictures
 from mdt_jax.distributed import is_first, say
 from mdt_jax.errors import UserError
 from mdt_jax.models.mdt import MDT
-from mdt_jax.sampling import SampleOptions, balanced_labels, generate
+from mdt_jax.options import SampleOptions, balanced_labels
+from mdt_jax.sampling import generate
 from mdt_jax.train.checkpoints import Checkpoints, steps_in
 from mdt_jax.train.optimizers import make_optimizer
 from mdt_jax.train.speed import Clock, Speed
@@ -291,11 +292,7 @@ def main(argv: list[str]) -> None:
         "[--config.field=value …]\nFields and defaults: mdt_jax/config.py"
     )
     optional = {
-        "distributed": ("auto", "off, HOST:PORT of process 0, or auto: what the scheduler says"),
-        "num_processes": (0, "with HOST:PORT: how many processes there are"),
-        "process_id": (-1, "with HOST:PORT: which this is, from 0"),
-        "start_timeout": (300, "seconds in which all processes must have come together"),
-        "patience": (60, "seconds after which a process that does not answer is given up"),
+        **cli.PROCESSES,
         "tensorboard": (False, "write event files to the workdir"),
         "wandb": ("", "the project of Weights & Biases to log to"),
         "profile_steps": ("", "first and last step of a trace: 10:13"),
@@ -303,10 +300,7 @@ def main(argv: list[str]) -> None:
     config, flags = cli.parse_config(
         argv, usage, optional, workdir="where checkpoints and results go"
     )
-    distributed.start(
-        flags.distributed, flags.num_processes, flags.process_id, flags.start_timeout,
-        flags.patience,
-    )  # fmt: skip
+    distributed.start(*(flags[name].value for name in cli.PROCESSES))
     show = Shown(flags.tensorboard, flags.wandb, flags.profile_steps)
     train(config, pathlib.Path(flags.workdir), show)
 

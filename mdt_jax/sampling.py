@@ -1,127 +1,293 @@
-"""Labels → images: guidance, sampler and noise put together, batch by batch."""
+"""Labels → samples: guidance, sampler and noise put together, batch by batch."""
 
 import dataclasses
 import functools
-import numbers
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from mdt_jax import distributed, parallel
-from mdt_jax.diffusion import schedule as sch
-from mdt_jax.diffusion.guidance import WEIGHTS, guide
-from mdt_jax.diffusion.samplers import SAMPLERS, sample
+from mdt_jax.diffusion.guidance import guide
+from mdt_jax.diffusion.samplers import State, sample
 from mdt_jax.errors import UserError
 from mdt_jax.models.mdt import MDT
+from mdt_jax.options import SampleOptions, check_labels, check_seed
 from mdt_jax.progress import progress_bar
 
-# While the progress is shown, a batch is drawn in at most so many parts.
+# Where the progress is shown, a batch is drawn in about so many pieces.
 PARTS = 50
-
-SPACINGS = {"even": sch.spaced_timesteps, "stride": sch.strided_timesteps}
 
 
 @dataclasses.dataclass(frozen=True)
-class SampleOptions:
-    """How samples are drawn; the defaults are the published ones."""
+class Noise:
+    """Which noise samples are drawn with: [B] numbers, or on the way to those of `to`, [B].
 
-    sampler: str = "ddpm"
-    num_steps: int = 250
-    spacing: str = "even"
-    guidance_scale: float = 3.8
-    guidance_power: float = 4.0
-    guidance: str = "power_cosine"
-    guidance_channels: int = 3
-    diffusion_steps: int = 1000
+    mix: [B] in [0, 1], how far on the way (`slerp`).
+    """
 
-    @classmethod
-    def from_config(cls, config) -> "SampleOptions":
-        """From a config's `sample` and `diffusion` fields."""
-        names = {field.name for field in dataclasses.fields(cls)} - {"diffusion_steps"}
-        fields = {name: config.sample[name] for name in names}
-        return cls(**fields, diffusion_steps=config.diffusion.steps)
-
-    def check(self, num_classes: int) -> None:
-        """Raise UserError, naming the option, for what cannot be sampled."""
-        for field in dataclasses.fields(self):
-            value, kind = getattr(self, field.name), field.type
-            wanted = {int: numbers.Integral, float: numbers.Real}.get(kind, kind)
-            if not isinstance(value, wanted):
-                raise UserError(f"{field.name} is {value!r}; it must be of type {kind.__name__}")
-        for name, known in (("sampler", SAMPLERS), ("spacing", SPACINGS), ("guidance", WEIGHTS)):
-            if getattr(self, name) not in known:
-                choices = ", ".join(known)
-                raise UserError(f"unknown {name} {getattr(self, name)!r}; choose one of {choices}")
-        if not 1 <= self.num_steps <= self.diffusion_steps:
-            raise UserError(
-                f"num_steps is {self.num_steps}; it must be between 1 and the "
-                f"{self.diffusion_steps} steps of the training schedule"
-            )
-        try:
-            SPACINGS[self.spacing](self.num_steps, self.diffusion_steps)
-        except ValueError as error:
-            raise UserError(
-                f"num_steps {self.num_steps} with spacing {self.spacing}: {error}"
-            ) from None
-        if not np.isfinite(self.guidance_scale):
-            raise UserError(f"guidance_scale is {self.guidance_scale}; it must be a finite number")
-        if not 0 <= self.guidance_power < np.inf:
-            raise UserError(f"guidance_power is {self.guidance_power}; it must be 0 or more")
-        if self.guidance_channels < 0:
-            raise UserError(f"guidance_channels is {self.guidance_channels}; 0 (all) or more")
-        if self.guided and not num_classes:
-            raise UserError(
-                "an unconditional model takes no guidance: set guidance_scale to 1 and guidance to "
-                "power_cosine"
-            )
-
-    @property
-    def guided(self) -> bool:
-        """Whether the unconditional half is needed at all."""
-        return self.guidance != "power_cosine" or self.guidance_scale != 1
-
-    def schedule(self) -> sch.Schedule:
-        timesteps = SPACINGS[self.spacing](self.num_steps, self.diffusion_steps)
-        return sch.respace(sch.linear_schedule(self.diffusion_steps), timesteps)
+    number: jax.Array
+    to: jax.Array | None = None
+    mix: jax.Array | None = None
 
 
-def _draws(model: MDT, key: jax.Array, indices: jax.Array, k: jax.Array) -> jax.Array:
-    """Draw number k of each of the samples `indices` [B], [B, H, W, C] standard normal."""
+jax.tree_util.register_dataclass(Noise)
+
+
+def slerp(a: jax.Array, b: jax.Array, mix: jax.Array) -> jax.Array:
+    """Along the great circle from a to b, so that noise between them is as large as noise is.
+
+    a, b: arrays of one shape, each taken as one vector; mix: scalar in [0, 1]. Shoemake 1985.
+    """
+    cosine = jnp.vdot(a, b) / (jnp.linalg.norm(a) * jnp.linalg.norm(b))
+    angle = jnp.arccos(jnp.clip(cosine, -1, 1))
+    alike = jnp.sin(angle) < 1e-3  # also a itself
+    safe = jnp.where(alike, 1.0, jnp.sin(angle))
+    from_a = jnp.where(alike, 1 - mix, jnp.sin((1 - mix) * angle) / safe)
+    return from_a * a + jnp.where(alike, mix, jnp.sin(mix * angle) / safe) * b
+
+
+def draw(model: MDT, key: jax.Array, noise: Noise, k: jax.Array) -> jax.Array:
+    """Draw number k of each sample, [B, H, W, C] standard normal."""
     shape = (*model.input_size, model.in_channels)
 
     def one(n):
         return jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, n), k), shape)
 
-    return jax.vmap(one)(indices)
+    drawn = jax.vmap(one)(noise.number)
+    return drawn if noise.to is None else jax.vmap(slerp)(drawn, jax.vmap(one)(noise.to), noise.mix)
 
 
-_first_noise = jax.jit(_draws, static_argnums=0)
+@functools.partial(jax.jit, static_argnames=("model", "options"))
+def _begin(model: MDT, options: SampleOptions, key, noise: Noise) -> State:
+    return options.make_sampler().start(draw(model, key, noise, 0))
 
 
-@functools.partial(jax.jit, static_argnames=("model", "options"), donate_argnames="x")
-def _run_steps(model: MDT, options: SampleOptions, params, key, indices, labels, x, start, stop):
-    """Take samples number `indices` [B] of classes `labels` [B] from x through some steps."""
+def network_of(model: MDT, params, labels, options: SampleOptions, scales, doubled: bool, **masked):
+    """The network (x, t) → [B, H, W, 2C] for labels [B] and scales [B], guided if `doubled`.
+
+    masked: `keep_ids` of a masked pass.
+    """
 
     def network(x, t, y):
+        if masked:  # one mask for all samples, and for both halves
+            ids = jnp.broadcast_to(masked["keep_ids"], (len(x), masked["keep_ids"].shape[-1]))
+            return model.apply({"params": params}, x, t, y, keep_ids=ids)
         return model.apply({"params": params}, x, t, y)
 
-    if options.guided:
-        weight = functools.partial(
-            WEIGHTS[options.guidance],
-            scale=options.guidance_scale,
-            power=options.guidance_power,
-            total=options.diffusion_steps,
-        )
-        channels = options.guidance_channels or None
-        denoise = guide(network, labels, model.num_classes, weight, channels)
+    if not doubled:
+        return functools.partial(network, y=labels)
+    channels = options.guidance_channels or None
+    weight = functools.partial(options.weight, scale=scales)
+    return guide(network, labels, model.num_classes, weight, channels)
+
+
+Stretch = tuple[bool, int]  # whether both halves are evaluated, and for how many evaluations
+
+
+def stretches(kinds: Sequence) -> tuple[tuple[object, int], ...]:
+    """Runs of equal values in a row: (value, how many), in order."""
+    return tuple((kind, len(list(run))) for kind, run in itertools.groupby(kinds))
+
+
+@functools.partial(jax.jit, static_argnames=("model", "options", "piece"), donate_argnames="state")
+def _run(
+    model: MDT, options, piece, params, key, noise, labels, scales, state, start
+):  # fmt: skip
+    """Make the evaluations of some stretches from `state` on, the first one being number `start`.
+
+    Returns the state, and the number of the next evaluation, which is there when the state is.
+    """
+
+    def noise_at(k):
+        return draw(model, key, noise, k + 1)
+
+    for doubled, count in piece:
+        network = network_of(model, params, labels, options, scales, doubled)
+        sampler, schedule = options.make_sampler(), options.schedule()
+        state = sample(network, sampler, schedule, state, noise_at, start, count)
+        start = start + count
+    return state, start
+
+
+def pieces(stretches_: tuple[Stretch, ...], progress: bool) -> list[tuple[Stretch, ...]]:
+    """All in one piece, or where progress is to be shown in about PARTS.
+
+    Of equal length where they can be: each length is a program to compile.
+    """
+    if not progress:
+        return [stretches_]
+    least = -(-sum(count for _, count in stretches_) // PARTS)
+    cut = []
+    for kind, count in stretches_:
+        lengths = range(min(least, count), min(5 * least, count) + 1)
+        length = next((n for n in lengths if count % n == 0), least)
+        cut += [((kind, length),)] * (count // length)
+        cut += [((kind, count % length),)] if count % length else []
+    return cut
+
+
+def frame_pieces(stretches_: tuple[Stretch, ...], frames: int) -> list[tuple[Stretch, ...]]:
+    """As many pieces as frames, of nearly equal length."""
+    kinds = [kind for kind, count in stretches_ for _ in range(count)]
+    ends = [round(len(kinds) * frame / frames) for frame in range(frames + 1)]
+    return [stretches(kinds[a:b]) for a, b in itertools.pairwise(ends)]
+
+
+def in_pieces(
+    run: Callable, state, cut: list[tuple[Stretch, ...]], moved: Callable[[int], None]
+) -> Iterator[object]:
+    """Call run(piece, state, start) → (state, next start) for each piece; yield the states.
+
+    A piece is handed to the devices before the one before is done. moved: told of evaluations done.
+    """
+    done, waiting = 0, None
+    for piece in cut:
+        state, ready = run(piece, state, done)
+        count = sum(count for _, count in piece)
+        if waiting is not None:
+            waiting[0].block_until_ready()
+            moved(waiting[1])
+        waiting, done = (ready, count), done + count
+        yield state
+    waiting[0].block_until_ready()
+    moved(waiting[1])
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What is to be drawn, checked and ready for the devices.
+
+    labels, scales: [N] int32 and float32. numbers: [N] int32, whose noise each sample is drawn
+    with. to, mix: as in `Noise`, [N], or None.
+    """
+
+    model: MDT
+    params: dict
+    options: SampleOptions
+    labels: np.ndarray
+    scales: np.ndarray
+    numbers: np.ndarray
+    to: np.ndarray | None
+    mix: np.ndarray | None
+    seed: int
+    batch_size: int
+
+    def batches(
+        self, frames: int = 0, progress: bool = False, wanted: Callable[[int], bool] | None = None
+    ) -> Iterator[tuple[int, list[np.ndarray]]]:
+        """(first sample, what `frames` says) batch by batch.
+
+        frames: 0: the samples [n, H, W, C]; else so many predictions of them on the way, each
+        [n, H, W, C], the last one being the samples. wanted: whether the batch from a sample on is
+        to be drawn; every process must say the same.
+        """
+        mesh, params, key = self.on_devices()
+        doubled = self.options.guided_evaluations(self.scales).tolist()
+        whole, total = stretches(doubled), len(doubled)
+        cut = frame_pieces(whole, frames) if frames else pieces(whole, progress)
+        options = self.traced_options()
+        batches = self.rows(mesh)
+        left = [each for each in batches if wanted is None or wanted(each[0])]
+        show, done = progress and jax.process_index() == 0, (len(batches) - len(left)) * total
+        with progress_bar(len(batches) * total, show, "sampling", "step", done) as bar:
+            for start, count, rows in left:
+                inputs = self.inputs(rows, mesh)
+
+                def run(piece, state, at, inputs=inputs):
+                    return _run(self.model, options, piece, params, key, *inputs, state, at)
+
+                first, seen = _begin(self.model, options, key, inputs[0]), []
+                for state in in_pieces(run, first, cut, bar.update):
+                    if frames:
+                        seen.append(distributed.fetch(state.x0))
+                seen = [*seen[:-1], distributed.fetch(state.x)]
+                yield start, [array[:count] for array in seen]
+
+    def on_devices(self) -> tuple[Mesh, dict, jax.Array]:
+        """(mesh, parameters, key), as they lie on the devices."""
+        mesh = parallel.mesh_of(self.params)
+        whole = parallel.replicated(mesh)
+        key = jax.jit(jax.random.key, out_shardings=whole)(self.seed)
+        return mesh, parallel.put(self.params, whole), key
+
+    def traced_options(self) -> SampleOptions:
+        """The options without those that come to the program as arrays or stretches."""
+        return dataclasses.replace(self.options, guidance_scale=1.0, guidance_skip_tolerance=0.0)
+
+    def rows(self, mesh: Mesh) -> list[tuple[int, int, np.ndarray]]:
+        """(first sample, how many, their numbers and some again) of each batch.
+
+        All have one shape, a multiple of the devices, so that the program compiles once.
+        """
+        total = len(self.labels)
+        size = max(min(self.batch_size, total), 1)
+        each = np.arange(-(-size // mesh.size) * mesh.size)
+        return [
+            (start, count, start + np.minimum(each, count - 1))
+            for start in range(0, total, size)
+            for count in (min(size, total - start),)
+        ]
+
+    def inputs(self, rows: np.ndarray, mesh: Mesh) -> tuple[Noise, jax.Array, jax.Array]:
+        """(noise, labels, scales) of the samples `rows`, split over the devices."""
+        given = (self.numbers, self.to, self.mix)
+        noise = Noise(*(None if array is None else array[rows] for array in given))
+        chosen = (noise, self.labels[rows], self.scales[rows])
+        return parallel.put(chosen, parallel.split_batch(mesh))
+
+
+def request(
+    model: MDT,
+    params: dict,
+    labels: Sequence[int],
+    *,
+    seed: int = 0,
+    batch_size: int = 64,
+    options: SampleOptions | None = None,
+    guidance_scale: float | Sequence[float] | None = None,
+    numbers: Sequence[int] | None = None,
+    to: Sequence[int] | None = None,
+    mix: Sequence[float] | None = None,
+    **changes,
+) -> Request:
+    """Check what `generate` is asked for; arguments are its own. Raises UserError."""
+    scales = None
+    if np.ndim(guidance_scale):
+        scales = np.asarray(guidance_scale)
+    elif guidance_scale is not None:
+        changes["guidance_scale"] = guidance_scale
+    try:
+        options = dataclasses.replace(options or SampleOptions(), **changes)
+    except TypeError as error:
+        raise UserError(f"generate: {error}") from None
+    if scales is not None:
+        if len(scales) != len(labels) or scales.dtype.kind not in "iuf":
+            raise UserError(
+                f"guidance_scale is {len(scales)} values for {len(labels)} samples; give one, or "
+                "a number for each"
+            )
+        for scale in np.unique(scales).tolist():
+            dataclasses.replace(options, guidance_scale=scale).check(model.num_classes)
     else:
-        denoise = functools.partial(network, y=labels)
-
-    def noise(k):
-        return _draws(model, key, indices, k + 1)
-
-    return sample(denoise, SAMPLERS[options.sampler], options.schedule(), x, noise, start, stop)
+        options.check(model.num_classes)
+    check_labels(labels, model.num_classes)
+    labels = np.asarray(labels, np.int32)
+    if batch_size < 1:
+        raise UserError(f"batch_size is {batch_size}; it must be at least 1")
+    check_seed(seed)
+    scales = np.resize(options.guidance_scale if scales is None else scales, len(labels))
+    numbers = range(len(labels)) if numbers is None else numbers
+    if len(numbers) != len(labels) or min(numbers, default=0) < 0:
+        raise UserError(f"{len(numbers)} numbers for {len(labels)} samples; one for each, from 0")
+    as_type = ((numbers, np.int32), (to, np.int32), (mix, np.float32))
+    noise = (None if a is None else np.asarray(a, kind) for a, kind in as_type)
+    return Request(
+        model, params, options, labels, scales.astype(np.float32), *noise, seed, batch_size
+    )
 
 
 def generate(
@@ -133,70 +299,25 @@ def generate(
     batch_size: int = 64,
     progress: bool = False,
     options: SampleOptions | None = None,
+    guidance_scale: float | Sequence[float] | None = None,
+    numbers: Sequence[int] | None = None,
     **changes,
 ) -> np.ndarray:
     """Draw one sample for each label.
 
     labels: N ints in 0…num_classes−1 (an unconditional model reads only how many there are).
-    seed: sample n depends on (seed, n, its label) alone, not on batch_size or the devices.
-    changes: fields of `options`, such as num_steps=250, guidance_scale=3.8, sampler="ddim".
+    seed: sample n depends on (seed, n, its label and guidance scale) alone, not on batch_size or
+    the devices. numbers: another n for each sample, to draw some of many, or with equal noise.
+    options, changes: a SampleOptions, and fields of it by name, such as num_steps=250 or
+    sampler="ddim". guidance_scale may also be N numbers, one for each sample.
     Returns [N, H, W, C] float32, what the model was trained on: pixels in about [−1, 1], not
-    clipped (`mdt_jax.to_uint8` makes images of them). Raises UserError for options and labels that
-    make no sense.
+    clipped (`mdt_jax.to_uint8` makes images of them). `model.clone(dtype=jnp.bfloat16)` computes in
+    bfloat16. Raises UserError for options and labels that make no sense.
     """
-    try:
-        options = dataclasses.replace(options or SampleOptions(), **changes)
-    except TypeError as error:
-        raise UserError(f"generate: {error}") from None
-    options.check(model.num_classes)
-    check_labels(labels, model.num_classes)
-    labels = np.asarray(labels, np.int32)
-    if batch_size < 1:
-        raise UserError(f"batch_size is {batch_size}; it must be at least 1")
-    check_seed(seed)
-
-    mesh = parallel.mesh_of(params)
-    whole, split = parallel.replicated(mesh), parallel.split_batch(mesh)
-    params = parallel.put(params, whole)
-    key = jax.jit(jax.random.key, out_shardings=whole)(seed)
-    # Every batch has one shape, a multiple of the devices: the program compiles once.
-    size = -(-min(batch_size, len(labels)) // mesh.size) * mesh.size if len(labels) else mesh.size
-    batches = range(0, len(labels), size)
-    # Stops on the way are only for the bar to move; the program is the same for any part.
-    part = -(-options.num_steps // PARTS) if progress else options.num_steps
-    images = []
-    show = progress and jax.process_index() == 0
-    with progress_bar(len(batches) * options.num_steps, show, "sampling", "step") as bar:
-        for start in batches:
-            indices = np.arange(start, start + size, dtype=np.int32)
-            inputs = (indices, labels[np.minimum(indices, len(labels) - 1)])
-            inputs = parallel.put(inputs, split)
-            x = _first_noise(model, key, inputs[0], 0)
-            for step in range(0, options.num_steps, part):
-                stop = min(step + part, options.num_steps)
-                x = _run_steps(model, options, params, key, *inputs, x, step, stop)
-                x.block_until_ready()
-                bar.update(stop - step)
-            images.append(distributed.fetch(x))
-    shape = (*model.input_size, model.in_channels)
-    return np.concatenate([np.zeros((0, *shape), np.float32), *images])[: len(labels)]
-
-
-def balanced_labels(count: int, num_classes: int) -> np.ndarray:
-    """0, 1, …, num_classes−1, 0, 1, …: `count` labels, every class equally often."""
-    return np.arange(count, dtype=np.int32) % max(num_classes, 1)
-
-
-def check_labels(labels: Sequence[int], num_classes: int) -> None:
-    """Raise UserError for a label that is no whole number or is outside the classes."""
-    for label in np.asarray(labels, object).reshape(-1):
-        if not isinstance(label, numbers.Integral):
-            raise UserError(f"label {label!r} is not a whole number")
-        if num_classes and not 0 <= label < num_classes:
-            raise UserError(f"label {label} is outside the classes 0 to {num_classes - 1}")
-
-
-def check_seed(seed: int) -> None:
-    """Raise UserError for a seed that is not in [0, 2^31)."""
-    if not 0 <= seed < 2**31:
-        raise UserError(f"seed is {seed}; it must be in [0, 2^31)")
+    asked = request(
+        model, params, labels, seed=seed, batch_size=batch_size, options=options,
+        guidance_scale=guidance_scale, numbers=numbers, **changes,
+    )  # fmt: skip
+    drawn = [np.zeros((0, *model.input_size, model.in_channels), np.float32)]
+    drawn += [seen[-1] for _, seen in asked.batches(progress=progress)]
+    return np.concatenate(drawn)

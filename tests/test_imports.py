@@ -21,7 +21,10 @@ LEVELS = {
     "diffusion": 2,
     "parallel": 2,
     "data": 3,
+    "options": 3,
     "sampling": 4,
+    "inpainting": 5,
+    "walks": 5,
     "vae": 4,
     "interop": 3,
     "config": 5,
@@ -31,10 +34,12 @@ LEVELS = {
     "cli": 6,
     "costs": 7,
     "weights": 7,
+    "drawing": 8,
     "inputs": 8,
     "workdir": 9,
     "main": 10,
     "sample": 10,
+    "inpaint": 10,
     "info": 10,
     "convert": 10,
     "encode": 10,
@@ -42,7 +47,7 @@ LEVELS = {
 NEVER = {("diffusion", "models"), ("data", "jax"), ("data", "models"), ("data", "diffusion")}
 # What the core needs; everything else is imported where it is used.
 CORE = {"jax", "flax", "optax", "orbax", "einops", "numpy", "ml_collections", "absl", "mdt_jax"}
-ENTRY_POINTS = {"main", "sample", "info", "convert", "encode"}
+ENTRY_POINTS = {"main", "sample", "inpaint", "info", "convert", "encode"}
 
 
 def room(module: str) -> str:
@@ -112,7 +117,7 @@ class Block:
 sys.meta_path.insert(0, Block())
 import mdt_jax
 for module in pkgutil.walk_packages(mdt_jax.__path__, "mdt_jax."):
-    if module.name.split(".")[1] not in ("main", "sample", "info", "convert", "encode"):
+    if module.name.split(".")[1] not in ("main", "sample", "inpaint", "info", "convert", "encode"):
         importlib.import_module(module.name)
 for name in mdt_jax.__all__:
     getattr(mdt_jax, name)

@@ -10,6 +10,10 @@ def to_float(images: np.ndarray) -> np.ndarray:
     return images.astype(np.float32) / np.float32(127.5) - np.float32(1)
 
 
+# What `to_uint8` does, for whoever compares figures of samples.
+UINT8_RULE = "clip((x + 1)*127.5, 0, 255), truncated"
+
+
 def to_uint8(x: np.ndarray) -> np.ndarray:
     """float in [−1, 1] → uint8: (x + 1)·127.5, clamped, then truncated as published."""
     return np.clip((np.asarray(x, np.float32) + 1) * 127.5, 0, 255).astype(np.uint8)
@@ -33,23 +37,48 @@ def save_grid(path: str, images: np.ndarray, columns: int = 10, note: str = "") 
 
     note: how they came about, kept in the file as the text `Comment`.
     """
-    from PIL import Image
+    save_image(path, grid(images, columns, scale=_enlarge(images)), note)
+
+
+def _enlarge(images: np.ndarray) -> int:
+    return max(1, 32 // images.shape[-3])
+
+
+def save_image(path: str, image: np.ndarray, note: str = "") -> None:
+    """Write [H, W, C] uint8, C 1 or 3, as a PNG; whole or not at all. note: as in `save_grid`."""
     from PIL.PngImagePlugin import PngInfo
 
-    picture = grid(images, columns, scale=max(1, 32 // images.shape[1]))
     info = PngInfo()
     if note:
         info.add_itxt("Comment", note)
-    picture = Image.fromarray(picture.squeeze(-1) if picture.shape[-1] == 1 else picture)
     with whole(path) as temporary:
-        picture.save(temporary, format="PNG", pnginfo=info)
+        _picture(image).save(temporary, format="PNG", pnginfo=info)
 
 
-def save_npz(path: str, images: np.ndarray, labels: np.ndarray, note: str = "") -> None:
-    """Write arr_0 uint8 [N, H, W, C] and arr_1 labels, as ADM has it; whole or not at all.
+def save_animation(path: str, frames: np.ndarray, columns: int = 10, seconds: float = 4.0) -> None:
+    """Write [F, N, H, W, C] uint8 as a GIF that repeats, each frame a grid of N; whole or not.
 
-    note: how they came about, kept in the file as the string `note`.
+    seconds: how long all frames take; the last one stays for one more.
     """
-    arrays = {"arr_0": images, "arr_1": labels, **({"note": np.array(note)} if note else {})}
+    scale = _enlarge(frames)
+    pictures = [_picture(grid(images, columns, scale)) for images in frames]
+    # A GIF's clock ticks in hundredths of a second, and players do not follow less than two.
+    each = max(20, round(1000 * seconds / len(frames)) // 10 * 10)
+    lasting = [each] * (len(pictures) - 1) + [each + 1000]
+    with whole(path) as temporary:
+        pictures[0].save(
+            temporary, format="GIF", save_all=True, append_images=pictures[1:], duration=lasting,
+            loop=0,
+        )  # fmt: skip
+
+
+def _picture(image: np.ndarray):
+    from PIL import Image
+
+    return Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
+
+
+def save_npz(path: str, images: np.ndarray, labels: np.ndarray) -> None:
+    """Write arr_0 uint8 [N, H, W, C] and arr_1 labels, as ADM has it; whole or not at all."""
     with whole(path) as temporary, open(temporary, "wb") as file:
-        np.savez(file, **arrays)
+        np.savez(file, arr_0=images, arr_1=labels)

@@ -1,4 +1,8 @@
-"""Classifier-free guidance with MDT's power-cosine weight (the paper's appendix D)."""
+"""Classifier-free guidance: weights over the timesteps, and the network that they guide.
+
+A weight is a function of (t [B] timesteps 0…T−1, scale: a number or [B]) → [B] float32. Weight 1 is
+the conditional prediction alone.
+"""
 
 from collections.abc import Callable
 
@@ -13,23 +17,41 @@ def _rise(t: jax.Array, power: float, total: int) -> jax.Array:
     return (1 - jnp.cos(jnp.pi * (1 - t.astype(jnp.float32) / total) ** power)) / 2
 
 
-def power_cosine(t: jax.Array, scale: float, power: float, total: int = 1000) -> jax.Array:
-    """The weight as the published code has it: 1 + (w − 1)·(1 − cos π(1 − t/T)^p)/2.
+def constant(t: jax.Array, scale, power: float = 0.0, total: int = 1000) -> jax.Array:
+    """w at every timestep (Ho & Salimans 2022); `power` and `total` are not used."""
+    return jnp.zeros(t.shape, jnp.float32) + scale
 
-    t: [B] timesteps 0…T−1 → [B] float32, from 1 at the noisy end to w at t = 0.
+
+def power_cosine(t: jax.Array, scale, power: float, total: int = 1000) -> jax.Array:
+    """MDT's weight as the published code has it: 1 + (w − 1)·(1 − cos π(1 − t/T)^p)/2.
+
+    From 1 at the noisy end to w at t = 0.
     """
     return 1 + (scale - 1) * _rise(t, power, total)
 
 
-def power_cosine_printed(t: jax.Array, scale: float, power: float, total: int = 1000) -> jax.Array:
-    """The weight as the paper prints it: w·(1 − cos π(t'/t_max)^s)/2, from 0 to w.
+def power_cosine_printed(t: jax.Array, scale, power: float, total: int = 1000) -> jax.Array:
+    """The weight as the paper's appendix D prints it: w·(1 − cos π(t'/t_max)^s)/2, from 0 to w.
 
     The paper counts t' along sampling, so t' = T − t here.
     """
     return scale * _rise(t, power, total)
 
 
-WEIGHTS = {"power_cosine": power_cosine, "power_cosine_printed": power_cosine_printed}
+WEIGHTS = {
+    "constant": constant,
+    "power_cosine": power_cosine,
+    "power_cosine_printed": power_cosine_printed,
+}
+
+
+def within(t: jax.Array, weight: jax.Array, low: float, high: float, total: int) -> jax.Array:
+    """A weight [B] where low ≤ t/T ≤ high, and 1 elsewhere: guidance in a limited interval.
+
+    Kynkäänniemi et al. 2024, arXiv 2404.07724.
+    """
+    share = t.astype(jnp.float32) / total
+    return jnp.where((low <= share) & (share <= high), weight, 1.0)
 
 
 def guide(

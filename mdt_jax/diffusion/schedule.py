@@ -12,7 +12,10 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Schedule:
-    """A diffusion of S steps: ᾱ [S] float64, and the training timestep [S] each step stands for."""
+    """A diffusion of S steps: ᾱ [S] float64, and the training timestep [S] each step stands for.
+
+    Timesteps are whole numbers, or float64 where a spacing lies between them.
+    """
 
     alphas_cumprod: np.ndarray
     timesteps: np.ndarray
@@ -24,6 +27,11 @@ class Schedule:
     @property
     def alphas_cumprod_prev(self) -> np.ndarray:
         return np.append(1.0, self.alphas_cumprod[:-1])
+
+    @property
+    def half_log_snr(self) -> np.ndarray:
+        """λ = ½·log(ᾱ/(1 − ᾱ)), falling with the timestep."""
+        return np.log(self.alphas_cumprod / (1 - self.alphas_cumprod)) / 2
 
     @property
     def betas(self) -> np.ndarray:
@@ -83,9 +91,48 @@ def strided_timesteps(num_steps: int, total: int) -> np.ndarray:
     raise ValueError(f"no integer stride takes exactly {num_steps} of {total} timesteps")
 
 
+def log_snr_timesteps(num_steps: int, schedule: Schedule) -> np.ndarray:
+    """Evenly spaced in λ from the first to the last step: Lu et al. 2022, arXiv 2206.00927.
+
+    float64, ascending, both ends included; the noisiest alone for one step.
+    """
+    first, last = schedule.half_log_snr[[0, -1]]
+    return _timesteps_at(np.linspace(last, first, num_steps), schedule)
+
+
+def karras_timesteps(num_steps: int, schedule: Schedule, rho: float = 7.0) -> np.ndarray:
+    """Evenly spaced in σ^(1/ρ), σ = e^−λ: Karras et al. 2022, arXiv 2206.00364, equation 5.
+
+    float64, ascending, both ends included; the noisiest alone for one step.
+    """
+    smallest, largest = np.exp(-schedule.half_log_snr[[0, -1]]) ** (1 / rho)
+    return _timesteps_at(-rho * np.log(np.linspace(largest, smallest, num_steps)), schedule)
+
+
+def _timesteps_at(half_log_snr: np.ndarray, schedule: Schedule) -> np.ndarray:
+    """Where a rising row of λ lies among the timesteps, linearly between them; ascending."""
+    t = np.interp(half_log_snr, schedule.half_log_snr[::-1], schedule.timesteps[::-1])
+    return t[::-1].copy()
+
+
+# name → function of (num_steps, schedule) that gives the timesteps, ascending.
+SPACINGS = {
+    "even": lambda num_steps, schedule: spaced_timesteps(num_steps, schedule.num_steps),
+    "stride": lambda num_steps, schedule: strided_timesteps(num_steps, schedule.num_steps),
+    "karras": karras_timesteps,
+    "log_snr": log_snr_timesteps,
+}
+
+
 def respace(schedule: Schedule, timesteps: np.ndarray) -> Schedule:
-    """The schedule that visits only `timesteps` (ascending) of `schedule`."""
-    return Schedule(schedule.alphas_cumprod[timesteps], schedule.timesteps[timesteps])
+    """The schedule that visits only `timesteps` (ascending) of `schedule`.
+
+    Between whole timesteps λ is interpolated linearly.
+    """
+    if np.issubdtype(timesteps.dtype, np.integer):
+        return Schedule(schedule.alphas_cumprod[timesteps], schedule.timesteps[timesteps])
+    half_log_snr = np.interp(timesteps, schedule.timesteps, schedule.half_log_snr)
+    return Schedule(1 / (1 + np.exp(-2 * half_log_snr)), timesteps)
 
 
 def extract(constants: np.ndarray, t: jax.Array) -> jax.Array:

@@ -1,0 +1,178 @@
+"""Samples on disk as they come, batch by batch: what is written is not drawn again.
+
+What a file is of is kept beside it while it grows, and a run of other settings does not touch it.
+"""
+
+import contextlib
+import io
+import json
+import os
+import pathlib
+import shutil
+import zipfile
+
+import numpy as np
+
+from mdt_jax.data.images import save_grid, save_image
+from mdt_jax.errors import UserError
+from mdt_jax.files import check_room, reason, whole
+
+SETTINGS = "settings.json"
+
+
+class Npz:
+    """OUT.npz, made from a shard for each batch in OUT.npz.parts."""
+
+    def __init__(self, out: pathlib.Path, labels: np.ndarray, shape: tuple, note: dict):
+        """labels: [N]; shape: (H, W, C) of an image; note: how they come about."""
+        self.out, self.labels, self.shape = out, np.asarray(labels, np.int64), shape
+        self.note = json.dumps(note, ensure_ascii=False)
+        self.folder = out.with_name(f"{out.name}.parts")
+
+    def finished(self) -> bool:
+        """Whether the file is there already, and of these settings."""
+        try:
+            with np.load(self.out) as saved:
+                return str(saved["note"]) == self.note
+        except (OSError, LookupError, ValueError, zipfile.BadZipFile):
+            return False
+
+    def begin(self) -> None:
+        """Make the folder of parts, or go on in it; UserError where it is of other settings."""
+        size = len(self.labels) * int(np.prod(self.shape))
+        check_room(self.out, 2 * size - self._bytes())
+        _settle_in(self.folder, self.note)
+
+    def _bytes(self) -> int:
+        return sum(path.stat().st_size for path in self.folder.glob("*.npy"))
+
+    def _part(self, start: int) -> pathlib.Path:
+        return self.folder / f"{start:09d}.npy"
+
+    def done(self, start: int, count: int) -> bool:
+        """Whether the `count` images from number `start` on are written."""
+        with contextlib.suppress(OSError, ValueError):
+            part = np.load(self._part(start), mmap_mode="r")
+            return part.shape == (count, *self.shape) and part.dtype == np.uint8
+        return False
+
+    def write(self, start: int, images: np.ndarray) -> None:
+        """images: [n, H, W, C] uint8, those from number `start` on."""
+        with whole(self._part(start)) as temporary, open(temporary, "wb") as file:
+            np.save(file, images)
+
+    def finish(self) -> None:
+        """Merge the parts: arr_0 uint8 [N, H, W, C], arr_1 int64 labels, note; then remove them."""
+        merged = self.folder / "merged"
+        try:
+            with whole(merged) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+                with _entry(archive, "arr_0") as file:
+                    shape = (len(self.labels), *self.shape)
+                    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+                    np.lib.format.write_array_header_1_0(file, header)
+                    for part in sorted(self.folder.glob("*.npy")):
+                        file.write(np.load(part).data)
+                for name, array in (("arr_1", self.labels), ("note", np.array(self.note))):
+                    saved = io.BytesIO()
+                    np.save(saved, array)
+                    with _entry(archive, name) as file:
+                        file.write(saved.getvalue())
+            os.replace(merged, self.out)
+            shutil.rmtree(self.folder)
+        except OSError as error:
+            raise UserError(f"{self.out} could not be written: {reason(error)}") from None
+
+
+def _entry(archive: zipfile.ZipFile, name: str):
+    """An entry to write to; its time is always the same, so that equal samples are equal bytes."""
+    return archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True)
+
+
+class Folder:
+    """OUT/<label>_<number>.png, which a data set of folders reads with its labels."""
+
+    def __init__(self, out: pathlib.Path, labels: np.ndarray, shape: tuple, note: dict):
+        self.out, self.labels = out, labels
+        self.note = json.dumps(note, ensure_ascii=False)
+        self.labelled = note["num_classes"] > 0
+
+    def _path(self, number: int) -> pathlib.Path:
+        label = f"{self.labels[number]}_" if self.labelled else ""
+        return self.out / f"{label}{number:06d}.png"
+
+    def finished(self) -> bool:
+        """Whether all are there already, and of these settings."""
+        return _settings(self.out) == self.note and self.done(0, len(self.labels))
+
+    def begin(self) -> None:
+        """Make the folder, or go on in it; UserError where something else is in it."""
+        _settle_in(self.out, self.note)
+
+    def done(self, start: int, count: int) -> bool:
+        return all(self._path(number).is_file() for number in range(start, start + count))
+
+    def write(self, start: int, images: np.ndarray) -> None:
+        for number, image in enumerate(images, start):
+            save_image(self._path(number), image)
+
+    def finish(self) -> None:
+        """All of them are in place."""
+
+
+class Grid:
+    """OUT.png, one picture of all, enlarged where they are small."""
+
+    def __init__(self, out: pathlib.Path, labels: np.ndarray, shape: tuple, note: dict):
+        self.out, self.note = out, json.dumps(note, ensure_ascii=False)
+        self.images = np.zeros((len(labels), *shape), np.uint8)
+
+    def finished(self) -> bool:
+        return False
+
+    def begin(self) -> None:
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+
+    def done(self, start: int, count: int) -> bool:
+        return False
+
+    def write(self, start: int, images: np.ndarray) -> None:
+        self.images[start : start + len(images)] = images
+
+    def finish(self) -> None:
+        save_grid(str(self.out), self.images, note=self.note)
+
+
+def _settings(folder: pathlib.Path) -> str | None:
+    try:
+        return (folder / SETTINGS).read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return None
+
+
+def _settle_in(folder: pathlib.Path, note: str) -> None:
+    """Make a folder of samples with these settings, or find that it is one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    there = _settings(folder)
+    if there is None:
+        if any(not path.name.endswith(".tmp") for path in folder.iterdir()):
+            raise UserError(f"{folder} holds other files and no {SETTINGS}; choose another --out")
+        with whole(folder / SETTINGS) as temporary:
+            temporary.write_text(note, encoding="utf-8")
+    elif there != note:
+        raise UserError(
+            f"{folder} holds samples of other settings ({_difference(there, note)}); remove it or "
+            "choose another --out"
+        )
+    for left in folder.glob("*.tmp"):  # of a run that was killed
+        with contextlib.suppress(OSError):
+            left.unlink()
+
+
+def _difference(there: str, here: str) -> str:
+    try:
+        theirs, ours = json.loads(there), json.loads(here)
+        names = [name for name in {**theirs, **ours} if theirs.get(name) != ours.get(name)]
+    except (ValueError, AttributeError):
+        return f"{SETTINGS} is damaged"
+    name = names[0]
+    return f"{name} is {theirs.get(name)} there and {ours.get(name)} here"

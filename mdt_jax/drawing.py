@@ -1,0 +1,199 @@
+"""Which network draws, how, of what classes, and what decodes it: what sample and inpaint share."""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from mdt_jax import __version__
+from mdt_jax.data.classes import imagenet_label, imagenet_names
+from mdt_jax.data.images import UINT8_RULE, to_uint8
+from mdt_jax.errors import UserError
+from mdt_jax.files import beside, reason
+from mdt_jax.models.autoencoder import AutoencoderKL
+from mdt_jax.models.mdt import MDT
+from mdt_jax.options import SampleOptions, balanced_labels, check_labels, random_labels
+from mdt_jax.vae import VAE_SCALE, decode, sha256
+from mdt_jax.weights import Weights, describe, load_vae, load_weights
+
+PIXELS = "identity"
+
+
+def load(
+    checkpoint: str, decoder_layers: int | None, dtype: str | None, given: dict
+) -> tuple[Weights, SampleOptions, list[float] | None]:
+    """(weights, options, guidance scale of each sample in turn, or None where all have the same).
+
+    given: fields of SampleOptions that override the checkpoint's own; None does not. Its
+    guidance_scale is a list. Raises UserError.
+    """
+    weights = load_weights(checkpoint, decoder_layers=decoder_layers)
+    if dtype is not None:
+        weights = weights._replace(model=weights.model.clone(dtype=jnp.dtype(dtype)))
+    fields = [field.name for field in dataclasses.fields(SampleOptions)]
+    given = {name: given[name] for name in fields if given.get(name) is not None}
+    scales = given.pop("guidance_scale", [])
+    if len(scales) == 1:
+        given["guidance_scale"] = scales[0]
+    config = weights.config
+    options = SampleOptions.from_config(config) if config is not None else SampleOptions()
+    options = dataclasses.replace(options, **given)
+    options.check(weights.model.num_classes)
+    return weights, options, scales if len(scales) > 1 else None
+
+
+def note_of(
+    checkpoint: str, weights: Weights, options: SampleOptions, scales: list[float] | None
+) -> dict:
+    """What tells how samples came about: network, parameters, options, the uint8 rule."""
+    return {
+        "mdt_jax": __version__,
+        "checkpoint": checkpoint,
+        "parameters": weights.item or "those of the file",
+        "parameters_sha256": sha256(weights.params),
+        "network": describe(weights.model),
+        "num_classes": weights.model.num_classes,
+        "dtype": jnp.dtype(weights.model.dtype).name,
+        **dataclasses.asdict(options),
+        **({} if scales is None else {"guidance_scale": scales}),
+        "uint8": UINT8_RULE,
+    }
+
+
+class Vae(NamedTuple):
+    """The VAE between a model's latents and images of [H, W, 3], and their scale."""
+
+    path: str
+    scale: float
+    network: AutoencoderKL
+    params: dict
+
+
+def find_vae(
+    checkpoint: str, weights: Weights, path: str | None = None, vae_scale: float | None = None
+) -> Vae | None:
+    """The VAE that goes with a model of latents; None for a model of pixels.
+
+    path: where it lies; None: where the run's config says. Raises UserError.
+    """
+    model, config = weights.model, weights.config
+    path = path or (config.vae.path if config is not None else None)
+    if path == PIXELS and model.in_channels not in (1, 3):
+        raise UserError(f"--vae={PIXELS}, but {model.in_channels} channels are no picture's")
+    if path == PIXELS or (path is None and model.in_channels in (1, 3)):
+        if vae_scale is not None:
+            raise UserError(f"--vae_scale is for latents; {checkpoint} draws pixels")
+        return None
+    if path is None:
+        raise UserError(
+            f"{checkpoint} draws latents of {model.in_channels} channels; to make pictures of "
+            "them say --vae=hf://stabilityai/sd-vae-ft-mse, or where the VAE lies"
+        )
+    scale = config.vae.scale if config is not None else vae_scale or VAE_SCALE
+    if vae_scale not in (None, scale):
+        raise UserError(f"--vae_scale={vae_scale}, but {checkpoint} was trained with {scale}")
+    vae, params = load_vae(path)
+    if vae.latent_channels != model.in_channels:
+        raise UserError(
+            f"the latents of {path} have {vae.latent_channels} channels, but the model draws "
+            f"{model.in_channels}"
+        )
+    return Vae(path, scale, vae, params)
+
+
+def decoder(
+    model: MDT, vae: Vae | None, batch_size: int
+) -> tuple[Callable[[np.ndarray], np.ndarray], tuple[int, int, int]]:
+    """(function from samples [n, h, w, c], n ≤ batch_size, to uint8 images; an image's shape)."""
+    if vae is None:
+        return to_uint8, (*model.input_size, model.in_channels)
+
+    def to_images(latents):
+        # One shape for all batches, so that it compiles once.
+        rows = np.minimum(np.arange(batch_size), len(latents) - 1)
+        images = decode(vae.network, vae.params, latents[rows], scale=vae.scale)
+        return to_uint8(images[: len(latents)])
+
+    return to_images, (*(vae.network.factor * side for side in model.input_size), 3)
+
+
+def parse_labels(
+    text: str | None,
+    num_samples: int | None,
+    num_classes: int,
+    classes: Sequence[str] = (),
+    seed: int = 0,
+) -> np.ndarray:
+    """`num_samples` labels: those of the text in turn, of a file, random ones, or all in turn."""
+    count = 100 if num_samples is None else num_samples
+    if text is None or (text == "balanced" and num_classes):
+        return balanced_labels(count, num_classes)
+    if not num_classes:
+        raise UserError("--labels was given, but the model is unconditional")
+    if text == "random":
+        return random_labels(count, num_classes, seed)
+    if from_file := text.endswith((".txt", ".npy")):
+        labels = read_labels(text, num_classes, classes)
+    else:
+        parts = text.split(",")
+        labels = [parse_label(part.strip(), text, num_classes, classes) for part in parts]
+    check_labels(labels, num_classes)
+    if from_file and num_samples not in (None, len(labels)):
+        raise UserError(
+            f"--labels={text} has {len(labels)} labels, but --num_samples={num_samples}; one for "
+            "each, or no --num_samples"
+        )
+    return np.resize(np.asarray(labels, np.int32), num_samples or len(labels))
+
+
+def read_labels(path: str, num_classes: int, classes: Sequence[str]) -> list[int]:
+    """Those of a .npy of whole numbers [N], or of the lines of a .txt, numbers or names."""
+    try:
+        if path.endswith(".npy"):
+            labels = np.load(path)
+            if labels.ndim != 1 or not len(labels):
+                raise UserError(f"--labels={path} has the shape {labels.shape}; it must be [N]")
+            return labels.tolist()
+        lines = pathlib.Path(path).read_text(encoding="utf-8").split("\n")
+    except (OSError, ValueError) as error:
+        raise UserError(f"--labels={path} could not be read: {reason(error)}") from None
+    labels = [
+        parse_label(line.strip(), f"{path}, line {number}: {line.strip()}", num_classes, classes)
+        for number, line in enumerate(lines, 1)
+        if line.strip()
+    ]
+    if not labels:
+        raise UserError(f"--labels={path} holds no labels")
+    return labels
+
+
+def parse_label(part: str, text: str, num_classes: int, classes: Sequence[str] = ()) -> int:
+    """A class number, or a name: the run's own, or for a thousand classes ImageNet's."""
+    try:
+        return int(part)
+    except ValueError:
+        if part in classes:
+            return classes.index(part)
+        if part and num_classes == len(imagenet_names()):
+            return imagenet_label(part)
+        names = [name for name in classes if not name.isdigit()]
+        hint = f", nor a class of the run such as {names[0]}" if part and names else ""
+        raise UserError(
+            f"--labels={text} is not a list of class numbers such as 0,1,2{hint}"
+        ) from None
+
+
+def check_writable(out: pathlib.Path) -> None:
+    """Raise UserError now rather than after all samples are drawn."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if out.is_dir():
+            raise IsADirectoryError(None, "it is a folder")
+        probe = beside(out)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"--out={out} cannot be written: {error.strerror}") from None

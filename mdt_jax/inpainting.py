@@ -1,0 +1,174 @@
+"""Images with a hidden part → complete images, with any checkpoint, in two ways."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from mdt_jax import distributed, parallel
+from mdt_jax.diffusion.inpainting import inpaint_steps, resampling_walk
+from mdt_jax.errors import UserError
+from mdt_jax.models.mdt import MDT
+from mdt_jax.options import SampleOptions
+from mdt_jax.progress import progress_bar
+from mdt_jax.sampling import draw, in_pieces, network_of, pieces, request, stretches
+
+MODES = ("repaint", "side_interpolater")
+LIMIT = {True: 1.0, False: 4.0}
+begin = jax.jit(lambda model, key, noise: draw(model, key, noise, 0), static_argnums=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class InpaintOptions:
+    """How what is hidden is drawn.
+
+    mode: "repaint": full passes, and jumps back of `jump_length` steps so that each stretch is
+    passed `num_resamples` times. "side_interpolater": the first `masked_share` of the steps, the
+    noisiest, take the masked pass: the encoder sees the known tokens, the side-interpolater
+    predicts the others; the later steps are full passes; nothing is passed twice.
+    """
+
+    mode: str = "repaint"
+    jump_length: int = 10
+    num_resamples: int = 10
+    masked_share: float = 0.3
+
+    def check(self, model: MDT, options: SampleOptions) -> None:
+        """Raise UserError, naming the option, for what cannot be done."""
+        if self.mode not in MODES:
+            raise UserError(f"unknown mode {self.mode!r}; choose one of {', '.join(MODES)}")
+        if options.make_sampler().remembers:
+            raise UserError(
+                f"inpainting takes the sampler ddpm or ddim, not {options.sampler}, whose steps "
+                "depend on those before"
+            )
+        for name in ("jump_length", "num_resamples"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if not 0 <= self.masked_share <= 1:
+            raise UserError(f"masked_share is {self.masked_share}; it must be in [0, 1]")
+        if self.mode == "side_interpolater" and not model.decoder_layers:
+            raise UserError("a DiT has no masked pass; use mode repaint")
+
+    def walk(self, num_steps: int) -> np.ndarray:
+        """As `resampling_walk` gives it."""
+        resamples = self.num_resamples if self.mode == "repaint" else 1
+        return resampling_walk(num_steps, self.jump_length, resamples)
+
+    def masked(self, num_steps: int) -> list[bool]:
+        """For each evaluation whether it is a masked pass."""
+        count = len(self.walk(num_steps)) - 1
+        early = round(self.masked_share * count) if self.mode == "side_interpolater" else 0
+        return [k < early for k in range(count)]
+
+
+@functools.partial(
+    jax.jit, static_argnames=("model", "options", "how", "limit", "piece"), donate_argnames="x"
+)
+def _run(
+    model: MDT, options, how: InpaintOptions, limit, piece, params, key, known, hidden, keep_ids,
+    noise, labels, scales, x, start,
+):  # fmt: skip
+    """As `sampling._run`, a stretch being (whether it takes the masked pass, how many)."""
+    walk = how.walk(options.num_steps)
+
+    def noise_at(k):
+        return draw(model, key, noise, k + 1)
+
+    for masked, count in piece:
+        ids = {"keep_ids": keep_ids} if masked else {}
+        network = network_of(model, params, labels, options, scales, options.guided, **ids)
+        x = inpaint_steps(
+            network, options.make_sampler(), options.schedule(), walk, x, known, hidden, noise_at,
+            start, count, limit if masked else None,
+        )  # fmt: skip
+        start = start + count
+    return x, start
+
+
+def check_hidden(hidden: np.ndarray, model: MDT) -> None:
+    """Raise UserError for a mask that is not the model's or leaves nothing to do."""
+    if hidden.shape != model.input_size:
+        height, width = hidden.shape if hidden.ndim == 2 else (0, 0)
+        raise UserError(
+            f"the mask is {height}×{width}, but the model draws "
+            f"{model.input_size[0]}×{model.input_size[1]}"
+        )
+    if not hidden.any():
+        raise UserError("the mask hides nothing: the image would stay as it is")
+    if hidden.all():
+        raise UserError("the mask hides everything: that is sampling, mdt_jax.sample")
+
+
+def known_tokens(hidden: np.ndarray, patch_size: int) -> np.ndarray:
+    """Which tokens are wholly known: hidden [H, W] bool → [K] int32, ascending."""
+    rows, columns = (side // patch_size for side in hidden.shape)
+    patches = hidden.reshape(rows, patch_size, columns, patch_size)
+    return np.flatnonzero(~patches.any((1, 3))).astype(np.int32)
+
+
+def inpaint(
+    model: MDT,
+    params: dict,
+    images: np.ndarray,
+    hidden: np.ndarray,
+    labels: Sequence[int],
+    *,
+    how: InpaintOptions | None = None,
+    seed: int = 0,
+    batch_size: int = 64,
+    progress: bool = False,
+    options: SampleOptions | None = None,
+    pixels: bool | None = None,
+    **changes,
+) -> np.ndarray:
+    """Draw what is hidden of each image.
+
+    images: [N, H, W, C] float32, of the kind that the model was trained on: pixels in [−1, 1], or
+    scaled latents. hidden: [H, W] bool, for all of them. labels: N ints (an unconditional model
+    reads only how many). options, changes: as `generate` takes them, sampler ddpm or ddim;
+    guidance_skip_tolerance is not used. pixels: whether images are pixels, within [−1, 1]; default:
+    where they have 1 or 3 channels. Sample n depends on the seed, n, image, mask and label alone.
+    Returns [N, H, W, C] float32; what is known is as it was. Raises UserError.
+    """
+    how = how or InpaintOptions()
+    asked = request(
+        model, params, labels, seed=seed, batch_size=batch_size, options=options, **changes
+    )
+    images, hidden = np.asarray(images, np.float32), np.asarray(hidden, bool)
+    shape = (len(asked.labels), *model.input_size, model.in_channels)
+    if images.shape != shape:
+        raise UserError(
+            f"images have the shape {images.shape}; with these labels it must be {shape}"
+        )
+    check_hidden(hidden, model)
+    how.check(model, asked.options)
+    keep_ids = known_tokens(hidden, model.patch_size)
+    if how.mode == "side_interpolater" and not len(keep_ids):
+        raise UserError("no token is wholly known, so there is no masked pass; use mode repaint")
+    pixels = model.in_channels in (1, 3) if pixels is None else pixels
+
+    mesh, params, key = asked.on_devices()
+    whole = parallel.replicated(mesh)
+    fixed = parallel.put((hidden[None, :, :, None], keep_ids[None]), whole)
+    cut = pieces(stretches(how.masked(asked.options.num_steps)), progress)
+    total = sum(count for piece in cut for _, count in piece)
+    batches, drawn = asked.rows(mesh), [np.zeros((0, *shape[1:]), np.float32)]
+    show = progress and jax.process_index() == 0
+    limit = LIMIT[pixels]
+    with progress_bar(len(batches) * total, show, "inpainting", "step") as bar:
+        for _, count, rows in batches:
+            inputs = asked.inputs(rows, mesh)
+            known = parallel.put(images[rows], parallel.split_batch(mesh))
+
+            def run(piece, x, at, inputs=inputs, known=known):
+                return _run(
+                    model, asked.options, how, limit, piece, params, key, known, *fixed, *inputs,
+                    x, at,
+                )  # fmt: skip
+
+            *_, x = in_pieces(run, begin(model, key, inputs[0]), cut, bar.update)
+            drawn.append(distributed.fetch(x)[:count])
+    return np.where(hidden[None, :, :, None], np.concatenate(drawn), images)
