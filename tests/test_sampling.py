@@ -1,15 +1,19 @@
 import os
+import re
 import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
 import mdt_jax
+from mdt_jax import sampling
 from mdt_jax.errors import UserError
 from mdt_jax.models.mdt import MDT, init_params
+from mdt_jax.options import SampleOptions, random_labels
 from tests.conftest import ROOT, XLA_FLAGS, run_command
 
 OPTIONS = dict(seed=3, num_steps=5, guidance_scale=2.0)
@@ -84,6 +88,16 @@ def test_a_sample_depends_on_seed_number_and_label_alone(lively, reference):
     "changes",
     [
         dict(sampler="ddim"),
+        dict(sampler="ddim", eta=0.5),
+        dict(sampler="dpmpp_2m"),
+        dict(sampler="dpmpp_2m_sde"),
+        dict(sampler="heun"),
+        dict(spacing="karras"),
+        dict(spacing="log_snr"),
+        dict(guidance="constant"),
+        dict(guidance_low=0.3),
+        dict(guidance_high=0.3),
+        dict(guidance_skip_tolerance=0.5),
         dict(num_steps=4),
         dict(num_steps=4, spacing="stride"),
         dict(guidance_scale=5.0),
@@ -133,7 +147,19 @@ def test_unconditional_model():
         ([1], dict(num_steps=1001), "between 1 and the 1000 steps"),
         ([1], dict(num_steps=0), "between 1 and"),
         ([1], dict(num_steps=600, spacing="stride"), "no integer stride"),
-        ([1], dict(sampler="euler"), "unknown sampler 'euler'; choose one of ddpm, ddim"),
+        ([1], dict(sampler="euler"), "unknown sampler 'euler'; choose one of ddpm, ddim, dpmpp_2m"),
+        ([1], dict(spacing="x"), "unknown spacing 'x'; choose one of even, stride, karras"),
+        ([1], dict(sampler="ddim", eta=1.1), "eta is 1.1; it must be in [0, 1]"),
+        ([1], dict(sampler="ddim", eta=-0.1), "eta is -0.1"),
+        ([1], dict(sampler="ddim", eta=float("nan")), "eta is nan"),
+        ([1], dict(eta=0.5), "eta is 0.5, which is ddim's; the sampler is ddpm"),
+        ([1], dict(guidance_low=0.8, guidance_high=0.2), "0.8 is above guidance_high 0.2"),
+        ([1], dict(guidance_high=1.5), "must be in [0, 1]"),
+        ([1], dict(guidance_skip_tolerance=-1.0), "guidance_skip_tolerance is -1.0"),
+        ([1], dict(guidance_scale=[1.0, 2.0]), "guidance_scale is 2 values for 1 samples"),
+        ([1], dict(guidance_scale=[float("inf")]), "guidance_scale is inf"),
+        ([1], dict(guidance_scale=["a"]), "guidance_scale is 1 values for 1 samples"),
+        ([1], dict(numbers=[1, 2]), "2 numbers for 1 samples"),
         ([1], dict(guidance="x"), "unknown guidance"),
         ([1], dict(guidance_scale=float("nan")), "guidance_scale"),
         ([1], dict(guidance_power=-1.0), "guidance_power"),
@@ -151,7 +177,7 @@ def test_unconditional_model():
 def test_what_cannot_be_sampled(labels, changes, message):
     model = MDT(input_size=(4, 4), in_channels=1, hidden_size=16, depth=2, num_heads=2,
                 decoder_layers=1, num_classes=10)  # fmt: skip
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=re.escape(message)):
         mdt_jax.generate(model, {}, labels, **changes)
 
 
@@ -177,9 +203,127 @@ def test_command_writes_npz_and_png(trained, tmp_path):
     run_command(*common, f"--out={tmp_path}/grid.png")
     assert Image.open(tmp_path / "grid.png").size == (10 * 36 - 4, 32)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["grid.png", "new"]
+    assert sorted(p.name for p in (tmp_path / "new").iterdir()) == ["samples.npz"]
 
 
 def test_the_same_bits_twice(lively):
     one, two = (mdt_jax.generate(*lively, [1, 2], **OPTIONS) for _ in range(2))
     np.testing.assert_array_equal(one, two)
     assert one.dtype == np.float32
+
+
+class Counting(MDT):
+    """An MDT that says of each evaluation how many labels are classes and how many are null."""
+
+    def __call__(self, x, t, y=None, **masked):
+        jax.debug.callback(SEEN.append, (y == self.num_classes).sum(), ordered=True)
+        jax.debug.callback(SIZES.append, y.shape[0], ordered=True)
+        return super().__call__(x, t, y, **masked)
+
+
+SEEN, SIZES = [], []
+
+
+@pytest.mark.parametrize("progress", [False, True])
+@pytest.mark.parametrize(
+    "changes, evaluations, doubled",
+    [
+        (dict(sampler="ddpm"), 6, 6),
+        (dict(sampler="ddim", eta=1.0), 6, 6),
+        (dict(sampler="dpmpp_2m"), 6, 6),
+        (dict(sampler="dpmpp_2m_sde"), 6, 6),
+        (dict(sampler="heun"), 11, 11),
+        (dict(guidance_scale=1.0), 6, 0),
+        (dict(guidance_scale=1.0, guidance="power_cosine_printed"), 6, 6),
+        (dict(guidance_low=0.3, guidance_high=0.7), 6, 2),  # t = 400, 599 of 999, 799, …, 200, 0
+        (dict(guidance_low=0.3, guidance_high=0.7, sampler="heun"), 11, 4),
+        (dict(guidance_skip_tolerance=0.1), 6, 3),  # the weight at 599 is 1.03, at 400 1.11
+        (dict(guidance_scale=[1.0, 3.8], guidance_skip_tolerance=0.1), 6, 3),
+        (dict(guidance_scale=[1.0, 1.0]), 6, 0),
+    ],
+)
+def test_conditional_and_null_evaluations(changes, evaluations, doubled, progress):
+    model = Counting(input_size=(4, 4), in_channels=1, hidden_size=16, depth=2, num_heads=2,
+                     decoder_layers=1, num_classes=3)  # fmt: skip
+    plain = MDT(**{f: getattr(model, f) for f in MDT.__dataclass_fields__ if f not in
+                   ("parent", "name")})  # fmt: skip
+    params = init_params(plain, jax.random.key(0))
+    SEEN.clear()
+    SIZES.clear()
+    options = dict(num_steps=6, guidance_scale=3.8) | changes
+    mdt_jax.generate(model, params, [1, 2], progress=progress, **options)
+    jax.effects_barrier()
+    assert sum(SIZES) - sum(SEEN) == 2 * evaluations, "conditional"
+    assert sum(SEEN) == 2 * doubled, "null"
+    assert len(SIZES) == evaluations
+
+
+def test_each_sample_has_its_own_guidance_scale(lively):
+    labels, common = [1, 2, 3], {**OPTIONS, "guidance_scale": [1.0, 2.0, 5.0]}
+    together = mdt_jax.generate(*lively, labels, **common)
+    for n, scale in enumerate(common["guidance_scale"]):
+        alone = mdt_jax.generate(
+            *lively, [labels[n]], numbers=[n], **{**common, "guidance_scale": scale}
+        )
+        assert_same_samples(together[n : n + 1], alone)
+
+
+def test_skipping_where_the_weight_is_nearly_one(lively):
+    """What is skipped changes the samples by little, and by less the smaller the tolerance."""
+    options = dict(seed=3, num_steps=40, guidance_scale=3.8)
+    exact = mdt_jax.generate(*lively, LABELS[:8], **options)
+    gaps = [
+        np.abs(mdt_jax.generate(*lively, LABELS[:8], guidance_skip_tolerance=t, **options) - exact)
+        for t in (1e-4, 1e-2)
+    ]
+    assert 0 < gaps[0].max() < gaps[1].max() < 0.2 * np.abs(exact).max()
+
+
+def test_progress_changes_nothing(lively, reference):
+    samples = mdt_jax.generate(*lively, LABELS, batch_size=64, progress=True, **OPTIONS)
+    assert_same_samples(samples, reference)
+
+
+def test_some_of_many(lively, reference):
+    chosen = [60, 2, 2]
+    samples = mdt_jax.generate(*lively, LABELS[chosen], numbers=chosen, **OPTIONS)
+    assert_same_samples(samples, reference[chosen])
+
+
+def test_bfloat16_is_near(lively, reference):
+    model, params = lively
+    samples = mdt_jax.generate(model.clone(dtype=jnp.bfloat16), params, LABELS, **OPTIONS)
+    error = np.linalg.norm(samples - reference) / np.linalg.norm(reference)
+    assert samples.dtype == np.float32 and 1e-5 < error < 0.1
+
+
+def test_the_program_is_compiled_once(lively):
+    """For all batches, a partial one, and other scales, seeds and labels."""
+    before = sampling._run._cache_size()
+    for changes in ({}, {"seed": 9}, {"guidance_scale": 3.3}, {"guidance_scale": 1.5}):
+        options = {**OPTIONS, "num_steps": 3, **changes}
+        mdt_jax.generate(*lively, LABELS[:11], batch_size=4, **options)
+    assert sampling._run._cache_size() == before + 1
+
+
+def test_the_loop_does_not_ask_the_host(lively):
+    """Its number of turns is static: a scan, no while loop with a condition to be looked at."""
+    model, params = lively
+    options = SampleOptions(num_steps=7)
+    noise = sampling.Noise(jnp.arange(2))
+    labels, scales, key = jnp.zeros(2, jnp.int32), jnp.ones(2), jax.random.key(0)
+    state = sampling._begin(model, options, key, noise)
+    text = str(
+        sampling._run.trace(
+            model, options, ((True, 7),), params, key, noise, labels, scales, state, 0
+        ).jaxpr
+    )
+    assert "scan[" in text and "while[" not in text and "callback" not in text
+
+
+def test_random_labels_depend_on_seed_and_number_alone():
+    many, few = (random_labels(count, 10, seed=5) for count in (20000, 7))
+    np.testing.assert_array_equal(many[:7], few)
+    counts = np.bincount(many, minlength=10)
+    assert counts.shape == (10,) and np.abs(counts - 2000).max() < 5 * np.sqrt(1800)
+    assert (random_labels(50, 10, seed=6) != many[:50]).any()

@@ -33,9 +33,12 @@ class Npz:
         """Whether the file is there already, and of these settings."""
         try:
             with np.load(self.out) as saved:
-                return str(saved["note"]) == self.note
+                there = str(saved["note"]) == self.note
         except (OSError, LookupError, ValueError, zipfile.BadZipFile):
             return False
+        if there and _settings(self.folder) == self.note:  # stopped before it was removed
+            shutil.rmtree(self.folder, ignore_errors=True)
+        return there
 
     def begin(self) -> None:
         """Make the folder of parts, or go on in it; UserError where it is of other settings."""

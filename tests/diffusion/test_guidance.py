@@ -2,7 +2,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mdt_jax.diffusion.guidance import guide, power_cosine, power_cosine_printed
+from mdt_jax.diffusion.guidance import (
+    constant,
+    guide,
+    power_cosine,
+    power_cosine_printed,
+    within,
+)
 
 T = jnp.array([999, 750, 500, 400, 300, 200, 100, 50, 0])
 
@@ -34,3 +40,16 @@ def test_which_channels_are_guided(channels, guided):
     out = run(jnp.zeros((2, 2, 2, 4)), jnp.array([7, 7]))
     assert out.shape == (2, 2, 2, 8)
     assert np.all(out[..., :guided] == 1 + 5 * (2 - 1)) and np.all(out[..., guided:] == 2)
+
+
+def test_a_constant_weight_and_one_of_each_sample():
+    np.testing.assert_array_equal(constant(T, 2.5), np.full(9, 2.5, np.float32))
+    t, scales = jnp.full(3, 100), jnp.array([1.0, 2.0, 3.8])
+    np.testing.assert_array_equal(constant(t, scales), scales)
+    each = [float(power_cosine(t[:1], scale, 4.0)[0]) for scale in scales]
+    np.testing.assert_allclose(power_cosine(t, scales, 4.0), each, rtol=1e-6)
+
+
+def test_a_limited_interval():
+    weight = within(T, constant(T, 3.0), 0.1, 0.5, 1000)
+    np.testing.assert_array_equal(weight, [1, 1, 3, 3, 3, 3, 3, 1, 1])

@@ -34,23 +34,123 @@ def test_guided_sampling_is_the_published_one(name, version):
     assert relative_error(out, golden[f"sample_{name}"]) < 2e-6
 
 
-@pytest.mark.parametrize("name", ["ddpm", "ddim"])
-def test_a_gaussian_is_recovered(name):
-    """With the exact noise predictor of x0 ~ N(μ, s²), samples have that mean and deviation."""
-    mu, s = 0.5, 0.3
-    schedule = sch.respace(sch.linear_schedule(), sch.spaced_timesteps(250, 1000))
-    abar = jnp.asarray(sch.linear_schedule().alphas_cumprod, jnp.float32)
+MU, DEVIATION = 0.5, 0.3
+FULL = sch.linear_schedule()
 
-    def network(x, t):
-        a = abar[t][:, None, None, None]
-        eps = jnp.sqrt(1 - a) * (x - jnp.sqrt(a) * mu) / (a * s**2 + 1 - a)
-        return jnp.concatenate([eps, -jnp.ones_like(eps)], axis=-1)  # the posterior's variance
 
-    z = jax.random.normal(jax.random.key(0), (1, 200, 200, 1))
+def of_a_gaussian(x, t):
+    """The exact noise predictor of x0 ~ N(MU, DEVIATION²), with the posterior's variance."""
+    half_log_snr = jnp.asarray(FULL.half_log_snr, jnp.float32)
+    at = jnp.interp(t.astype(jnp.float32), jnp.arange(1000.0), half_log_snr)
+    a = jax.nn.sigmoid(2 * at)[:, None, None, None]
+    eps = jnp.sqrt(1 - a) * (x - jnp.sqrt(a) * MU) / (a * DEVIATION**2 + 1 - a)
+    return jnp.concatenate([eps, -jnp.ones_like(eps)], axis=-1)
+
+
+def run(sampler, num_steps, z, spacing="even", network=of_a_gaussian):
+    schedule = sch.respace(FULL, sch.SPACINGS[spacing](num_steps, FULL))
 
     def noise(k):
         return jax.random.normal(jax.random.fold_in(jax.random.key(1), k), z.shape)
 
-    out = jax.jit(lambda z: sample(network, SAMPLERS[name], schedule, z, noise))(z)
-    assert np.mean(out) == pytest.approx(mu, abs=0.01)
-    assert np.std(out) == pytest.approx(s, rel=0.05)
+    def whole(z):
+        return sample(network, sampler, schedule, sampler.start(z), noise).x
+
+    return np.asarray(jax.jit(whole)(z), np.float64)
+
+
+@pytest.mark.parametrize("spacing", ["even", "log_snr", "karras"])
+@pytest.mark.parametrize(
+    "name, eta",
+    [("ddpm", 0), ("ddim", 0), ("ddim", 1), ("dpmpp_2m", 0), ("dpmpp_2m_sde", 0), ("heun", 0)],
+)
+def test_a_gaussian_is_recovered(name, eta, spacing):
+    """With the exact noise predictor, samples have the data's mean and deviation."""
+    z = jax.random.normal(jax.random.key(0), (1, 200, 200, 1))
+    out = run(SAMPLERS[name](eta), 250, z, spacing)
+    assert np.mean(out) == pytest.approx(MU, abs=0.01)
+    assert np.std(out) == pytest.approx(DEVIATION, rel=0.05)
+
+
+def exact(z):
+    """Where the probability-flow ODE leads from z, and the jump from its end to the clean sample.
+
+    x(t) − √ᾱ·MU grows in proportion to its deviation, √(ᾱ·DEVIATION² + 1 − ᾱ).
+    """
+    z, (first, last) = np.asarray(z, np.float64), FULL.alphas_cumprod[[-1, 0]]
+    of = {a: np.sqrt(a * DEVIATION**2 + 1 - a) for a in (first, last)}
+    gap = (z - np.sqrt(first) * MU) * of[last] / of[first]
+    return MU + np.sqrt(last) * DEVIATION**2 / of[last] ** 2 * gap
+
+
+@pytest.mark.parametrize("spacing", ["log_snr", "karras"])
+@pytest.mark.parametrize("name, order", [("ddim", 1), ("dpmpp_2m", 2), ("heun", 2)])
+def test_order_of_convergence(name, order, spacing):
+    """Half the step makes the error 2^order times smaller."""
+    z = jnp.linspace(-3, 3, 64).reshape(1, 8, 8, 1)
+    errors = [
+        np.abs(run(SAMPLERS[name](0.0), n, z, spacing) - exact(z)).max() for n in (20, 40, 80, 160)
+    ]
+    measured = np.log2(np.divide(errors[:-1], errors[1:]))
+    assert order - 0.1 < measured.min() and measured.max() < order + 0.25, measured
+    assert measured[-1] == pytest.approx(order, abs=0.1)
+
+
+def test_the_first_evaluation_is_at_the_noise_and_the_last_one_gives_the_sample():
+    """All samplers begin at t = 999 and end with what the network takes the sample for."""
+    z = jnp.linspace(-3, 3, 64).reshape(1, 8, 8, 1)
+    for name, make in SAMPLERS.items():
+        seen = []
+
+        def network(x, t, seen=seen):
+            jax.debug.callback(lambda t: seen.append(float(t[0])), t, ordered=True)
+            return of_a_gaussian(x, t)
+
+        sampler = make(0.0)
+        schedule = sch.respace(FULL, sch.spaced_timesteps(5, 1000))
+        run_all = jax.jit(
+            lambda z, s=sampler, n=network, c=schedule: sample(
+                n, s, c, s.start(z), lambda k: jnp.zeros_like(z)
+            )
+        )
+        state = run_all(z)
+        jax.effects_barrier()
+        every = [999, 749, 500, 250, 0]
+        twice = [999, *(t for t in every[1:] for _ in range(2))]
+        assert seen == (twice if name == "heun" else every), name
+        np.testing.assert_allclose(state.x, state.x0, atol=1e-6)
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+def test_one_step_of_ddim(eta):
+    """Equations 12 and 16 in float64 NumPy."""
+    schedule = sch.respace(FULL, sch.spaced_timesteps(10, 1000))
+    random = np.random.RandomState(0)
+    x, eps, noise = random.normal(size=(3, 1, 4, 4, 2))
+    out = np.concatenate([eps, eps], axis=-1).astype(np.float32)
+    sampler, i = SAMPLERS["ddim"](eta), 6
+    state = sampler.start(jnp.asarray(x, jnp.float32))
+    got = sampler.step(schedule, state, jnp.asarray(out), 9 - i, jnp.asarray(noise, jnp.float32)).x
+    a, b = schedule.alphas_cumprod[i], schedule.alphas_cumprod[i - 1]
+    s = eta * np.sqrt((1 - b) / (1 - a)) * np.sqrt(1 - a / b)
+    x0 = (x - np.sqrt(1 - a) * eps) / np.sqrt(a)
+    expected = np.sqrt(b) * x0 + np.sqrt(1 - b - s**2) * eps + s * noise
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_pieces_are_the_whole():
+    z, sampler = jnp.linspace(-3, 3, 16).reshape(1, 4, 4, 1), SAMPLERS["heun"](0.0)
+    schedule = sch.respace(FULL, sch.spaced_timesteps(6, 1000))
+
+    def noise(k):
+        return jnp.zeros_like(z)
+
+    part = jax.jit(
+        lambda state, start, count: sample(
+            of_a_gaussian, sampler, schedule, state, noise, start, count
+        ),
+        static_argnums=2,
+    )
+    state = part(part(sampler.start(z), 0, 4), 4, 7)
+    whole = sample(of_a_gaussian, sampler, schedule, sampler.start(z), noise)
+    np.testing.assert_allclose(state.x, whole.x, atol=1e-6)

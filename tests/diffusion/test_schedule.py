@@ -41,3 +41,28 @@ def test_spaced_timesteps():
 def test_strided_timesteps_must_exist():
     with pytest.raises(ValueError, match="exactly 600 of 1000"):
         sch.strided_timesteps(600, 1000)
+
+
+@pytest.mark.parametrize("name", ["log_snr", "karras"])
+def test_spacings_between_whole_timesteps(name):
+    full = sch.linear_schedule()
+    spacing = sch.SPACINGS[name]
+    timesteps = spacing(20, full)
+    assert timesteps[0] == pytest.approx(0, abs=1e-9) and timesteps[-1] == pytest.approx(999)
+    respaced = sch.respace(full, timesteps)
+    assert (np.diff(respaced.timesteps) > 0).all() and (np.diff(respaced.alphas_cumprod) < 0).all()
+    measure = respaced.half_log_snr
+    if name == "karras":
+        measure = np.exp(-measure) ** (1 / 7)
+    steps = np.diff(measure)
+    np.testing.assert_allclose(steps, steps[0], rtol=1e-6)
+    np.testing.assert_allclose(spacing(1, full), [999])
+    np.testing.assert_allclose(respaced.alphas_cumprod[[0, -1]], full.alphas_cumprod[[0, -1]])
+
+
+def test_whole_timesteps_are_taken_as_they_are():
+    full = sch.linear_schedule()
+    between = sch.respace(full, np.array([3.0, 500.0, 999.0]))
+    whole = sch.respace(full, np.array([3, 500, 999]))
+    np.testing.assert_array_equal(whole.alphas_cumprod, full.alphas_cumprod[[3, 500, 999]])
+    np.testing.assert_allclose(between.alphas_cumprod, whole.alphas_cumprod, rtol=1e-12)

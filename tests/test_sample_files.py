@@ -1,0 +1,268 @@
+"""What mdt_jax.sample leaves on disk: as it comes, resumed, the same bytes whatever happened."""
+
+import json
+import random
+import shutil
+import subprocess
+import sys
+import time
+import zipfile
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from mdt_jax import sample, weights
+from mdt_jax.data import sources
+from mdt_jax.data.sample_files import Npz
+from mdt_jax.errors import UserError
+from mdt_jax.models.mdt import MDT, init_params
+from tests.conftest import ROOT, exits_with_one_line, run_here, start_command
+from tests.small_data import write_vae
+from tests.test_distributed import all_well, free_port
+
+DIGITS = str(ROOT / "tests" / "digits.safetensors")
+FEW = [f"--checkpoint={DIGITS}", "--num_steps=3", "--sampler=ddim", "--guidance_scale=2"]
+
+
+def draw(*flags: str) -> str:
+    return run_here(sample.main, *FEW, *flags)
+
+
+def test_killed_five_times_and_resumed(tmp_path):
+    """kill -9 at random moments; the file is then an undisturbed run's, byte for byte."""
+    flags = [*FEW, "--num_samples=1000", "--batch_size=20", "--num_steps=20", "--labels=random"]
+    whole, out = tmp_path / "whole.npz", tmp_path / "killed.npz"
+    run_here(sample.main, *flags, f"--out={whole}")
+    parts = out.with_name("killed.npz.parts")
+    moments, kills = random.Random(0), 0
+    for aim in (1, 8, 16, 26, 38):
+        process = start_command("mdt_jax.sample", *flags, f"--out={out}")
+        until = time.time() + 120
+        while len(list(parts.glob("*.npy"))) < aim:
+            assert process.poll() is None and time.time() < until, process.communicate()
+            time.sleep(0.01)
+        time.sleep(moments.uniform(0, 0.1))
+        process.kill()
+        process.communicate()
+        kills += not out.exists()
+        assert len(list(parts.glob("*.npy"))) < 50
+    assert kills == 5
+    begun = {path.name: path.stat().st_mtime_ns for path in parts.glob("*.npy")}
+    process = start_command("mdt_jax.sample", *flags, f"--out={out}")
+    while process.poll() is None:  # what was there is not drawn again
+        for path in parts.glob("*.npy"):
+            try:
+                assert begun.get(path.name, 0) in (0, path.stat().st_mtime_ns)
+            except FileNotFoundError:
+                break
+        time.sleep(0.05)
+    assert process.returncode == 0, process.communicate()
+    assert out.read_bytes() == whole.read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["killed.npz", "whole.npz"]
+
+
+def test_the_npz_is_what_adm_reads(tmp_path):
+    """Its reader takes the header of arr_0 from the zip's stream, then rows of it, in order."""
+    out = tmp_path / "samples.npz"
+    draw("--num_samples=25", "--batch_size=10", "--labels=7,1", f"--out={out}")
+    with zipfile.ZipFile(out) as archive, archive.open("arr_0.npy") as file:
+        assert np.lib.format.read_magic(file) == (1, 0)
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+        assert (shape, fortran, dtype) == ((25, 8, 8, 1), False, np.uint8)
+        images = np.frombuffer(file.read(), np.uint8).reshape(shape)
+    with np.load(out) as saved:
+        assert sorted(saved.files) == ["arr_0", "arr_1", "note"]
+        np.testing.assert_array_equal(saved["arr_0"], images)
+        assert saved["arr_1"].dtype == np.int64
+        assert saved["arr_1"].tolist() == [7, 1] * 12 + [7]
+        note = json.loads(str(saved["note"]))
+    assert note["uint8"] == "clip((x + 1)*127.5, 0, 255), truncated"
+    assert (note["sampler"], note["num_steps"], note["labels"]) == ("ddim", 3, "7,1")
+    assert len(note["parameters_sha256"]) == 64
+    assert "finished already" in draw(
+        "--num_samples=25", "--batch_size=10", "--labels=7,1", f"--out={out}"
+    )
+
+
+def test_a_folder_of_pngs(tmp_path):
+    npz, folder = tmp_path / "samples.npz", tmp_path / "pictures"
+    flags = ["--num_samples=12", "--batch_size=5", "--labels=4,2,2"]
+    draw(*flags, f"--out={npz}")
+    draw(*flags, f"--out={folder}")
+    images = np.load(npz)["arr_0"]
+    labels = [4, 2, 2] * 4
+    for n, label in enumerate(labels):
+        with Image.open(folder / f"{label}_{n:06d}.png") as image:
+            np.testing.assert_array_equal(np.asarray(image), images[n, :, :, 0])
+    # One that is missing is drawn again, and nothing else is.
+    times = {path: path.stat().st_mtime_ns for path in folder.glob("*_00000[0-4].png")}
+    missing = folder / "2_000011.png"
+    missing.unlink()
+    (folder / "2_000011.png.1-aa.tmp").touch()
+    draw(*flags, f"--out={folder}")
+    assert missing.is_file() and len(list(folder.iterdir())) == 13
+    assert times == {path: path.stat().st_mtime_ns for path in times}
+    assert "finished already" in draw(*flags, f"--out={folder}")
+    assert json.loads((folder / "settings.json").read_text())["num_samples"] == 12
+
+
+def test_a_folder_of_pngs_is_a_data_set(tmp_path):
+    from mdt_jax import config as configs
+
+    draw("--num_samples=30", f"--out={tmp_path / 'pictures'}")
+    config = configs.default()
+    config.data.update(name="folder", path=str(tmp_path / "pictures"), image_size=8, channels=1)
+    found = sources.stored(config.data, 10, stand_ins=0)
+    assert len(found) == 30 and len(found.classes) == 10
+
+
+def test_other_settings_are_not_mixed(tmp_path, capsys, monkeypatch):
+    out, parts = tmp_path / "a.npz", tmp_path / "a.npz.parts"
+    sink = Npz(out, np.zeros(4, int), (2, 2, 1), {"seed": 1})
+    sink.begin()
+    sink.write(0, np.zeros((2, 2, 2, 1), np.uint8))
+    assert sink.done(0, 2) and not sink.done(2, 2) and not sink.done(0, 3)
+    other = Npz(out, np.zeros(4, int), (2, 2, 1), {"seed": 2})
+    with pytest.raises(UserError, match="other settings .seed is 1 there and 2 here.; remove it"):
+        other.begin()
+    assert len(list(parts.iterdir())) == 2
+    line = exits_with_one_line(sample.main, [*FEW, f"--out={out}"], capsys, monkeypatch)
+    assert "holds samples of other settings" in line
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").write_text("dear")
+    argv = [*FEW, f"--out={tmp_path / 'mine'}"]
+    assert "holds other files" in exits_with_one_line(sample.main, argv, capsys, monkeypatch)
+
+
+def test_a_part_cut_short_is_drawn_again(tmp_path):
+    whole, out = tmp_path / "whole.npz", tmp_path / "a.npz"
+    flags = ["--num_samples=20", "--batch_size=10"]
+    draw(*flags, f"--out={whole}")
+    shutil.copy(whole, out)
+    assert "finished already" not in draw(*flags, "--seed=1", f"--out={out}")
+    parts = tmp_path / "b.npz.parts"
+    with np.load(whole) as saved:
+        note = json.loads(str(saved["note"]))
+        first = saved["arr_0"][:10]
+    sink = Npz(tmp_path / "b.npz", np.arange(20) % 10, (8, 8, 1), note)
+    sink.begin()
+    sink.write(0, first)
+    part = next(parts.glob("*.npy"))
+    part.write_bytes(part.read_bytes()[:-1])
+    draw(*flags, f"--out={tmp_path / 'b.npz'}")
+    assert (tmp_path / "b.npz").read_bytes() == whole.read_bytes()
+
+
+MEASURE = """
+import resource, sys
+from mdt_jax import sample
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+sample.main(["sample", *sys.argv[1:]])
+print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def test_memory_does_not_grow_with_the_number_of_samples(tmp_path):
+    """10,000 images of 64×64×3 are 123 MB as bytes and 492 MB as numbers."""
+    model = MDT(input_size=(64, 64), in_channels=3, hidden_size=8, depth=2, num_heads=1,
+                patch_size=32, decoder_layers=1, num_classes=3)  # fmt: skip
+    params = init_params(model, jax.random.key(0))
+    weights.save(tmp_path / "tiny", weights.Weights(model, params))
+    peaks = []
+    for count in (1000, 10000):
+        flags = [f"--checkpoint={tmp_path / 'tiny'}", f"--num_samples={count}", "--num_steps=1"]
+        flags += ["--batch_size=50", "--guidance_channels=all", f"--out={tmp_path / 's.npz'}"]
+        done = subprocess.run(
+            [sys.executable, "-c", MEASURE, *flags], capture_output=True, text=True, cwd=ROOT
+        )
+        assert done.returncode == 0, done.stderr
+        peaks.append(int(done.stdout.split()[-1]) / 1e3)
+        with np.load(tmp_path / "s.npz") as saved:
+            assert saved["arr_1"].shape == (count,)
+    assert peaks[1] < peaks[0] + 40, f"{peaks} MB"
+
+
+def test_two_processes_draw_together(tmp_path):
+    flags = [*FEW, "--num_samples=30", "--batch_size=8"]
+    run_here(sample.main, *flags, f"--out={tmp_path / 'one.npz'}")
+    host = f"127.0.0.1:{free_port()}"
+    all_well([
+        start_command(
+            "mdt_jax.sample", *flags, f"--out={tmp_path / 'two.npz'}", f"--distributed={host}",
+            "--num_processes=2", f"--process_id={number}",
+        )
+        for number in range(2)
+    ])  # fmt: skip
+    one, two = (np.load(tmp_path / f"{name}.npz") for name in ("one", "two"))
+    assert np.abs(one["arr_0"].astype(int) - two["arr_0"]).max() <= 1
+    np.testing.assert_array_equal(one["arr_1"], two["arr_1"])
+    assert str(one["note"]) == str(two["note"])
+
+
+def test_latents_are_decoded_batch_by_batch(tmp_path):
+    model = MDT(input_size=(8, 8), in_channels=4, hidden_size=16, depth=2, num_heads=2,
+                decoder_layers=1, num_classes=3)  # fmt: skip
+    weights.save(tmp_path / "mdt", weights.Weights(model, init_params(model, jax.random.key(0))))
+    write_vae(tmp_path / "vae")
+    flags = [f"--checkpoint={tmp_path / 'mdt'}", f"--vae={tmp_path / 'vae'}", "--num_steps=2"]
+    flags += ["--num_samples=5"]
+    for name, size in (("a", 2), ("b", 5)):
+        run_here(sample.main, *flags, f"--batch_size={size}", f"--out={tmp_path / name}.npz")
+    a, b = (np.load(tmp_path / f"{name}.npz") for name in "ab")
+    assert a["arr_0"].shape == (5, 64, 64, 3)
+    assert np.abs(a["arr_0"].astype(int) - b["arr_0"]).max() <= 1
+    assert json.loads(str(a["note"]))["vae"] == str(tmp_path / "vae")
+
+
+def test_labels(tmp_path):
+    def drawn(*flags):
+        draw("--out=" + str(tmp_path / "labels.npz"), *flags)
+        return np.load(tmp_path / "labels.npz")["arr_1"].tolist()
+
+    assert drawn("--num_samples=12") == [*range(10), 0, 1]
+    assert drawn("--num_samples=12", "--labels=balanced") == [*range(10), 0, 1]
+    (tmp_path / "five.txt").write_text("3\n1\n\n4\n1\n5\n")
+    assert drawn(f"--labels={tmp_path / 'five.txt'}") == [3, 1, 4, 1, 5]
+    np.save(tmp_path / "five.npy", np.array([3, 1, 4, 1, 6]))
+    assert drawn(f"--labels={tmp_path / 'five.npy'}", "--num_samples=5") == [3, 1, 4, 1, 6]
+    random_ones = drawn("--labels=random", "--num_samples=40")
+    assert random_ones == drawn("--labels=random", "--num_samples=40", "--batch_size=7")
+    assert random_ones[:9] == drawn("--labels=random", "--num_samples=9")
+    assert len(set(random_ones)) > 5
+
+
+def test_what_is_wrong_with_labels(tmp_path, capsys, monkeypatch):
+    (tmp_path / "bad.txt").write_text("3\nthree\n")
+    (tmp_path / "far.txt").write_text("3\n10\n")
+    (tmp_path / "none.txt").write_text("\n")
+    np.save(tmp_path / "square.npy", np.zeros((2, 2), int))
+    np.save(tmp_path / "half.npy", np.array([0.5]))
+    (tmp_path / "no.npy").write_text("no array")
+    for labels, more, message in (
+        ("bad.txt", [], "bad.txt, line 2: three is not"),
+        ("far.txt", [], "label 10 is outside the classes 0 to 9"),
+        ("far.txt", ["--num_samples=3"], "label 10"),
+        ("none.txt", [], "holds no labels"),
+        ("missing.txt", [], "could not be read: No such file"),
+        ("square.npy", [], "has the shape (2, 2)"),
+        ("half.npy", [], "label 0.5 is not a whole number"),
+        ("no.npy", [], "could not be read"),
+    ):
+        argv = [*FEW, f"--labels={tmp_path / labels}", f"--out={tmp_path / 'x.npz'}", *more]
+        assert message in exits_with_one_line(sample.main, argv, capsys, monkeypatch)
+    (tmp_path / "two.txt").write_text("3\n1\n")
+    argv = [*FEW, f"--labels={tmp_path / 'two.txt'}", "--num_samples=3", "--out=x.npz"]
+    line = exits_with_one_line(sample.main, argv, capsys, monkeypatch)
+    assert "has 2 labels, but --num_samples=3" in line
+    assert not (tmp_path / "x.npz").exists() and not (tmp_path / "x.npz.parts").exists()
+
+
+def test_scales_in_turn(tmp_path):
+    draw("--guidance_scale=1,3", "--num_samples=4", "--labels=5", f"--out={tmp_path / 'a.npz'}")
+    saved = np.load(tmp_path / "a.npz")
+    assert json.loads(str(saved["note"]))["guidance_scale"] == [1.0, 3.0]
+    draw("--guidance_scale=3", "--num_samples=4", "--labels=5", f"--out={tmp_path / 'b.npz'}")
+    same = (saved["arr_0"] == np.load(tmp_path / "b.npz")["arr_0"]).all((1, 2, 3))
+    assert same.tolist() == [False, True, False, True]
