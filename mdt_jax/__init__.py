@@ -12,7 +12,6 @@ _PUBLIC = {
     "MDT": "mdt_jax.models.mdt",
     "UserError": "mdt_jax.errors",
     "generate": "mdt_jax.sampling",
-    "inpaint": "mdt_jax.inpainting",
     "interpolate_classes": "mdt_jax.walks",
     "interpolate_noise": "mdt_jax.walks",
     "load": "mdt_jax.weights",

@@ -123,7 +123,7 @@ BAD_CONFIGS = {
     "no path": (["--config="], "config file '' does not exist"),
     "two words": (["--config", "configs/nothing.py"], "nothing.py' does not exist"),
     "classes": ([*SMOKE, "--config.model.num_classes=5"], "has 10 classes"),
-    "sampler": ([*SMOKE, "--config.sample.sampler=heun"], "unknown sampler 'heun'"),
+    "sampler": ([*SMOKE, "--config.sample.sampler=euler"], "unknown sampler 'euler'"),
     "sampler steps": ([*SMOKE, "--config.sample.num_steps=1001"], "between 1 and the 1000 steps"),
     "guidance": (
         [*SMOKE, "--config.model.num_classes=0", "--config.sample.guidance_scale=2"],

@@ -37,9 +37,16 @@ def smoke(command: str) -> str:
     command = re.sub(r"(configs/\w+\.py)(?!:)", rf"{ROOT}/\1:smoke", command)
     command = re.sub(r"--config=configs", f"--config={ROOT}/configs", command)
     command = command.replace("train.steps=4000", "train.steps=4")
+    command = command.replace("=docs/", f"={ROOT}/docs/").replace(
+        "num_samples=50000", "num_samples=50"
+    )
+    if "inpaint" in command:
+        command += " --num_steps=3"
     if "hf://" in command:
         command += " --num_steps=3"
-    command = command.replace("num_steps=250", "num_steps=5").replace("num_steps=50", "num_steps=5")
+    command = command.replace("num_steps=250", "num_steps=5").replace(
+        "num_steps=50", "num_steps=12"
+    )
     command = re.sub("^XLA_FLAGS=(\\S+)", rf"XLA_FLAGS='{XLA_FLAGS} \1'", command)
     return command.replace("python", sys.executable, 1)
 
@@ -115,7 +122,7 @@ def test_python_blocks(runs, monkeypatch):
     monkeypatch.chdir(runs)
     names = {}
     for block in blocks("python"):
-        exec(block.replace("num_steps=50", "num_steps=5"), names)
+        exec(block.replace("num_steps=50", "num_steps=12"), names)
     assert names["pixels"].shape == (5, 8, 8, 1) and names["pixels"].dtype == "uint8"
     assert names["out"].shape == names["masked_out"].shape == (2, 8, 8, 2)
 

@@ -1,0 +1,265 @@
+"""Inpainting: what is known stays, what is hidden becomes the class that was asked for."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from sklearn.svm import SVC
+
+import mdt_jax
+from mdt_jax import inpaint, sample, weights
+from mdt_jax.data import sources
+from mdt_jax.data.images import to_float, to_uint8
+from mdt_jax.errors import UserError
+from mdt_jax.inpainting import InpaintOptions, known_tokens
+from mdt_jax.inpainting import inpaint as fill
+from mdt_jax.models.mdt import MDT, init_params
+from tests.conftest import ROOT, exits_with_one_line, run_here
+from tests.small_data import VAE, write_vae
+
+DIGITS = str(ROOT / "tests" / "digits.safetensors")
+OPTIONS = dict(num_steps=50, guidance_scale=2.0, seed=0)
+HALVES = {
+    "right": np.arange(8)[None] >= np.full((8, 1), 4),
+    "bottom": np.arange(8)[:, None] >= np.full((1, 8), 4),
+    "tokens": np.kron(np.indices((4, 4)).sum(0) % 2, np.ones((2, 2))).astype(bool),
+}
+HOWS = {
+    "repaint": InpaintOptions(num_resamples=3),
+    "side_interpolater": InpaintOptions("side_interpolater"),
+}
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return mdt_jax.load(DIGITS)
+
+
+@pytest.fixture(scope="module")
+def pictures():
+    """(held-out images, labels, a classifier trained on the others)."""
+    train, held_out = sources.load("digits")
+    flat = to_float(train.images).reshape(len(train.images), -1)
+    return held_out.images[:100], held_out.labels[:100], SVC(C=10).fit(flat, train.labels)
+
+
+@pytest.mark.parametrize("half", HALVES)
+@pytest.mark.parametrize("mode", HOWS)
+def test_half_of_each_digit_is_drawn(digits, pictures, mode, half):
+    images, labels, classifier = pictures
+    hidden = HALVES[half]
+    assert hidden.mean() == 0.5
+    out = fill(*digits, to_float(images), hidden, labels, how=HOWS[mode], **OPTIONS)
+    drawn = to_uint8(out)
+    np.testing.assert_array_equal(out[:, ~hidden], to_float(images)[:, ~hidden])
+    read = classifier.predict(to_float(drawn).reshape(len(drawn), -1))
+    assert np.mean(read == labels) >= 0.9
+    assert np.abs(drawn.astype(int) - images)[:, hidden].mean() > 5, "it is not the same picture"
+
+
+@pytest.mark.parametrize("mode", HOWS)
+def test_what_is_hidden_is_not_looked_at(digits, pictures, mode):
+    images, labels, _ = pictures
+    hidden = HALVES["right"]
+    options = {**OPTIONS, "num_steps": 20}
+    given = to_float(images[:3])
+    out = fill(*digits, given, hidden, labels[:3], how=HOWS[mode], **options)
+    given[:, hidden] = np.random.RandomState(0).normal(size=given[:, hidden].shape)
+    other = fill(*digits, given, hidden, labels[:3], how=HOWS[mode], **options)
+    np.testing.assert_array_equal(out, other)
+    # Sample n depends on seed and n, not on the batch or the bar.
+    options |= {"batch_size": 2, "progress": True}
+    parts = fill(*digits, given, hidden, labels[:3], how=HOWS[mode], **options)
+    np.testing.assert_allclose(parts, out, atol=1e-4)
+
+
+class Watched(MDT):
+    """An MDT that notes how many tokens each evaluation's encoder sees."""
+
+    def __call__(self, x, t, y=None, keep_ids=None, **more):
+        seen = 0 if keep_ids is None else keep_ids.shape[1]
+        jax.debug.callback(lambda t: PASSES.append((int(t[0]), seen)), t, ordered=True)
+        return super().__call__(x, t, y, keep_ids=keep_ids, **more)
+
+
+PASSES = []
+
+
+def test_early_steps_take_the_masked_pass(digits, pictures):
+    model, params = digits
+    fields = {f: getattr(model, f) for f in MDT.__dataclass_fields__ if f not in ("parent", "name")}
+    images, labels, _ = pictures
+    hidden = np.zeros((8, 8), bool)
+    hidden[1, 1:5] = True  # a piece of three tokens: 13 of 16 are wholly known
+    assert known_tokens(hidden, 2).tolist() == list(range(3, 16))
+    PASSES.clear()
+    fill(
+        Watched(**fields), params, to_float(images[:2]), hidden, labels[:2], num_steps=5,
+        how=InpaintOptions("side_interpolater", masked_share=0.4),
+    )  # fmt: skip
+    jax.effects_barrier()
+    assert PASSES == [(999, 13), (749, 13), (500, 0), (250, 0), (0, 0)]
+    PASSES.clear()
+    how = InpaintOptions("repaint", jump_length=2, num_resamples=2)
+    fill(Watched(**fields), params, to_float(images[:2]), hidden, labels[:2], num_steps=5, how=how)
+    jax.effects_barrier()
+    walk = [999, 749, 999, 749, 500, 250, 500, 250, 0]
+    assert [(t, 0) for t in walk] == PASSES
+
+
+def test_v2_and_models_without_classes():
+    for version, classes in (("v2", 3), ("v1", 0)):
+        model = MDT(input_size=(8, 8), in_channels=1, hidden_size=16, depth=3, num_heads=2,
+                    decoder_layers=1, num_classes=classes, version=version)  # fmt: skip
+        params = init_params(model, jax.random.key(0))
+        given = np.zeros((2, 8, 8, 1), np.float32)
+        for how in HOWS.values():
+            out = fill(
+                model, params, given, HALVES["right"], [0, 0], how=how, num_steps=3,
+                guidance_scale=1.0,
+            )  # fmt: skip
+            assert np.isfinite(out).all() and np.abs(out[:, :, 4:]).max() > 0
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(how=InpaintOptions("x")), "unknown mode 'x'; choose one of repaint"),
+        (dict(how=InpaintOptions(num_resamples=0)), "num_resamples is 0"),
+        (dict(how=InpaintOptions(jump_length=0)), "jump_length is 0"),
+        (dict(how=InpaintOptions(masked_share=1.5)), "masked_share is 1.5"),
+        (dict(sampler="heun"), "takes the sampler ddpm or ddim, not heun"),
+        (dict(sampler="dpmpp_2m"), "not dpmpp_2m"),
+        (dict(hidden=np.zeros((8, 8), bool)), "hides nothing"),
+        (dict(hidden=np.ones((8, 8), bool)), "hides everything: that is sampling"),
+        (dict(hidden=np.ones((4, 8), bool)), "the mask is 4×8, but the model draws 8×8"),
+        (dict(images=np.zeros((1, 4, 4, 1))), "images have the shape"),
+        (dict(labels=[1, 2]), "images have the shape"),
+        (dict(labels=[10]), "outside the classes"),
+        (dict(hidden=np.eye(8, dtype=bool) | np.kron(1 - np.eye(4), np.ones((2, 2))).astype(bool),
+              how=HOWS["side_interpolater"]), "no token is wholly known"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_inpainted(digits, changes, message):
+    given = dict(images=np.zeros((1, 8, 8, 1)), hidden=HALVES["right"], labels=[1]) | changes
+    with pytest.raises(UserError, match=message):
+        fill(*digits, **given)
+
+
+def test_a_dit_has_no_masked_pass():
+    model = MDT(input_size=(8, 8), in_channels=1, hidden_size=16, depth=2, num_heads=2,
+                decoder_layers=0, num_classes=3)  # fmt: skip
+    with pytest.raises(UserError, match="a DiT has no masked pass; use mode repaint"):
+        fill(model, {}, np.zeros((1, 8, 8, 1)), HALVES["right"], [0], how=HOWS["side_interpolater"])
+
+
+@pytest.fixture
+def files(tmp_path, pictures):
+    images, _, _ = pictures
+    Image.fromarray(images[3, :, :, 0]).save(tmp_path / "in.png")
+    Image.fromarray(HALVES["right"].astype(np.uint8) * 255).save(tmp_path / "mask.png")
+    return tmp_path
+
+
+def command(files, *flags: str) -> list[str]:
+    return [
+        f"--checkpoint={DIGITS}", f"--image={files / 'in.png'}", f"--mask={files / 'mask.png'}",
+        f"--out={files / 'out.png'}", "--label=3", "--num_steps=10", *flags,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", HOWS)
+def test_the_command_leaves_known_pixels(files, mode):
+    run_here(inpaint.main, *command(files, f"--mode={mode}", "--num_resamples=2"))
+    before, after = (np.asarray(Image.open(files / name)) for name in ("in.png", "out.png"))
+    assert after.shape == (8, 8) and after.dtype == np.uint8
+    np.testing.assert_array_equal(after[:, :4], before[:, :4])
+    assert (after[:, 4:] != before[:, 4:]).any()
+    note = json.loads(Image.open(files / "out.png").text["Comment"])
+    assert note["mode"] == mode and note["label"] == "3"
+    run_here(inpaint.main, *command(files, f"--mode={mode}", "--num_samples=3"))
+    assert Image.open(files / "out.png").size == (10 * 36 - 4, 32)
+
+
+def test_the_command_resizes_when_asked_to(files, capsys, monkeypatch):
+    Image.fromarray(np.random.RandomState(0).randint(0, 256, (30, 40, 3), np.uint8)).save(
+        files / "in.png"
+    )
+    line = exits_with_one_line(inpaint.main, command(files), capsys, monkeypatch)
+    assert "mask.png is 8×8, but the image is 30×40; --resize" in line
+    mask = np.zeros((30, 40), np.uint8)
+    mask[:, 20:] = 255
+    Image.fromarray(mask).save(files / "mask.png")
+    line = exits_with_one_line(inpaint.main, command(files), capsys, monkeypatch)
+    assert "mask.png is 30×40, but the model draws 8×8; --resize" in line
+    run_here(inpaint.main, *command(files, "--resize", "--num_resamples=1"))
+    assert Image.open(files / "out.png").size == (8, 8)
+
+
+def test_the_command_on_latents(tmp_path):
+    """Of what is hidden nothing reaches the result; what is known is as it was, to the pixel."""
+    model = MDT(input_size=(8, 8), in_channels=4, hidden_size=16, depth=2, num_heads=2,
+                decoder_layers=1, num_classes=3)  # fmt: skip
+    weights.save(tmp_path / "mdt", weights.Weights(model, init_params(model, jax.random.key(0))))
+    write_vae(tmp_path / "vae")
+    size = 8 * VAE.factor
+    mask = np.zeros((size, size), np.uint8)
+    mask[10:30, 5:37] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    random = np.random.RandomState(0)
+    image = random.randint(0, 256, (size, size, 3), np.uint8)
+    drawn = []
+    for number in range(2):
+        image[mask > 0] = random.randint(0, 256, (1, 3), np.uint8)
+        Image.fromarray(image).save(tmp_path / "in.png")
+        run_here(
+            inpaint.main, f"--checkpoint={tmp_path / 'mdt'}", f"--vae={tmp_path / 'vae'}",
+            f"--image={tmp_path / 'in.png'}", f"--mask={tmp_path / 'mask.png'}", "--label=1",
+            "--num_steps=3", "--mode=side_interpolater", f"--out={tmp_path / f'{number}.png'}",
+        )  # fmt: skip
+        drawn.append(np.asarray(Image.open(tmp_path / f"{number}.png")))
+        np.testing.assert_array_equal(drawn[-1][mask == 0], image[mask == 0])
+        assert (drawn[-1][mask > 0] != image[mask > 0]).any()
+    np.testing.assert_array_equal(*drawn)
+
+
+@pytest.mark.parametrize(
+    "flags, mask, message",
+    [
+        ([], 0, "hides nothing: the image would stay as it is; white is hidden, black known"),
+        ([], 255, "hides everything: that is sampling"),
+        (["--label=10"], None, "label 10 is outside"),
+        (["--label=cat"], None, "is not a list of class numbers"),
+        (["--sampler=heun"], None, "takes the sampler ddpm or ddim"),
+        (["--mode=x"], None, "invalid choice: 'x'"),
+        (["--masked_share=2"], None, "masked_share is 2"),
+        (["--num_samples=0"], None, "--num_samples=0 must be positive"),
+        (["--image=none.png"], None, "--image=none.png could not be read: No such file"),
+        (["--out=out.jpg"], None, "unknown suffix '.jpg'; use .png"),
+        (["--vae_scale=1"], None, "--vae_scale is for latents"),
+    ],
+)
+def test_mistakes(files, flags, mask, message, capsys, monkeypatch):
+    if mask is not None:
+        Image.fromarray(np.full((8, 8), mask, np.uint8)).save(files / "mask.png")
+    argv = command(files, *flags)
+    assert message in exits_with_one_line(inpaint.main, argv, capsys, monkeypatch)
+    assert not (files / "out.png").exists()
+
+
+def test_a_label_is_missing(files, capsys, monkeypatch):
+    argv = [flag for flag in command(files) if not flag.startswith("--label")]
+    line = exits_with_one_line(inpaint.main, argv, capsys, monkeypatch)
+    assert "--label is missing: one of 10 classes" in line
+    (files / "mask.png").write_text("not a picture")
+    line = exits_with_one_line(inpaint.main, command(files), capsys, monkeypatch)
+    assert "mask.png could not be read" in line
+
+
+def test_both_commands_have_the_same_sampling_flags():
+    shared = {"--sampler", "--eta", "--guidance_low", "--dtype", "--vae_scale"}
+    for module in (sample, inpaint):
+        text = run_here(module.main, "--help")
+        assert all(flag in text for flag in shared)
