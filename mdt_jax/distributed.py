@@ -27,6 +27,7 @@ _left = threading.Event()  # the processes have parted in peace
 VERDICT = "mdt_jax: "
 _guards: list[threading.Thread] = []
 _patience = 60  # seconds
+_calls = itertools.count()
 GO_ON = "this process stops, too. The same command goes on from the last checkpoint"
 
 
@@ -230,9 +231,6 @@ def _devices() -> str:
     return f"{socket.gethostname()}: {len(devices)} × {devices[0].device_kind} ({ids})"
 
 
-_calls = itertools.count()
-
-
 def _exchange(what: str, value: str) -> list[str]:
     """Every process's value, in order. Raises UserError where others are about something else."""
     place = f"mdt_jax/exchange/{next(_calls)}"
@@ -264,6 +262,11 @@ def agree(values: dict[str, object], hint: str = "") -> None:
 def everyone(yes: bool, what: str = "vote") -> bool:
     """Whether `yes` is so in every process; all of them must ask, and about the same."""
     return all(answer == "1" for answer in _exchange(what, str(int(yes)))) if several() else yes
+
+
+def of_first(value: str) -> str:
+    """Process 0's value, in every process; all of them must ask."""
+    return _exchange("of_first", value)[0] if several() else value
 
 
 def fetch(array: jax.Array) -> np.ndarray:

@@ -18,7 +18,7 @@ from mdt_jax.data.sample_files import Folder, Grid, Npz
 from mdt_jax.distributed import is_first, say
 from mdt_jax.errors import UserError
 from mdt_jax.options import check_seed
-from mdt_jax.sampling import request
+from mdt_jax.sampling import Request, request
 from mdt_jax.vae import sha256
 
 WRITERS = {".png": Grid, ".npz": Npz, "": Folder}
@@ -54,22 +54,22 @@ def parse(argv: list[str]):
     return parser.parse_args(argv[1:])
 
 
-def write_samples(asked, sink, to_images: Callable, size: int, progress: bool = True) -> bool:
+def write_samples(asked: Request, sink, to_images: Callable, progress: bool = True) -> bool:
     """Draw what a sink has not got yet and give it to it; False where it has all.
 
     Of several processes the first one writes, and says what is there.
     """
-    count = len(asked.labels)
-    if not distributed.everyone(not (is_first() and sink.finished())):
-        return False
-
-    def wanted(start: int) -> bool:
-        done = is_first() and sink.done(start, min(size, count - start))
-        return distributed.everyone(not done)
-
-    if is_first():
+    total, size = len(asked.labels), asked.batch_size
+    starts = range(0, total, size)
+    there = "all" if is_first() and sink.finished() else ""
+    if is_first() and not there:
         sink.begin()
-    for start, seen in asked.batches(progress=progress, wanted=wanted):
+        there = " ".join(str(s) for s in starts if sink.done(s, min(size, total - s)))
+    there = distributed.of_first(there)
+    if there == "all":
+        return False
+    done = {int(start) for start in there.split()}
+    for start, seen in asked.batches(progress=progress, done=done):
         images = to_images(seen[-1])
         if is_first():
             sink.write(start, images)
@@ -147,7 +147,7 @@ def main(argv: list[str]) -> None:
         drawing.check_writable(out)
     sink = WRITERS[suffix](out, labels, shape, note)
     distributed.agree({"samples": note})
-    if not write_samples(asked, sink, to_images, args.batch_size):
+    if not write_samples(asked, sink, to_images):
         say(f"{out} is finished already")
     elif is_first():
         print(f"wrote {len(labels)} samples to {out}")

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -177,13 +177,13 @@ class Request:
     batch_size: int
 
     def batches(
-        self, frames: int = 0, progress: bool = False, wanted: Callable[[int], bool] | None = None
+        self, frames: int = 0, progress: bool = False, done: Collection[int] = ()
     ) -> Iterator[tuple[int, list[np.ndarray]]]:
         """(first sample, what `frames` says) batch by batch.
 
         frames: 0: the samples [n, H, W, C]; else so many predictions of them on the way, each
-        [n, H, W, C], the last one being the samples. wanted: whether the batch from a sample on is
-        to be drawn; every process must say the same.
+        [n, H, W, C], the last one being the samples. done: the first samples of batches that are
+        not drawn; the same in every process.
         """
         mesh, params, key = self.on_devices()
         doubled = self.options.guided_evaluations(self.scales).tolist()
@@ -191,9 +191,9 @@ class Request:
         cut = frame_pieces(whole, frames) if frames else pieces(whole, progress)
         options = self.traced_options()
         batches = self.rows(mesh)
-        left = [each for each in batches if wanted is None or wanted(each[0])]
-        show, done = progress and jax.process_index() == 0, (len(batches) - len(left)) * total
-        with progress_bar(len(batches) * total, show, "sampling", "step", done) as bar:
+        left = [each for each in batches if each[0] not in done]
+        show, before = progress and jax.process_index() == 0, (len(batches) - len(left)) * total
+        with progress_bar(len(batches) * total, show, "sampling", "step", before) as bar:
             for start, count, rows in left:
                 inputs = self.inputs(rows, mesh)
 
