@@ -52,13 +52,12 @@ def parse(argv: list[str]):
 
 
 def open_picture(path: str, flag: str):
-    """A PIL.Image; UserError where there is none."""
+    """A PIL.Image of mode RGB; UserError where there is none."""
     from PIL import Image
 
     try:
         with Image.open(path) as image:
-            image.load()
-            return image
+            return to_rgb(image)
     except Exception as error:  # whatever Pillow's readers raise on a damaged file
         raise UserError(f"{flag}={path} could not be read: {reason(error)}") from None
 
@@ -66,40 +65,35 @@ def open_picture(path: str, flag: str):
 def read_image(path: str, size: tuple[int, int], channels: int, resize: bool) -> np.ndarray:
     """[H, W, C] uint8, of the size (H, W) or, if `resize`, cut to it. Raises UserError."""
     image = open_picture(path, "--image")
-    try:
-        image = to_rgb(image)
-    except ValueError as error:
-        raise UserError(f"--image={path}: {error}") from None
-    image = image.convert("L") if channels == 1 else image
-    pixels = np.asarray(fitted(image, size, resize, f"--image={path}", "the model draws"))
+    pixels = fitted(image.convert("L") if channels == 1 else image, size, resize, f"--image={path}")
     return pixels.reshape(*size, channels)
 
 
 def read_mask(path: str, size: tuple[int, int], of: tuple[int, int], resize: bool) -> np.ndarray:
     """[H, W] bool, true where hidden. of: (H, W) of the image's file. Raises UserError."""
-    mask = open_picture(path, "--mask").convert("RGBA").convert("L")
-    if (mask.height, mask.width) != of and not resize:
-        raise UserError(
-            f"--mask={path} is {mask.height}×{mask.width}, but the image is {of[0]}×{of[1]}; "
-            "--resize makes them fit"
-        )
+    mask = open_picture(path, "--mask").convert("L")
     if (mask.height, mask.width) != of:
+        if not resize:
+            raise UserError(
+                f"--mask={path} is {mask.height}×{mask.width}, but the image is {of[0]}×{of[1]}; "
+                "--resize makes them fit"
+            )
         mask = mask.resize(of[::-1])
-    return np.asarray(fitted(mask, size, resize, f"--mask={path}", "the model draws")) > 127
+    return fitted(mask, size, resize, f"--mask={path}") > 127
 
 
-def fitted(image, size: tuple[int, int], resize: bool, name: str, whose: str) -> np.ndarray:
+def fitted(image, size: tuple[int, int], resize: bool, name: str) -> np.ndarray:
     """A PIL.Image of the size (H, W), cut in the middle and resized if asked to."""
     height, width = size
     if (image.height, image.width) == size:
         return np.asarray(image)
     if not resize:
         raise UserError(
-            f"{name} is {image.height}×{image.width}, but {whose} {height}×{width}; --resize makes "
-            "it fit"
+            f"{name} is {image.height}×{image.width}, but the model draws {height}×{width}; "
+            "--resize makes it fit"
         )
     if height != width:
-        raise UserError(f"--resize makes squares, but {whose} {height}×{width}")
+        raise UserError(f"--resize makes squares, but the model draws {height}×{width}")
     return center_crop(image, height)
 
 

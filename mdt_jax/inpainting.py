@@ -16,6 +16,8 @@ from mdt_jax.progress import progress_bar
 from mdt_jax.sampling import draw, in_pieces, network_of, pieces, request, stretches
 
 MODES = ("repaint", "side_interpolater")
+# What the predicted clean sample is clipped to in masked passes: of pixels, and of scaled latents,
+# which have a deviation of about 1. MDT v1 cannot predict the noise of what it does not see.
 LIMIT = {True: 1.0, False: 4.0}
 begin = jax.jit(lambda model, key, noise: draw(model, key, noise, 0), static_argnums=0)
 
