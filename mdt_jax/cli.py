@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import math
 import os
 import re
 import signal
@@ -89,12 +90,25 @@ class Parser(argparse.ArgumentParser):
 
 def channels(text: str) -> int:
     """A number of channels, or "all"."""
+    if text != "all" and not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of channels, nor all")
     return 0 if text == "all" else int(text)
 
 
 def scales(text: str) -> list[float]:
     """A number, or several with commas between."""
-    return [float(part) for part in text.split(",")]
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number, nor several as 1,2,4") from None
+
+
+def check_positive(args: argparse.Namespace, *names: str) -> None:
+    """Raise UserError for flags that were given and are not positive and finite."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"--{name}={value} must be positive, and finite")
 
 
 def add_sampling_flags(parser: Parser) -> None:
@@ -106,11 +120,11 @@ def add_sampling_flags(parser: Parser) -> None:
     add("--dtype", choices=DTYPES, help="of matmuls and activations (default: the run's own)")
     add("--vae", help="a file, a folder or hf://OWNER/REPOSITORY; default: the run's own")
     add("--vae_scale", type=float, help=f"of a file's latents (default: {VAE_SCALE})")
-    add("--decoder_layers", type=int, help="what MDT v1's published files do not tell (default: 2)")
+    add("--decoder_layers", type=int, help="of an MDT v1 file, which does not tell (default: 2)")
     group = parser.add_argument_group("overriding the checkpoint's own settings")
     add = group.add_argument
     add("--sampler", help="ddpm, ddim, dpmpp_2m, dpmpp_2m_sde or heun")
-    add("--num_steps", type=int)
+    add("--num_steps", type=int, help="of the schedule's steps, how many are taken")
     add("--spacing", help="even (in t), stride, karras or log_snr")
     add("--eta", type=float, help="ddim's, from 0 (deterministic) to 1")
     add("--guidance_scale", type=scales, help="or several, 1,2,4: samples take them in turn")

@@ -105,17 +105,14 @@ def find_vae(
 
 
 def decoder(
-    model: MDT, vae: Vae | None, batch_size: int
+    model: MDT, vae: Vae | None
 ) -> tuple[Callable[[np.ndarray], np.ndarray], tuple[int, int, int]]:
-    """(function from samples [n, h, w, c], n ≤ batch_size, to uint8 images; an image's shape)."""
+    """(function from samples [n, h, w, c] to uint8 images [n, H, W, C]; an image's shape)."""
     if vae is None:
         return to_uint8, (*model.input_size, model.in_channels)
 
     def to_images(latents):
-        # One shape for all batches, so that it compiles once.
-        rows = np.minimum(np.arange(batch_size), len(latents) - 1)
-        images = decode(vae.network, vae.params, latents[rows], scale=vae.scale)
-        return to_uint8(images[: len(latents)])
+        return to_uint8(decode(vae.network, vae.params, latents, scale=vae.scale))
 
     return to_images, (*(vae.network.factor * side for side in model.input_size), 3)
 
@@ -139,7 +136,9 @@ def parse_labels(
         labels = read_labels(text, num_classes, classes)
     else:
         parts = text.split(",")
-        labels = [parse_label(part.strip(), text, num_classes, classes) for part in parts]
+        labels = [
+            parse_label(part.strip(), num_classes, classes, f"--labels={text}") for part in parts
+        ]
     check_labels(labels, num_classes)
     if from_file and num_samples not in (None, len(labels)):
         raise UserError(
@@ -150,18 +149,20 @@ def parse_labels(
 
 
 def read_labels(path: str, num_classes: int, classes: Sequence[str]) -> list[int]:
-    """Those of a .npy of whole numbers [N], or of the lines of a .txt, numbers or names."""
+    """Those of a .npy of whole numbers [N], or of a .txt with a number or name a line."""
     try:
         if path.endswith(".npy"):
             labels = np.load(path)
+            if not isinstance(labels, np.ndarray) or labels.dtype.kind not in "iu":
+                raise UserError(f"--labels={path} is no array of whole numbers")
             if labels.ndim != 1 or not len(labels):
                 raise UserError(f"--labels={path} has the shape {labels.shape}; it must be [N]")
             return labels.tolist()
-        lines = pathlib.Path(path).read_text(encoding="utf-8").split("\n")
-    except (OSError, ValueError) as error:
+        lines = pathlib.Path(path).read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, EOFError, ValueError) as error:
         raise UserError(f"--labels={path} could not be read: {reason(error)}") from None
     labels = [
-        parse_label(line.strip(), f"{path}, line {number}: {line.strip()}", num_classes, classes)
+        parse_label(line.strip(), num_classes, classes, f"--labels={path}, line {number}")
         for number, line in enumerate(lines, 1)
         if line.strip()
     ]
@@ -170,8 +171,11 @@ def read_labels(path: str, num_classes: int, classes: Sequence[str]) -> list[int
     return labels
 
 
-def parse_label(part: str, text: str, num_classes: int, classes: Sequence[str] = ()) -> int:
-    """A class number, or a name: the run's own, or for a thousand classes ImageNet's."""
+def parse_label(part: str, num_classes: int, classes: Sequence[str], where: str) -> int:
+    """A class number, or a name: the run's own, or for a thousand classes ImageNet's.
+
+    where: what a message begins with.
+    """
     try:
         return int(part)
     except ValueError:
@@ -181,9 +185,7 @@ def parse_label(part: str, text: str, num_classes: int, classes: Sequence[str] =
             return imagenet_label(part)
         names = [name for name in classes if not name.isdigit()]
         hint = f", nor a class of the run such as {names[0]}" if part and names else ""
-        raise UserError(
-            f"--labels={text} is not a list of class numbers such as 0,1,2{hint}"
-        ) from None
+        raise UserError(f"{where}: {part!r} is no class number such as 3{hint}") from None
 
 
 def check_writable(out: pathlib.Path) -> None:

@@ -6,7 +6,6 @@ sampler is ddpm or ddim. How the picture came about is kept inside.
 """
 
 import json
-import math
 import pathlib
 
 import jax
@@ -17,8 +16,8 @@ from mdt_jax.data.crops import center_crop, to_rgb
 from mdt_jax.data.images import save_grid, save_image, to_float
 from mdt_jax.errors import UserError
 from mdt_jax.files import reason
-from mdt_jax.inpainting import MODES, InpaintOptions, inpaint
-from mdt_jax.options import check_seed
+from mdt_jax.inpainting import MODES, InpaintOptions, check_hidden, inpaint
+from mdt_jax.options import check_labels, check_seed
 from mdt_jax.vae import encoder
 
 
@@ -32,20 +31,19 @@ def parse(argv: list[str]):
     add("--out", required=True, help="out.png; for several completions a grid")
     add("--num_samples", type=int, default=1, help="how many completions")
     add("--resize", action="store_true", help="cut and resize image and mask to the model's size")
-    defaults = InpaintOptions()
-    add("--mode", choices=MODES, default=defaults.mode)
-    add("--jump_length", type=int, default=defaults.jump_length, help="repaint: steps of a jump")
+    own = InpaintOptions()
+    add("--mode", choices=MODES, default=own.mode)
+    add("--jump_length", type=int, help=f"repaint: steps of a jump (default: {own.jump_length})")
     add(
         "--num_resamples",
         type=int,
-        default=defaults.num_resamples,
-        help="repaint: how often each stretch is passed; 1: no jumps",
+        help=f"repaint: passes of each stretch; 1: no jumps (default: {own.num_resamples})",
     )
     add(
         "--masked_share",
         type=float,
-        default=defaults.masked_share,
-        help="side_interpolater: share of the steps that take the masked pass",
+        help="side_interpolater: share of the steps that take the masked pass (default: "
+        f"{own.masked_share})",
     )
     cli.add_sampling_flags(parser)
     return parser.parse_args(argv[1:])
@@ -110,7 +108,23 @@ def encoded(
     mean, _ = encode(vae.params, known[None])
     rows, columns = mean.shape[1:3]
     pixels = hidden.reshape(rows, vae.network.factor, columns, vae.network.factor)
-    return np.asarray(mean[0]) * np.float32(vae.scale), pixels.any((1, 3))
+    hidden, side = pixels.any((1, 3)), vae.network.factor
+    if hidden.all():
+        raise UserError(
+            f"the mask leaves no {side}×{side} pixels whole, so that no latent is known; use one "
+            "that leaves larger parts"
+        )
+    return np.asarray(mean[0]) * np.float32(vae.scale), hidden
+
+
+def inpaint_options(args) -> InpaintOptions:
+    """Those that the flags ask for; UserError for a flag of the other mode."""
+    of = {"jump_length": "repaint", "num_resamples": "repaint", "masked_share": "side_interpolater"}
+    given = {name: getattr(args, name) for name in of if getattr(args, name) is not None}
+    for name in given:
+        if of[name] != args.mode:
+            raise UserError(f"--{name} is for --mode={of[name]}")
+    return InpaintOptions(args.mode, **given)
 
 
 def main(argv: list[str]) -> None:
@@ -119,32 +133,30 @@ def main(argv: list[str]) -> None:
     out = pathlib.Path(args.out)
     if out.suffix != ".png":
         raise UserError(f"--out={out}: unknown suffix {out.suffix!r}; use .png")
-    for name in ("num_samples", "batch_size", "vae_scale"):
-        value = getattr(args, name)
-        if value is not None and not 0 < value < math.inf:
-            raise UserError(f"--{name}={value} must be positive, and finite")
+    cli.check_positive(args, "num_samples", "batch_size", "vae_scale")
+    if args.guidance_skip_tolerance:
+        raise UserError("--guidance_skip_tolerance saves nothing here; it is for mdt_jax.sample")
     check_seed(args.seed)
     weights, options, scales = drawing.load(
         args.checkpoint, args.decoder_layers, args.dtype, vars(args)
     )
     model = weights.model
-    how = InpaintOptions(args.mode, args.jump_length, args.num_resamples, args.masked_share)
+    how = inpaint_options(args)
     how.check(model, options)
     if model.num_classes and args.label is None:
         raise UserError(f"--label is missing: one of {model.num_classes} classes")
-    labels = drawing.parse_labels(
-        args.label, args.num_samples, model.num_classes, weights.classes, args.seed
-    )
+    if not model.num_classes and args.label is not None:
+        raise UserError("--label was given, but the model is unconditional")
+    label, where = args.label or "0", f"--label={args.label}"
+    label = drawing.parse_label(label, model.num_classes, weights.classes, where)
+    labels = np.full(args.num_samples, label)
+    check_labels(labels, model.num_classes)
     found = drawing.find_vae(args.checkpoint, weights, args.vae, args.vae_scale)
-    to_images, (*size, channels) = drawing.decoder(model, found, args.batch_size)
+    to_images, (*size, channels) = drawing.decoder(model, found)
     size = tuple(size)
     shape = open_picture(args.image, "--image").size[::-1]
     hidden = read_mask(args.mask, size, shape, args.resize)
-    if not hidden.any() or hidden.all():
-        what = "hides nothing: the image would stay as it is"
-        if hidden.all():
-            what = "hides everything: that is sampling, python -m mdt_jax.sample"
-        raise UserError(f"--mask={args.mask} {what}; white is hidden, black known")
+    check_hidden(hidden, size, f"--mask={args.mask} (white is hidden, black known)")
     image = read_image(args.image, size, channels, args.resize)
     drawing.check_writable(out)
 
@@ -157,9 +169,7 @@ def main(argv: list[str]) -> None:
         seed=args.seed, batch_size=args.batch_size, progress=True, options=options,
         pixels=found is None, **changes,
     )  # fmt: skip
-    starts = range(0, len(samples), args.batch_size)
-    drawn = np.concatenate([to_images(samples[i : i + args.batch_size]) for i in starts])
-    complete = np.where(hidden[:, :, None], drawn, image)
+    complete = np.where(hidden[:, :, None], to_images(samples), image)
     note = drawing.note_of(args.checkpoint, weights, options, scales) | vars(how) | {
         "image": args.image, "mask": args.mask, "label": args.label, "seed": args.seed,
     }  # fmt: skip

@@ -16,10 +16,10 @@ from mdt_jax.progress import progress_bar
 from mdt_jax.sampling import draw, in_pieces, network_of, pieces, request, stretches
 
 MODES = ("repaint", "side_interpolater")
-# What the predicted clean sample is clipped to in masked passes: of pixels, and of scaled latents,
-# which have a deviation of about 1. MDT v1 cannot predict the noise of what it does not see.
-LIMIT = {True: 1.0, False: 4.0}
-begin = jax.jit(lambda model, key, noise: draw(model, key, noise, 0), static_argnums=0)
+# What the predicted clean sample is clipped to in masked passes; scaled latents have a deviation of
+# about 1. MDT v1 cannot predict the noise of what it does not see.
+PIXEL_LIMIT, LATENT_LIMIT = 1.0, 4.0
+_first_noise = jax.jit(draw, static_argnums=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +53,12 @@ class InpaintOptions:
             raise UserError(f"masked_share is {self.masked_share}; it must be in [0, 1]")
         if self.mode == "side_interpolater" and not model.decoder_layers:
             raise UserError("a DiT has no masked pass; use mode repaint")
+        jumps = self.mode == "repaint" and self.num_resamples > 1
+        if jumps and options.num_steps <= self.jump_length:
+            raise UserError(
+                f"num_steps {options.num_steps} leaves no room for jumps of {self.jump_length}: "
+                "more num_steps, a smaller jump_length, or num_resamples=1"
+            )
 
     def walk(self, num_steps: int) -> np.ndarray:
         """As `resampling_walk` gives it."""
@@ -67,21 +73,26 @@ class InpaintOptions:
 
 
 @functools.partial(
-    jax.jit, static_argnames=("model", "options", "how", "limit", "piece"), donate_argnames="x"
+    jax.jit,
+    static_argnames=("model", "options", "doubled", "how", "limit", "piece"),
+    donate_argnames="x",
 )
 def _run(
-    model: MDT, options, how: InpaintOptions, limit, piece, params, key, known, hidden, keep_ids,
-    noise, labels, scales, x, start,
+    model: MDT, options, doubled, how: InpaintOptions, limit, piece, params, key, known, hidden,
+    keep_ids, noise, labels, scales, x, start,
 ):  # fmt: skip
-    """As `sampling._run`, a stretch being (whether it takes the masked pass, how many)."""
+    """As `sampling._run`, a stretch being (whether it takes the masked pass, how many).
+
+    doubled: whether all evaluations are of both halves.
+    """
     walk = how.walk(options.num_steps)
 
     def noise_at(k):
         return draw(model, key, noise, k + 1)
 
     for masked, count in piece:
-        ids = {"keep_ids": keep_ids} if masked else {}
-        network = network_of(model, params, labels, options, scales, options.guided, **ids)
+        ids = keep_ids if masked else None
+        network = network_of(model, params, labels, options, scales, doubled, ids)
         x = inpaint_steps(
             network, options.make_sampler(), options.schedule(), walk, x, known, hidden, noise_at,
             start, count, limit if masked else None,
@@ -90,18 +101,15 @@ def _run(
     return x, start
 
 
-def check_hidden(hidden: np.ndarray, model: MDT) -> None:
-    """Raise UserError for a mask that is not the model's or leaves nothing to do."""
-    if hidden.shape != model.input_size:
+def check_hidden(hidden: np.ndarray, size: tuple[int, int], name: str = "the mask") -> None:
+    """Raise UserError for a mask that is not of the size (H, W) or leaves nothing to do."""
+    if hidden.shape != size:
         height, width = hidden.shape if hidden.ndim == 2 else (0, 0)
-        raise UserError(
-            f"the mask is {height}×{width}, but the model draws "
-            f"{model.input_size[0]}×{model.input_size[1]}"
-        )
+        raise UserError(f"{name} is {height}×{width}, but the model draws {size[0]}×{size[1]}")
     if not hidden.any():
-        raise UserError("the mask hides nothing: the image would stay as it is")
+        raise UserError(f"{name} hides nothing: the image would stay as it is")
     if hidden.all():
-        raise UserError("the mask hides everything: that is sampling, mdt_jax.sample")
+        raise UserError(f"{name} hides everything: that is sampling, python -m mdt_jax.sample")
 
 
 def known_tokens(hidden: np.ndarray, patch_size: int) -> np.ndarray:
@@ -145,21 +153,24 @@ def inpaint(
         raise UserError(
             f"images have the shape {images.shape}; with these labels it must be {shape}"
         )
-    check_hidden(hidden, model)
+    check_hidden(hidden, model.input_size)
+    if not np.isfinite(images[:, ~hidden]).all():
+        raise UserError("what is known of the images is not finite everywhere")
     how.check(model, asked.options)
     keep_ids = known_tokens(hidden, model.patch_size)
-    if how.mode == "side_interpolater" and not len(keep_ids):
+    if any(how.masked(asked.options.num_steps)) and not len(keep_ids):
         raise UserError("no token is wholly known, so there is no masked pass; use mode repaint")
     pixels = model.in_channels in (1, 3) if pixels is None else pixels
 
     mesh, params, key = asked.on_devices()
     whole = parallel.replicated(mesh)
-    fixed = parallel.put((hidden[None, :, :, None], keep_ids[None]), whole)
+    fixed = parallel.put((hidden[None, :, :, None], keep_ids), whole)
+    doubled = bool(asked.options.guided_evaluations(asked.scales).any())
+    options, limit = asked.traced_options(), PIXEL_LIMIT if pixels else LATENT_LIMIT
     cut = pieces(stretches(how.masked(asked.options.num_steps)), progress)
     total = sum(count for piece in cut for _, count in piece)
     batches, drawn = asked.rows(mesh), [np.zeros((0, *shape[1:]), np.float32)]
     show = progress and jax.process_index() == 0
-    limit = LIMIT[pixels]
     with progress_bar(len(batches) * total, show, "inpainting", "step") as bar:
         for _, count, rows in batches:
             inputs = asked.inputs(rows, mesh)
@@ -167,10 +178,10 @@ def inpaint(
 
             def run(piece, x, at, inputs=inputs, known=known):
                 return _run(
-                    model, asked.options, how, limit, piece, params, key, known, *fixed, *inputs,
+                    model, options, doubled, how, limit, piece, params, key, known, *fixed, *inputs,
                     x, at,
                 )  # fmt: skip
 
-            *_, x = in_pieces(run, begin(model, key, inputs[0]), cut, bar.update)
+            *_, x = in_pieces(run, _first_noise(model, key, inputs[0], 0), cut, bar.update)
             drawn.append(distributed.fetch(x)[:count])
     return np.where(hidden[None, :, :, None], np.concatenate(drawn), images)

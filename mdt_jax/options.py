@@ -5,10 +5,11 @@ import numbers
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from mdt_jax.diffusion import schedule as sch
-from mdt_jax.diffusion.guidance import WEIGHTS, within
+from mdt_jax.diffusion.guidance import WEIGHTS, no_nearer, within
 from mdt_jax.diffusion.samplers import SAMPLERS, Sampler, visited
 from mdt_jax.errors import UserError
 
@@ -108,6 +109,7 @@ class SampleOptions:
     def weight(self, t: jax.Array, scale) -> jax.Array:
         """Guidance's weight at t [B], for a scale or one of each sample [B]."""
         weight = WEIGHTS[self.guidance](t, scale, self.guidance_power, self.diffusion_steps)
+        weight = no_nearer(weight, self.guidance_skip_tolerance)
         return within(t, weight, self.guidance_low, self.guidance_high, self.diffusion_steps)
 
     def guided_evaluations(self, scales: Sequence[float] | None = None) -> np.ndarray:
@@ -120,10 +122,12 @@ class SampleOptions:
         scales = np.unique([self.guidance_scale] if scales is None else scales)
         if self.guidance != "power_cosine_printed" and (scales == 1).all():
             return np.zeros(len(t), bool)
-        share = np.asarray(t) / np.float32(self.diffusion_steps)
-        acts = (self.guidance_low <= share) & (share <= self.guidance_high)
-        weights = np.stack([np.asarray(self.weight(t, float(scale))) for scale in scales])
-        return acts & (np.abs(weights - 1).max(0) >= self.guidance_skip_tolerance)
+        low, high, total = self.guidance_low, self.guidance_high, self.diffusion_steps
+        needed = np.asarray(within(t, jnp.zeros(len(t)), low, high, total)) == 0
+        if self.guidance_skip_tolerance:
+            weights = [np.asarray(self.weight(t, float(scale))) for scale in scales]
+            needed &= (np.stack(weights) != 1).any(0)
+        return needed
 
 
 def balanced_labels(count: int, num_classes: int) -> np.ndarray:
@@ -139,7 +143,9 @@ def random_labels(count: int, num_classes: int, seed: int) -> np.ndarray:
 
 def check_labels(labels: Sequence[int], num_classes: int) -> None:
     """Raise UserError for a label that is no whole number or is outside the classes."""
-    for label in np.asarray(labels, object).reshape(-1):
+    if np.ndim(labels) != 1:
+        raise UserError(f"labels have the shape {np.shape(labels)}; it must be [N]")
+    for label in np.asarray(labels, object):
         if not isinstance(label, numbers.Integral):
             raise UserError(f"label {label!r} is not a whole number")
         if num_classes and not 0 <= label < num_classes:
@@ -147,6 +153,6 @@ def check_labels(labels: Sequence[int], num_classes: int) -> None:
 
 
 def check_seed(seed: int) -> None:
-    """Raise UserError for a seed that is not in [0, 2^31)."""
-    if not 0 <= seed < 2**31:
-        raise UserError(f"seed is {seed}; it must be in [0, 2^31)")
+    """Raise UserError for a seed that is no whole number in [0, 2^31)."""
+    if not isinstance(seed, numbers.Integral) or not 0 <= seed < 2**31:
+        raise UserError(f"seed is {seed}; it must be a whole number in [0, 2^31)")

@@ -6,7 +6,8 @@ the same command goes on where it was stopped. How they came about is kept insid
 of latents needs a VAE: --vae=hf://OWNER/REPOSITORY.
 """
 
-import math
+import hashlib
+import json
 import pathlib
 from collections.abc import Callable
 
@@ -46,7 +47,7 @@ def parse(argv: list[str]):
         help="a row for each: predictions on the way from noise; from one noise, or one class, to "
         "the next",
     )
-    add("--frames", type=int, default=10, help="with --show: how many")
+    add("--frames", type=int, help="with --show: how many (default: 10)")
     cli.add_sampling_flags(parser)
     group = parser.add_argument_group("several processes")
     for name, (default, help_) in cli.PROCESSES.items():
@@ -78,24 +79,28 @@ def write_samples(asked: Request, sink, to_images: Callable, progress: bool = Tr
     return True
 
 
-def save_walk(out: pathlib.Path, images: np.ndarray) -> None:
+def save_walk(out: pathlib.Path, images: np.ndarray, note: str) -> None:
     """images: [rows, frames, H, W, C] uint8, as a grid, or where `out` is a .gif moving."""
     if out.suffix == ".gif":
-        save_animation(str(out), images.swapaxes(0, 1))
+        save_animation(str(out), images.swapaxes(0, 1), note=note)
     else:
-        save_grid(str(out), images.reshape(-1, *images.shape[2:]), columns=images.shape[1])
+        save_grid(str(out), images.reshape(-1, *images.shape[2:]), images.shape[1], note)
 
 
 def check_out(out: str, show: str | None) -> tuple[pathlib.Path, str]:
     """(where to write, the suffix that says what); UserError for one that is not known."""
     path = pathlib.Path(out)
+    if not path.name or (path.name.startswith(".") and not path.suffix and not path.is_dir()):
+        raise UserError(f"--out={out} names no file or folder")
     if show:
         known, suffix = (".png", ".gif"), path.suffix
     else:
         known, suffix = tuple(WRITERS), "" if out.endswith("/") or path.is_dir() else path.suffix
     if suffix not in known:
-        names = " or ".join(name or "a folder" for name in known)
+        names = " or ".join(known) if show else ".png, .npz, or a name with / at its end: a folder"
         raise UserError(f"--out={out}: unknown suffix {suffix!r}; use {names}")
+    if suffix == "" and path.is_file():
+        raise UserError(f"--out={out} is a file; a folder is made where there is none")
     return path, suffix
 
 
@@ -103,10 +108,9 @@ def main(argv: list[str]) -> None:
     """Parse the flags, load the EMA parameters, sample, decode, write."""
     args = parse(argv)
     out, suffix = check_out(args.out, args.show)
-    for name in ("num_samples", "batch_size", "vae_scale", "frames"):
-        value = getattr(args, name)
-        if value is not None and not 0 < value < math.inf:
-            raise UserError(f"--{name}={value} must be positive, and finite")
+    if args.frames is not None and not args.show:
+        raise UserError(f"--frames={args.frames} is for --show")
+    cli.check_positive(args, "num_samples", "batch_size", "vae_scale", "frames")
     check_seed(args.seed)
     distributed.start(*(getattr(args, name) for name in cli.PROCESSES))
     weights, options, scales = drawing.load(
@@ -117,32 +121,32 @@ def main(argv: list[str]) -> None:
         args.labels, args.num_samples, model.num_classes, weights.classes, args.seed
     )
     vae = drawing.find_vae(args.checkpoint, weights, args.vae, args.vae_scale)
-    to_images, shape = drawing.decoder(model, vae, args.batch_size)
+    to_images, shape = drawing.decoder(model, vae)
     how = {"seed": args.seed, "batch_size": args.batch_size, "options": options}
-    if args.show:
-        if scales is not None:
-            raise UserError("--show takes one --guidance_scale")
-        drawing.check_writable(out)
-        draw = WALKS[args.show]
-        images = draw(model, params, labels, frames=args.frames, progress=True, **how)
-        flat = images.reshape(-1, *images.shape[2:])
-        slices = range(0, len(flat), args.batch_size)
-        flat = np.concatenate([to_images(flat[i : i + args.batch_size]) for i in slices])
-        if is_first():
-            save_walk(out, flat.reshape(*images.shape[:2], *shape))
-            print(f"wrote {len(images)} rows of {args.frames} frames to {out}")
-        return
-    if scales is not None:
-        how["guidance_scale"] = np.resize(scales, len(labels))
-    asked = request(model, params, labels, **how)
     note = drawing.note_of(args.checkpoint, weights, options, scales) | {
         "labels": args.labels or "balanced",
+        "labels_sha256": hashlib.sha256(labels.astype("<i8")).hexdigest(),
         "num_samples": len(labels),
         "seed": args.seed,
         "batch_size": args.batch_size,
     }
     if vae is not None:
         note |= {"vae": vae.path, "vae_scale": vae.scale, "vae_sha256": sha256(vae.params)}
+    if args.show:
+        if scales is not None:
+            raise UserError("--show takes one --guidance_scale")
+        drawing.check_writable(out)
+        frames = args.frames or 10
+        rows = WALKS[args.show](model, params, labels, frames=frames, progress=True, **how)
+        images = to_images(rows.reshape(-1, *rows.shape[2:])).reshape(*rows.shape[:2], *shape)
+        if is_first():
+            note |= {"show": args.show, "frames": frames}
+            save_walk(out, images, json.dumps(note, ensure_ascii=False))
+            print(f"wrote {len(rows)} rows of {frames} frames to {out}")
+        return
+    if scales is not None:
+        how["guidance_scale"] = np.resize(scales, len(labels))
+    asked = request(model, params, labels, **how)
     if suffix == ".png":
         drawing.check_writable(out)
     sink = WRITERS[suffix](out, labels, shape, note)

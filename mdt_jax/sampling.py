@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Collection, Iterator, Sequence
+from numbers import Integral
 
 import jax
 import jax.numpy as jnp
@@ -66,17 +67,17 @@ def _begin(model: MDT, options: SampleOptions, key, noise: Noise) -> State:
     return options.make_sampler().start(draw(model, key, noise, 0))
 
 
-def network_of(model: MDT, params, labels, options: SampleOptions, scales, doubled: bool, **masked):
+def network_of(
+    model: MDT, params, labels, options: SampleOptions, scales, doubled: bool, keep_ids=None
+) -> Callable[[jax.Array, jax.Array], jax.Array]:
     """The network (x, t) → [B, H, W, 2C] for labels [B] and scales [B], guided if `doubled`.
 
-    masked: `keep_ids` of a masked pass.
+    keep_ids: [K], what is known of every sample, for a masked pass.
     """
 
     def network(x, t, y):
-        if masked:  # one mask for all samples, and for both halves
-            ids = jnp.broadcast_to(masked["keep_ids"], (len(x), masked["keep_ids"].shape[-1]))
-            return model.apply({"params": params}, x, t, y, keep_ids=ids)
-        return model.apply({"params": params}, x, t, y)
+        ids = None if keep_ids is None else jnp.broadcast_to(keep_ids, (len(x), len(keep_ids)))
+        return model.apply({"params": params}, x, t, y, keep_ids=ids)
 
     if not doubled:
         return functools.partial(network, y=labels)
@@ -215,8 +216,8 @@ class Request:
         return mesh, parallel.put(self.params, whole), key
 
     def traced_options(self) -> SampleOptions:
-        """The options without those that come to the program as arrays or stretches."""
-        return dataclasses.replace(self.options, guidance_scale=1.0, guidance_skip_tolerance=0.0)
+        """The options without the scale, which comes to the program as an array."""
+        return dataclasses.replace(self.options, guidance_scale=1.0)
 
     def rows(self, mesh: Mesh) -> list[tuple[int, int, np.ndarray]]:
         """(first sample, how many, their numbers and some again) of each batch.
@@ -276,13 +277,16 @@ def request(
         options.check(model.num_classes)
     check_labels(labels, model.num_classes)
     labels = np.asarray(labels, np.int32)
-    if batch_size < 1:
-        raise UserError(f"batch_size is {batch_size}; it must be at least 1")
+    if not isinstance(batch_size, Integral) or batch_size < 1:
+        raise UserError(f"batch_size is {batch_size}; it must be a whole number from 1")
     check_seed(seed)
     scales = np.resize(options.guidance_scale if scales is None else scales, len(labels))
     numbers = range(len(labels)) if numbers is None else numbers
-    if len(numbers) != len(labels) or min(numbers, default=0) < 0:
-        raise UserError(f"{len(numbers)} numbers for {len(labels)} samples; one for each, from 0")
+    if np.shape(numbers) != labels.shape:
+        raise UserError(f"numbers of shape {np.shape(numbers)} for {len(labels)} samples; one each")
+    for number in numbers:
+        if not isinstance(number, Integral) or not 0 <= number < 2**31:
+            raise UserError(f"number {number!r} is no whole number in [0, 2^31)")
     as_type = ((numbers, np.int32), (to, np.int32), (mix, np.float32))
     noise = (None if a is None else np.asarray(a, kind) for a, kind in as_type)
     return Request(

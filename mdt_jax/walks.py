@@ -1,6 +1,7 @@
 """Between two classes, between two noises, and along the way from noise to sample."""
 
 from collections.abc import Sequence
+from numbers import Integral
 
 import jax.numpy as jnp
 import numpy as np
@@ -21,7 +22,7 @@ def trajectory(
     """
     asked = request(model, params, labels, **how)
     evaluations = len(asked.options.guided_evaluations())
-    if not 1 <= frames <= evaluations:
+    if not isinstance(frames, Integral) or not 1 <= frames <= evaluations:
         raise UserError(f"frames is {frames}; of {evaluations} evaluations, 1 to all can be shown")
     shape = (0, frames, *model.input_size, model.in_channels)
     seen = [np.stack(x0, axis=1) for _, x0 in asked.batches(frames, progress)]
@@ -33,18 +34,21 @@ def interpolate_noise(
 ) -> np.ndarray:
     """From sample n's noise to that of n + 1, for each label n, all steps' noise along with it.
 
-    how: as `generate` takes it. Returns [N, frames, H, W, C] float32; both ends are what `generate`
-    draws with that noise, whatever the sampler.
+    how: as `generate` takes it, but for numbers and with one guidance scale. Returns
+    [N, frames, H, W, C] float32; both ends are what `generate` draws with that noise, whatever the
+    sampler.
     """
-    mix = _fractions(frames)
+    mix = _fractions(frames, how)
     check_labels(labels, model.num_classes)
     rows, numbers = len(labels), np.arange(len(labels)).repeat(frames)
     drawn = request(
         model, params, np.asarray(labels, np.int32).repeat(frames), numbers=numbers, to=numbers + 1,
         mix=np.tile(mix, rows), **how,
     )  # fmt: skip
-    images = [seen[-1] for _, seen in drawn.batches(progress=progress)]
-    return np.concatenate(images).reshape(rows, frames, *images[0].shape[1:])
+    shape = (*model.input_size, model.in_channels)
+    images = [np.zeros((0, *shape), np.float32)]
+    images += [seen[-1] for _, seen in drawn.batches(progress=progress)]
+    return np.concatenate(images).reshape(rows, frames, *shape)
 
 
 def interpolate_classes(
@@ -52,10 +56,11 @@ def interpolate_classes(
 ) -> np.ndarray:
     """From each of N labels to the next, along the line between their embeddings.
 
-    how: as `generate` takes it. Returns [N − 1, frames, H, W, C] float32; row n has the noise of
-    sample n. Raises UserError for fewer than two labels and for a model without classes.
+    how: as `generate` takes it, but for numbers and with one guidance scale. Returns
+    [N − 1, frames, H, W, C] float32; row n has the noise of sample n. Raises UserError for fewer
+    than two labels and for a model without classes.
     """
-    mix = _fractions(frames)
+    mix = _fractions(frames, how)
     if not model.num_classes:
         raise UserError("the model is unconditional: there are no classes to go between")
     check_labels(labels, model.num_classes)
@@ -74,7 +79,9 @@ def interpolate_classes(
     return images.reshape(rows, frames, *images.shape[1:])
 
 
-def _fractions(frames: int) -> np.ndarray:
-    if frames < 2:
+def _fractions(frames: int, how: dict) -> np.ndarray:
+    if "numbers" in how or np.ndim(how.get("guidance_scale")):
+        raise UserError("between two ends there are no numbers, and one guidance_scale")
+    if not isinstance(frames, Integral) or frames < 2:
         raise UserError(f"frames is {frames}; from one end to the other takes 2 or more")
     return np.linspace(0, 1, frames, dtype=np.float32)

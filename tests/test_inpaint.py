@@ -16,6 +16,7 @@ from mdt_jax.errors import UserError
 from mdt_jax.inpainting import InpaintOptions, known_tokens
 from mdt_jax.inpainting import inpaint as fill
 from mdt_jax.models.mdt import MDT, init_params
+from mdt_jax.options import SampleOptions
 from tests.conftest import ROOT, exits_with_one_line, run_here
 from tests.small_data import VAE, write_vae
 
@@ -117,7 +118,7 @@ def test_v2_and_models_without_classes():
         given = np.zeros((2, 8, 8, 1), np.float32)
         for how in HOWS.values():
             out = fill(
-                model, params, given, HALVES["right"], [0, 0], how=how, num_steps=3,
+                model, params, given, HALVES["right"], [0, 0], how=how, num_steps=11,
                 guidance_scale=1.0,
             )  # fmt: skip
             assert np.isfinite(out).all() and np.abs(out[:, :, 4:]).max() > 0
@@ -130,6 +131,8 @@ def test_v2_and_models_without_classes():
         (dict(how=InpaintOptions(num_resamples=0)), "num_resamples is 0"),
         (dict(how=InpaintOptions(jump_length=0)), "jump_length is 0"),
         (dict(how=InpaintOptions(masked_share=1.5)), "masked_share is 1.5"),
+        (dict(num_steps=10), "num_steps 10 leaves no room for jumps of 10: more num_steps"),
+        (dict(images=np.full((1, 8, 8, 1), np.nan)), "not finite"),
         (dict(sampler="heun"), "takes the sampler ddpm or ddim, not heun"),
         (dict(sampler="dpmpp_2m"), "not dpmpp_2m"),
         (dict(hidden=np.zeros((8, 8), bool)), "hides nothing"),
@@ -146,6 +149,18 @@ def test_what_cannot_be_inpainted(digits, changes, message):
     given = dict(images=np.zeros((1, 8, 8, 1)), hidden=HALVES["right"], labels=[1]) | changes
     with pytest.raises(UserError, match=message):
         fill(*digits, **given)
+
+
+def test_each_completion_has_its_own_guidance_scale(digits, pictures):
+    images, labels, _ = pictures
+    base = SampleOptions(num_steps=12, guidance_scale=1.0, sampler="ddim")
+    given = (to_float(images[:2]), HALVES["right"], labels[:2])
+    how = dict(how=InpaintOptions(num_resamples=1), options=base)
+    together = fill(*digits, *given, guidance_scale=[1.0, 6.0], **how)
+    for n, scale in enumerate([1.0, 6.0]):
+        alone = fill(*digits, *given, guidance_scale=scale, **how)
+        np.testing.assert_allclose(together[n], alone[n], atol=1e-4)
+    assert np.abs(together[1] - fill(*digits, *given, **how)[1]).max() > 0.05
 
 
 def test_a_dit_has_no_masked_pass():
@@ -166,20 +181,21 @@ def files(tmp_path, pictures):
 def command(files, *flags: str) -> list[str]:
     return [
         f"--checkpoint={DIGITS}", f"--image={files / 'in.png'}", f"--mask={files / 'mask.png'}",
-        f"--out={files / 'out.png'}", "--label=3", "--num_steps=10", *flags,
+        f"--out={files / 'out.png'}", "--label=3", "--num_steps=12", *flags,
     ]  # fmt: skip
 
 
 @pytest.mark.parametrize("mode", HOWS)
 def test_the_command_leaves_known_pixels(files, mode):
-    run_here(inpaint.main, *command(files, f"--mode={mode}", "--num_resamples=2"))
+    again = ["--num_resamples=2"] if mode == "repaint" else []
+    run_here(inpaint.main, *command(files, f"--mode={mode}", *again))
     before, after = (np.asarray(Image.open(files / name)) for name in ("in.png", "out.png"))
     assert after.shape == (8, 8) and after.dtype == np.uint8
     np.testing.assert_array_equal(after[:, :4], before[:, :4])
     assert (after[:, 4:] != before[:, 4:]).any()
     note = json.loads(Image.open(files / "out.png").text["Comment"])
     assert note["mode"] == mode and note["label"] == "3"
-    run_here(inpaint.main, *command(files, f"--mode={mode}", "--num_samples=3"))
+    run_here(inpaint.main, *command(files, f"--mode={mode}", "--num_samples=3", *again))
     assert Image.open(files / "out.png").size == (10 * 36 - 4, 32)
 
 
@@ -228,13 +244,20 @@ def test_the_command_on_latents(tmp_path):
 @pytest.mark.parametrize(
     "flags, mask, message",
     [
-        ([], 0, "hides nothing: the image would stay as it is; white is hidden, black known"),
+        ([], 0, "(white is hidden, black known) hides nothing: the image would stay as it is"),
         ([], 255, "hides everything: that is sampling"),
         (["--label=10"], None, "label 10 is outside"),
-        (["--label=cat"], None, "is not a list of class numbers"),
+        (["--label=cat"], None, "--label=cat: 'cat' is no class number"),
         (["--sampler=heun"], None, "takes the sampler ddpm or ddim"),
         (["--mode=x"], None, "invalid choice: 'x'"),
-        (["--masked_share=2"], None, "masked_share is 2"),
+        (["--masked_share=2", "--mode=side_interpolater"], None, "masked_share is 2"),
+        (["--masked_share=0.2"], None, "--masked_share is for --mode=side_interpolater"),
+        (["--num_resamples=2", "--mode=side_interpolater"], None, "is for --mode=repaint"),
+        (["--guidance_skip_tolerance=0.1"], None, "saves nothing here"),
+        (["--label=3,5"], None, "--label=3,5: '3,5' is no class number"),
+        (["--label=random"], None, "'random' is no class number"),
+        (["--guidance_scale=1,,2"], None, "'1,,2' is no number, nor several as 1,2,4"),
+        (["--num_resamples=2", "--num_steps=10"], None, "leaves no room for jumps of 10"),
         (["--num_samples=0"], None, "--num_samples=0 must be positive"),
         (["--image=none.png"], None, "--image=none.png could not be read: No such file"),
         (["--out=out.jpg"], None, "unknown suffix '.jpg'; use .png"),

@@ -41,7 +41,7 @@ def smoke(command: str) -> str:
         "num_samples=50000", "num_samples=50"
     )
     if "inpaint" in command:
-        command += " --num_steps=3"
+        command += " --num_steps=12"
     if "hf://" in command:
         command += " --num_steps=3"
     command = command.replace("num_steps=250", "num_steps=5").replace(

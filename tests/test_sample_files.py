@@ -100,7 +100,7 @@ def test_a_folder_of_pngs(tmp_path):
     times = {path: path.stat().st_mtime_ns for path in folder.glob("*_00000[0-4].png")}
     missing = folder / "2_000011.png"
     missing.unlink()
-    (folder / "2_000011.png.1-aa.tmp").touch()
+    (folder / "2_000011.png.4194304-0123abcd.tmp").touch()  # no process has this number
     draw(*flags, f"--out={folder}")
     assert missing.is_file() and len(list(folder.iterdir())) == 13
     assert times == {path: path.stat().st_mtime_ns for path in times}
@@ -134,6 +134,51 @@ def test_other_settings_are_not_mixed(tmp_path, capsys, monkeypatch):
     (tmp_path / "mine" / "letter.txt").write_text("dear")
     argv = [*FEW, f"--out={tmp_path / 'mine'}"]
     assert "holds other files" in exits_with_one_line(sample.main, argv, capsys, monkeypatch)
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "draft.tmp").write_text("dear")
+    argv = [*FEW, f"--out={tmp_path / 'theirs'}"]
+    assert "holds other files" in exits_with_one_line(sample.main, argv, capsys, monkeypatch)
+    assert (tmp_path / "theirs" / "draft.tmp").read_text() == "dear"
+
+
+def test_a_finished_file_is_not_written_over(tmp_path, capsys, monkeypatch):
+    out = tmp_path / "a.npz"
+    draw("--num_samples=3", f"--out={out}")
+    before = out.read_bytes()
+    argv = [*FEW, "--num_samples=3", "--seed=9", f"--out={out}"]
+    line = exits_with_one_line(sample.main, argv, capsys, monkeypatch)
+    assert "a.npz holds samples of other settings (seed is 0 there and 9 here); remove it" in line
+    assert out.read_bytes() == before
+    for content in (b"", b"no npz", before[:200]):
+        out.write_bytes(content)
+        line = exits_with_one_line(sample.main, argv, capsys, monkeypatch)
+        assert "a.npz is no file of samples; remove it or choose another" in line
+    np.save(tmp_path / "b", np.zeros(3))
+    (tmp_path / "b.npy").rename(out)
+    line = exits_with_one_line(sample.main, argv, capsys, monkeypatch)
+    assert "a.npz is no file of samples" in line
+
+
+@pytest.mark.parametrize("left", [[], ["settings.json"], ["settings.json", "000000000.npy"]])
+def test_killed_while_the_parts_are_removed(left, tmp_path):
+    out, parts = tmp_path / "a.npz", tmp_path / "a.npz.parts"
+    draw("--num_samples=3", f"--out={out}")
+    with np.load(out) as saved:
+        note = str(saved["note"])
+    parts.mkdir()
+    for name in left:
+        (parts / name).write_text(note)
+    assert "finished already" in draw("--num_samples=3", f"--out={out}")
+    assert not parts.exists()
+
+
+def test_labels_that_changed_are_other_settings(tmp_path, capsys, monkeypatch):
+    (tmp_path / "l.txt").write_text("1\n1\n")
+    argv = [*FEW, f"--labels={tmp_path / 'l.txt'}", f"--out={tmp_path / 'a.npz'}"]
+    run_here(sample.main, *argv)
+    (tmp_path / "l.txt").write_text("1\n8\n")
+    line = exits_with_one_line(sample.main, argv, capsys, monkeypatch)
+    assert "other settings (labels_sha256 is" in line
 
 
 def test_a_part_cut_short_is_drawn_again(tmp_path):
@@ -141,7 +186,6 @@ def test_a_part_cut_short_is_drawn_again(tmp_path):
     flags = ["--num_samples=20", "--batch_size=10"]
     draw(*flags, f"--out={whole}")
     shutil.copy(whole, out)
-    assert "finished already" not in draw(*flags, "--seed=1", f"--out={out}")
     parts = tmp_path / "b.npz.parts"
     with np.load(whole) as saved:
         note = json.loads(str(saved["note"]))
@@ -184,7 +228,7 @@ def test_memory_does_not_grow_with_the_number_of_samples(tmp_path):
         )
         assert done.returncode == 0, done.stderr
         peaks.append(int(done.stdout.split()[-1]) / 1e3)
-        with np.load(tmp_path / "s.npz") as saved:
+        with np.load(tmp_path / f"{count}.npz") as saved:
             assert saved["arr_1"].shape == (count,)
     assert peaks[1] < peaks[0] + 40, f"{peaks} MB"
 
@@ -223,12 +267,13 @@ def test_latents_are_decoded_batch_by_batch(tmp_path):
 
 def test_labels(tmp_path):
     def drawn(*flags):
+        (tmp_path / "labels.npz").unlink(missing_ok=True)
         draw("--out=" + str(tmp_path / "labels.npz"), *flags)
         return np.load(tmp_path / "labels.npz")["arr_1"].tolist()
 
     assert drawn("--num_samples=12") == [*range(10), 0, 1]
     assert drawn("--num_samples=12", "--labels=balanced") == [*range(10), 0, 1]
-    (tmp_path / "five.txt").write_text("3\n1\n\n4\n1\n5\n")
+    (tmp_path / "five.txt").write_text("\ufeff3\n1\n\n4\n1\n5\n", encoding="utf-8")
     assert drawn(f"--labels={tmp_path / 'five.txt'}") == [3, 1, 4, 1, 5]
     np.save(tmp_path / "five.npy", np.array([3, 1, 4, 1, 6]))
     assert drawn(f"--labels={tmp_path / 'five.npy'}", "--num_samples=5") == [3, 1, 4, 1, 6]
@@ -245,15 +290,22 @@ def test_what_is_wrong_with_labels(tmp_path, capsys, monkeypatch):
     np.save(tmp_path / "square.npy", np.zeros((2, 2), int))
     np.save(tmp_path / "half.npy", np.array([0.5]))
     (tmp_path / "no.npy").write_text("no array")
+    (tmp_path / "empty.npy").write_text("")
+    np.save(tmp_path / "yes.npy", np.array([True, False]))
+    np.savez(tmp_path / "zip.npz", np.zeros(3, int))
+    (tmp_path / "zip.npz").rename(tmp_path / "zip.npy")
     for labels, more, message in (
-        ("bad.txt", [], "bad.txt, line 2: three is not"),
+        ("bad.txt", [], "bad.txt, line 2: 'three' is no class number"),
         ("far.txt", [], "label 10 is outside the classes 0 to 9"),
         ("far.txt", ["--num_samples=3"], "label 10"),
         ("none.txt", [], "holds no labels"),
         ("missing.txt", [], "could not be read: No such file"),
         ("square.npy", [], "has the shape (2, 2)"),
-        ("half.npy", [], "label 0.5 is not a whole number"),
+        ("half.npy", [], "is no array of whole numbers"),
+        ("yes.npy", [], "is no array of whole numbers"),
         ("no.npy", [], "could not be read"),
+        ("empty.npy", [], "could not be read"),
+        ("zip.npy", [], "is no array of whole numbers"),
     ):
         argv = [*FEW, f"--labels={tmp_path / labels}", f"--out={tmp_path / 'x.npz'}", *more]
         assert message in exits_with_one_line(sample.main, argv, capsys, monkeypatch)

@@ -1,3 +1,4 @@
+import dataclasses
 import os
 import re
 import subprocess
@@ -159,7 +160,13 @@ def test_unconditional_model():
         ([1], dict(guidance_scale=[1.0, 2.0]), "guidance_scale is 2 values for 1 samples"),
         ([1], dict(guidance_scale=[float("inf")]), "guidance_scale is inf"),
         ([1], dict(guidance_scale=["a"]), "guidance_scale is 1 values for 1 samples"),
-        ([1], dict(numbers=[1, 2]), "2 numbers for 1 samples"),
+        ([1], dict(numbers=[2**31]), "number 2147483648 is no whole number"),
+        ([1], dict(numbers=[0.5]), "number 0.5 is no whole number"),
+        ([1], dict(batch_size=2.5), "batch_size is 2.5"),
+        ([1], dict(seed=1.5), "seed is 1.5"),
+        (3, {}, "labels have the shape ()"),
+        ([[1]], {}, "labels have the shape (1, 1)"),
+        ([1], dict(numbers=[1, 2]), "numbers of shape (2,) for 1 samples"),
         ([1], dict(guidance="x"), "unknown guidance"),
         ([1], dict(guidance_scale=float("nan")), "guidance_scale"),
         ([1], dict(guidance_power=-1.0), "guidance_power"),
@@ -266,6 +273,27 @@ def test_each_sample_has_its_own_guidance_scale(lively):
             *lively, [labels[n]], numbers=[n], **{**common, "guidance_scale": scale}
         )
         assert_same_samples(together[n : n + 1], alone)
+
+
+@pytest.mark.parametrize("boundary", [0.35, 0.45, 0.65, 0.7, 0.75, 0.9, 0.95])
+def test_both_ends_of_the_interval_are_in_it(boundary):
+    """Compiled or not: what is doubled is guided, and nothing else."""
+    options = SampleOptions(num_steps=200, spacing="stride", guidance="constant",
+                            guidance_scale=2.0)  # fmt: skip
+    t = jnp.arange(995, -1, -5)
+    for name in ("guidance_low", "guidance_high"):
+        limited = dataclasses.replace(options, **{name: boundary})
+        weight = np.asarray(jax.jit(limited.weight)(t, 2.0))
+        doubled = limited.guided_evaluations()
+        np.testing.assert_array_equal(weight == 2, doubled)
+        assert doubled[t.tolist().index(round(boundary * 1000))]
+
+
+def test_a_sample_does_not_depend_on_the_scales_of_others(lively):
+    options = dict(num_steps=10, guidance_skip_tolerance=0.5, seed=3)
+    together = mdt_jax.generate(*lively, [1, 2], guidance_scale=[1.4, 3.8], **options)
+    alone = mdt_jax.generate(*lively, [1], guidance_scale=1.4, **options)
+    assert_same_samples(together[:1], alone)
 
 
 def test_skipping_where_the_weight_is_nearly_one(lively):

@@ -1,5 +1,7 @@
 """Trajectories, and between classes and noises."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -71,6 +73,11 @@ def test_what_cannot_be_shown(digits):
             mdt_jax.trajectory(*digits, [1], frames=frames, **OPTIONS)
     with pytest.raises(UserError, match="takes 2 or more"):
         mdt_jax.interpolate_noise(*digits, [1], frames=1, **OPTIONS)
+    with pytest.raises(UserError, match="frames is 2.5"):
+        mdt_jax.interpolate_noise(*digits, [1], frames=2.5, **OPTIONS)
+    with pytest.raises(UserError, match="no numbers, and one guidance_scale"):
+        mdt_jax.interpolate_noise(*digits, [1], numbers=[4], **OPTIONS)
+    assert mdt_jax.interpolate_noise(*digits, [], frames=3, **OPTIONS).shape == (0, 3, 8, 8, 1)
     with pytest.raises(UserError, match="two or more"):
         mdt_jax.interpolate_classes(*digits, [1], **OPTIONS)
     with pytest.raises(UserError, match="outside the classes"):
@@ -92,8 +99,10 @@ def test_the_command_shows_them(show, rows, tmp_path):
     common += ["--frames=4", "--num_steps=5", "--batch_size=5"]
     run_here(sample.main, *common, f"--out={tmp_path}/a.png")
     with Image.open(tmp_path / "a.png") as strip:
+        assert json.loads(strip.text["Comment"])["show"] == show
         assert strip.size == (4 * 36 - 4, rows * 36 - 4)
     run_here(sample.main, *common, f"--out={tmp_path}/a.gif")
     with Image.open(tmp_path / "a.gif") as film:
         assert film.n_frames == 4 and film.info["loop"] == 0
+        assert json.loads(film.info["comment"])["frames"] == 4
     assert len(list(tmp_path.iterdir())) == 2

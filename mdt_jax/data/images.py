@@ -55,20 +55,20 @@ def save_image(path: str, image: np.ndarray, note: str = "") -> None:
         _picture(image).save(temporary, format="PNG", pnginfo=info)
 
 
-def save_animation(path: str, frames: np.ndarray, columns: int = 10, seconds: float = 4.0) -> None:
+def save_animation(path: str, frames: np.ndarray, note: str = "", seconds: float = 4.0) -> None:
     """Write [F, N, H, W, C] uint8 as a GIF that repeats, each frame a grid of N; whole or not.
 
-    seconds: how long all frames take; the last one stays for one more.
+    note: how they came about, kept as the file's comment. seconds: how long all frames take; the
+    last one stays for one more.
     """
-    scale = _enlarge(frames)
-    pictures = [_picture(grid(images, columns, scale)) for images in frames]
+    pictures = [_picture(grid(images, columns=10, scale=_enlarge(frames))) for images in frames]
     # A GIF's clock ticks in hundredths of a second, and players do not follow less than two.
     each = max(20, round(1000 * seconds / len(frames)) // 10 * 10)
     lasting = [each] * (len(pictures) - 1) + [each + 1000]
     with whole(path) as temporary:
         pictures[0].save(
             temporary, format="GIF", save_all=True, append_images=pictures[1:], duration=lasting,
-            loop=0,
+            loop=0, comment=note,
         )  # fmt: skip
 
 

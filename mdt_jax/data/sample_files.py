@@ -8,6 +8,7 @@ import io
 import json
 import os
 import pathlib
+import re
 import shutil
 import zipfile
 
@@ -30,31 +31,32 @@ class Npz:
         self.folder = out.with_name(f"{out.name}.parts")
 
     def finished(self) -> bool:
-        """Whether the file is there already, and of these settings."""
-        try:
-            with np.load(self.out) as saved:
-                there = str(saved["note"]) == self.note
-        except (OSError, LookupError, ValueError, zipfile.BadZipFile):
+        """Whether the file is there already. Raises UserError where it is of something else."""
+        if not self.out.exists():
             return False
-        if there and _settings(self.folder) == self.note:  # stopped before it was removed
-            shutil.rmtree(self.folder, ignore_errors=True)
-        return there
+        there = _note_of(self.out)
+        if there != self.note:
+            what = "is no file of samples" if there is None else _other(there, self.note)
+            raise UserError(f"{self.out} {what}; remove it or choose another --out")
+        if self.folder.exists():  # stopped while it was removed
+            self._remove_parts()
+        return True
 
     def begin(self) -> None:
         """Make the folder of parts, or go on in it; UserError where it is of other settings."""
-        size = len(self.labels) * int(np.prod(self.shape))
-        check_room(self.out, 2 * size - self._bytes())
         _settle_in(self.folder, self.note)
+        size = len(self.labels) * int(np.prod(self.shape))
+        check_room(self.out, 2 * size - sum(path.stat().st_size for path in self._parts()))
 
-    def _bytes(self) -> int:
-        return sum(path.stat().st_size for path in self.folder.glob("*.npy"))
+    def _parts(self) -> list[pathlib.Path]:
+        return sorted(self.folder.glob("*.npy"))
 
     def _part(self, start: int) -> pathlib.Path:
         return self.folder / f"{start:09d}.npy"
 
     def done(self, start: int, count: int) -> bool:
         """Whether the `count` images from number `start` on are written."""
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, EOFError, ValueError):
             part = np.load(self._part(start), mmap_mode="r")
             return part.shape == (count, *self.shape) and part.dtype == np.uint8
         return False
@@ -73,7 +75,7 @@ class Npz:
                     shape = (len(self.labels), *self.shape)
                     header = {"descr": "|u1", "fortran_order": False, "shape": shape}
                     np.lib.format.write_array_header_1_0(file, header)
-                    for part in sorted(self.folder.glob("*.npy")):
+                    for part in self._parts():
                         file.write(np.load(part).data)
                 for name, array in (("arr_1", self.labels), ("note", np.array(self.note))):
                     saved = io.BytesIO()
@@ -81,14 +83,29 @@ class Npz:
                     with _entry(archive, name) as file:
                         file.write(saved.getvalue())
             os.replace(merged, self.out)
-            shutil.rmtree(self.folder)
+            self._remove_parts()
         except OSError as error:
             raise UserError(f"{self.out} could not be written: {reason(error)}") from None
+
+    def _remove_parts(self) -> None:
+        """The settings last: while they are there, it is known whose parts these are."""
+        for part in self._parts():
+            part.unlink()
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def _entry(archive: zipfile.ZipFile, name: str):
     """An entry to write to; its time is always the same, so that equal samples are equal bytes."""
     return archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True)
+
+
+def _note_of(path: pathlib.Path) -> str | None:
+    """The note of an npz of samples; None where it is none, or is damaged."""
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open("note.npy") as file:
+            return str(np.lib.format.read_array(file))
+    except (OSError, EOFError, LookupError, ValueError, zipfile.BadZipFile):
+        return None
 
 
 class Folder:
@@ -155,27 +172,43 @@ def _settings(folder: pathlib.Path) -> str | None:
 def _settle_in(folder: pathlib.Path, note: str) -> None:
     """Make a folder of samples with these settings, or find that it is one."""
     folder.mkdir(parents=True, exist_ok=True)
+    left = [path for path in folder.iterdir() if _was_left(path)]
     there = _settings(folder)
     if there is None:
-        if any(not path.name.endswith(".tmp") for path in folder.iterdir()):
+        if len(list(folder.iterdir())) > len(left):
             raise UserError(f"{folder} holds other files and no {SETTINGS}; choose another --out")
         with whole(folder / SETTINGS) as temporary:
             temporary.write_text(note, encoding="utf-8")
     elif there != note:
-        raise UserError(
-            f"{folder} holds samples of other settings ({_difference(there, note)}); remove it or "
-            "choose another --out"
-        )
-    for left in folder.glob("*.tmp"):  # of a run that was killed
+        raise UserError(f"{folder} {_other(there, note)}; remove it or choose another --out")
+    for path in left:
         with contextlib.suppress(OSError):
-            left.unlink()
+            path.unlink()
 
 
-def _difference(there: str, here: str) -> str:
+def _was_left(path: pathlib.Path) -> bool:
+    """Whether this is what a run that was killed here was writing."""
+    ours = r"(?:merged|settings\.json|\w+\.(?:npy|png))\.(\d+)-[0-9a-f]{8}\.tmp"
+    name = re.fullmatch(ours, path.name)
+    return path.name == "merged" or (name is not None and not _runs(int(name[1])))
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:
+        pass
+    return True
+
+
+def _other(there: str, here: str) -> str:
+    """That it holds samples of other settings, and one that differs."""
     try:
         theirs, ours = json.loads(there), json.loads(here)
         names = [name for name in {**theirs, **ours} if theirs.get(name) != ours.get(name)]
     except (ValueError, AttributeError):
-        return f"{SETTINGS} is damaged"
-    name = names[0]
-    return f"{name} is {theirs.get(name)} there and {ours.get(name)} here"
+        return "holds samples of unknown settings"
+    what = f"{names[0]} is {theirs.get(names[0])} there and {ours.get(names[0])} here"
+    return f"holds samples of other settings ({what})"

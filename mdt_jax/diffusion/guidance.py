@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Network = Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -50,8 +51,15 @@ def within(t: jax.Array, weight: jax.Array, low: float, high: float, total: int)
 
     Kynkäänniemi et al. 2024, arXiv 2404.07724.
     """
-    share = t.astype(jnp.float32) / total
-    return jnp.where((low <= share) & (share <= high), weight, 1.0)
+    # Only compared, and with constants: so a boundary is the same compiled or not.
+    first, last = np.float32(low * total), np.float32(high * total)
+    t = t.astype(jnp.float32)
+    return jnp.where((first <= t) & (t <= last), weight, 1.0)
+
+
+def no_nearer(weight: jax.Array, tolerance: float) -> jax.Array:
+    """A weight [B], but 1 where it differs from 1 by less than the tolerance."""
+    return jnp.where(jnp.abs(weight - 1) < tolerance, 1.0, weight)
 
 
 def guide(

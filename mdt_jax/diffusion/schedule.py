@@ -68,7 +68,10 @@ def linear_schedule(steps: int = 1000) -> Schedule:
 
 
 def spaced_timesteps(num_steps: int, total: int) -> np.ndarray:
-    """`num_steps` timesteps spread evenly over 0…total−1, both ends included."""
+    """`num_steps` timesteps spread evenly over 0…total−1, both ends included; one step is 0.
+
+    That one step leaves noise nearly as it is; so it is in the published code.
+    """
     if num_steps == 1:
         return np.array([0])
     stride = (total - 1) / (num_steps - 1)

@@ -69,3 +69,39 @@ def test_a_gaussian_is_completed_by_its_conditional(name, short):
     assert drawn.std() == pytest.approx(np.sqrt(1 - rho**2), rel=0.25)
     # What is hidden of `known` is not looked at.
     np.testing.assert_array_equal(run(8, known.at[:, :, 1].set(5.0)), drawn)
+
+
+@pytest.mark.parametrize("after", [5, 9])
+def test_one_turn(after):
+    """What the network sees, and where x is then, in float64 NumPy; to 5 without a jump, to 9."""
+    schedule = sch.respace(sch.linear_schedule(), sch.spaced_timesteps(12, 1000))
+    random = np.random.RandomState(after)
+    x, known, eps = random.normal(size=(3, 1, 4, 4, 1))
+    draws = random.normal(size=(3, 1, 4, 4, 1))
+    hidden = np.zeros((1, 4, 4, 1), bool)
+    hidden[:, 1:3] = True
+    seen, sampler = [], SAMPLERS["ddim"](0.5)
+
+    def network(x, t):
+        seen.append((np.asarray(x), np.asarray(t)))
+        return jnp.asarray(np.concatenate([eps, eps], -1), jnp.float32)
+
+    with jax.disable_jit():
+        out = inpaint_steps(
+            network, sampler, schedule, np.array([6, after, -1]), jnp.asarray(x, jnp.float32),
+            jnp.asarray(known, jnp.float32), jnp.asarray(hidden),
+            lambda k: jnp.asarray(draws, jnp.float32)[k], 0, 1,
+        )  # fmt: skip
+    abar = schedule.alphas_cumprod
+    noised = np.sqrt(abar[6]) * known + np.sqrt(1 - abar[6]) * draws[0]
+    given = np.where(hidden, x, noised)
+    ((saw, t),) = seen
+    np.testing.assert_allclose(saw, given, atol=1e-5)
+    assert t == [schedule.timesteps[6]]
+    s = 0.5 * np.sqrt((1 - abar[5]) / (1 - abar[6]) * (1 - abar[6] / abar[5]))
+    x0 = (given - np.sqrt(1 - abar[6]) * eps) / np.sqrt(abar[6])
+    expected = np.sqrt(abar[5]) * x0 + np.sqrt(1 - abar[5] - s**2) * eps + s * draws[1]
+    if after == 9:
+        left = abar[9] / abar[5]
+        expected = np.sqrt(left) * expected + np.sqrt(1 - left) * draws[2]
+    np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-4)
