@@ -24,7 +24,8 @@ from mdt_jax import cli, evaluation, main
 from mdt_jax.data import sources
 from mdt_jax.data.images import to_uint8
 from mdt_jax.errors import UserError
-from mdt_jax.sampling import SampleOptions, balanced_labels, generate
+from mdt_jax.options import SampleOptions, balanced_labels
+from mdt_jax.sampling import generate
 from mdt_jax.train.metrics import read_steps
 from mdt_jax.weights import load_weights
 from mdt_jax.workdir import make, write_json
