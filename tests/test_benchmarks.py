@@ -143,3 +143,89 @@ def test_memory_on_many_devices(tmp_path):
 def test_a_soak_does_not_write_over_another(tmp_path):
     _, said = script("soak.py", f"--out={tmp_path}", expect=2)
     assert said == f"error: {tmp_path} exists already\n"
+
+
+@pytest.fixture(scope="module")
+def sampling():
+    return runpy.run_path(str(ROOT / "benchmarks" / "sampling.py"))
+
+
+def rows_of(printed):
+    """The cells of the lines of markdown tables."""
+    lines = [line for line in printed.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_sampling_quality(sampling, trained, tmp_path, capsys):
+    """Every sampler with few steps, really drawn; and again from what is there."""
+    from PIL import Image
+
+    flags = ["sampling.py", f"--checkpoint={trained}", "--samples=12", "--steps=2,3", "--seeds=0,1"]
+    sampling["bench"]([*flags, f"--out={tmp_path}"])
+    printed, log = capsys.readouterr()
+    rows = rows_of(printed)
+    assert rows[0] == ["steps", "2", "3"]
+    names = ["DDPM", "DDIM", "DDIM, η = 1", "DPM-Solver++(2M)", "its SDE form", "Heun"]
+    assert [re.sub(", (even|log_snr|karras)$", "", row[0]) for row in rows[2:8]] == names
+    assert rows[7][1].endswith("(3)") and rows[7][2].endswith("(5)")  # Heun's evaluations
+    assert rows[14][0] == "*real training images*" and len({row[0] for row in rows[2:14]}) == 12
+    assert rows[17][0] == "DDPM, 3 steps" and rows[17][3] == "1.00"
+    assert len(rows) == 18 + 9 and rows[-1][:2] == ["Heun, karras, 3 steps", "5"]
+    report = json.loads((tmp_path / "sampling.json").read_text())
+    # Each way at both, and with the second seed DDPM's longest and the nine at three steps.
+    assert len(report["cells"]) == 2 * 12 + 1 + 9
+    assert len(log.splitlines()) >= len(report["cells"])
+    assert Image.open(tmp_path / "sampling.png").size[0] > 500
+
+    dropped = report["cells"].pop()
+    (tmp_path / "sampling.json").write_text(json.dumps(report))
+    sampling["bench"]([*flags, f"--out={tmp_path}"])
+    again, log = capsys.readouterr()
+    assert again == printed and log.count("sampler=") == 1
+    cells = json.loads((tmp_path / "sampling.json").read_text())["cells"]
+    assert cells[-1] == dropped
+
+
+def test_sampling_skips_guidance(sampling, trained, tmp_path, capsys):
+    flags = [f"--checkpoint={trained}", "--samples=4", "--steps=30"]
+    sampling["bench"](["sampling.py", "--suite=skip", *flags, f"--out={tmp_path}"])
+    table = rows_of(capsys.readouterr().out)[2:]
+    rows = json.loads((tmp_path / "skip.json").read_text())["rows"]
+    assert [row["tolerance"] for row in rows] == [0, 1e-4, 1e-3, 1e-2]
+    assert table[0][1:4] == ["30", "960", "0.0%"]  # 30 steps, 2 halves, 16 tokens
+    assert rows[0]["largest_difference"] == rows[0]["pixels_that_differ"] == 0
+    saved = [row["saved"] for row in rows]
+    assert saved == sorted(saved) and 0.05 < saved[-1] < 0.5
+    for row in rows:
+        assert row["token_passes"] == (30 + row["doubled"]) * 16
+        assert row["seconds"] > 0 and row["cpu_seconds"] > 0
+
+
+def test_sampling_speed(sampling, tmp_path, capsys, monkeypatch):
+    tiny = {"hidden_size": 16, "depth": 4, "num_heads": 2}
+    monkeypatch.setitem(sampling["SIZES"], "S", tiny)
+    flags = ["--suite=speed", "--sizes=S", "--batches=1", f"--out={tmp_path}"]
+    sampling["bench"](["sampling.py", *flags])
+    (row,) = rows_of(capsys.readouterr().out)[2:]
+    assert row[:2] == ["MDT-S/2", "1"] and row[-1] == "20"
+    (kept,) = json.loads((tmp_path / "speed.json").read_text())["rows"]
+    assert kept["image_seconds_250"] == pytest.approx(250 * kept["seconds"])
+    assert kept["gflops"] > 0
+
+
+def test_mistakes_in_sampling_are_one_line(trained, tmp_path, capsys, monkeypatch, sampling):
+    from tests.conftest import exits_with_one_line
+
+    out = tmp_path / "out"
+    for arguments, message in (
+        (["--suite=all"], "invalid choice"),
+        (["--steps=0"], "--steps"),
+        (["--steps=5,x"], "--steps"),
+        (["--samples=1"], "--samples"),
+        (["--sizes=S,M"], "--sizes"),
+        ([f"--checkpoint={tmp_path / 'none'}"], "none"),
+        ([f"--checkpoint={trained}", "--steps=2000"], "num_steps is 2000"),
+    ):
+        argv = [*arguments, f"--out={out}"]
+        assert message in exits_with_one_line(sampling["bench"], argv, capsys, monkeypatch)
+    assert not out.exists()
