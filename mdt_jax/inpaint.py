@@ -22,8 +22,12 @@ from mdt_jax.vae import encoder
 
 
 def parse(argv: list[str]):
-    usage = "Draw what a mask hides of an image, and leave the rest as it was."
-    parser = cli.Parser(prog="python -m mdt_jax.inpaint", description=usage)
+    parser = cli.Parser(
+        prog="python -m mdt_jax.inpaint",
+        usage="python -m mdt_jax.inpaint --checkpoint=PATH --image=PNG --mask=PNG --label=CLASS "
+        "--out=PNG [--flag=value …]",
+        description="Draw what a mask hides of an image, and leave the rest as it was.",
+    )
     add = parser.add_argument
     add("--image", required=True, help="the image to complete")
     add("--mask", required=True, help="an image of the same size: white is hidden, black known")

@@ -32,7 +32,11 @@ WALKS = {
 
 
 def parse(argv: list[str]):
-    parser = cli.Parser(prog="python -m mdt_jax.sample", description=__doc__.splitlines()[0])
+    parser = cli.Parser(
+        prog="python -m mdt_jax.sample",
+        usage="python -m mdt_jax.sample --checkpoint=PATH --out=PATH [--flag=value …]",
+        description="Draw samples from a run, a file or a released checkpoint.",
+    )
     add = parser.add_argument
     add("--out", required=True, help="grid.png, samples.npz, a folder, or with --show a .gif")
     add("--num_samples", type=int, help="default: as many as --labels, or 100 without")
