@@ -16,7 +16,7 @@ import numpy as np
 
 from mdt_jax.data.images import save_grid, save_image
 from mdt_jax.errors import UserError
-from mdt_jax.files import check_room, reason, whole
+from mdt_jax.files import check_room, free, reason, settle, whole
 
 SETTINGS = "settings.json"
 
@@ -70,7 +70,7 @@ class Npz:
         """Merge the parts: arr_0 uint8 [N, H, W, C], arr_1 int64 labels, note; then remove them."""
         merged = self.folder / "merged"
         try:
-            with whole(merged) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+            with zipfile.ZipFile(merged, "w") as archive:
                 with _entry(archive, "arr_0") as file:
                     shape = (len(self.labels), *self.shape)
                     header = {"descr": "|u1", "fortran_order": False, "shape": shape}
@@ -82,10 +82,16 @@ class Npz:
                     np.save(saved, array)
                     with _entry(archive, name) as file:
                         file.write(saved.getvalue())
+            settle(merged)
             os.replace(merged, self.out)
             self._remove_parts()
         except OSError as error:
-            raise UserError(f"{self.out} could not be written: {reason(error)}") from None
+            with contextlib.suppress(OSError):
+                merged.unlink()
+            raise UserError(
+                f"{self.out} could not be written: {reason(error)}{free(self.out)}; its parts are "
+                f"kept in {self.folder}, and the same command goes on"
+            ) from None
 
     def _remove_parts(self) -> None:
         """The settings last: while they are there, it is known whose parts these are."""
@@ -188,7 +194,7 @@ def _settle_in(folder: pathlib.Path, note: str) -> None:
 
 def _was_left(path: pathlib.Path) -> bool:
     """Whether this is what a run that was killed here was writing."""
-    ours = r"(?:merged|settings\.json|\w+\.(?:npy|png))\.(\d+)-[0-9a-f]{8}\.tmp"
+    ours = r"(?:settings\.json|\w+\.(?:npy|png))\.(\d+)-[0-9a-f]{8}\.tmp"
     name = re.fullmatch(ours, path.name)
     return path.name == "merged" or (name is not None and not _runs(int(name[1])))
 
