@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 import mdt_jax
-from mdt_jax import convert, sample, weights
+from mdt_jax import convert, drawing, sample, weights
 from mdt_jax.data.classes import imagenet_label, imagenet_names
 from mdt_jax.errors import UserError
 from mdt_jax.interop import torch_files
@@ -128,7 +128,7 @@ def latent_model(tmp_path_factory):
 
 def test_pictures_from_a_file_of_latents(latent_model, tmp_path, monkeypatch):
     folder, model, vae, params = latent_model
-    monkeypatch.setattr(sample, "load_vae", lambda path: (vae, params))
+    monkeypatch.setattr(drawing, "load_vae", lambda path: (vae, params))
     common = [f"--checkpoint={folder / 'mdt.pt'}", "--vae=vae", "--num_steps=3", "--seed=5"]
     run(
         sample, monkeypatch, *common, "--labels=golden retriever,387, 12", f"--out={tmp_path}/a.npz"
@@ -175,7 +175,7 @@ def test_bad_latents(name, latent_model, tmp_path, capsys, monkeypatch):
 def test_a_vae_of_other_latents(latent_model, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     vae = AutoencoderKL(latent_channels=16)
-    monkeypatch.setattr(sample, "load_vae", lambda path: (vae, {}))
+    monkeypatch.setattr(drawing, "load_vae", lambda path: (vae, {}))
     argv = [f"--checkpoint={latent_model[0] / 'mdt.pt'}", "--out=a.png", "--vae=x"]
     printed = exits_with_one_line(sample.main, argv, capsys, monkeypatch)
     assert "the latents of x have 16 channels, but the model draws 4" in printed

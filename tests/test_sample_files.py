@@ -221,7 +221,7 @@ def test_memory_does_not_grow_with_the_number_of_samples(tmp_path):
             "--batch_size=100",
             "--sampler=ddim",
             "--guidance_scale=1",
-            f"--out={tmp_path / 's.npz'}",
+            f"--out={tmp_path / f'{count}.npz'}",
         ]
         done = subprocess.run(
             [sys.executable, "-c", MEASURE, *flags], capture_output=True, text=True, cwd=ROOT

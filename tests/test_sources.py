@@ -186,8 +186,9 @@ def test_samples_by_the_names_of_the_classes(place, tmp_path):
     run_here(convert.main, f"--src={tmp_path / 'run'}", f"--dst={tmp_path / 'weights'}")
     for checkpoint in ("run", "weights"):
         labels = ["--labels=emu,0, dog", f"--checkpoint={tmp_path / checkpoint}"]
-        run_here(sample.main, *labels, "--num_steps=2", f"--out={tmp_path / 'out.npz'}")
-        assert np.load(tmp_path / "out.npz")["arr_1"].tolist() == [2, 0, 1]
+        out = tmp_path / f"{checkpoint}.npz"
+        run_here(sample.main, *labels, "--num_steps=2", f"--out={out}")
+        assert np.load(out)["arr_1"].tolist() == [2, 0, 1]
     labels[0] = "--labels=fox"
     printed = run_here(sample.main, *labels, f"--out={tmp_path / 'out.npz'}", expect=2)
     assert "nor a class of the run such as cat" in printed
