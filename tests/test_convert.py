@@ -140,7 +140,8 @@ def test_pictures_from_a_file_of_latents(latent_model, tmp_path, monkeypatch):
     assert (note["guidance_scale"], note["guidance_power"]) == (3.8, 4.0)
     run(sample, monkeypatch, *common, "--labels=5", f"--out={tmp_path}/a.png")
     picture = json.loads(Image.open(tmp_path / "a.png").text["Comment"])
-    assert picture == note | {"labels": "5", "num_samples": 1}
+    other = {"labels": "5", "num_samples": 1, "labels_sha256": picture["labels_sha256"]}
+    assert picture == note | other and picture["labels_sha256"] != note["labels_sha256"]
 
     latents = mdt_jax.generate(model, mdt_jax.load(folder / "mdt.pt")[1], [207, 387, 12], seed=5,
                                num_steps=3)  # fmt: skip
