@@ -94,9 +94,13 @@ class Npz:
             ) from None
 
     def _remove_parts(self) -> None:
-        """The settings last: while they are there, it is known whose parts these are."""
-        for part in self._parts():
-            part.unlink()
+        """The settings last: while they are there, it is known whose parts these are.
+
+        What cannot be removed stays: the file itself is whole by now.
+        """
+        with contextlib.suppress(OSError):
+            for part in self._parts():
+                part.unlink()
         shutil.rmtree(self.folder, ignore_errors=True)
 
 

@@ -18,7 +18,7 @@ def resampling_walk(num_steps: int, jump_length: int, num_resamples: int) -> np.
     """The steps at which RePaint evaluates the network, in order, then −1: the clean end.
 
     Whenever a multiple of `jump_length` is reached from above it goes back up by that many steps,
-    until each has been passed `num_resamples` times (once: no jumps). Their algorithm's appendix.
+    until each has been passed `num_resamples` times (once: no jumps).
     """
     left = {step: num_resamples - 1 for step in range(0, num_steps - jump_length, jump_length)}
     walk, step = [], num_steps - 1

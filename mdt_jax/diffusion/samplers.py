@@ -93,7 +93,7 @@ class DPMSolver(Sampler):
     x' = (σ'/σ)·x + α'·(1 − e^−h)·D, or
     x' = (σ'/σ)·e^−h·x + α'·(1 − e^−2h)·D + σ'·√(1 − e^−2h)·noise.
     The first and the last step, to the clean end, have D = x̂_0.
-    Lu et al. 2022, arXiv 2211.01095, algorithm 2 and equation 18.
+    Lu et al. 2022, arXiv 2211.01095: algorithm 2, and SDE-DPM-Solver++(2M).
     """
 
     sde: bool = False
@@ -127,7 +127,7 @@ class Heun(Sampler):
 
     To z + (s' − s)·ε; there ε' is evaluated; then x' = α'·(z + (s' − s)·(ε + ε')/2). The last step,
     to the clean end, is Euler's and takes one: 2·steps − 1 in all.
-    Karras et al. 2022, arXiv 2206.00364, algorithm 1 without noise.
+    Karras et al. 2022, arXiv 2206.00364, algorithm 1.
     """
 
     remembers = True
