@@ -8,6 +8,7 @@ from mdt_jax.data import sources
 from mdt_jax.data.crops import CROPS
 from mdt_jax.diffusion.losses import LOSS_WEIGHTS
 from mdt_jax.errors import UserError
+from mdt_jax.interop.inception_weights import WHERE
 from mdt_jax.models.masking import keep_length
 from mdt_jax.models.mdt import REMAT, VAE_FACTOR, input_shape
 from mdt_jax.options import SampleOptions
@@ -103,6 +104,12 @@ def default() -> ConfigDict:
                 num_samples=0,  # made and measured at the end of training; 0: none
                 batch_size=100,
             ),
+            evaluation=dict(
+                every=0,  # steps from one measurement of EMA samples to the next; 0: none
+                num_samples=10_000,  # of each
+                reference="",  # an npz or images; "": the held-out part of a packaged set
+                inception="",  # weights of FID's Inception; "": images are compared by pixels
+            ),
         )
     ).lock()
 
@@ -118,10 +125,12 @@ def variant(config: ConfigDict, name: str) -> ConfigDict:
         config.data.batch_size = 16
         if config.vae.path != "identity":
             config.vae.path = "identity"
+            config.evaluation.update(reference="", inception="")
             config.data.update(name="digits", path="", image_size=8, channels=1)
             config.model.num_classes = min(config.model.num_classes, 10)
         config.train.update(steps=2, log_every=1, sample_every=1, checkpoint_every=1)
         config.sample.update(num_steps=3, num_samples=20, batch_size=10)
+        config.evaluation.num_samples = 20
     elif name:
         raise ValueError(f"unknown variant {name!r}; the only one is smoke")
     return config
@@ -237,6 +246,27 @@ def _check_mask(config: ConfigDict, tokens: int) -> None:
         )
 
 
+def _check_evaluation(config: ConfigDict) -> None:
+    """What samples are measured against while training."""
+    asked, data = config.evaluation, config.data.name
+    _require(asked.every >= 0, f"evaluation.every is {asked.every}; 0 or more")
+    _require(
+        asked.num_samples >= 4,
+        f"evaluation.num_samples is {asked.num_samples}; it must be 4 or more",
+    )
+    if asked.every or asked.inception:
+        _require(
+            bool(asked.reference) or data in sources.PACKAGED,
+            f"evaluation.reference is empty, and {data} has no held-out images: set it to an npz "
+            "such as VIRTUAL_imagenet256_labeled.npz, or to a folder",
+        )
+    if asked.every or asked.reference:
+        _require(
+            bool(asked.inception) or config.vae.path == "identity",
+            f"evaluation.inception is empty: images are too large to compare by pixels; {WHERE}",
+        )
+
+
 def _check_devices(config: ConfigDict, num_devices: int) -> None:
     """The mesh fits the devices, and the batch the mesh."""
     mesh, size, parts = config.mesh, config.data.batch_size, config.train.accumulate
@@ -336,5 +366,6 @@ def validate(config: ConfigDict, num_devices: int | None = None) -> None:
     _require(
         config.sample.batch_size >= 1, f"sample.batch_size is {config.sample.batch_size}; 1 or more"
     )
+    _check_evaluation(config)
     if num_devices is not None:
         _check_devices(config, num_devices)

@@ -1,21 +1,25 @@
-"""Which network draws, how, of what classes, and what decodes it: what sample and inpaint share."""
+"""Which network draws, how, of what classes, what decodes it, and where samples go on the way."""
 
 import dataclasses
+import hashlib
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
-from mdt_jax import __version__
+from mdt_jax import __version__, distributed
 from mdt_jax.data.classes import imagenet_label, imagenet_names
 from mdt_jax.data.images import UINT8_RULE, to_uint8
+from mdt_jax.distributed import is_first
 from mdt_jax.errors import UserError
 from mdt_jax.files import beside, reason
 from mdt_jax.models.autoencoder import AutoencoderKL
 from mdt_jax.models.mdt import MDT
 from mdt_jax.options import SampleOptions, balanced_labels, check_labels, random_labels
+from mdt_jax.sampling import Request, request
 from mdt_jax.vae import VAE_SCALE, decode, sha256
 from mdt_jax.weights import Weights, describe, load_vae, load_weights
 
@@ -45,13 +49,27 @@ def load(
     return weights, options, scales if len(scales) > 1 else None
 
 
+class Vae(NamedTuple):
+    """The VAE between a model's latents and images of [H, W, 3], and their scale."""
+
+    path: str
+    scale: float
+    network: AutoencoderKL
+    params: dict
+
+
 def note_of(
-    checkpoint: str, weights: Weights, options: SampleOptions, scales: list[float] | None
+    checkpoint: str,
+    weights: Weights,
+    options: SampleOptions,
+    scales: list[float] | None = None,
+    vae: Vae | None = None,
 ) -> dict:
-    """What tells how samples came about: network, parameters, options, the uint8 rule."""
-    return {
+    """What tells how samples came about: network, parameters, options, VAE, the uint8 rule."""
+    note = {
         "mdt_jax": __version__,
         "checkpoint": checkpoint,
+        "step": weights.step,
         "parameters": weights.item or "those of the file",
         "parameters_sha256": sha256(weights.params),
         "network": describe(weights.model),
@@ -61,15 +79,20 @@ def note_of(
         **({} if scales is None else {"guidance_scale": scales}),
         "uint8": UINT8_RULE,
     }
+    if vae is not None:
+        note |= {"vae": vae.path, "vae_scale": vae.scale, "vae_sha256": sha256(vae.params)}
+    return note
 
 
-class Vae(NamedTuple):
-    """The VAE between a model's latents and images of [H, W, 3], and their scale."""
-
-    path: str
-    scale: float
-    network: AutoencoderKL
-    params: dict
+def note_of_labels(labels: np.ndarray, said: str | None, seed: int, batch_size: int) -> dict:
+    """What tells which samples of a network they are; said: what was said of the labels."""
+    return {
+        "labels": said or "balanced",
+        "labels_sha256": hashlib.sha256(labels.astype("<i8")).hexdigest(),
+        "num_samples": len(labels),
+        "seed": seed,
+        "batch_size": batch_size,
+    }
 
 
 def find_vae(
@@ -115,6 +138,76 @@ def decoder(
         return to_uint8(decode(vae.network, vae.params, latents, scale=vae.scale))
 
     return to_images, (*(vae.network.factor * side for side in model.input_size), 3)
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """Samples as an image set (as in `data.image_sets`), drawn as they are read, never kept.
+
+    to_images: as of `decoder`; shape: (H, W, C) of an image.
+    """
+
+    request: Request
+    to_images: Callable[[np.ndarray], np.ndarray]
+    shape: tuple[int, int, int]
+    path = "the samples"
+
+    def __len__(self) -> int:
+        return len(self.request.labels)
+
+    @property
+    def labels(self) -> np.ndarray:
+        return self.request.labels
+
+    def name(self, i: int) -> str:
+        return f"sample {i}"
+
+    def slices(self, size: int = 0, done: Collection[int] = ()) -> Iterator[tuple[int, np.ndarray]]:
+        """The batches of the request; their size is its own."""
+        for start, seen in self.request.batches(done=done):
+            yield start, self.to_images(seen[-1])
+
+
+class Drawer:
+    """Draws with a run's model as its config says, as images; the same noise each time."""
+
+    def __init__(self, config: ConfigDict, model: MDT, vae: Vae | None):
+        self.config, self.model = config, model
+        self.options = SampleOptions.from_config(config)
+        self.vae = vae
+        self.to_images, self.shape = decoder(model, vae)
+
+    def request(self, params, count: int) -> Request:
+        labels = balanced_labels(count, self.model.num_classes)
+        size, seed = self.config.sample.batch_size, self.config.train.seed
+        return request(self.model, params, labels, seed=seed, batch_size=size, options=self.options)
+
+    def samples(self, params, count: int) -> Drawn:
+        return Drawn(self.request(params, count), self.to_images, self.shape)
+
+
+def write_samples(asked: Request, sink, to_images: Callable, progress: bool = True) -> bool:
+    """Draw what a sink has not got yet and give it to it; False where it has all.
+
+    Of several processes the first one writes, and says what is there.
+    """
+    total, size = len(asked.labels), asked.batch_size
+    starts = range(0, total, size)
+    there = "all" if is_first() and sink.finished() else ""
+    if is_first() and not there:
+        sink.begin()
+        there = " ".join(str(s) for s in starts if sink.done(s, min(size, total - s)))
+    there = distributed.of_first(there)
+    if there == "all":
+        return False
+    done = {int(start) for start in there.split()}
+    for start, seen in asked.batches(progress=progress, done=done):
+        images = to_images(seen[-1])
+        if is_first():
+            sink.write(start, images)
+    if is_first():
+        sink.finish()
+    return True
 
 
 def parse_labels(

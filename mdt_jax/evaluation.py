@@ -1,54 +1,257 @@
-"""How good samples of a small labelled image set are. NumPy and scikit-learn, float64."""
+"""How good samples are: features of them and of real images, compared."""
+
+import json
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
-from mdt_jax.data.images import to_float
-from mdt_jax.data.sources import Images
+from mdt_jax import distributed, parallel, references, vae, weights
+from mdt_jax.data import image_sets, sources
+from mdt_jax.data.image_sets import ImageSet, Slices
+from mdt_jax.data.images import to_uint8
+from mdt_jax.distributed import say
+from mdt_jax.errors import UserError
+from mdt_jax.features import Classifier, Found, InceptionFeatures, Parts, PixelFeatures, find
+from mdt_jax.interop.inception_weights import WHERE
+from mdt_jax.measures import (
+    Gaussian,
+    frechet,
+    gaussian,
+    inception_score,
+    precision_recall,
+    psnr,
+    ssim,
+)
+from mdt_jax.models.autoencoder import AutoencoderKL
+from mdt_jax.references import Reference
+
+FEATURES = ("inception", "pixels", "classifier")
+# What tells which of a run's parameters are the best, the less the better.
+BEST = ("fid", "frechet_distance")
+NEIGHBOURS = 3  # k of precision and recall
 
 
-def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
-    """Fréchet distance of two sets of feature vectors [N, D], [M, D], each taken as a Gaussian.
-
-    |μ_a − μ_b|² + tr(A + B − 2·(A^½ B A^½)^½), A and B the covariances.
-    """
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    values, vectors = np.linalg.eigh(cov_a)
-    root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
-    cross = np.sqrt(np.maximum(np.linalg.eigvalsh(root @ cov_b @ root), 0)).sum()
-    gap = np.square(a.mean(0) - b.mean(0)).sum()
-    return float(gap + np.trace(cov_a) + np.trace(cov_b) - 2 * cross)
+def load_inception(path: str) -> InceptionFeatures:
+    """From a file or folder of its weights. Raises UserError."""
+    if not path:
+        raise UserError(f"inception needs weights: --inception=FILE; {WHERE}")
+    found = weights.read(path, wanted="inception")
+    note = {"inception": path, "inception_sha256": vae.sha256(found.params)}
+    distributed.agree({"inception_sha256": note["inception_sha256"]})
+    return InceptionFeatures(found.model, found.params, note)
 
 
-def _pixels(images: np.ndarray) -> np.ndarray:
-    return to_float(images).reshape(len(images), -1)
+class Evaluator:
+    """Measures samples against a reference, whose features are computed once."""
+
+    def __init__(self, reference: Reference, features: Sequence[str], inception: str = ""):
+        """features: of FEATURES; inception: where its weights lie. Raises UserError."""
+        self.reference, self._real, self._said = reference, None, set()
+        for name in features:
+            if name not in FEATURES:
+                raise UserError(f"unknown features {name!r}; choose of {', '.join(FEATURES)}")
+            if name != "inception" and reference.images is None:
+                raise UserError(f"{name} needs images, but {reference.path} holds statistics only")
+        make = {
+            "inception": lambda: load_inception(inception),
+            "pixels": PixelFeatures,
+            "classifier": self._train,
+        }
+        self.networks = {name: make[name]() for name in FEATURES if name in features}
+
+    def _train(self) -> Classifier:
+        """On the training images of the reference, or on 80 % of its images."""
+        images = self.reference.images
+        if images.labels is None:
+            raise UserError(f"{images.path} has no labels, which a classifier needs")
+        held_out = sources.Images(images.take(np.arange(len(images))), images.labels, [])
+        training = self.reference.training
+        if training is None:
+            training, held_out = sources.split(held_out)
+        if len(np.unique(training.labels)) < 2:
+            raise UserError(f"{images.path} has one class: there is nothing to tell apart")
+        classifier = Classifier(training.images, training.labels)
+        self._accuracy = float(np.mean(classifier(held_out.images)["classes"] == held_out.labels))
+        return classifier
+
+    def measure(
+        self, samples: ImageSet, parts: dict[str, Parts] | None = None, progress: bool = False
+    ) -> dict[str, float]:
+        """The measures of `samples` by each network, in every process the first one's.
+
+        inception: fid, sfid, inception_score, precision, recall. pixels: frechet_distance, and
+        where the reference has training images frechet_distance_real, of as many of these, and
+        their ratio. classifier: class_agreement, the share of samples that it reads as their
+        labels, and its own accuracy on real images. parts: where features of "samples" and
+        "reference" are kept on the way. Raises UserError where sets cannot be compared.
+        """
+        self._check(samples)
+        parts = parts or {}
+        found = find(self.networks, samples, parts.get("samples"), progress)
+        if self._real is None and self.reference.images is not None:
+            compared = {n: each for n, each in self.networks.items() if n != "classifier"}
+            self._real = find(compared, self.reference.images, parts.get("reference"), progress)
+        report = {"num_samples": len(samples)}
+        if "inception" in found:
+            report |= self._by_inception(found["inception"])
+        if "pixels" in found:
+            report |= self._by_pixels(found["pixels"])
+        if "classifier" in found:
+            right = found["classifier"].rows["classes"] == samples.labels
+            report["class_agreement"] = float(np.mean(right))
+            report["classifier_accuracy"] = self._accuracy
+        return json.loads(distributed.of_first(json.dumps(report)))
+
+    def _check(self, samples: ImageSet) -> None:
+        """Raise UserError for what cannot be compared."""
+        images = self.reference.images
+        if images is not None and images.shape != samples.shape:
+            there, here = ("×".join(map(str, x.shape)) for x in (images, samples))
+            raise UserError(
+                f"the images of {self.reference.path} are {there}, but those of {samples.path} "
+                f"{here}; compare images of one size"
+            )
+        least = NEIGHBOURS + 1 if "inception" in self.networks else 2
+        for each in (samples, images):
+            if each is not None and len(each) < least:
+                raise UserError(
+                    f"{each.path} has too few images: {len(each)}; at least {least} are needed"
+                )
+        if "classifier" in self.networks and samples.labels is None:
+            raise UserError(f"{samples.path} has no labels, which class agreement needs")
+
+    def _by_pixels(self, found: Found) -> dict[str, float]:
+        real = self._real["pixels"].gaussians["pool"]
+        distance = frechet(found.gaussians["pool"], real)
+        training = self.reference.training
+        if training is None:
+            return {"frechet_distance": distance}
+        as_many = np.random.RandomState(0).permutation(len(training))[: found.count]
+        vectors = self.networks["pixels"](training.images[as_many])["pool"]
+        distance_real = frechet(gaussian(vectors), real)
+        return {
+            "frechet_distance": distance,
+            "frechet_distance_real": distance_real,
+            "frechet_ratio": distance / distance_real,
+        }
+
+    def _by_inception(self, found: Found) -> dict[str, float]:
+        real = self._real["inception"] if self._real else None
+        theirs = self.reference.gaussians or real.gaussians
+        report = {}
+        for name, measure in (("pool", "fid"), ("spatial", "sfid")):
+            if name in theirs:
+                report[measure] = self._distance(measure, found.gaussians[name], theirs[name])
+        report["inception_score"] = inception_score(found.rows["logits"])
+        if real is not None:
+            features = real.rows["pool"], found.rows["pool"]
+            report["precision"], report["recall"] = precision_recall(*features, NEIGHBOURS)
+        return report
+
+    def _distance(self, measure: str, ours: Gaussian, theirs: Gaussian) -> float:
+        """Fréchet distance, and once a warning of what makes it hard to compare."""
+        if ours.mu.shape != theirs.mu.shape:
+            raise UserError(
+                f"{self.reference.path} has statistics of {len(theirs.mu)} features, but {measure} "
+                f"compares {len(ours.mu)}: they are of another network"
+            )
+        for who, each in (("the samples", ours), (self.reference.path, theirs)):
+            size, rank = each.root.shape
+            if rank < size and measure == "fid":  # of sfid it would be no news
+                of = f" of {each.count} images" if each.count else ""
+                self._warn(
+                    f"the covariance of {who}{of} has rank {rank} in {size} dimensions. FID and "
+                    "sFID are exact, but so few images make them too large: compare them only with "
+                    "those of as many"
+                )
+            if each.negative > 1e-6:
+                self._warn(
+                    f"{measure}: the covariance of {who} has negative eigenvalues, which no images "
+                    "give. They are taken as 0; other code would meet complex square roots"
+                )
+        return frechet(ours, theirs)
+
+    def _warn(self, line: str) -> None:
+        if line not in self._said:
+            self._said.add(line)
+            say(f"warning: {line}")
 
 
 def evaluate_samples(
-    images: np.ndarray, labels: np.ndarray | None, train: Images, held_out: Images
+    images: np.ndarray,
+    labels: np.ndarray | None,
+    training: sources.Images,
+    held_out: sources.Images,
 ) -> dict[str, float]:
-    """Measure samples (uint8 NHWC; labels: the classes asked for, or None) against real images.
+    """Measures of samples (uint8 NHWC; labels: the classes asked for, or None) of a small set."""
+    features = ("pixels",) if labels is None else ("pixels", "classifier")
+    reference = references.of_split("the held-out images", training, held_out)
+    return Evaluator(reference, features).measure(image_sets.Arrays("the samples", images, labels))
 
-    class_agreement: share of samples that a classifier (an RBF support vector machine trained on
-    the real training split) reads as the class asked for; classifier_accuracy: its own accuracy on
-    the held-out split. frechet_distance: samples to held-out images, in pixels in [−1, 1];
-    frechet_distance_real: the same for as many real training images (at most all of them).
+
+class Reconstructed:
+    """Images as a VAE gives them back from the means of their posteriors, an image set.
+
+    psnr, ssim: of the images that were read, [n] in parts.
     """
-    report = {}
-    if labels is not None:
-        from sklearn.svm import SVC
 
-        classifier = SVC(C=10).fit(_pixels(train.images), train.labels)
-        report["class_agreement"] = float(np.mean(classifier.predict(_pixels(images)) == labels))
-        accuracy = classifier.score(_pixels(held_out.images), held_out.labels)
-        report["classifier_accuracy"] = float(accuracy)
-    real = np.random.RandomState(0).permutation(len(train))[: len(images)]
-    reference = _pixels(held_out.images)
-    distance = frechet_distance(_pixels(images), reference)
-    distance_real = frechet_distance(_pixels(train.images[real]), reference)
-    return report | {
-        "num_samples": len(images),
-        "frechet_distance": distance,
-        "frechet_distance_real": distance_real,
-        "frechet_ratio": distance / distance_real,
+    labels, note = None, None
+
+    def __init__(self, network: AutoencoderKL, params: dict, images: ImageSet):
+        """Raises UserError where the images are of a size that cannot be measured."""
+        height, width, _ = self.shape = (*images.shape[:2], 3)
+        if height % network.factor or width % network.factor or min(height, width) < 11:
+            raise UserError(
+                f"the images of {images.path} are {height}×{width}; the VAE takes multiples of "
+                f"{network.factor}, and SSIM 11×11 at least: --image_size cuts them"
+            )
+        self.path = f"{images.path} through the VAE"
+        self._network, self._images = network, images
+        self._mesh = parallel.make_mesh()
+        self._params = parallel.put(params, parallel.replicated(self._mesh))
+        self.psnr, self.ssim = [], []
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def name(self, i: int) -> str:
+        return f"{self._images.name(i)}, through the VAE,"
+
+    def slices(self, size: int, done: Collection[int] = ()) -> Slices:
+        """As of the images; each slice is compared with what it is made of."""
+        encode, split = vae.encoder(self._network, self._mesh), parallel.split_batch(self._mesh)
+        for start, images in self._images.slices(size, done):
+            images = np.broadcast_to(images, (*images.shape[:3], 3))
+            padded = np.pad(images, [(0, -len(images) % self._mesh.size), (0, 0), (0, 0), (0, 0)])
+            mean, _ = encode(self._params, parallel.put(padded, split))
+            latents = distributed.fetch(mean)[: len(images)]
+            back = to_uint8(vae.decode(self._network, self._params, latents, scale=1.0))
+            self.psnr.append(psnr(images, back))
+            self.ssim.append(ssim(images, back))
+            yield start, back
+
+
+def measure_vae(
+    network: AutoencoderKL,
+    params: dict,
+    images: ImageSet,
+    inception: InceptionFeatures | None,
+    progress: bool = False,
+) -> dict[str, float]:
+    """psnr (dB) and ssim, means over images, and with an Inception rfid, their Fréchet distance.
+
+    Images are encoded to the mean of the posterior and decoded to uint8. Raises UserError.
+    """
+    back = Reconstructed(network, params, images)
+    networks = {} if inception is None else {"inception": inception}
+    found = find(networks, back, progress=progress)
+    report = {
+        "num_images": len(images),
+        "psnr": float(np.concatenate(back.psnr).mean()),
+        "ssim": float(np.concatenate(back.ssim).mean()),
     }
+    if inception is not None:
+        real = find(networks, images, progress=progress)
+        ours, theirs = (each["inception"].gaussians["pool"] for each in (found, real))
+        report["rfid"] = frechet(ours, theirs)
+    return report

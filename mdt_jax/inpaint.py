@@ -174,7 +174,7 @@ def main(argv: list[str]) -> None:
         pixels=found is None, **changes,
     )  # fmt: skip
     complete = np.where(hidden[:, :, None], to_images(samples), image)
-    note = drawing.note_of(args.checkpoint, weights, options, scales) | vars(how) | {
+    note = drawing.note_of(args.checkpoint, weights, options, scales, found) | vars(how) | {
         "image": args.image, "mask": args.mask, "label": args.label, "seed": args.seed,
     }  # fmt: skip
     if len(complete) == 1:

@@ -16,22 +16,23 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from mdt_jax import cli, costs, distributed, evaluation, inputs, parallel, weights
+from mdt_jax import cli, costs, distributed, drawing, inputs, parallel, references, weights
 from mdt_jax import config as configs
 from mdt_jax import workdir as folder
-from mdt_jax.data import images as pictures
+from mdt_jax.data import image_sets, sources
+from mdt_jax.data.images import save_grid
+from mdt_jax.data.sample_files import Npz
 from mdt_jax.distributed import is_first, say
 from mdt_jax.errors import UserError
+from mdt_jax.evaluation import BEST, Evaluator
 from mdt_jax.models.mdt import MDT
-from mdt_jax.options import SampleOptions, balanced_labels
-from mdt_jax.sampling import generate
 from mdt_jax.train.checkpoints import Checkpoints, steps_in
 from mdt_jax.train.optimizers import make_optimizer
 from mdt_jax.train.speed import Clock, Speed
 from mdt_jax.train.state import abstract_state, init_state
 from mdt_jax.train.step import compile_step
+from mdt_jax.train.stopping import StopSignal
 from mdt_jax.train.trackers import Profile, open_trackers
-from mdt_jax.vae import decode
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +50,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, show: Shown | None = None) 
     Returns whether it came to its end; False where it was told to stop, and has saved.
     """
     show = show or Shown()
-    stop = distributed.StopSignal()
+    stop = StopSignal()
     folder.agree_on_config(config)
     configs.validate(config, jax.device_count())
     mesh = parallel.make_mesh(config.mesh.data, config.mesh.fsdp)
@@ -92,6 +93,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, show: Shown | None = None) 
     if distributed.everyone(done):
         say(f"{workdir} is trained to step {start} and reported already")
         return True
+    evaluator = open_evaluator(config, data, held_out)
     if restored is None:
         say(f"{workdir} holds no checkpoint: starting at step 0")
         lies = jax.tree.map(lambda leaf: leaf.sharding, abstract)
@@ -105,6 +107,8 @@ def train(config: ConfigDict, workdir: pathlib.Path, show: Shown | None = None) 
     else:
         say(f"going on from step {start} in {workdir}")
     shown = (show.tensorboard, show.wandb) if is_first() else (False, "")
+    best = Checkpoints(workdir / "best", measured=True)
+    measured = folder.measured_steps(workdir, BEST)
     log = open_trackers(workdir, config.to_dict(), start, *shown)
     log += folder.begin(workdir, config, about_data["classes"], start)
 
@@ -112,7 +116,8 @@ def train(config: ConfigDict, workdir: pathlib.Path, show: Shown | None = None) 
     batches = inputs.feed(config, data, mesh, encoding, start)
 
     # One step, compiled once, ahead of time.
-    steps, options = config.train.steps, SampleOptions.from_config(config)
+    draws = vae and drawing.Vae(vae.path, config.vae.scale, vae.network, vae.params)
+    steps, drawer = config.train.steps, drawing.Drawer(config, model, draws)
     if start < steps:
         clock = Clock(compile_seconds)
         train_step = compile_step(config, model, optimizer, abstract, mesh)
@@ -128,6 +133,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, show: Shown | None = None) 
     speed = Speed(clock, start, config.data.batch_size, flops, peak)
     with (
         checkpoints,
+        best,
         contextlib.ExitStack() as opened,
         contextlib.closing(profile),
         contextlib.closing(batches),
@@ -165,23 +171,44 @@ def train(config: ConfigDict, workdir: pathlib.Path, show: Shown | None = None) 
                     + ("" if good else " in another workdir")
                 )
 
-        def save():
+        def save(where=checkpoints, **how):
             for tracker in log:
                 tracker.flush()  # or a crash would lose what the checkpoint is beyond
             times = {"seconds": clock.seconds(), "compile_seconds": compile_seconds}
-            checkpoints.save(state, {"config": config.to_dict(), **about_data, **times})
+            where.save(state, {"config": config.to_dict(), **about_data, **times}, **how)
 
         def draw_grid(step):
             every, path = config.train.sample_every, workdir / "samples" / f"{step:07d}.png"
             if every and step and step % every == 0 and distributed.everyone(not path.exists()):
                 with clock.paused():
-                    save_sample_grid(path, model, state.ema, vae, config, options)
+                    save_sample_grid(path, drawer, state.ema)
                 for tracker in log:
                     tracker.image(step, path)
 
+        def evaluate(step):
+            """Measure samples, and keep the state if none was better; it is saved already."""
+            asked = config.evaluation.num_samples
+            stopped = f"stopped while step {step} was measured, saved; the same command goes on"
+            with clock.paused(), stop.leaving_at_once(stopped):
+                found = evaluator.measure(drawer.samples(state.ema, asked))
+                name = next(name for name in BEST if name in found)
+                better = found[name] < best.least()
+                if better:
+                    save(best, measure=found[name])
+                    best.close()
+                for tracker in log:
+                    tracker.write(step, found)
+            said = ", ".join(f"{name} {value:.4g}" for name, value in found.items())
+            say(f"step {step}: {said}{'; the best so far' if better else ''}")
+
+        def evaluation_due(step):
+            every = config.evaluation.every
+            return every and step and step % every == 0 and step not in measured
+
         # Save → next batch → step → log the step before: the host never waits on the device.
         for step in range(start, steps):
-            stopping, due = stop.asked(step), step % config.train.checkpoint_every == 0
+            stopping, measuring = stop.asked(step), evaluation_due(step)
+            due = measuring or step % config.train.checkpoint_every == 0
             if stopping or (due and step > start):
                 finish_waiting()
                 # The parameters may be what breaks the steps: keep the checkpoints from before.
@@ -192,6 +219,8 @@ def train(config: ConfigDict, workdir: pathlib.Path, show: Shown | None = None) 
                 say(f"stopped at step {step}, saved; the same command goes on")
                 return False
             draw_grid(step)
+            if measuring:
+                evaluate(step)
             profile.before(step + 1, state)
             with clock.waiting():
                 batch = next(batches)
@@ -202,6 +231,8 @@ def train(config: ConfigDict, workdir: pathlib.Path, show: Shown | None = None) 
         save()
         seconds = clock.seconds()
         draw_grid(max(start, steps))
+        if evaluation_due(max(start, steps)):
+            evaluate(max(start, steps))
         skipped = int(state.skipped)
 
     stop.exit_at_once(max(start, steps))  # the state is saved: nothing below needs finishing
@@ -214,9 +245,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, show: Shown | None = None) 
         "skipped": skipped,
     }
     if config.sample.num_samples:
-        report |= sample_and_measure(
-            workdir, model, state.ema, vae, config, options, data, held_out
-        )
+        report |= sample_and_measure(workdir, drawer, state, about_data["classes"], evaluator)
     if is_first():
         folder.write_json(workdir / "report.json", report)
         print(json.dumps(report, indent=1))
@@ -233,53 +262,61 @@ def take_weights(config: ConfigDict, model: MDT, key: jax.Array) -> dict | None:
     return {"params": params, "ema": jax.tree.map(np.array, ema)}
 
 
-def pixels(samples, vae: inputs.Vae | None, config: ConfigDict):
-    """What a model draws as uint8 images, decoded if it draws latents."""
-    if vae is not None:
-        samples = decode(vae.network, vae.params, samples, scale=config.vae.scale)
-    return pictures.to_uint8(samples)
+def open_evaluator(config: ConfigDict, data, held_out: sources.Images | None) -> Evaluator | None:
+    """What measures samples while training and at its end; None where there is nothing to do or
+    nothing to measure against. Raises UserError where samples could not be compared.
+    """
+    asked = config.evaluation
+    if not (asked.every or config.sample.num_samples) or not (asked.reference or held_out):
+        return None
+    labelled = not asked.reference and config.model.num_classes > 0
+    if asked.reference:
+        reference = references.load(asked.reference)
+    else:
+        reference = references.of_split(config.data.name, data, held_out)
+    size, images = config.data.image_size, reference.images
+    if images is not None and images.shape != (size, size, config.data.channels):
+        there = "×".join(map(str, images.shape))
+        raise UserError(
+            f"evaluation.reference {asked.reference} has images of {there}, but the config's are "
+            f"{size}×{size}×{config.data.channels}"
+        )
+    pixels = ("pixels", "classifier") if labelled else ("pixels",)
+    features = ("inception",) if asked.inception else pixels
+    return Evaluator(reference, features, asked.inception)
 
 
-def save_sample_grid(path, model, params, vae, config: ConfigDict, options: SampleOptions) -> None:
-    """A PNG of one batch of EMA samples, the same noise each time."""
-    size = config.sample.batch_size
-    labels = balanced_labels(size, model.num_classes)
-    samples = generate(
-        model, params, labels, seed=config.train.seed, batch_size=size, options=options
-    )
-    images = pixels(samples, vae, config)
+def save_sample_grid(path: pathlib.Path, drawer: drawing.Drawer, params) -> None:
+    """A PNG of one batch of samples."""
+    _, images = next(drawer.samples(params, drawer.config.sample.batch_size).slices())
     if is_first():
         path.parent.mkdir(exist_ok=True)
-        pictures.save_grid(str(path), images)
+        save_grid(str(path), images)
 
 
-def sample_and_measure(workdir, model, params, vae, config, options, data, held_out) -> dict:
-    """Write samples.npz and samples.png; returns how good they are, where there is a way to tell.
-
-    That is for packaged sets, whose images are all at hand and partly held out.
-    """
-    labels = balanced_labels(config.sample.num_samples, model.num_classes)
-    started = time.perf_counter()
-    samples = generate(
-        model,
-        params,
-        labels,
-        seed=config.train.seed,
-        batch_size=config.sample.batch_size,
-        progress=True,
-        options=options,
-    )
-    images = pixels(samples, vae, config)
+def sample_and_measure(
+    workdir: pathlib.Path,
+    drawer: drawing.Drawer,
+    state,
+    classes: list[str],
+    evaluator: Evaluator | None,
+) -> dict:
+    """Write samples.npz and samples.png; returns how good they are, where that can be told."""
+    started, config, out = time.perf_counter(), drawer.config, workdir / "samples.npz"
+    asked = drawer.request(state.ema, config.sample.num_samples)
+    of = weights.Weights(drawer.model, state.ema, config, "ema", tuple(classes), int(state.step))
+    note = drawing.note_of(str(workdir), of, drawer.options, vae=drawer.vae)
+    note |= drawing.note_of_labels(asked.labels, None, asked.seed, asked.batch_size)
+    sink = Npz(out, asked.labels, drawer.shape, note)
+    if is_first():
+        sink.give_way()
+    drawing.write_samples(asked, sink, drawer.to_images)
     seconds = time.perf_counter() - started
-    if not is_first():
-        return {}
-    pictures.save_npz(str(workdir / "samples.npz"), images, labels)
-    pictures.save_grid(str(workdir / "samples.png"), images[:100])
-    measured = {"num_samples": len(images)}
-    if held_out is not None:
-        measured = evaluation.evaluate_samples(
-            images, labels if model.num_classes else None, data, held_out
-        )
+    distributed.everyone(True)  # the others wait until it is there
+    samples = image_sets.open_images(str(out), labelled=True)
+    if is_first():
+        save_grid(str(workdir / "samples.png"), samples.take(np.arange(min(100, len(samples)))))
+    measured = evaluator.measure(samples) if evaluator else {"num_samples": len(samples)}
     return measured | {"sample_seconds": round(seconds, 1)}
 
 

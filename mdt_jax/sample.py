@@ -6,10 +6,8 @@ the same command goes on where it was stopped. How they came about is kept insid
 of latents needs a VAE: --vae=hf://OWNER/REPOSITORY.
 """
 
-import hashlib
 import json
 import pathlib
-from collections.abc import Callable
 
 import numpy as np
 
@@ -19,8 +17,7 @@ from mdt_jax.data.sample_files import Folder, Grid, Npz
 from mdt_jax.distributed import is_first, say
 from mdt_jax.errors import UserError
 from mdt_jax.options import check_seed
-from mdt_jax.sampling import Request, request
-from mdt_jax.vae import sha256
+from mdt_jax.sampling import request
 
 WRITERS = {".png": Grid, ".npz": Npz, "": Folder}
 # What is drawn instead of samples: a row of frames for each.
@@ -57,30 +54,6 @@ def parse(argv: list[str]):
     for name, (default, help_) in cli.PROCESSES.items():
         group.add_argument(f"--{name}", type=type(default), default=default, help=help_)
     return parser.parse_args(argv[1:])
-
-
-def write_samples(asked: Request, sink, to_images: Callable, progress: bool = True) -> bool:
-    """Draw what a sink has not got yet and give it to it; False where it has all.
-
-    Of several processes the first one writes, and says what is there.
-    """
-    total, size = len(asked.labels), asked.batch_size
-    starts = range(0, total, size)
-    there = "all" if is_first() and sink.finished() else ""
-    if is_first() and not there:
-        sink.begin()
-        there = " ".join(str(s) for s in starts if sink.done(s, min(size, total - s)))
-    there = distributed.of_first(there)
-    if there == "all":
-        return False
-    done = {int(start) for start in there.split()}
-    for start, seen in asked.batches(progress=progress, done=done):
-        images = to_images(seen[-1])
-        if is_first():
-            sink.write(start, images)
-    if is_first():
-        sink.finish()
-    return True
 
 
 def save_walk(out: pathlib.Path, images: np.ndarray, note: str) -> None:
@@ -127,15 +100,8 @@ def main(argv: list[str]) -> None:
     vae = drawing.find_vae(args.checkpoint, weights, args.vae, args.vae_scale)
     to_images, shape = drawing.decoder(model, vae)
     how = {"seed": args.seed, "batch_size": args.batch_size, "options": options}
-    note = drawing.note_of(args.checkpoint, weights, options, scales) | {
-        "labels": args.labels or "balanced",
-        "labels_sha256": hashlib.sha256(labels.astype("<i8")).hexdigest(),
-        "num_samples": len(labels),
-        "seed": args.seed,
-        "batch_size": args.batch_size,
-    }
-    if vae is not None:
-        note |= {"vae": vae.path, "vae_scale": vae.scale, "vae_sha256": sha256(vae.params)}
+    note = drawing.note_of(args.checkpoint, weights, options, scales, vae)
+    note |= drawing.note_of_labels(labels, args.labels, args.seed, args.batch_size)
     if args.show:
         if scales is not None:
             raise UserError("--show takes one --guidance_scale")
@@ -155,7 +121,7 @@ def main(argv: list[str]) -> None:
         drawing.check_writable(out)
     sink = WRITERS[suffix](out, labels, shape, note)
     distributed.agree({"samples": note})
-    if not write_samples(asked, sink, to_images):
+    if not drawing.write_samples(asked, sink, to_images):
         say(f"{out} is finished already")
     elif is_first():
         print(f"wrote {len(labels)} samples to {out}")

@@ -27,6 +27,7 @@ def sha256(params: dict) -> str:
     digest = hashlib.sha256()
     for path, leaf in sorted(jax.tree_util.tree_leaves_with_path(params), key=lambda x: str(x[0])):
         digest.update(f"{jax.tree_util.keystr(path)} {leaf.shape} ".encode())
+        leaf = distributed.fetch(leaf) if isinstance(leaf, jax.Array) else leaf
         digest.update(np.ascontiguousarray(leaf, "<f4").data)
     return digest.hexdigest()
 

@@ -18,6 +18,7 @@ from mdt_jax.errors import UserError
 from mdt_jax.files import reason
 from mdt_jax.interop import hub, inception_weights, mdt_weights, torch_files, vae_weights
 from mdt_jax.models.autoencoder import AutoencoderKL
+from mdt_jax.models.inception import Inception
 from mdt_jax.models.mdt import MDT, init_params
 from mdt_jax.models.resize import resize_grid
 from mdt_jax.train import checkpoints
@@ -32,14 +33,15 @@ class Weights(NamedTuple):
 
     config: of the run they come from, if any. item: which of a run's parameters they are, one of
     ITEMS; None where it is not known, as of a file. classes: their names in the run's data, if
-    known.
+    known. step: of the run, if known.
     """
 
-    model: MDT | AutoencoderKL | inception_weights.Inception
+    model: MDT | AutoencoderKL | Inception
     params: dict
     config: ConfigDict | None = None
     item: str | None = None
     classes: tuple[str, ...] = ()
+    step: int | None = None
 
 
 class _Kind(NamedTuple):
@@ -60,7 +62,7 @@ KINDS = {
     ),
     "vae": _Kind(AutoencoderKL, "a VAE", vae_weights.shapes, vae_weights.to_published),
     "inception": _Kind(
-        inception_weights.Inception,
+        Inception,
         "FID's Inception",
         inception_weights.shapes,
         inception_weights.to_published,
@@ -171,7 +173,8 @@ def _read_folder(path: pathlib.Path, params: str) -> Weights:
     arrays, meta = checkpoints.load(path, choose)
     config = configs.complete(meta["config"]) if "config" in meta else None
     item = meta["item"] if _ONLY in meta["checksums"] else params
-    return Weights(network(meta), arrays, config, item, tuple(meta.get("classes", ())))
+    classes, step = tuple(meta.get("classes", ())), meta["step"] or None
+    return Weights(network(meta), arrays, config, item, classes, step)
 
 
 def load_weights(
@@ -248,7 +251,7 @@ def save(path: str | os.PathLike, weights: Weights) -> None:
         meta = {"config": config.to_dict()}
     else:
         meta = {"model": {"kind": kind, **_fields(model)}}
-    meta |= {"item": weights.item, "classes": weights.classes}
+    meta |= {"item": weights.item, "classes": weights.classes, "step": weights.step}
     checkpoints.save_folder(path, _ONLY, weights.params, meta)
 
 

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pathlib
+from collections.abc import Sequence
 
 import jax
 from ml_collections import ConfigDict
@@ -101,6 +102,13 @@ def is_reported(workdir: pathlib.Path, config: ConfigDict, step: int) -> bool:
         )
     except (OSError, ValueError, KeyError):
         return False
+
+
+def measured_steps(workdir: pathlib.Path, measures: Sequence[str]) -> set[int]:
+    """The steps whose samples the log has one of the measures of."""
+    found = read_steps(workdir / "metrics.jsonl") if distributed.is_first() else []
+    steps = [step for step, line in found if not set(measures).isdisjoint(json.loads(line))]
+    return {int(step) for step in distributed.of_first(" ".join(map(str, steps))).split()}
 
 
 def make(workdir: pathlib.Path) -> None:

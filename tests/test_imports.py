@@ -28,7 +28,10 @@ LEVELS = {
     "vae": 4,
     "interop": 3,
     "config": 5,
-    "evaluation": 5,
+    "measures": 1,
+    "features": 5,
+    "references": 6,
+    "evaluation": 8,
     "train": 6,
     "distributed": 3,
     "cli": 6,
@@ -43,11 +46,12 @@ LEVELS = {
     "info": 10,
     "convert": 10,
     "encode": 10,
+    "evaluate": 10,
 }
 NEVER = {("diffusion", "models"), ("data", "jax"), ("data", "models"), ("data", "diffusion")}
 # What the core needs; everything else is imported where it is used.
 CORE = {"jax", "flax", "optax", "orbax", "einops", "numpy", "ml_collections", "absl", "mdt_jax"}
-ENTRY_POINTS = {"main", "sample", "inpaint", "info", "convert", "encode"}
+ENTRY_POINTS = {"main", "sample", "inpaint", "info", "convert", "encode", "evaluate"}
 
 
 def room(module: str) -> str:
@@ -117,7 +121,9 @@ class Block:
 sys.meta_path.insert(0, Block())
 import mdt_jax
 for module in pkgutil.walk_packages(mdt_jax.__path__, "mdt_jax."):
-    if module.name.split(".")[1] not in ("main", "sample", "inpaint", "info", "convert", "encode"):
+    if module.name.split(".")[1] not in (
+        "main", "sample", "inpaint", "info", "convert", "encode", "evaluate"
+    ):
         importlib.import_module(module.name)
 for name in mdt_jax.__all__:
     getattr(mdt_jax, name)

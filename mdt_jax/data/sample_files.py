@@ -34,13 +34,20 @@ class Npz:
         """Whether the file is there already. Raises UserError where it is of something else."""
         if not self.out.exists():
             return False
-        there = _note_of(self.out)
+        there = note_of(self.out)
         if there != self.note:
             what = "is no file of samples" if there is None else _other(there, self.note)
             raise UserError(f"{self.out} {what}; remove it or choose another --out")
         if self.folder.exists():  # stopped while it was removed
             self._remove_parts()
         return True
+
+    def give_way(self) -> None:
+        """Remove what is there of other settings."""
+        if self.out.exists() and note_of(self.out) != self.note:
+            self.out.unlink()
+        if settings_of(self.folder) not in (None, self.note):
+            shutil.rmtree(self.folder)
 
     def begin(self) -> None:
         """Make the folder of parts, or go on in it; UserError where it is of other settings."""
@@ -109,7 +116,7 @@ def _entry(archive: zipfile.ZipFile, name: str):
     return archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True)
 
 
-def _note_of(path: pathlib.Path) -> str | None:
+def note_of(path: pathlib.Path) -> str | None:
     """The note of an npz of samples; None where it is none, or is damaged."""
     try:
         with zipfile.ZipFile(path) as archive, archive.open("note.npy") as file:
@@ -132,7 +139,7 @@ class Folder:
 
     def finished(self) -> bool:
         """Whether all are there already, and of these settings."""
-        return _settings(self.out) == self.note and self.done(0, len(self.labels))
+        return settings_of(self.out) == self.note and self.done(0, len(self.labels))
 
     def begin(self) -> None:
         """Make the folder, or go on in it; UserError where something else is in it."""
@@ -172,7 +179,7 @@ class Grid:
         save_grid(str(self.out), self.images, note=self.note)
 
 
-def _settings(folder: pathlib.Path) -> str | None:
+def settings_of(folder: pathlib.Path) -> str | None:
     try:
         return (folder / SETTINGS).read_text(encoding="utf-8")
     except (OSError, ValueError):
@@ -183,7 +190,7 @@ def _settle_in(folder: pathlib.Path, note: str) -> None:
     """Make a folder of samples with these settings, or find that it is one."""
     folder.mkdir(parents=True, exist_ok=True)
     left = [path for path in folder.iterdir() if _was_left(path)]
-    there = _settings(folder)
+    there = settings_of(folder)
     if there is None:
         if len(list(folder.iterdir())) > len(left):
             raise UserError(f"{folder} holds other files and no {SETTINGS}; choose another --out")

@@ -73,13 +73,14 @@ NAMES = (*PACKAGED, *STORED)
 
 
 def load(name: str) -> tuple[Images, Images]:
-    """A packaged set: the training split and the held-out one.
-
-    The latter is 20 % of every class, always the same images. Raises UserError for another name.
-    """
+    """A packaged set, as of `split`. Raises UserError for another name."""
     if name not in PACKAGED:
         raise UserError(f"data.name is {name!r}; choose one of {', '.join(PACKAGED)}")
-    source = PACKAGED[name]()
+    return split(PACKAGED[name]())
+
+
+def split(source: Images) -> tuple[Images, Images]:
+    """(training images, held-out ones): the latter are 20 % of every class, always the same."""
     held_out = np.zeros(len(source), bool)
     random = np.random.RandomState(0)  # a stream that NumPy never changes
     for label in np.unique(source.labels):

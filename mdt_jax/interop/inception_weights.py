@@ -3,7 +3,6 @@
 Heusel et al. 2017 measure with the network of 2015 whose 1,008 logits include eight unused ones.
 """
 
-import dataclasses
 from collections.abc import Iterator, Mapping
 
 import jax
@@ -12,16 +11,15 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from mdt_jax.errors import UserError
 from mdt_jax.interop.torch_files import check_names, from_torch, to_torch
+from mdt_jax.models.inception import Inception
 
 _NORM = {"weight": "scale", "bias": "bias", "running_mean": "mean", "running_var": "var"}
+# Where the file is, for messages.
+WHERE = (
+    "it is pt_inception-2015-12-05-6726825d.pth at "
+    "https://github.com/mseitzer/pytorch-fid/releases/tag/fid_weights"
+)
 _COUNTER = ".num_batches_tracked"  # of newer PyTorch; nothing reads it
-
-
-@dataclasses.dataclass(frozen=True)
-class Inception:
-    """The network; only the number of its logits may differ."""
-
-    num_classes: int = 1008
 
 
 def _convolutions() -> Iterator[tuple[str, int, int, int, int]]:
@@ -86,6 +84,11 @@ def is_inception(state: Mapping[str, np.ndarray]) -> bool:
     return "Mixed_5b.branch1x1.conv.weight" in state
 
 
+def _logits(state: Mapping[str, np.ndarray]) -> int:
+    """How many there are, 0 where it cannot be told."""
+    return state["fc.bias"].size if "fc.bias" in state else 0
+
+
 def _path(name: str) -> str:
     module, _, kind = name.rpartition(".")
     kind = _NORM[kind] if module.endswith("bn") else {"weight": "kernel"}.get(kind, kind)
@@ -106,9 +109,13 @@ def from_published(state: Mapping[str, np.ndarray]) -> tuple[Inception, dict]:
 
     Raises UserError, with the first offending names, where it is not FID's Inception.
     """
+    if any(name.startswith("AuxLogits.") for name in state) or _logits(state) == 1000:
+        raise UserError(
+            "this is torchvision's Inception v3, whose features are others than those of FID's "
+            f"Inception of 2015; {WHERE}"
+        )
     state = {name: array for name, array in state.items() if not name.endswith(_COUNTER)}
-    logits = state["fc.bias"].size if "fc.bias" in state else Inception.num_classes
-    model = Inception(logits)
+    model = Inception(_logits(state) or Inception.num_classes)
     expected = _published_shapes(model)
     check_names(expected, state, "FID's Inception")
     for name, shape in expected.items():

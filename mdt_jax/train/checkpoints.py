@@ -6,6 +6,7 @@ A step directory holds the items `params`, `ema`, `progress` (optimiser state an
 
 import contextlib
 import logging
+import math
 import os
 import pathlib
 import shutil
@@ -129,10 +130,14 @@ def _late_writes_aside(unraisable) -> None:
 
 
 class Checkpoints:
-    """Saves a run's state in the background, and finds the newest sound one to go on from."""
+    """Saves a run's state in the background, and finds the newest sound one to go on from.
 
-    def __init__(self, workdir: str | os.PathLike, keep: int = 1):
+    keep: how many; the newest, or of those that are measured the least.
+    """
+
+    def __init__(self, workdir: str | os.PathLike, keep: int = 1, measured: bool = False):
         _quiet()
+        self._measured = measured
         self.directory = pathlib.Path(workdir).absolute() / FOLDER
         self._keep = keep
         self._manager = None
@@ -169,15 +174,18 @@ class Checkpoints:
         state = TrainState(params=items["params"], ema=items["ema"], **items["progress"])
         return state, items["meta"]
 
-    def save(self, state: TrainState, meta: dict) -> None:
+    def save(self, state: TrainState, meta: dict, measure: float | None = None) -> None:
         """Start to save; returns once the state is copied.
 
-        Raises UserError where this or the save before cannot be written, such as on a full disk.
+        measure: what the state is kept by, if it is. Raises UserError where this or the save
+        before cannot be written, such as on a full disk.
         """
         if self._manager is None:
             options = ocp.CheckpointManagerOptions(
-                max_to_keep=self._keep, create=True, cleanup_tmp_directories=True
-            )
+                max_to_keep=self._keep, create=True, cleanup_tmp_directories=True,
+                best_fn=(lambda metrics: metrics["measure"]) if self._measured else None,
+                best_mode="min",
+            )  # fmt: skip
             self._manager = ocp.CheckpointManager(self.directory, options=options)
         step = int(state.step)
         if step in self._manager.all_steps():
@@ -185,12 +193,23 @@ class Checkpoints:
         items = _items(state)
         checksums = {name: int(_checksum(tree)) for name, tree in items.items()}
         args = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
-        about = {"format": FORMAT, "step": step, "checksums": checksums}
+        about = {"format": FORMAT, "step": step, "checksums": checksums, "measure": measure}
         meta = ocp.args.JsonSave({**about, **meta})
         manager, self._manager = self._manager, None  # nothing to wait for where this fails
         with _writing(self.directory, items):
-            manager.save(step, args=ocp.args.Composite(meta=meta, **args), force=True)
+            args, metrics = ocp.args.Composite(meta=meta, **args), None
+            if measure is not None:
+                metrics = {"measure": measure}
+            manager.save(step, args=args, metrics=metrics, force=True)
         self._manager = manager
+
+    def least(self) -> float:
+        """The least measure of what is kept; infinite where nothing is."""
+        self.close()
+        found = [
+            read_meta(self.directory / str(step))["measure"] for step in _steps(self.directory)
+        ]
+        return float(distributed.of_first(str(min(found, default=math.inf))))
 
     def newest(self) -> pathlib.Path | None:
         """The folder of the newest finished step, if any, once what was saved is on disk."""

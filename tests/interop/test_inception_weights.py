@@ -5,12 +5,13 @@ import pytest
 from mdt_jax.errors import UserError
 from mdt_jax.interop import inception_weights
 from mdt_jax.interop.inception_weights import from_published, shapes, to_published
+from mdt_jax.models.inception import Inception
 
 
 @pytest.fixture(scope="module")
 def state():
     """Names and shapes of the published file, numbered values."""
-    shaped = inception_weights._published_shapes(inception_weights.Inception())
+    shaped = inception_weights._published_shapes(Inception())
     sizes = {name: int(np.prod(shape)) for name, shape in shaped.items()}
     return {n: np.arange(sizes[n], dtype=np.float32).reshape(shaped[n]) for n in shaped}
 

@@ -1,0 +1,317 @@
+"""Images to be measured, whatever they lie in, a slice at a time."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import zipfile
+import zlib
+from collections.abc import Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from mdt_jax.data import folders, sample_files, sources, tars, tfds_sets
+from mdt_jax.data.crops import center_crop, to_rgb
+from mdt_jax.errors import UserError
+from mdt_jax.files import reason
+
+Slices = Iterator[tuple[int, np.ndarray]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Arrays:
+    """Images that are at hand. images: uint8 [N, H, W, C]; labels: [N] or None."""
+
+    path: str
+    images: np.ndarray
+    labels: np.ndarray | None = None
+    note = None
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.images.shape[1:]
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(np.ascontiguousarray(self.images).data).hexdigest()
+
+    def name(self, i: int) -> str:
+        return f"{self.path}, image {i}"
+
+    def slices(self, size: int, done: Collection[int] = ()) -> Slices:
+        for start in range(0, len(self), size):
+            if start not in done:
+                yield start, self.images[start : start + size]
+
+    def take(self, items: np.ndarray) -> np.ndarray:
+        return self.images[items]
+
+
+@dataclasses.dataclass(frozen=True)
+class Npz:
+    """`arr_0` uint8 [N, H, W, C] of an npz, which is never read whole; `arr_1`, its labels.
+
+    num: how many of them, from the first one on, are taken.
+    """
+
+    path: str
+    num: int
+    shape: tuple[int, int, int]
+    labels: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return self.num
+
+    @property
+    def sha256(self) -> str:
+        """Of the file, hexadecimal."""
+        return file_sha256(self.path)
+
+    @property
+    def note(self) -> dict | None:
+        """How the images came about, where `mdt_jax.sample` drew them."""
+        return _parsed(sample_files.note_of(pathlib.Path(self.path)))
+
+    def name(self, i: int) -> str:
+        """For messages."""
+        return f"{self.path}, image {i}"
+
+    def slices(self, size: int, done: Collection[int] = ()) -> Slices:
+        """(first image, [n, H, W, C] uint8, n ≤ size), in order, but those that begin at `done`."""
+        each = int(np.prod(self.shape))
+        try:
+            with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as file:
+                _header(file)
+                begin = file.tell()
+                for start in range(0, len(self), size):
+                    if start in done:
+                        continue
+                    file.seek(begin + start * each)
+                    count = min(size, len(self) - start)
+                    part = file.read(count * each)
+                    if len(part) < count * each:
+                        raise EOFError("it is cut short")
+                    yield start, np.frombuffer(part, np.uint8).reshape(count, *self.shape)
+        except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+            raise UserError(f"{self.path} could not be read: {reason(error)}") from None
+
+    def take(self, items: np.ndarray) -> np.ndarray:
+        """The images `items`, ascending."""
+        parts = [
+            part[items[(start <= items) & (items < start + len(part))] - start]
+            for start, part in self.slices(512)
+        ]
+        return np.concatenate(parts)
+
+
+@dataclasses.dataclass(frozen=True)
+class Files:
+    """Image files of a folder, a list, a tar or a prepared set.
+
+    files: as in `crops.Squares`. size: to which they are cut, as for training; None: as they are,
+    which must be of one size. num: how many are taken.
+    """
+
+    path: str
+    files: object
+    num: int
+    shape: tuple[int, int, int]
+    size: int | None = None
+    labels: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return self.num
+
+    @property
+    def sha256(self) -> str:
+        """Of the list of images, and where they are files of their own of these, hexadecimal."""
+        digest = hashlib.sha256(self.files.contents.encode(errors="replace"))
+        if isinstance(self.files, folders.Files):
+            for i in range(len(self)):
+                digest.update(bytes.fromhex(file_sha256(self.files.name(i))))
+        return digest.hexdigest()
+
+    @property
+    def note(self) -> dict | None:
+        """How the images came about, where `mdt_jax.sample` drew them."""
+        return _parsed(sample_files.settings_of(pathlib.Path(self.path)))
+
+    def name(self, i: int) -> str:
+        """For messages."""
+        return self.files.name(i)
+
+    def slices(self, size: int, done: Collection[int] = ()) -> Slices:
+        """As `Npz.slices`. Raises UserError for an image that is damaged, or of another size."""
+        for start in range(0, len(self), size):
+            if start not in done:
+                yield start, self.take(range(start, min(start + size, len(self))))
+
+    def take(self, items) -> np.ndarray:
+        """The images `items`."""
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            return np.stack(list(pool.map(self._read, items)))
+
+    def _read(self, i: int) -> np.ndarray:
+        image = _read_image(self.files, i, self.size, self.shape[-1] == 1)
+        if image.shape != self.shape:
+            there, here = ("×".join(map(str, shape)) for shape in (image.shape, self.shape))
+            raise UserError(
+                f"{self.name(i)} is {there}, but {self.name(0)} {here}; all must be of one size, "
+                "or --image_size cuts them as for training"
+            )
+        return image
+
+
+ImageSet = Arrays | Npz | Files
+
+
+def open_images(
+    path: str, image_size: int | None = None, labelled: bool = False, num: int | None = None
+) -> ImageSet:
+    """Images of an npz (arr_0), a folder, a list (.csv, .jsonl), a .tar, tfds:NAME[/SPLIT], or the
+    held-out part of a packaged set (digits, mnist, …).
+
+    image_size: to which image files are cut. labelled: whether files must tell their labels, too.
+    num: how many there must be, of which the first ones are taken; None: all. Raises UserError for
+    anything else.
+    """
+    if path.endswith(".npz"):
+        images = _open_npz(path, labelled)
+        if image_size is not None and images.shape[:2] != (image_size, image_size):
+            raise UserError(
+                f"{path} has images of {images.shape[0]}×{images.shape[1]}; --image_size="
+                f"{image_size} cuts image files, not those of an npz"
+            )
+    elif path in sources.PACKAGED:
+        held_out = sources.load(path)[1]
+        images = Arrays(path, held_out.images, held_out.labels)
+    else:
+        images = _open_files(path, image_size, labelled)
+    if labelled and images.labels is None:
+        raise UserError(f"{path} has no labels, which telling classes apart needs")
+    if num is None:
+        return images
+    if num > len(images):
+        raise UserError(f"{path} has {len(images)} images, fewer than the {num} asked for")
+    labels = None if images.labels is None else images.labels[:num]
+    if isinstance(images, Arrays):
+        return Arrays(path, images.images[:num], labels)
+    return dataclasses.replace(images, num=num, labels=labels)
+
+
+def _open_npz(path: str, labelled: bool) -> Npz:
+    arrays = open_arrays(path)
+    if "arr_0" not in arrays:
+        raise UserError(f"{path} holds no arr_0, the images; it has {', '.join(arrays) or 'none'}")
+    shape, by_columns, dtype = arrays["arr_0"]
+    if dtype != np.uint8:
+        raise UserError(f"{path}: arr_0 is {dtype}; images are uint8, from 0 to 255")
+    if len(shape) != 4 or shape[-1] not in (1, 3):
+        hint = "; its channels come first" if len(shape) == 4 and shape[1] in (1, 3) else ""
+        raise UserError(f"{path}: arr_0 has the shape {list(shape)}; images are [N, H, W, 3]{hint}")
+    if 0 in shape:
+        raise UserError(f"{path} holds no images: arr_0 has the shape {list(shape)}")
+    if by_columns:
+        raise UserError(f"{path}: arr_0 is in Fortran's order; save np.ascontiguousarray of it")
+    if not labelled or "arr_1" not in arrays:
+        return Npz(path, shape[0], shape[1:])
+    labels = read_array(path, "arr_1")
+    if labels.shape != shape[:1] or labels.dtype.kind not in "iu":
+        raise UserError(
+            f"{path}: {shape[0]} images, but arr_1 is {labels.dtype} of shape "
+            f"{list(labels.shape)}; labels are whole numbers [N]"
+        )
+    return Npz(path, shape[0], shape[1:], labels)
+
+
+def _open_files(path: str, size: int | None, labelled: bool) -> Files:
+    if path.startswith("tfds:"):
+        name, _, split = path.removeprefix("tfds:").partition("/")
+        files = tfds_sets.load(name, split or "train")
+    elif path.endswith(".tar"):
+        files = tars.load(path)
+    else:
+        try:
+            files = folders.load(path, None if labelled else 0)
+        except UserError as error:
+            raise UserError(str(error).removeprefix("data.path ")) from None
+    labels = None
+    if labelled and files.classes:
+        labels = np.array([files.read(i)[1] for i in range(len(files))])
+        if all(name.isdigit() for name in files.classes):  # such as 7_000012.png
+            labels = np.array([int(name) for name in files.classes])[labels]
+    first = _read_image(files, 0, size)
+    return Files(path, files, len(files), first.shape, size, labels)
+
+
+def _read_image(files, i: int, size: int | None, grey: bool | None = None) -> np.ndarray:
+    """[H, W, C] uint8; C is 1 if `grey`, or where that is None if the image is."""
+    from PIL import Image
+
+    try:
+        with Image.open(files.read(i)[0]) as image:
+            grey = image.mode in ("L", "1") if grey is None else grey
+            image = to_rgb(image).convert("L") if grey else to_rgb(image)
+            array = np.asarray(image) if size is None else center_crop(image, size)
+    except UserError:
+        raise
+    except Exception as error:  # whatever Pillow's readers raise on a damaged file
+        raise UserError(f"{files.name(i)} could not be read: {reason(error)}") from None
+    return array[..., None] if grey else array
+
+
+def open_arrays(path: str) -> dict[str, tuple[tuple[int, ...], bool, np.dtype]]:
+    """name → (shape, whether in Fortran's order, dtype) of the arrays in an npz, none of them read.
+
+    Raises UserError.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            found = {}
+            for name in archive.namelist():
+                if name.endswith(".npy"):
+                    with archive.open(name) as file:
+                        found[name.removesuffix(".npy")] = _header(file)
+            return found
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} could not be read: {reason(error)}") from None
+
+
+def read_array(path: str, name: str) -> np.ndarray:
+    """One array of an npz, whole. Raises UserError."""
+    try:
+        with np.load(path) as arrays:
+            return arrays[name]
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(f"{path}: {name} could not be read: {reason(error)}") from None
+
+
+def file_sha256(path: str | os.PathLike) -> str:
+    """Of a file, hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _header(file) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Read past the header of an npy. Raises ValueError."""
+    version = np.lib.format.read_magic(file)
+    read = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }.get(version)
+    if read is None:
+        raise ValueError(f"version {version} of the format is not known")
+    return read(file)
+
+
+def _parsed(note: str | None) -> dict | None:
+    try:
+        found = json.loads(note or "null")
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None

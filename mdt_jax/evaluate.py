@@ -1,0 +1,199 @@
+"""Evaluate: python -m mdt_jax.evaluate --samples=samples.npz --reference=VIRTUAL.npz
+--inception=pt_inception-2015-12-05-6726825d.pth
+
+FID, sFID, Inception Score, precision and recall as ADM's evaluator defines them, in a table and,
+with all settings, in a JSON beside the samples. The same command goes on where it was stopped.
+Also: --make_reference=IMAGES --out=reference.npz; --vae=VAE --images=IMAGES: what a VAE loses.
+"""
+
+import contextlib
+import json
+import math
+import pathlib
+
+from mdt_jax import __version__, cli, distributed, drawing, evaluation, references, vae, weights
+from mdt_jax.data.image_sets import ImageSet, open_images
+from mdt_jax.data.images import UINT8_RULE
+from mdt_jax.distributed import is_first
+from mdt_jax.errors import UserError
+from mdt_jax.features import Parts, find
+from mdt_jax.files import whole
+
+NAMES = {
+    "fid": "FID",
+    "sfid": "sFID",
+    "inception_score": "Inception Score",
+    "precision": "precision",
+    "recall": "recall",
+    "frechet_distance": "Fréchet distance",
+    "frechet_distance_real": "that of real training images",
+    "frechet_ratio": "the first over the second",
+    "class_agreement": "class agreement",
+    "classifier_accuracy": "the classifier's accuracy",
+    "rfid": "rFID",
+    "psnr": "PSNR (dB)",
+    "ssim": "SSIM",
+}
+# What each way of calling needs and may have, besides --image_size and --inception.
+WAYS = {
+    "samples": ("reference", "features", "num_samples", "out"),
+    "make_reference": ("out",),
+    "vae": ("images", "num_samples", "out"),
+}
+NEEDED = {"samples": "reference", "make_reference": "out", "vae": "images"}
+
+
+def parse(argv: list[str]):
+    parser = cli.Parser(
+        prog="python -m mdt_jax.evaluate",
+        usage="python -m mdt_jax.evaluate --samples=NPZ --reference=NPZ --inception=FILE | "
+        "--make_reference=IMAGES --out=NPZ --inception=FILE | --vae=VAE --images=IMAGES",
+        description="Measure samples against real images, as ADM's evaluator does. IMAGES are an "
+        "npz, a folder, a .csv or .jsonl list, a .tar, tfds:NAME/SPLIT, or digits, mnist, …",
+    )
+    add = parser.add_argument
+    add("--samples", help="what to measure: an npz, or a folder of images")
+    add("--reference", help="real images: IMAGES, or an npz with mu, sigma, mu_s and sigma_s")
+    add("--inception", help="weights of FID's Inception: a file, a folder of convert, or hf://…")
+    add(
+        "--features",
+        help="inception (default), pixels or classifier, or several: pixels,classifier",
+    )
+    add("--num_samples", type=int, help="the first N of the images are measured")
+    add("--image_size", type=int, help="image files are cut to this size, as for training")
+    add("--out", help="the JSON (default: beside the samples, or none), or the new reference")
+    add("--make_reference", metavar="IMAGES", help="write statistics of real images to --out")
+    add("--vae", help="measure what is lost in encoding and decoding --images")
+    add("--images", metavar="IMAGES", help="with --vae")
+    group = parser.add_argument_group("several processes")
+    for name, (default, help_) in cli.PROCESSES.items():
+        group.add_argument(f"--{name}", type=type(default), default=default, help=help_)
+    args = parser.parse_args(argv[1:])
+    asked = [way for way in WAYS if getattr(args, way)]
+    if len(asked) != 1:
+        raise UserError("say what to do by one of --samples, --make_reference and --vae")
+    (way,) = asked
+    if not getattr(args, NEEDED[way]):
+        raise UserError(f"--{NEEDED[way]} is missing, which --{way} needs")
+    for other in sorted({name for names in WAYS.values() for name in names} - set(WAYS[way])):
+        if getattr(args, other) is not None:
+            raise UserError(f"--{other} is not for --{way}")
+    cli.check_positive(args, "num_samples", "image_size")
+    return args, way
+
+
+def evaluate(args) -> None:
+    """Samples against a reference."""
+    features = (args.features or "inception").split(",")
+    labelled = "classifier" in features
+    samples = open_images(args.samples, args.image_size, labelled, args.num_samples)
+    reference = references.load(args.reference, args.image_size, labelled)
+    evaluator = evaluation.Evaluator(reference, features, args.inception or "")
+    out = pathlib.Path(args.out or f"{args.samples.rstrip('/')}.json")
+    drawing.check_writable(out)
+    settings = {
+        "samples": about(samples),
+        "reference": about_reference(reference),
+        "features": [network.note for network in evaluator.networks.values()],
+        "neighbours": evaluation.NEIGHBOURS,
+    }
+    distributed.agree({name: json.dumps(value) for name, value in settings.items()})
+    folder = out.with_name(f"{out.name}.parts")
+    parts = {
+        name: Parts(folder / name, {"of": settings[name], "by": settings["features"]})
+        for name in (("samples", "reference") if features == ["inception"] else ())
+    }
+    measured = evaluator.measure(samples, parts, progress=True)
+    if is_first():
+        write(out, measured, settings)
+        for each in parts.values():
+            each.remove()
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+
+
+def about(images: ImageSet) -> dict:
+    """What tells which images were measured, and how they were made, where that is known."""
+    return {
+        "path": images.path,
+        "sha256": images.sha256,
+        "images": len(images),
+        "shape": list(images.shape),
+        "how": images.note,
+    }
+
+
+def about_reference(reference: references.Reference) -> dict:
+    note = {"path": reference.path, "sha256": reference.sha256}
+    note["images"] = None if reference.images is None else len(reference.images)
+    for name, gaussian in reference.gaussians.items():
+        note[f"statistics_{name}"] = gaussian.count or "of a number of images that is not said"
+    return note
+
+
+def make_reference(args) -> None:
+    """Statistics of real images, and some of the images."""
+    out = pathlib.Path(args.out)
+    if out.suffix != ".npz":
+        raise UserError(f"--out={out}: unknown suffix {out.suffix!r}; use .npz")
+    images = open_images(args.make_reference, args.image_size)
+    if len(images) < 2:
+        raise UserError(f"{images.path} has one image; statistics need two at least")
+    network = evaluation.load_inception(args.inception or "")
+    drawing.check_writable(out)
+    folder = out.with_name(f"{out.name}.parts")
+    parts = Parts(folder, {"of": about(images), "by": network.note})
+    found = find({"inception": network}, images, parts, progress=True)
+    if is_first():
+        references.save(out, found["inception"], references.sample_of(images))
+        parts.remove()
+        print(f"wrote the statistics of {len(images)} images to {out}")
+
+
+def evaluate_vae(args) -> None:
+    """Images against what a VAE makes of them."""
+    network, params = weights.load_vae(args.vae)
+    images = open_images(args.images, args.image_size, num=args.num_samples)
+    inception = evaluation.load_inception(args.inception) if args.inception else None
+    if args.out:
+        drawing.check_writable(pathlib.Path(args.out))
+    measured = evaluation.measure_vae(network, params, images, inception, progress=True)
+    settings = {
+        "vae": args.vae,
+        "vae_sha256": vae.sha256(params),
+        "latents": "the mean of the posterior",
+        "uint8": UINT8_RULE,
+        "images": about(images),
+        "features": [inception.note] if inception else [],
+    }
+    if is_first():
+        write(pathlib.Path(args.out) if args.out else None, measured, settings)
+        if inception is None:
+            print("no rFID: --inception=FILE was not given")
+
+
+def write(out: pathlib.Path | None, measured: dict, settings: dict) -> None:
+    """A table on the screen, and a JSON with the settings."""
+    for name, value in measured.items():
+        if name in NAMES:
+            print(f"{NAMES[name]:>30}  {value:.4f}")
+    count = measured.get("num_samples", measured.get("num_images"))
+    print(f"{'images':>30}  {count}")
+    if out is None:
+        return
+    finite = {n: v if math.isfinite(v) else None for n, v in measured.items()}
+    card = {"mdt_jax": __version__, "measured": finite, **settings}
+    with whole(out) as temporary:
+        temporary.write_text(json.dumps(card, indent=1, ensure_ascii=False) + "\n")
+    print(f"wrote these and all settings to {out}")
+
+
+def main(argv: list[str]) -> None:
+    """Parse the flags, and do what they say."""
+    args, way = parse(argv)
+    distributed.start(*(getattr(args, name) for name in cli.PROCESSES))
+    {"samples": evaluate, "make_reference": make_reference, "vae": evaluate_vae}[way](args)
+
+
+if __name__ == "__main__":
+    cli.run(main)
