@@ -58,6 +58,13 @@ class Evaluator:
             "classifier": self._train,
         }
         self.networks = {name: make[name]() for name in FEATURES if name in features}
+        for name, gaussian_ in reference.gaussians.items() if "inception" in features else ():
+            size = self.networks["inception"].sizes[name]
+            if len(gaussian_.mu) != size:
+                raise UserError(
+                    f"{reference.path} has statistics of {len(gaussian_.mu)} features, but "
+                    f"inception's {name} has {size}: they are of another network"
+                )
 
     def _train(self) -> Classifier:
         """On the training images of the reference, or on 80 % of its images."""
@@ -150,11 +157,6 @@ class Evaluator:
 
     def _distance(self, measure: str, ours: Gaussian, theirs: Gaussian) -> float:
         """Fréchet distance, and once a warning of what makes it hard to compare."""
-        if ours.mu.shape != theirs.mu.shape:
-            raise UserError(
-                f"{self.reference.path} has statistics of {len(theirs.mu)} features, but {measure} "
-                f"compares {len(ours.mu)}: they are of another network"
-            )
         for who, each in (("the samples", ours), (self.reference.path, theirs)):
             size, rank = each.root.shape
             if rank < size and measure == "fid":  # of sfid it would be no news

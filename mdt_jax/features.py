@@ -22,7 +22,7 @@ from mdt_jax.data.images import to_float
 from mdt_jax.errors import UserError
 from mdt_jax.files import whole
 from mdt_jax.measures import Gaussian, Moments
-from mdt_jax.models.inception import Inception
+from mdt_jax.models.inception import POOL, SPATIAL, Inception
 from mdt_jax.progress import progress_bar
 
 EACH_DEVICE = 16  # images that a device takes at once, always: so rounding is the same everywhere
@@ -37,6 +37,7 @@ class InceptionFeatures:
 
     def __init__(self, network: Inception, params: dict, note: dict):
         mesh = parallel.make_mesh()
+        self.sizes = {"pool": POOL, "spatial": SPATIAL}
         self.note = {"features": "inception", **note}
         self._params = parallel.put(params, parallel.replicated(mesh))
         self._split, self._size = parallel.split_batch(mesh), EACH_DEVICE * mesh.size

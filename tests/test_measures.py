@@ -22,6 +22,9 @@ def features(count: int, size: int, seed: int, shift: float = 0.0) -> np.ndarray
 def adm_frechet(a: np.ndarray, b: np.ndarray) -> float:
     """ADM's: means, np.cov, and the trace of a square root of the product's, by its eigenvalues."""
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    if len(a) + len(b) < a.shape[1]:  # turned into fewer dimensions, whose zeros make less noise
+        axes, _ = np.linalg.qr(np.concatenate([a, b]).T)
+        a, b = a @ axes, b @ axes
     covariances = [np.cov(x, rowvar=False) for x in (a, b)]
     roots = np.sqrt(np.linalg.eigvals(covariances[0] @ covariances[1]).astype(complex)).real.sum()
     gap = a.mean(0) - b.mean(0)

@@ -1,5 +1,6 @@
 """Images to be measured, whatever they lie in, a slice at a time."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -156,15 +157,23 @@ class Files:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             return np.stack(list(pool.map(self._read, items)))
 
-    def _read(self, i: int) -> np.ndarray:
-        image = _read_image(self.files, i, self.size, self.shape[-1] == 1)
-        if image.shape != self.shape:
-            there, here = ("×".join(map(str, shape)) for shape in (image.shape, self.shape))
+    def check_sizes(self) -> None:
+        """Raise UserError for an image of another size than the first, none being decoded."""
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(self._check_size, range(len(self))))
+
+    def _check_size(self, i: int) -> None:
+        with _opened(self.files, i) as image:
+            size = image.size[::-1]
+        if size != self.shape[:2]:
+            (there, wide), (here, broad) = size, self.shape[:2]
             raise UserError(
-                f"{self.name(i)} is {there}, but {self.name(0)} {here}; all must be of one size, "
-                "or --image_size cuts them as for training"
+                f"{self.name(i)} is {there}×{wide}, but {self.name(0)} {here}×{broad}; all must "
+                "be of one size, or --image_size cuts them as for training"
             )
-        return image
+
+    def _read(self, i: int) -> np.ndarray:
+        return _read_image(self.files, i, self.size, self.shape[-1] == 1)
 
 
 ImageSet = Arrays | Npz | Files
@@ -246,22 +255,32 @@ def _open_files(path: str, size: int | None, labelled: bool) -> Files:
         if all(name.isdigit() for name in files.classes):  # such as 7_000012.png
             labels = np.array([int(name) for name in files.classes])[labels]
     first = _read_image(files, 0, size)
-    return Files(path, files, len(files), first.shape, size, labels)
+    images = Files(path, files, len(files), first.shape, size, labels)
+    if size is None:
+        images.check_sizes()
+    return images
 
 
-def _read_image(files, i: int, size: int | None, grey: bool | None = None) -> np.ndarray:
-    """[H, W, C] uint8; C is 1 if `grey`, or where that is None if the image is."""
+@contextlib.contextmanager
+def _opened(files, i: int):
+    """A PIL.Image. Raises UserError for whatever Pillow's readers raise on a damaged file."""
     from PIL import Image
 
     try:
         with Image.open(files.read(i)[0]) as image:
-            grey = image.mode in ("L", "1") if grey is None else grey
-            image = to_rgb(image).convert("L") if grey else to_rgb(image)
-            array = np.asarray(image) if size is None else center_crop(image, size)
+            yield image
     except UserError:
         raise
-    except Exception as error:  # whatever Pillow's readers raise on a damaged file
+    except Exception as error:
         raise UserError(f"{files.name(i)} could not be read: {reason(error)}") from None
+
+
+def _read_image(files, i: int, size: int | None, grey: bool | None = None) -> np.ndarray:
+    """[H, W, C] uint8; C is 1 if `grey`, or where that is None if the image is."""
+    with _opened(files, i) as image:
+        grey = image.mode in ("L", "1") if grey is None else grey
+        image = to_rgb(image).convert("L") if grey else to_rgb(image)
+        array = np.asarray(image) if size is None else center_crop(image, size)
     return array[..., None] if grey else array
 
 

@@ -14,6 +14,7 @@ import numpy as np
 
 SIZE = 299  # what images are resized to
 SPATIAL_CHANNELS = 7  # of Mixed_6d's 1×1 branch, whose 17×17 positions are sFID's features
+POOL, SPATIAL = 2048, 17 * 17 * SPATIAL_CHANNELS  # how many features there are
 
 
 class Features(NamedTuple):

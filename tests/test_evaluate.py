@@ -1,0 +1,444 @@
+"""python -m mdt_jax.evaluate: measures, references, what goes on after a kill, and mistakes."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+import zipfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mdt_jax import evaluate, evaluation, features, sample, weights
+from mdt_jax.data import image_sets, sources
+from mdt_jax.errors import UserError
+from mdt_jax.measures import precision_recall
+from tests.conftest import ROOT, XLA_FLAGS, exits_with_one_line, run_here
+from tests.small_data import VAE, write_pictures, write_vae
+from tests.test_distributed import all_well, free_port
+from tests.test_measures import adm_frechet, adm_precision_recall
+
+torch = pytest.importorskip("torch")
+fid = pytest.importorskip("tests.fid_packages")
+
+MEASURES = ("fid", "sfid", "inception_score", "precision", "recall")
+DIGITS = str(ROOT / "tests" / "digits.safetensors")
+# Two images a device at once and slices of four, so that few are many.
+SMALL = (
+    "from mdt_jax import cli, evaluate, features; features.EACH_DEVICE = 2; features.SLICE = 4; "
+    "cli.run(evaluate.main)"
+)
+
+
+def crops(count: int, seed: int, size: int = 32) -> np.ndarray:
+    """Pieces of scikit-learn's two photographs."""
+    from sklearn.datasets import load_sample_images
+
+    photographs, random = load_sample_images().images, np.random.RandomState(seed)
+    pieces = []
+    for n in range(count):
+        photograph = photographs[n % 2]
+        top, left = (random.randint(side - size) for side in photograph.shape[:2])
+        pieces.append(photograph[top : top + size, left : left + size])
+    return np.stack(pieces)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(features, "EACH_DEVICE", 2)
+        yield
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory):
+    """samples.npz, real.npz, fid.pth, and the card of the first measured against the second."""
+    folder = tmp_path_factory.mktemp("sets")
+    np.savez(folder / "samples.npz", arr_0=crops(14, 1), arr_1=np.arange(14) % 2)
+    np.savez(folder / "real.npz", arr_0=crops(18, 2), arr_1=np.arange(18) % 2)
+    state = {name: torch.tensor(array) for name, array in fid.random_state().items()}
+    torch.save(state, folder / "fid.pth")
+    run_here(evaluate.main, *flags(folder), f"--out={folder}/card.json")
+    return folder
+
+
+def flags(folder, **others) -> list[str]:
+    given = {
+        "samples": folder / "samples.npz", "reference": folder / "real.npz",
+        "inception": folder / "fid.pth", **others,
+    }  # fmt: skip
+    return [f"--{name}={value}" for name, value in given.items()]
+
+
+def measured(path) -> dict:
+    return json.loads(path.read_text())["measured"]
+
+
+def assert_equal(ours: dict, theirs: dict, bound: float = 1e-9, but=()) -> None:
+    assert set(ours) == set(theirs)
+    for name in set(ours) - set(but):
+        assert ours[name] == pytest.approx(theirs[name], rel=bound), name
+
+
+def found_by_hand(folder, images: np.ndarray) -> dict[str, np.ndarray]:
+    network = evaluation.load_inception(str(folder / "fid.pth"))
+    return network(images)
+
+
+def test_the_card_and_its_measures_by_hand(sets):
+    card = json.loads((sets / "card.json").read_text())
+    ours = card["measured"]
+    a, b = (
+        found_by_hand(sets, np.load(sets / f"{name}.npz")["arr_0"]) for name in ("samples", "real")
+    )
+    assert ours["fid"] == pytest.approx(adm_frechet(a["pool"], b["pool"]), rel=1e-6)
+    assert ours["sfid"] == pytest.approx(adm_frechet(a["spatial"], b["spatial"]), rel=1e-6)
+    theirs = adm_precision_recall(b["pool"], a["pool"])
+    assert (ours["precision"], ours["recall"]) == theirs
+    score = fid.metric_isc.isc_features_to_metric(torch.tensor(a["logits"]), 1, shuffle=False)
+    assert ours["inception_score"] == pytest.approx(score["inception_score_mean"], rel=1e-6)
+    assert ours["num_samples"] == 14
+    assert card["samples"]["sha256"] == image_sets.file_sha256(sets / "samples.npz")
+    assert card["reference"]["sha256"] == image_sets.file_sha256(sets / "real.npz")
+    assert card["samples"]["shape"] == [32, 32, 3] and card["samples"]["how"] is None
+    assert card["features"][0]["inception_sha256"] and card["neighbours"] == 3
+
+
+def test_killed_on_eight_devices_in_slices_and_resumed_on_one(sets, tmp_path):
+    """kill -9 while the reference is measured: what is done is not done again, and all is equal."""
+    out = tmp_path / "card.json"
+    command = [sys.executable, "-c", SMALL, *flags(sets), f"--out={out}"]
+    eight = {**os.environ, "XLA_FLAGS": f"{XLA_FLAGS} --xla_force_host_platform_device_count=8"}
+    process = subprocess.Popen(command, cwd=ROOT, env=eight, stderr=subprocess.DEVNULL)
+    parts, until = tmp_path / "card.json.parts", time.time() + 200
+    while not list(parts.glob("reference/*.npz")):
+        assert process.poll() is None and time.time() < until
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    kept = {path: path.stat().st_mtime_ns for path in parts.glob("*/*.npz")}
+    assert {path.parent.name for path in kept} == {"samples", "reference"} and not out.exists()
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+    while process.poll() is None:
+        for path, written in kept.items():
+            try:
+                assert path.stat().st_mtime_ns == written
+            except FileNotFoundError:
+                break
+        time.sleep(0.05)
+    assert process.returncode == 0 and not parts.exists()
+    assert_equal(measured(out), measured(sets / "card.json"))
+
+
+def test_parts_of_other_images_are_not_taken(sets, tmp_path, monkeypatch):
+    monkeypatch.setattr(features, "SLICE", 8)
+    parts = features.Parts(tmp_path / "parts", {"of": "others"})
+    parts.begin()
+    parts.save(0, {("inception", "pool"): np.zeros((8, 2))})
+    assert features.Parts(tmp_path / "parts", {"of": "others"}).begin() == {0}
+    assert features.Parts(tmp_path / "parts", {"of": "these"}).begin() == set()
+    assert not list((tmp_path / "parts").glob("*.npz"))
+
+
+def test_several_processes_measure_as_one(sets, tmp_path):
+    host, out = f"127.0.0.1:{free_port()}", tmp_path / "card.json"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", SMALL, *flags(sets), f"--out={out}",
+             f"--distributed={host}", "--num_processes=2", f"--process_id={n}"],
+            cwd=ROOT, env=os.environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for n in range(2)
+    ]  # fmt: skip
+    assert "FID" in all_well(processes)
+    assert_equal(measured(out), measured(sets / "card.json"))
+
+
+def test_a_folder_is_measured_as_the_npz(sets, tmp_path):
+    """And without any flag the card lies beside it."""
+    for n, image in enumerate(np.load(sets / "samples.npz")["arr_0"]):
+        path = tmp_path / "pictures" / f"{n:02}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(image).save(path)
+    printed = run_here(evaluate.main, *flags(sets, samples=f"{tmp_path}/pictures/"))
+    assert "rank 13 in 2048 dimensions" in printed and "FID" in printed
+    assert_equal(measured(tmp_path / "pictures.json"), measured(sets / "card.json"))
+
+
+def test_a_reference_is_made_as_adms_are(sets, tmp_path, monkeypatch):
+    out = tmp_path / "reference.npz"
+    run_here(
+        evaluate.main, f"--make_reference={sets}/real.npz", f"--out={out}",
+        f"--inception={sets}/fid.pth",
+    )  # fmt: skip
+    made = np.load(out)
+    assert {name: (made[name].shape, str(made[name].dtype)) for name in made} == {
+        "arr_0": ((18, 32, 32, 3), "uint8"), "count": ((), "int64"),
+        "mu": ((2048,), "float64"), "sigma": ((2048, 2048), "float64"),
+        "mu_s": ((2023,), "float64"), "sigma_s": ((2023, 2023), "float64"),
+    }  # fmt: skip
+    spatial = found_by_hand(sets, made["arr_0"])["spatial"].astype(np.float64)
+    np.testing.assert_allclose(made["mu_s"], spatial.mean(0), rtol=1e-12)
+    np.testing.assert_allclose(made["sigma_s"], np.cov(spatial, rowvar=False), atol=1e-9)
+    run_here(evaluate.main, *flags(sets, reference=out, out=tmp_path / "card.json"))
+    assert_equal(measured(tmp_path / "card.json"), measured(sets / "card.json"))
+    card = json.loads((tmp_path / "card.json").read_text())
+    assert card["reference"]["statistics_pool"] == card["reference"]["images"] == 18
+    # Statistics alone: no images, so neither precision nor recall; another network's are refused.
+    np.savez(tmp_path / "mu.npz", mu=made["mu"], sigma=made["sigma"])
+    run_here(evaluate.main, *flags(sets, reference=tmp_path / "mu.npz", out=tmp_path / "mu.json"))
+    theirs = measured(sets / "card.json")
+    kept = {name: theirs[name] for name in ("fid", "inception_score", "num_samples")}
+    assert_equal(measured(tmp_path / "mu.json"), kept)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "card.json", "mu.json", "mu.npz", "reference.npz"
+    ]  # fmt: skip
+
+
+def test_a_reference_keeps_images_from_all_over_the_set(monkeypatch):
+    from mdt_jax import references
+
+    monkeypatch.setattr(references, "KEPT", 50)
+    images = np.arange(200, dtype=np.uint8).reshape(200, 1, 1, 1)
+    kept = references.sample_of(image_sets.Arrays("x", images))[:, 0, 0, 0]
+    assert len(np.unique(kept)) == 50 and kept.min() < 20 and kept.max() > 180
+
+
+def adm_reads(path, name: str) -> np.ndarray:
+    """What ADM's evaluator streams: the entry NAME.npy, its header, then the bytes in order."""
+    with zipfile.ZipFile(path) as archive:
+        assert f"{name}.npy" in archive.namelist()
+        with archive.open(f"{name}.npy") as file:
+            assert np.lib.format.read_magic(file) in ((1, 0), (2, 0))
+            shape, by_columns, dtype = np.lib.format.read_array_header_1_0(file)
+            assert not by_columns and not dtype.hasobject
+            batches, left = [], shape[0]
+            while left:
+                count = min(64, left)
+                part = file.read(count * int(np.prod(shape[1:])) * dtype.itemsize)
+                batches.append(np.frombuffer(part, dtype).reshape(count, *shape[1:]))
+                left -= count
+            assert file.read(1) == b""
+    return np.concatenate(batches)
+
+
+def test_adms_evaluator_can_read_what_the_sampler_writes(tmp_path):
+    out = tmp_path / "samples.npz"
+    few = ["--num_samples=70", "--num_steps=2", "--sampler=ddim", f"--checkpoint={DIGITS}"]
+    run_here(sample.main, *few, f"--out={out}")
+    images, labels = (adm_reads(out, name) for name in ("arr_0", "arr_1"))
+    assert images.dtype == np.uint8 and images.shape == (70, 8, 8, 1)
+    assert labels.dtype == np.int64 and labels.shape == (70,)
+    assert "mu" not in np.load(out).files  # it would take them for statistics
+    np.testing.assert_array_equal(images, np.load(out)["arr_0"])
+
+
+def test_the_card_of_a_run_tells_how_the_samples_came_about(trained, tmp_path):
+    out = tmp_path / "card.json"
+    run_here(
+        evaluate.main, f"--samples={trained}/samples.npz", "--reference=digits",
+        "--features=pixels,classifier", f"--out={out}",
+    )  # fmt: skip
+    card, report = json.loads(out.read_text()), json.loads((trained / "report.json").read_text())
+    for name in ("frechet_distance", "frechet_distance_real", "frechet_ratio", "class_agreement"):
+        assert card["measured"][name] == pytest.approx(report[name], rel=1e-12)
+    how = card["samples"]["how"]
+    assert (how["step"], how["parameters"], how["sampler"]) == (4, "ema", "ddpm")
+    assert {"parameters_sha256", "guidance_scale", "num_steps", "uint8", "seed"} <= set(how)
+    run_here(
+        sample.main, f"--checkpoint={trained}", "--num_samples=20", f"--out={tmp_path}/x",
+        "--batch_size=10",
+    )  # fmt: skip
+    run_here(
+        evaluate.main, f"--samples={tmp_path}/x", "--reference=digits", f"--out={out}",
+        "--features=pixels,classifier",
+    )  # fmt: skip
+    again = json.loads(out.read_text())
+    assert_equal(again["measured"], card["measured"])
+    assert again["samples"]["how"]["parameters_sha256"] == how["parameters_sha256"]
+
+
+def test_a_classifier_of_any_labelled_images(tmp_path):
+    source = sources.PACKAGED["digits"]()
+    np.savez(tmp_path / "all.npz", arr_0=source.images, arr_1=source.labels)
+    run_here(
+        evaluate.main, f"--samples={tmp_path}/all.npz", f"--reference={tmp_path}/all.npz",
+        "--features=classifier,pixels",
+    )  # fmt: skip
+    found = measured(tmp_path / "all.npz.json")
+    assert found["class_agreement"] > 0.98 and found["classifier_accuracy"] > 0.95
+    assert found["frechet_distance"] == pytest.approx(0, abs=1e-9)
+
+
+def test_what_a_vae_loses(sets, tmp_path):
+    vae, pictures = write_vae(tmp_path / "vae.safetensors"), write_pictures(tmp_path / "set", 9)
+    printed = run_here(
+        evaluate.main, f"--vae={vae}", f"--images={pictures}", "--image_size=32",
+        f"--inception={sets}/fid.pth", f"--out={tmp_path}/vae.json",
+    )  # fmt: skip
+    assert "PSNR (dB)" in printed and "rFID" in printed
+    card = json.loads((tmp_path / "vae.json").read_text())
+    images = image_sets.open_images(str(pictures), 32).take(range(9))
+    params = weights.load_vae(vae)[1]
+    x = images.astype(np.float32) / 127.5 - 1
+    mean, _ = VAE.apply({"params": params}, x, method="encode")
+    back = np.asarray(VAE.apply({"params": params}, mean, method="decode"))
+    back = np.clip((back + 1) * 127.5, 0, 255).astype(np.uint8)
+    from skimage.metrics import peak_signal_noise_ratio
+
+    pairs = list(zip(images, back, strict=True))
+    theirs = np.mean([peak_signal_noise_ratio(*pair) for pair in pairs])
+    assert card["measured"]["psnr"] == pytest.approx(theirs, rel=1e-3)
+    a, b = (found_by_hand(sets, each)["pool"] for each in (images, back))
+    assert card["measured"]["rfid"] == pytest.approx(adm_frechet(a, b), rel=1e-2)
+    assert 0 < card["measured"]["ssim"] < 1 and card["vae_sha256"]
+
+
+def test_features_that_are_not_finite_name_the_sample(tmp_path):
+    def network(images):
+        return {"pool": np.where(images[:, 0, 0] == 3, np.nan, np.float32(1))}
+
+    images = image_sets.Arrays("x.npz", np.arange(9, dtype=np.uint8).reshape(9, 1, 1, 1))
+    with pytest.raises(UserError, match=r"x\.npz, image 3 has features that are not finite"):
+        features.find({"any": network}, images)
+
+
+@pytest.fixture(scope="module")
+def bad(tmp_path_factory, sets):
+    """Files that cannot be measured, by the names that BAD gives them."""
+    folder = tmp_path_factory.mktemp("bad")
+    images = crops(5, 0)
+    np.savez(folder / "float.npz", arr_0=images.astype(np.float32))
+    np.savez(folder / "first.npz", arr_0=images.transpose(0, 3, 1, 2))
+    np.savez(folder / "grey.npz", arr_0=images[..., 0])
+    np.savez(folder / "columns.npz", arr_0=np.asfortranarray(images))
+    np.savez(folder / "none.npz", arr_0=images[:0])
+    np.savez(folder / "few.npz", arr_0=images[:3])
+    np.savez(folder / "named.npz", images=images)
+    np.savez(folder / "unlabelled.npz", arr_0=images)
+    np.savez(folder / "other.npz", arr_0=crops(5, 0, 40))
+    np.savez(folder / "mu.npz", mu=np.zeros(2048))
+    np.savez(folder / "small.npz", mu=np.zeros(64), sigma=np.eye(64))
+    np.savez(folder / "shapes.npz", mu=np.zeros(64), sigma=np.eye(63))
+    np.savez(folder / "nan.npz", mu=np.zeros(64), sigma=np.full((64, 64), np.nan))
+    np.savez(folder / "skew.npz", mu=np.zeros(2), sigma=np.array([[1.0, 2], [0, 1]]))
+    (folder / "text.npz").write_text("no zip")
+    whole = (sets / "samples.npz").read_bytes()
+    (folder / "cut.npz").write_bytes(whole[: len(whole) // 2])
+    (folder / "empty").mkdir()
+    (folder / "mixed").mkdir()
+    for n, size in enumerate((32, 32, 40, 32)):
+        Image.fromarray(crops(1, n, size)[0]).save(folder / "mixed" / f"{n}.png")
+    (folder / "torn").mkdir()
+    for n in range(4):
+        Image.fromarray(crops(1, n)[0]).save(folder / "torn" / f"{n}.png")
+    (folder / "torn" / "2.png").write_bytes((folder / "torn" / "2.png").read_bytes()[:100])
+    theirs = {**fid.random_state(), "AuxLogits.fc.bias": np.zeros(1000, np.float32)}
+    torch.save({name: torch.tensor(array) for name, array in theirs.items()}, folder / "tv.pth")
+    write_vae(folder / "vae.safetensors")
+    return folder
+
+
+S, R, W = "--samples=SETS/samples.npz", "--reference=SETS/real.npz", "--inception=SETS/fid.pth"
+PIXELS = "--features=pixels"
+BAD = {
+    "nothing": ([], "--samples, --make_reference and --vae"),
+    "two things": ([S, "--vae=x", R], "--samples, --make_reference and --vae"),
+    "no reference": ([S], "--reference is missing"),
+    "no images": (["--vae=BAD/vae.safetensors"], "--images is missing"),
+    "no out": (["--make_reference=SETS/real.npz"], "--out is missing"),
+    "images of samples": ([S, R, "--images=x"], "--images is not for --samples"),
+    "unknown features": ([S, R, "--features=vgg"], "unknown features 'vgg'"),
+    "no weights": ([S, R], "inception needs weights: --inception=FILE; it is pt_inception-2015"),
+    "torchvision's weights": ([S, R, "--inception=BAD/tv.pth"], "torchvision's Inception v3"),
+    "a VAE's weights": (
+        [S, R, "--inception=BAD/vae.safetensors"],
+        "holds a VAE, not FID's Inception",
+    ),
+    "no file": (["--samples=BAD/no.npz", R, PIXELS], "no.npz could not be read: No such file"),
+    "no folder": (["--samples=BAD/no", R, PIXELS], "no does not exist"),
+    "empty folder": (["--samples=BAD/empty", R, PIXELS], "empty holds no images"),
+    "no zip": (["--samples=BAD/text.npz", R, PIXELS], "text.npz could not be read"),
+    "cut short": (["--samples=BAD/cut.npz", R, PIXELS], "cut.npz could not be read"),
+    "floats": (["--samples=BAD/float.npz", R, PIXELS], "arr_0 is float32; images are uint8"),
+    "channels first": (["--samples=BAD/first.npz", R, PIXELS], "its channels come first"),
+    "three axes": (["--samples=BAD/grey.npz", R, PIXELS], "has the shape [5, 32, 32]"),
+    "Fortran's order": (["--samples=BAD/columns.npz", R, PIXELS], "in Fortran's order"),
+    "no images in it": (["--samples=BAD/none.npz", R, PIXELS], "none.npz holds no images"),
+    "another name": (["--samples=BAD/named.npz", R, PIXELS], "holds no arr_0, the images; it has"),
+    "of several sizes": (["--samples=BAD/mixed", R, PIXELS], "2.png is 40×40, but"),
+    "damaged": (["--samples=BAD/torn", R, PIXELS], "2.png could not be read"),
+    "few samples": (["--samples=BAD/few.npz", R, W], "few.npz has too few images: 3; at least 4"),
+    "few real images": ([S, "--reference=BAD/few.npz", W], "few.npz has too few images: 3"),
+    "more than there are": ([S, R, PIXELS, "--num_samples=99"], "has 14 images, fewer than the 99"),
+    "no samples": ([S, R, PIXELS, "--num_samples=0"], "--num_samples=0 must be positive"),
+    "another resolution": (
+        [S, "--reference=BAD/other.npz", PIXELS],
+        "other.npz are 40×40×3, but those of",
+    ),
+    "neither": ([S, "--reference=BAD/named.npz", PIXELS], "neither mu and sigma nor arr_0"),
+    "half of it": ([S, "--reference=BAD/mu.npz", W], "has one of mu and sigma without the other"),
+    "statistics of others": ([S, "--reference=BAD/small.npz", W], "statistics of 64 features"),
+    "shapes": ([S, "--reference=BAD/shapes.npz", W], "they must be [D] and [D, D]"),
+    "not finite": ([S, "--reference=BAD/nan.npz", W], "mu or sigma is not finite everywhere"),
+    "not symmetric": ([S, "--reference=BAD/skew.npz", W], "it is not symmetric"),
+    "statistics for pixels": ([S, "--reference=BAD/small.npz", PIXELS], "pixels needs images, but"),
+    "unlabelled samples": (
+        ["--samples=BAD/unlabelled.npz", R, "--features=classifier"],
+        "unlabelled.npz has no labels",
+    ),
+    "unlabelled reference": (
+        [S, "--reference=BAD/unlabelled.npz", "--features=classifier"],
+        "npz has no labels",
+    ),
+    "size of an npz": ([S, R, PIXELS, "--image_size=16"], "--image_size=16 cuts image files"),
+    "a folder as the card": ([S, R, PIXELS, "--out=BAD/empty"], "--out=BAD/empty cannot be"),
+    "a reference without npz": (
+        ["--make_reference=SETS/real.npz", "--out=BAD/x.json", W],
+        "unknown suffix '.json'",
+    ),
+    "small for a VAE": (
+        ["--vae=BAD/vae.safetensors", "--images=BAD/torn", "--image_size=8"],
+        "SSIM 11×11 at least",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_mistakes(name, bad, sets, capsys, monkeypatch, in_root):
+    arguments, message = BAD[name]
+
+    def placed(text):
+        return text.replace("BAD", str(bad)).replace("SETS", str(sets))
+
+    before = {path for folder in (bad, sets) for path in folder.rglob("*")}
+    argv = list(map(placed, arguments))
+    if name == "damaged":  # which is seen when it is its turn
+        assert placed(message) in run_here(evaluate.main, *argv, expect=2)
+    else:
+        printed = exits_with_one_line(evaluate.main, argv, capsys, monkeypatch)
+        assert placed(message) in printed
+    assert {path for folder in (bad, sets) for path in folder.rglob("*")} == before
+
+
+def test_large_images_are_not_compared_by_pixels():
+    images = image_sets.Arrays("x", np.zeros((5, 64, 64, 3), np.uint8))
+    with pytest.raises(UserError, match="64×64×3 are too large to be compared by their pixels"):
+        features.find({"pixels": features.PixelFeatures()}, images)
+
+
+def test_memory_of_many_features(monkeypatch):
+    """Precision and recall hold tiles, not all pairs."""
+    import tracemalloc
+
+    from mdt_jax import measures
+
+    monkeypatch.setattr(measures, "TILE", 256)
+    x = np.random.RandomState(0).randn(6000, 16).astype(np.float32)
+    tracemalloc.start()
+    precision_recall(x, x)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 10e6  # all pairs in float64 would take 288 MB
