@@ -1,5 +1,6 @@
 """How good samples are: features of them and of real images, compared."""
 
+import importlib.util
 import json
 from collections.abc import Collection, Sequence
 
@@ -201,6 +202,8 @@ class Reconstructed:
 
     def __init__(self, network: AutoencoderKL, params: dict, images: ImageSet):
         """Raises UserError where the images are of a size that cannot be measured."""
+        if importlib.util.find_spec("skimage") is None:
+            raise UserError("SSIM needs scikit-image: pip install scikit-image")
         height, width, _ = self.shape = (*images.shape[:2], 3)
         if height % network.factor or width % network.factor or min(height, width) < 11:
             raise UserError(

@@ -59,6 +59,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, show: Shown | None = None) 
     vae = inputs.load_vae(config)
     if config.data.name == "latents":
         inputs.check_cache(data, config, vae)
+    evaluator = open_evaluator(config, data, held_out)
     about_data = {
         "classes": data.classes if config.model.num_classes else [],
         "images_sha256": data.identity,
@@ -93,7 +94,6 @@ def train(config: ConfigDict, workdir: pathlib.Path, show: Shown | None = None) 
     if distributed.everyone(done):
         say(f"{workdir} is trained to step {start} and reported already")
         return True
-    evaluator = open_evaluator(config, data, held_out)
     if restored is None:
         say(f"{workdir} holds no checkpoint: starting at step 0")
         lies = jax.tree.map(lambda leaf: leaf.sharding, abstract)

@@ -1,0 +1,174 @@
+"""Samples measured while training: the log, the best checkpoint, stops on the way, mistakes."""
+
+import json
+import signal
+import time
+
+import numpy as np
+import pytest
+
+import mdt_jax
+from mdt_jax import evaluation, main
+from mdt_jax.data import sources
+from mdt_jax.options import balanced_labels
+from mdt_jax.train.checkpoints import steps_in
+from tests.conftest import start_command, train_here
+from tests.test_main import lines_of
+
+RUN = [
+    "--config=configs/digits.py:smoke", "--config.train.sample_every=0",
+    "--config.sample.num_samples=0", "--config.evaluation.every=2",
+    "--config.evaluation.num_samples=30", "--config.train.checkpoint_every=3",
+]  # fmt: skip
+
+
+def measured(workdir) -> dict[int, dict]:
+    """Of each step that was measured; each must be there once."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    found = [line for line in lines if "frechet_distance" in line or "fid" in line]
+    assert len({line["step"] for line in found}) == len(found)
+    return {line.pop("step"): line for line in found}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """(workdir, what it printed) of six steps."""
+    workdir = tmp_path_factory.mktemp("measured") / "run"
+    return workdir, train_here(*RUN, "--config.train.steps=6", f"--workdir={workdir}")
+
+
+def test_every_n_steps_into_the_log(run):
+    workdir, printed = run
+    found = measured(workdir)
+    assert list(found) == [2, 4, 6]
+    for step, values in found.items():
+        assert (
+            f"step {step}: num_samples 30, frechet_distance {values['frechet_distance']:.4g}"
+            in (printed)
+        )
+    model, ema = mdt_jax.load(workdir)
+    labels = balanced_labels(30, 10)
+    config = json.loads((workdir / "config.json").read_text())
+    how = {"num_steps": config["sample"]["num_steps"], "seed": config["train"]["seed"]}
+    how |= {name: config["sample"][name] for name in ("guidance_scale", "guidance_power")}
+    images = mdt_jax.to_uint8(mdt_jax.generate(model, ema, labels, batch_size=10, **how))
+    theirs = evaluation.evaluate_samples(images, labels, *sources.load("digits"))
+    assert found[6] == pytest.approx(theirs, rel=1e-12)
+
+
+def test_the_best_is_kept(run):
+    workdir, printed = run
+    distances = {step: line["frechet_distance"] for step, line in measured(workdir).items()}
+    best = min(distances, key=distances.get)
+    assert steps_in(workdir / "best") == [best]
+    lines = [line for line in printed.splitlines() if "the best so far" in line]
+    least, records = np.inf, []
+    for step, distance in distances.items():
+        if distance < least:
+            least, records = distance, [*records, step]
+    assert [int(line.split("step ")[1].split(":")[0]) for line in lines] == records
+    model, ema = mdt_jax.load(workdir / "best")
+    config = json.loads((workdir / "config.json").read_text())["sample"]
+    labels = balanced_labels(30, 10)
+    how = {name: config[name] for name in ("num_steps", "guidance_scale", "guidance_power")}
+    images = mdt_jax.to_uint8(mdt_jax.generate(model, ema, labels, seed=0, batch_size=10, **how))
+    theirs = evaluation.evaluate_samples(images, labels, *sources.load("digits"))
+    assert theirs["frechet_distance"] == pytest.approx(least, rel=1e-12)
+
+
+def test_it_does_not_change_the_training(run, tmp_path):
+    without = [flag for flag in RUN if "evaluation" not in flag]
+    train_here(*without, "--config.train.steps=6", f"--workdir={tmp_path}")
+    same = ("loss", "grad_norm")
+    ours, theirs = (
+        [
+            [line[name] for name in same]
+            for line in map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+            if "loss" in line
+        ]
+        for workdir in (run[0], tmp_path)
+    )
+    assert ours == theirs and len(ours) == 6
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_stopped_while_it_measures(run, tmp_path, number):
+    """The state was saved before; the same command measures that step again, and no other."""
+    long = [*RUN, "--config.train.steps=6", f"--workdir={tmp_path}"]
+    # So many samples that it takes a while.
+    slow = [flag for flag in long if "num_samples=30" not in flag]
+    slow += ["--config.evaluation.num_samples=3000", "--config.evaluation.every=4"]
+    process = start_command("mdt_jax.main", *slow)
+    until = time.time() + 200
+    while len(lines_of(tmp_path)) < 4 or 4 not in steps_in(tmp_path):
+        assert process.poll() is None and time.time() < until, process.communicate()
+        time.sleep(0.01)
+    time.sleep(0.3)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=100)
+    assert len(lines_of(tmp_path)) == 4 and measured(tmp_path) == {}
+    if number == signal.SIGTERM:
+        assert process.returncode == 0, out + err
+        assert "stopped while step 4 was measured, saved; the same command goes on" in err
+    printed = train_here(*long)
+    assert "going on from step 4" in printed
+    found = measured(tmp_path)
+    assert list(found) == [4, 6]
+    whole = measured(run[0])
+    assert found == {step: whole[step] for step in (4, 6)}
+    # Again nothing is measured twice.
+    (tmp_path / "report.json").unlink()
+    train_here(*long)
+    assert measured(tmp_path) == found
+
+
+def test_by_inception_against_a_file(tmp_path):
+    torch = pytest.importorskip("torch")
+    fid = pytest.importorskip("tests.fid_packages")
+    state = {name: torch.tensor(array) for name, array in fid.random_state().items()}
+    torch.save(state, tmp_path / "fid.pth")
+    real = sources.load("digits")[1].images[:6]
+    np.savez(tmp_path / "real.npz", arr_0=real)
+    printed = train_here(
+        *RUN, "--config.train.steps=2", f"--workdir={tmp_path}/run",
+        "--config.evaluation.num_samples=5", f"--config.evaluation.inception={tmp_path}/fid.pth",
+        f"--config.evaluation.reference={tmp_path}/real.npz", "--config.sample.num_samples=5",
+    )  # fmt: skip
+    assert "rank 4 in 2048 dimensions" in printed
+    found = measured(tmp_path / "run")[2]
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    for name in ("fid", "sfid", "inception_score", "precision", "recall"):
+        assert found[name] == pytest.approx(report[name], rel=1e-9)
+    assert steps_in(tmp_path / "run" / "best") == [2]
+
+
+VAE = ["--config.vae.path=vae", "--config.data.channels=3", "--config.data.name=folder"]
+BAD = {
+    "never": (["--config.evaluation.every=-1"], "evaluation.every is -1"),
+    "few": (["--config.evaluation.num_samples=3"], "evaluation.num_samples is 3; it must be"),
+    "no reference": (
+        ["--config.data.name=folder", "--config.data.path=x"],
+        "evaluation.reference is empty",
+    ),
+    "latents by pixels": (
+        [*VAE, "--config.data.image_size=256", "--config.evaluation.reference=x.npz"],
+        "evaluation.inception is empty",
+    ),
+    "no such reference": (["--config.evaluation.reference=no.npz"], "no.npz could not be read"),
+    "another size": (["--config.evaluation.reference=mnist"], "has images of 28×28×1, but the"),
+    "no such weights": (["--config.evaluation.inception=no.pth"], "no.pth"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_mistakes_are_told_before_training(name, tmp_path, capsys, monkeypatch, in_root):
+    flags, message = BAD[name]
+    argv = [*RUN, *flags, f"--workdir={tmp_path}/run"]
+    monkeypatch.setattr("sys.argv", ["command", *argv])
+    with pytest.raises(SystemExit) as exit_:
+        from mdt_jax import cli
+
+        cli.run(main.main)
+    printed = capsys.readouterr().err
+    assert exit_.value.code == 2 and message in printed.splitlines()[-1]
+    assert not (tmp_path / "run").exists()
