@@ -229,3 +229,15 @@ def test_mistakes_in_sampling_are_one_line(trained, tmp_path, capsys, monkeypatc
         argv = [*arguments, f"--out={out}"]
         assert message in exits_with_one_line(sampling["bench"], argv, capsys, monkeypatch)
     assert not out.exists()
+
+
+def test_what_the_measures_cost(tmp_path, capsys):
+    bench = runpy.run_path(str(ROOT / "benchmarks" / "evaluation.py"))["bench"]
+    out = tmp_path / "evaluation.json"
+    bench(["x", "--samples=300", "--references=200", "--size=32", f"--out={out}"])
+    assert "| 300 and 200 × 32 | s | CPU s | peak GB |" in capsys.readouterr().out
+    report = json.loads(out.read_text())
+    assert [row["name"] for row in report["rows"]][1:] == [
+        "Fréchet distance", "precision and recall"
+    ]  # fmt: skip
+    assert all(row["seconds"] > 0 and row["peak_gb"] > 0.01 for row in report["rows"])

@@ -5,8 +5,11 @@ import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+from sklearn.datasets import load_digits
 
+from mdt_jax.interop import torch_files
 from tests.conftest import ROOT, XLA_FLAGS
 from tests.hub_server import released
 from tests.small_data import write_pictures, write_vae
@@ -40,6 +43,11 @@ def smoke(command: str) -> str:
     command = command.replace("=docs/", f"={ROOT}/docs/").replace(
         "num_samples=50000", "num_samples=50"
     )
+    if "evaluate" in command:
+        command = command.replace("image_size=256", "image_size=32")
+    command = command.replace("evaluation.every=500", "evaluation.every=1").replace(
+        "evaluation.num_samples=1000", "evaluation.num_samples=20"
+    )
     if "inpaint" in command:
         command += " --num_steps=12"
     if "hf://" in command:
@@ -56,6 +64,12 @@ def runs(tmp_path_factory):
     """A folder with data, in which the README's first training command has run."""
     folder = tmp_path_factory.mktemp("readme")
     write_pictures(folder / "imagenet" / "train")
+    write_pictures(folder / "imagenet" / "val", count=6)
+    from tests.fid_packages import random_state
+
+    torch_files.write(folder / "pt_inception-2015-12-05-6726825d.pth", random_state())
+    images = load_digits().images[:8].astype(np.uint8)[..., None]
+    np.savez(folder / "VIRTUAL_imagenet256_labeled.npz", arr_0=images)
     write_vae(folder / "vae")
     run(smoke(MODULE_COMMANDS[0]), folder, env=ENVIRONMENT)
     assert (folder / "runs" / "digits" / "report.json").is_file()
@@ -83,6 +97,9 @@ def test_module_commands(command, runs, hub):
         assert said in printed or module not in command
     if "mdt_jax.info" in command:
         return
+    if "mdt_jax.evaluate" in command and "--out" not in command:
+        assert "rFID" in printed or "wrote these and all settings to" in printed
+        return
     out = re.search(r"--(?:out|dst)=(\S+)", command)
     workdir = re.search(r"--workdir=(\S+)", command)
     assert (runs / out[1]).exists() if out else (runs / workdir[1] / "report.json").is_file()
@@ -109,7 +126,7 @@ def test_installation(tmp_path):
     (tmp_path / "project").symlink_to(ROOT)
     folder = tmp_path / "project"
     lines = [c for c in COMMANDS if ".venv" in c]
-    assert len(lines) == 6
+    assert len(lines) == 7
     venv = tmp_path / "venv"
     for line in lines:
         line = line.replace(".venv", str(venv))
