@@ -107,7 +107,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, show: Shown | None = None) 
     else:
         say(f"going on from step {start} in {workdir}")
     shown = (show.tensorboard, show.wandb) if is_first() else (False, "")
-    best = Checkpoints(workdir / "best", measured=True)
+    best = Checkpoints(workdir / "best", by_time=True)
     measured = folder.measured_steps(workdir, BEST)
     log = open_trackers(workdir, config.to_dict(), start, *shown)
     log += folder.begin(workdir, config, about_data["classes"], start)
@@ -171,11 +171,11 @@ def train(config: ConfigDict, workdir: pathlib.Path, show: Shown | None = None) 
                     + ("" if good else " in another workdir")
                 )
 
-        def save(where=checkpoints, **how):
+        def save(where=checkpoints, **more):
             for tracker in log:
                 tracker.flush()  # or a crash would lose what the checkpoint is beyond
             times = {"seconds": clock.seconds(), "compile_seconds": compile_seconds}
-            where.save(state, {"config": config.to_dict(), **about_data, **times}, **how)
+            where.save(state, {"config": config.to_dict(), **about_data, **times, **more})
 
         def draw_grid(step):
             every, path = config.train.sample_every, workdir / "samples" / f"{step:07d}.png"
@@ -192,9 +192,9 @@ def train(config: ConfigDict, workdir: pathlib.Path, show: Shown | None = None) 
             with clock.paused(), stop.leaving_at_once(stopped):
                 found = evaluator.measure(drawer.samples(state.ema, asked))
                 name = next(name for name in BEST if name in found)
-                better = found[name] < best.least()
+                better = found[name] < folder.least(best, config, name)
                 if better:
-                    save(best, measure=found[name])
+                    save(best, measured=found)
                     best.close()
                 for tracker in log:
                     tracker.write(step, found)

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import pathlib
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from mdt_jax import __version__, distributed, inputs
 from mdt_jax import config as configs
 from mdt_jax.errors import UserError
 from mdt_jax.files import whole
-from mdt_jax.train.checkpoints import steps_in
+from mdt_jax.train.checkpoints import Checkpoints, steps_in
 from mdt_jax.train.metrics import MetricsLog, read_steps
 
 
@@ -109,6 +110,26 @@ def measured_steps(workdir: pathlib.Path, measures: Sequence[str]) -> set[int]:
     found = read_steps(workdir / "metrics.jsonl") if distributed.is_first() else []
     steps = [step for step, line in found if not set(measures).isdisjoint(json.loads(line))]
     return {int(step) for step in distributed.of_first(" ".join(map(str, steps))).split()}
+
+
+def least(best: Checkpoints, config: ConfigDict, name: str) -> float:
+    """The measure `name` of the best checkpoint; infinite where none was measured the same way."""
+
+    def way(fields: dict) -> dict:
+        of = {"evaluation": ("every",), "sample": ("num_samples", "batch_size")}
+        return {
+            f"{group}.{field}": value
+            for group, but in of.items()
+            for field, value in fields[group].items()
+            if field not in but
+        }
+
+    found = [
+        meta["measured"].get(name, math.inf)
+        for meta in best.metas()
+        if way(configs.complete(meta["config"]).to_dict()) == way(config.to_dict())
+    ]
+    return float(distributed.of_first(str(min(found, default=math.inf))))
 
 
 def make(workdir: pathlib.Path) -> None:

@@ -76,6 +76,22 @@ def test_the_best_is_kept(run):
     assert theirs["frechet_distance"] == pytest.approx(least, rel=1e-12)
 
 
+def test_the_best_is_of_one_way_of_measuring(run, tmp_path):
+    """Figures of another number of samples are no rivals, nor is a damaged one."""
+    import shutil
+
+    shutil.copytree(run[0], tmp_path / "run")
+    more = [flag for flag in RUN if "num_samples=30" not in flag]
+    more += ["--config.evaluation.num_samples=20", "--config.train.steps=8"]
+    printed = train_here(*more, f"--workdir={tmp_path}/run")
+    assert "evaluation.num_samples changed from 30 to 20" in printed
+    assert "step 8: num_samples 20" in printed and "the best so far" in printed
+    assert steps_in(tmp_path / "run" / "best") == [8]
+    shutil.rmtree(tmp_path / "run" / "best" / "checkpoints" / "8" / "meta")
+    train_here(*more, "--config.train.steps=10", f"--workdir={tmp_path}/run")
+    assert steps_in(tmp_path / "run" / "best") == [10]
+
+
 def test_it_does_not_change_the_training(run, tmp_path):
     without = [flag for flag in RUN if "evaluation" not in flag]
     train_here(*without, "--config.train.steps=6", f"--workdir={tmp_path}")

@@ -6,7 +6,6 @@ A step directory holds the items `params`, `ema`, `progress` (optimiser state an
 
 import contextlib
 import logging
-import math
 import os
 import pathlib
 import shutil
@@ -132,12 +131,12 @@ def _late_writes_aside(unraisable) -> None:
 class Checkpoints:
     """Saves a run's state in the background, and finds the newest sound one to go on from.
 
-    keep: how many; the newest, or of those that are measured the least.
+    keep: how many: those of the latest steps, or by_time, those that were saved last.
     """
 
-    def __init__(self, workdir: str | os.PathLike, keep: int = 1, measured: bool = False):
+    def __init__(self, workdir: str | os.PathLike, keep: int = 1, by_time: bool = False):
         _quiet()
-        self._measured = measured
+        self._by_time = by_time
         self.directory = pathlib.Path(workdir).absolute() / FOLDER
         self._keep = keep
         self._manager = None
@@ -174,17 +173,15 @@ class Checkpoints:
         state = TrainState(params=items["params"], ema=items["ema"], **items["progress"])
         return state, items["meta"]
 
-    def save(self, state: TrainState, meta: dict, measure: float | None = None) -> None:
+    def save(self, state: TrainState, meta: dict) -> None:
         """Start to save; returns once the state is copied.
 
-        measure: what the state is kept by, if it is. Raises UserError where this or the save
-        before cannot be written, such as on a full disk.
+        Raises UserError where this or the save before cannot be written, such as on a full disk.
         """
         if self._manager is None:
             options = ocp.CheckpointManagerOptions(
                 max_to_keep=self._keep, create=True, cleanup_tmp_directories=True,
-                best_fn=(lambda metrics: metrics["measure"]) if self._measured else None,
-                best_mode="min",
+                best_fn=(lambda metrics: metrics["time"]) if self._by_time else None,
             )  # fmt: skip
             self._manager = ocp.CheckpointManager(self.directory, options=options)
         step = int(state.step)
@@ -193,23 +190,23 @@ class Checkpoints:
         items = _items(state)
         checksums = {name: int(_checksum(tree)) for name, tree in items.items()}
         args = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
-        about = {"format": FORMAT, "step": step, "checksums": checksums, "measure": measure}
+        about = {"format": FORMAT, "step": step, "checksums": checksums}
         meta = ocp.args.JsonSave({**about, **meta})
         manager, self._manager = self._manager, None  # nothing to wait for where this fails
         with _writing(self.directory, items):
-            args, metrics = ocp.args.Composite(meta=meta, **args), None
-            if measure is not None:
-                metrics = {"measure": measure}
+            args = ocp.args.Composite(meta=meta, **args)
+            metrics = {"time": time.time()} if self._by_time else None
             manager.save(step, args=args, metrics=metrics, force=True)
         self._manager = manager
 
-    def least(self) -> float:
-        """The least measure of what is kept; infinite where nothing is."""
+    def metas(self) -> list[dict]:
+        """The meta of each finished step that can be read, the newest first."""
         self.close()
-        found = [
-            read_meta(self.directory / str(step))["measure"] for step in _steps(self.directory)
-        ]
-        return float(distributed.of_first(str(min(found, default=math.inf))))
+        found = []
+        for step in _steps(self.directory):
+            with contextlib.suppress(Exception):  # whatever Orbax makes of a damaged folder
+                found.append(read_meta(self.directory / str(step)))
+        return found
 
     def newest(self) -> pathlib.Path | None:
         """The folder of the newest finished step, if any, once what was saved is on disk."""
