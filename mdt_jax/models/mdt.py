@@ -259,7 +259,8 @@ class MDT(nn.Module):
         if self.gather is not None:
             block = nn.map_variables(Block, "params", self.gather)
         if self.remat != "none" or self.gather is not None:
-            block = nn.remat(block, prevent_cse=False, policy=REMAT[self.remat])
+            # Without a loop around it, what is recomputed would be found to be there already.
+            block = nn.remat(block, prevent_cse=self.unroll, policy=REMAT[self.remat])
         shared = nn.broadcast
         return nn.scan(
             block,
