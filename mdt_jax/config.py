@@ -263,7 +263,8 @@ def _check_evaluation(config: ConfigDict) -> None:
     if asked.every or asked.reference:
         _require(
             bool(asked.inception) or config.vae.path == "identity",
-            f"evaluation.inception is empty: images are too large to compare by pixels; {WHERE}",
+            "evaluation.inception is empty, and the images are too large to be compared by their "
+            f"pixels: set it to {WHERE}",
         )
 
 

@@ -12,7 +12,7 @@ import math
 import pathlib
 
 from mdt_jax import __version__, cli, distributed, drawing, evaluation, references, vae, weights
-from mdt_jax.data.image_sets import ImageSet, open_images
+from mdt_jax.data.image_sets import ImageSet, open_arrays, open_images
 from mdt_jax.data.images import UINT8_RULE
 from mdt_jax.distributed import is_first
 from mdt_jax.errors import UserError
@@ -89,8 +89,8 @@ def evaluate(args) -> None:
     samples = open_images(args.samples, args.image_size, labelled, args.num_samples)
     reference = references.load(args.reference, args.image_size, labelled)
     evaluator = evaluation.Evaluator(reference, features, args.inception or "")
-    out = pathlib.Path(args.out or f"{args.samples.rstrip('/')}.json")
-    drawing.check_writable(out)
+    evaluator.check(samples)
+    out = card_path(args.out or f"{args.samples.rstrip('/')}.json")
     settings = {
         "samples": about(samples),
         "reference": about_reference(reference),
@@ -98,7 +98,7 @@ def evaluate(args) -> None:
         "neighbours": evaluation.NEIGHBOURS,
     }
     distributed.agree({name: json.dumps(value) for name, value in settings.items()})
-    folder = out.with_name(f"{out.name}.parts")
+    folder = out.with_name(f"{out.name}.features")
     parts = {
         name: Parts(folder / name, {"of": settings[name], "by": settings["features"]})
         for name in (("samples", "reference") if features == ["inception"] else ())
@@ -110,6 +110,15 @@ def evaluate(args) -> None:
             each.remove()
         with contextlib.suppress(OSError):
             folder.rmdir()
+
+
+def card_path(text: str) -> pathlib.Path:
+    """Where the JSON goes; UserError where it cannot be written or would be of another kind."""
+    out = pathlib.Path(text)
+    if out.suffix != ".json":
+        raise UserError(f"--out={out}: unknown suffix {out.suffix!r}; use .json")
+    drawing.check_writable(out)
+    return out
 
 
 def about(images: ImageSet) -> dict:
@@ -137,11 +146,13 @@ def make_reference(args) -> None:
     if out.suffix != ".npz":
         raise UserError(f"--out={out}: unknown suffix {out.suffix!r}; use .npz")
     images = open_images(args.make_reference, args.image_size)
+    if out.exists() and "mu" not in open_arrays(args.out):
+        raise UserError(f"--out={out} exists and is no reference; choose another name")
     if len(images) < 2:
         raise UserError(f"{images.path} has one image; statistics need two at least")
     network = evaluation.load_inception(args.inception or "")
     drawing.check_writable(out)
-    folder = out.with_name(f"{out.name}.parts")
+    folder = out.with_name(f"{out.name}.features")
     parts = Parts(folder, {"of": about(images), "by": network.note})
     found = find({"inception": network}, images, parts, progress=True)
     if is_first():
@@ -155,8 +166,7 @@ def evaluate_vae(args) -> None:
     network, params = weights.load_vae(args.vae)
     images = open_images(args.images, args.image_size, num=args.num_samples)
     inception = evaluation.load_inception(args.inception) if args.inception else None
-    if args.out:
-        drawing.check_writable(pathlib.Path(args.out))
+    out = card_path(args.out) if args.out else None
     measured = evaluation.measure_vae(network, params, images, inception, progress=True)
     settings = {
         "vae": args.vae,
@@ -167,7 +177,7 @@ def evaluate_vae(args) -> None:
         "features": [inception.note] if inception else [],
     }
     if is_first():
-        write(pathlib.Path(args.out) if args.out else None, measured, settings)
+        write(out, measured, settings)
         if inception is None:
             print("no rFID: --inception=FILE was not given")
 

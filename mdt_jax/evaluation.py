@@ -2,7 +2,7 @@
 
 import importlib.util
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 
@@ -12,7 +12,15 @@ from mdt_jax.data.image_sets import ImageSet, Slices
 from mdt_jax.data.images import to_uint8
 from mdt_jax.distributed import say
 from mdt_jax.errors import UserError
-from mdt_jax.features import Classifier, Found, InceptionFeatures, Parts, PixelFeatures, find
+from mdt_jax.features import (
+    Classifier,
+    Found,
+    InceptionFeatures,
+    Parts,
+    PixelFeatures,
+    check_small,
+    find,
+)
 from mdt_jax.interop.inception_weights import WHERE
 from mdt_jax.measures import (
     Gaussian,
@@ -35,11 +43,34 @@ NEIGHBOURS = 3  # k of precision and recall
 def load_inception(path: str) -> InceptionFeatures:
     """From a file or folder of its weights. Raises UserError."""
     if not path:
-        raise UserError(f"inception needs weights: --inception=FILE; {WHERE}")
+        raise UserError(f"inception needs weights, --inception=FILE: {WHERE}")
     found = weights.read(path, wanted="inception")
     note = {"inception": path, "inception_sha256": vae.sha256(found.params)}
     distributed.agree({"inception_sha256": note["inception_sha256"]})
     return InceptionFeatures(found.model, found.params, note)
+
+
+def doubts(*compared: tuple[str, Gaussian]) -> Iterator[str]:
+    """What makes a Fréchet distance hard to compare: lines about what is named."""
+    for name, each in compared:
+        size, rank = each.root.shape
+        if each.count is not None and each.count <= size:
+            yield (
+                f"the covariance of {name}, of {each.count} images, has rank {rank} in {size} "
+                "dimensions. The distance is exact, but so few images make it too large: compare "
+                "it only with distances of as many"
+            )
+        elif each.count is None and rank < size:
+            yield (
+                f"the covariance of {name} has rank {rank} in {size} dimensions: it is of few "
+                "images, or some features never change. The distance is exact; few images make it "
+                "too large"
+            )
+        if each.negative > 1e-6:
+            yield (
+                f"the covariance of {name} has negative eigenvalues, which no images give. They "
+                "are taken as 0; other code would meet complex square roots"
+            )
 
 
 class Evaluator:
@@ -51,8 +82,10 @@ class Evaluator:
         for name in features:
             if name not in FEATURES:
                 raise UserError(f"unknown features {name!r}; choose of {', '.join(FEATURES)}")
-            if name != "inception" and reference.images is None:
-                raise UserError(f"{name} needs images, but {reference.path} holds statistics only")
+            if name != "inception":
+                if reference.images is None:
+                    raise UserError(f"{name} needs images; {reference.path} holds statistics only")
+                check_small(reference.images.shape)
         make = {
             "inception": lambda: load_inception(inception),
             "pixels": PixelFeatures,
@@ -78,6 +111,9 @@ class Evaluator:
             training, held_out = sources.split(held_out)
         if len(np.unique(training.labels)) < 2:
             raise UserError(f"{images.path} has one class: there is nothing to tell apart")
+        if not len(held_out):
+            raise UserError(f"{images.path} has too few images of each class to train and test on")
+        self._labels = np.unique(training.labels)
         classifier = Classifier(training.images, training.labels)
         self._accuracy = float(np.mean(classifier(held_out.images)["classes"] == held_out.labels))
         return classifier
@@ -93,11 +129,11 @@ class Evaluator:
         labels, and its own accuracy on real images. parts: where features of "samples" and
         "reference" are kept on the way. Raises UserError where sets cannot be compared.
         """
-        self._check(samples)
+        self.check(samples)
         parts = parts or {}
         found = find(self.networks, samples, parts.get("samples"), progress)
-        if self._real is None and self.reference.images is not None:
-            compared = {n: each for n, each in self.networks.items() if n != "classifier"}
+        compared = {n: each for n, each in self.networks.items() if n != "classifier"}
+        if compared and self._real is None and self.reference.images is not None:
             self._real = find(compared, self.reference.images, parts.get("reference"), progress)
         report = {"num_samples": len(samples)}
         if "inception" in found:
@@ -110,7 +146,7 @@ class Evaluator:
             report["classifier_accuracy"] = self._accuracy
         return json.loads(distributed.of_first(json.dumps(report)))
 
-    def _check(self, samples: ImageSet) -> None:
+    def check(self, samples: ImageSet) -> None:
         """Raise UserError for what cannot be compared."""
         images = self.reference.images
         if images is not None and images.shape != samples.shape:
@@ -125,12 +161,19 @@ class Evaluator:
                 raise UserError(
                     f"{each.path} has too few images: {len(each)}; at least {least} are needed"
                 )
-        if "classifier" in self.networks and samples.labels is None:
-            raise UserError(f"{samples.path} has no labels, which class agreement needs")
+        if "classifier" in self.networks:
+            if samples.labels is None:
+                raise UserError(f"{samples.path} has no labels, which class agreement needs")
+            strange = set(np.unique(samples.labels).tolist()) - set(self._labels.tolist())
+            if strange:
+                raise UserError(
+                    f"{samples.path} has the label {min(strange, key=str)!r}, which no image of "
+                    f"{self.reference.path} has"
+                )
 
     def _by_pixels(self, found: Found) -> dict[str, float]:
         real = self._real["pixels"].gaussians["pool"]
-        distance = frechet(found.gaussians["pool"], real)
+        distance = self._distance(found.gaussians["pool"], real)
         training = self.reference.training
         if training is None:
             return {"frechet_distance": distance}
@@ -147,31 +190,21 @@ class Evaluator:
         real = self._real["inception"] if self._real else None
         theirs = self.reference.gaussians or real.gaussians
         report = {}
-        for name, measure in (("pool", "fid"), ("spatial", "sfid")):
-            if name in theirs:
-                report[measure] = self._distance(measure, found.gaussians[name], theirs[name])
+        report["fid"] = self._distance(found.gaussians["pool"], theirs["pool"])
+        if "spatial" in theirs:
+            report["sfid"] = frechet(found.gaussians["spatial"], theirs["spatial"])
+        else:
+            self._warn(f"{self.reference.path} has no mu_s and sigma_s: there is no sFID")
         report["inception_score"] = inception_score(found.rows["logits"])
         if real is not None:
             features = real.rows["pool"], found.rows["pool"]
             report["precision"], report["recall"] = precision_recall(*features, NEIGHBOURS)
         return report
 
-    def _distance(self, measure: str, ours: Gaussian, theirs: Gaussian) -> float:
+    def _distance(self, ours: Gaussian, theirs: Gaussian) -> float:
         """Fréchet distance, and once a warning of what makes it hard to compare."""
-        for who, each in (("the samples", ours), (self.reference.path, theirs)):
-            size, rank = each.root.shape
-            if rank < size and measure == "fid":  # of sfid it would be no news
-                of = f" of {each.count} images" if each.count else ""
-                self._warn(
-                    f"the covariance of {who}{of} has rank {rank} in {size} dimensions. FID and "
-                    "sFID are exact, but so few images make them too large: compare them only with "
-                    "those of as many"
-                )
-            if each.negative > 1e-6:
-                self._warn(
-                    f"{measure}: the covariance of {who} has negative eigenvalues, which no images "
-                    "give. They are taken as 0; other code would meet complex square roots"
-                )
+        for line in doubts(("the samples", ours), (self.reference.path, theirs)):
+            self._warn(line)
         return frechet(ours, theirs)
 
     def _warn(self, line: str) -> None:
@@ -208,7 +241,7 @@ class Reconstructed:
         if height % network.factor or width % network.factor or min(height, width) < 11:
             raise UserError(
                 f"the images of {images.path} are {height}×{width}; the VAE takes multiples of "
-                f"{network.factor}, and SSIM 11×11 at least: --image_size cuts them"
+                f"{network.factor}, and SSIM 11×11 at least; --image_size cuts image files"
             )
         self.path = f"{images.path} through the VAE"
         self._network, self._images = network, images
@@ -247,6 +280,8 @@ def measure_vae(
 
     Images are encoded to the mean of the posterior and decoded to uint8. Raises UserError.
     """
+    if len(images) < 2:
+        raise UserError(f"{images.path} has one image; rFID compares two at least")
     back = Reconstructed(network, params, images)
     networks = {} if inception is None else {"inception": inception}
     found = find(networks, back, progress=progress)
@@ -255,8 +290,13 @@ def measure_vae(
         "psnr": float(np.concatenate(back.psnr).mean()),
         "ssim": float(np.concatenate(back.ssim).mean()),
     }
-    if inception is not None:
-        real = find(networks, images, progress=progress)
-        ours, theirs = (each["inception"].gaussians["pool"] for each in (found, real))
-        report["rfid"] = frechet(ours, theirs)
-    return report
+    real = find(networks, images, progress=progress) if networks else {}
+    if found and real:  # in the first process
+        compared = [
+            (each.path, theirs["inception"].gaussians["pool"])
+            for each, theirs in ((back, found), (images, real))
+        ]
+        for line in doubts(*compared):
+            say(f"warning: {line}")
+        report["rfid"] = frechet(*(gaussian_ for _, gaussian_ in compared))
+    return json.loads(distributed.of_first(json.dumps(report)))

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import pathlib
 import shutil
+import zipfile
 from collections.abc import Callable, Mapping
 
 import jax
@@ -20,7 +21,7 @@ from mdt_jax import distributed, parallel
 from mdt_jax.data.image_sets import ImageSet
 from mdt_jax.data.images import to_float
 from mdt_jax.errors import UserError
-from mdt_jax.files import whole
+from mdt_jax.files import reason, whole
 from mdt_jax.measures import Gaussian, Moments
 from mdt_jax.models.inception import POOL, SPATIAL, Inception
 from mdt_jax.progress import progress_bar
@@ -29,7 +30,7 @@ EACH_DEVICE = 16  # images that a device takes at once, always: so rounding is t
 SLICE = 512  # images in memory, and in a part that is kept
 MOST_PIXELS = 4096  # numbers of an image whose covariance is still small
 COMPARED = ("pool", "spatial")  # what is compared by its distribution
-SETTINGS = "settings.json"
+SETTINGS = "features.json"
 
 
 class InceptionFeatures:
@@ -89,14 +90,16 @@ class Classifier:
 
 
 def _pixels(images: np.ndarray) -> np.ndarray:
-    vectors = to_float(images).reshape(len(images), -1)
-    if vectors.shape[1] > MOST_PIXELS:
-        size = "×".join(map(str, images.shape[1:]))
+    return to_float(images).reshape(len(images), -1)
+
+
+def check_small(shape: tuple[int, int, int]) -> None:
+    """Raise UserError for images (H, W, C) whose pixels are too many to be compared."""
+    if np.prod(shape) > MOST_PIXELS:
         raise UserError(
-            f"images of {size} are too large to be compared by their pixels, which is for at most "
-            f"{MOST_PIXELS} numbers; compare them by inception"
+            f"images of {'×'.join(map(str, shape))} are too large to be compared by their pixels, "
+            f"which is for at most {MOST_PIXELS} numbers; compare them by inception"
         )
-    return vectors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,10 +130,10 @@ def find(
 
     def take(start: int, found: dict[tuple[str, str], np.ndarray]) -> None:
         for key, values in found.items():
-            wrong = np.flatnonzero(~np.isfinite(values).reshape(len(values), -1).all(1))
-            if len(wrong):
+            if values.dtype.kind == "f" and not np.isfinite(values).all():
+                finite = np.isfinite(values).reshape(len(values), -1).all(1)
                 raise UserError(
-                    f"{images.name(start + wrong[0])} has features that are not finite: the "
+                    f"{images.name(start + finite.argmin())} has features that are not finite: the "
                     "weights of the network are damaged"
                 )
             if key[1] in COMPARED:
@@ -186,7 +189,8 @@ class Parts:
         """The first images of the slices that are there already, of these settings."""
         with contextlib.suppress(OSError, ValueError):
             if (self.folder / SETTINGS).read_text(encoding="utf-8") == self._note:
-                return {int(path.stem) for path in self.folder.glob("*.npz")}
+                whole_ones = filter(zipfile.is_zipfile, self.folder.glob("*.npz"))
+                return {int(path.stem) for path in whole_ones}
         self.remove()
         self.folder.mkdir(parents=True, exist_ok=True)
         with whole(self.folder / SETTINGS) as temporary:
@@ -198,8 +202,14 @@ class Parts:
             np.savez(file, **{"/".join(key): values for key, values in found.items()})
 
     def load(self, start: int) -> dict[tuple[str, str], np.ndarray]:
-        with np.load(self._path(start)) as arrays:
-            return {tuple(key.split("/")): values for key, values in arrays.items()}
+        path = self._path(start)
+        try:
+            with np.load(path) as arrays:
+                return {tuple(key.split("/")): values for key, values in arrays.items()}
+        except Exception as error:  # of many kinds, by what is damaged
+            raise UserError(
+                f"{path}, features of a run before, is damaged ({reason(error)}); remove it"
+            ) from None
 
     def remove(self) -> None:
         """A folder that is none of ours is left alone."""

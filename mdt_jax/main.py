@@ -108,7 +108,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, show: Shown | None = None) 
         say(f"going on from step {start} in {workdir}")
     shown = (show.tensorboard, show.wandb) if is_first() else (False, "")
     best = Checkpoints(workdir / "best", by_time=True)
-    measured = folder.measured_steps(workdir, BEST)
+    measured = folder.measured_steps(workdir, BEST, start)
     log = open_trackers(workdir, config.to_dict(), start, *shown)
     log += folder.begin(workdir, config, about_data["classes"], start)
 
@@ -271,7 +271,9 @@ def open_evaluator(config: ConfigDict, data, held_out: sources.Images | None) ->
         return None
     labelled = not asked.reference and config.model.num_classes > 0
     if asked.reference:
-        reference = references.load(asked.reference)
+        files = not asked.reference.endswith(".npz") and asked.reference not in sources.PACKAGED
+        cut = config.data.image_size if files else None
+        reference = references.load(asked.reference, cut)
     else:
         reference = references.of_split(config.data.name, data, held_out)
     size, images = config.data.image_size, reference.images

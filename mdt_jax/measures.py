@@ -77,7 +77,7 @@ def frechet(a: Gaussian, b: Gaussian) -> float:
     """
     cross = np.linalg.svd(a.root.T @ b.root, compute_uv=False).sum()
     gap = np.square(a.mu - b.mu).sum()
-    return max(0.0, float(gap + np.trace(a.sigma) + np.trace(b.sigma) - 2 * cross))
+    return max(float(gap + np.trace(a.sigma) + np.trace(b.sigma) - 2 * cross), 0.0)
 
 
 def inception_score(logits: np.ndarray, split: int = 5000) -> float:
@@ -91,13 +91,15 @@ def inception_score(logits: np.ndarray, split: int = 5000) -> float:
         part = part - part.max(1, keepdims=True)
         log_p = part - np.log(np.exp(part).sum(1, keepdims=True))
         p = np.exp(log_p)
-        scores.append(np.exp((p * (log_p - np.log(p.mean(0)))).sum(1).mean()))
+        with np.errstate(divide="ignore", invalid="ignore"):  # where p is 0, so is what it adds
+            terms = np.where(p > 0, p * (log_p - np.log(p.mean(0))), 0)
+        scores.append(np.exp(terms.sum(1).mean()))
     return float(np.mean(scores))
 
 
-def _squared_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """[n, D], [m, D] → [n, m] float64."""
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+def _squared_distances(a: np.ndarray, b: np.ndarray, origin: np.ndarray) -> np.ndarray:
+    """[n, D], [m, D] → [n, m] float64. origin: [D] float64, near both, so that little cancels."""
+    a, b = a - origin, b - origin
     distances = (-2 * a) @ b.T
     distances += np.square(a).sum(1)[:, None]
     distances += np.square(b).sum(1)
@@ -108,7 +110,7 @@ def _tiles(count: int) -> list[slice]:
     return [slice(start, start + TILE) for start in range(0, count, TILE)]
 
 
-def _radii(features: np.ndarray, k: int) -> np.ndarray:
+def _radii(features: np.ndarray, k: int, origin: np.ndarray) -> np.ndarray:
     """Squared distance of each feature to its k-th nearest neighbour in the set.
 
     And a trifle, so that what lies at that distance or is equal is inside, however it is rounded.
@@ -124,12 +126,12 @@ def _radii(features: np.ndarray, k: int) -> np.ndarray:
     tiles = _tiles(len(features))
     for number, rows in enumerate(tiles):
         for others in tiles[number:]:
-            distances = _squared_distances(features[rows], features[others])
+            distances = _squared_distances(features[rows], features[others], origin)
             look(rows, distances)
             if others != rows:
                 look(others, distances.T)
-    trifle = ROUNDING * np.einsum("nd,nd->n", features, features, dtype=np.float64)
-    return nearest.max(1) + trifle
+    norms = [np.square(features[rows] - origin).sum(1) for rows in tiles]
+    return nearest.max(1) + ROUNDING * np.concatenate(norms)
 
 
 def precision_recall(reference: np.ndarray, samples: np.ndarray, k: int = 3) -> tuple[float, float]:
@@ -138,12 +140,13 @@ def precision_recall(reference: np.ndarray, samples: np.ndarray, k: int = 3) -> 
     A manifold is the union of balls around features [N, D], N above k, that reach to each one's
     k-th neighbour. Kynkäänniemi et al. 2019, arXiv 1904.06991, as ADM has it, but in float64.
     """
-    of_reference, of_samples = _radii(reference, k), _radii(samples, k)
+    origin = reference.mean(0, dtype=np.float64)
+    of_reference, of_samples = (_radii(x, k, origin) for x in (reference, samples))
     recalled = np.zeros(len(reference), bool)
     precise = np.zeros(len(samples), bool)
     for rows in _tiles(len(samples)):
         for others in _tiles(len(reference)):
-            distances = _squared_distances(samples[rows], reference[others])
+            distances = _squared_distances(samples[rows], reference[others], origin)
             precise[rows] |= (distances <= of_reference[others]).any(1)
             recalled[others] |= (distances <= of_samples[rows, None]).any(0)
     return float(precise.mean()), float(recalled.mean())

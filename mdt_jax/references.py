@@ -44,7 +44,8 @@ def load(path: str, image_size: int | None = None, labelled: bool = False) -> Re
     Raises UserError.
     """
     if path in sources.PACKAGED:
-        return of_split(path, *sources.load(path))
+        images = image_sets.open_images(path, image_size)
+        return Reference(path, {}, images, sources.load(path)[0])
     if not path.endswith(".npz"):
         return Reference(path, {}, image_sets.open_images(path, image_size, labelled))
     arrays = image_sets.open_arrays(path)
@@ -56,9 +57,18 @@ def load(path: str, image_size: int | None = None, labelled: bool = False) -> Re
     images = None
     if "arr_0" in arrays or labelled:
         images = image_sets.open_images(path, image_size, labelled)
-    count = int(image_sets.read_array(path, "count")) if "count" in arrays else None
+    if "mu" not in arrays:  # then ADM's evaluator takes the images for both
+        return Reference(path, {}, images)
+    count = _count(path) if "count" in arrays else None
     found = {name: _gaussian(path, arrays, suffix, count) for name, suffix in SUFFIXES.items()}
     return Reference(path, {n: g for n, g in found.items() if g is not None}, images)
+
+
+def _count(path: str) -> int:
+    count = image_sets.read_array(path, "count")
+    if count.dtype.kind not in "iu" or count.size != 1 or count.item() < 2:
+        raise UserError(f"{path}: count is {count!r}; it must be how many images mu is of")
+    return count.item()
 
 
 def of_split(path: str, training: sources.Images, held_out: sources.Images) -> Reference:
@@ -75,11 +85,14 @@ def _gaussian(path: str, arrays: dict, suffix: str, count: int | None) -> Gaussi
             raise UserError(f"{path} has one of {names[0]} and {names[1]} without the other")
         return None
     mu_shape, sigma_shape = (arrays[name][0] for name in names)
-    if len(mu_shape) != 1 or sigma_shape != mu_shape * 2:
+    if len(mu_shape) != 1 or not mu_shape[0] or sigma_shape != mu_shape * 2:
         raise UserError(
             f"{path}: {names[0]} has the shape {list(mu_shape)} and {names[1]} {list(sigma_shape)};"
             " they must be [D] and [D, D]"
         )
+    for name in names:
+        if arrays[name][2].kind != "f":
+            raise UserError(f"{path}: {name} is {arrays[name][2]}; it must be floating-point")
     mu, sigma = (image_sets.read_array(path, name).astype(np.float64) for name in names)
     if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
         raise UserError(f"{path}: {' or '.join(names)} is not finite everywhere")

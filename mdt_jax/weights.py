@@ -136,7 +136,9 @@ def _from_published(
     """The kind is read from the names; where they tell nothing it is tried as what is wanted."""
     if vae_weights.is_vae(state) or wanted == "vae":
         model, params = vae_weights.from_published(state, _norm_groups(path))
-    elif inception_weights.is_inception(state):
+    elif inception_weights.is_inception(state) or (
+        wanted == "inception" and "pos_embed" not in state
+    ):
         model, params = inception_weights.from_published(state)
     else:
         model = mdt_weights.model_from_published(state, decoder_layers)

@@ -97,18 +97,17 @@ def is_reported(workdir: pathlib.Path, config: ConfigDict, step: int) -> bool:
     """Whether report.json is of this config at this step."""
     try:
         report = json.loads((workdir / "report.json").read_text())
-        return (
-            report["steps"] == step
-            and json.loads((workdir / "config.json").read_text()) == config.to_dict()
-        )
+        stored = configs.complete(json.loads((workdir / "config.json").read_text()))
+        return report["steps"] == step and stored.to_dict() == config.to_dict()
     except (OSError, ValueError, KeyError):
         return False
 
 
-def measured_steps(workdir: pathlib.Path, measures: Sequence[str]) -> set[int]:
-    """The steps whose samples the log has one of the measures of."""
+def measured_steps(workdir: pathlib.Path, measures: Sequence[str], start: int) -> set[int]:
+    """The steps up to `start` whose samples the log has one of the measures of."""
     found = read_steps(workdir / "metrics.jsonl") if distributed.is_first() else []
-    steps = [step for step, line in found if not set(measures).isdisjoint(json.loads(line))]
+    found = [(step, json.loads(line)) for step, line in found if step <= start]
+    steps = [step for step, line in found if not set(measures).isdisjoint(line)]
     return {int(step) for step in distributed.of_first(" ".join(map(str, steps))).split()}
 
 

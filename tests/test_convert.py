@@ -227,11 +227,11 @@ def test_every_kind_of_network_is_told_by_its_names(latent_model, tmp_path, monk
     with pytest.raises(UserError, match="vae holds a VAE, not an MDT"):
         mdt_jax.load(tmp_path / "vae")
 
-    shapes = weights.KINDS["inception"].shapes(Inception(num_classes=8))
+    shapes = weights.KINDS["inception"].shapes(Inception())
     zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
-    weights.save(tmp_path / "fid.pth", weights.Weights(Inception(num_classes=8), zeros))
+    weights.save(tmp_path / "fid.pth", weights.Weights(Inception(), zeros))
     run(convert, monkeypatch, f"--src={tmp_path}/fid.pth", f"--dst={tmp_path}/fid")
-    assert "FID's Inception with 8 logits" in capsys.readouterr().out
+    assert "FID's Inception with 1008 logits" in capsys.readouterr().out
     assert same(weights.read(tmp_path / "fid").params, zeros)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mdt_jax import evaluate, evaluation, features, sample, weights
+from mdt_jax import evaluate, evaluation, features, measures, references, sample, weights
 from mdt_jax.data import image_sets, sources
 from mdt_jax.errors import UserError
 from mdt_jax.measures import precision_recall
@@ -112,7 +112,7 @@ def test_killed_on_eight_devices_in_slices_and_resumed_on_one(sets, tmp_path):
     command = [sys.executable, "-c", SMALL, *flags(sets), f"--out={out}"]
     eight = {**os.environ, "XLA_FLAGS": f"{XLA_FLAGS} --xla_force_host_platform_device_count=8"}
     process = subprocess.Popen(command, cwd=ROOT, env=eight, stderr=subprocess.DEVNULL)
-    parts, until = tmp_path / "card.json.parts", time.time() + 200
+    parts, until = tmp_path / "card.json.features", time.time() + 200
     while not list(parts.glob("reference/*.npz")):
         assert process.poll() is None and time.time() < until
         time.sleep(0.005)
@@ -198,8 +198,6 @@ def test_a_reference_is_made_as_adms_are(sets, tmp_path, monkeypatch):
 
 
 def test_a_reference_keeps_images_from_all_over_the_set(monkeypatch):
-    from mdt_jax import references
-
     monkeypatch.setattr(references, "KEPT", 50)
     images = np.arange(200, dtype=np.uint8).reshape(200, 1, 1, 1)
     kept = references.sample_of(image_sets.Arrays("x", images))[:, 0, 0, 0]
@@ -318,12 +316,24 @@ def bad(tmp_path_factory, sets):
     np.savez(folder / "few.npz", arr_0=images[:3])
     np.savez(folder / "named.npz", images=images)
     np.savez(folder / "unlabelled.npz", arr_0=images)
-    np.savez(folder / "other.npz", arr_0=crops(5, 0, 40))
+    np.savez(folder / "other.npz", arr_0=crops(5, 0, 24))
     np.savez(folder / "mu.npz", mu=np.zeros(2048))
     np.savez(folder / "small.npz", mu=np.zeros(64), sigma=np.eye(64))
     np.savez(folder / "shapes.npz", mu=np.zeros(64), sigma=np.eye(63))
     np.savez(folder / "nan.npz", mu=np.zeros(64), sigma=np.full((64, 64), np.nan))
     np.savez(folder / "skew.npz", mu=np.zeros(2), sigma=np.array([[1.0, 2], [0, 1]]))
+    np.savez(folder / "void.npz", mu=np.zeros(0), sigma=np.zeros((0, 0)))
+    np.savez(folder / "texts.npz", mu=np.full(9, "1"), sigma=np.eye(9))
+    np.savez(folder / "count.npz", mu=np.zeros(9), sigma=np.eye(9), count="many")
+    np.savez(folder / "two.npz", arr_0=images[:4], arr_1=[0, 0, 1, 1])
+    with zipfile.ZipFile(folder / "header.npz", "w") as archive:
+        archive.writestr("arr_0.npy", b"\x93NUMPY\x01\x00\x10\x00{'descr': '|u1', (")
+    for names in (("classes", "dog", "horse"), ("others", "cat", "dog")):
+        for name in names[1:]:
+            (folder / names[0] / name).mkdir(parents=True)
+            for n in range(6):
+                Image.fromarray(crops(1, n)[0]).save(folder / names[0] / name / f"{n}.png")
+    (folder / "folder.json").mkdir()
     (folder / "text.npz").write_text("no zip")
     whole = (sets / "samples.npz").read_bytes()
     (folder / "cut.npz").write_bytes(whole[: len(whole) // 2])
@@ -337,6 +347,8 @@ def bad(tmp_path_factory, sets):
     (folder / "torn" / "2.png").write_bytes((folder / "torn" / "2.png").read_bytes()[:100])
     theirs = {**fid.random_state(), "AuxLogits.fc.bias": np.zeros(1000, np.float32)}
     torch.save({name: torch.tensor(array) for name, array in theirs.items()}, folder / "tv.pth")
+    ten = {**fid.random_state(), "fc.weight": np.zeros((10, 2048)), "fc.bias": np.zeros(10)}
+    torch.save({name: torch.tensor(array) for name, array in ten.items()}, folder / "ten.pth")
     write_vae(folder / "vae.safetensors")
     return folder
 
@@ -351,7 +363,7 @@ BAD = {
     "no out": (["--make_reference=SETS/real.npz"], "--out is missing"),
     "images of samples": ([S, R, "--images=x"], "--images is not for --samples"),
     "unknown features": ([S, R, "--features=vgg"], "unknown features 'vgg'"),
-    "no weights": ([S, R], "inception needs weights: --inception=FILE; it is pt_inception-2015"),
+    "no weights": ([S, R], "needs weights, --inception=FILE: pt_inception-2015"),
     "torchvision's weights": ([S, R, "--inception=BAD/tv.pth"], "torchvision's Inception v3"),
     "a VAE's weights": (
         [S, R, "--inception=BAD/vae.safetensors"],
@@ -376,15 +388,37 @@ BAD = {
     "no samples": ([S, R, PIXELS, "--num_samples=0"], "--num_samples=0 must be positive"),
     "another resolution": (
         [S, "--reference=BAD/other.npz", PIXELS],
-        "other.npz are 40×40×3, but those of",
+        "other.npz are 24×24×3, but those of",
     ),
     "neither": ([S, "--reference=BAD/named.npz", PIXELS], "neither mu and sigma nor arr_0"),
     "half of it": ([S, "--reference=BAD/mu.npz", W], "has one of mu and sigma without the other"),
     "statistics of others": ([S, "--reference=BAD/small.npz", W], "statistics of 64 features"),
+    "of no features": ([S, "--reference=BAD/void.npz", W], "they must be [D] and [D, D]"),
+    "texts": ([S, "--reference=BAD/texts.npz", W], "mu is <U"),
+    "no count": ([S, "--reference=BAD/count.npz", W], "it must be how many images mu is of"),
+    "another header": (["--samples=BAD/header.npz", R, PIXELS], "header.npz could not be read"),
+    "one of each class": (
+        [S, "--reference=BAD/two.npz", "--features=classifier"],
+        "too few images of each class",
+    ),
+    "other classes": (
+        ["--samples=BAD/classes", "--reference=BAD/others", "--features=classifier"],
+        "has the label 'horse', which no image of",
+    ),
+    "another card": ([S, R, PIXELS, "--out=SETS/samples.npz"], "unknown suffix '.npz'; use .json"),
+    "over the images": (
+        ["--make_reference=SETS/real.npz", W, "--out=SETS/real.npz"],
+        "exists and is no reference",
+    ),
+    "an Inception of ten": ([S, R, "--inception=BAD/ten.pth"], "this is an Inception of 10 logits"),
+    "size of a packaged set": (
+        [S, "--reference=digits", PIXELS, "--image_size=4"],
+        "has images of 32×32; --image_size=4",
+    ),
     "shapes": ([S, "--reference=BAD/shapes.npz", W], "they must be [D] and [D, D]"),
     "not finite": ([S, "--reference=BAD/nan.npz", W], "mu or sigma is not finite everywhere"),
     "not symmetric": ([S, "--reference=BAD/skew.npz", W], "it is not symmetric"),
-    "statistics for pixels": ([S, "--reference=BAD/small.npz", PIXELS], "pixels needs images, but"),
+    "statistics for pixels": ([S, "--reference=BAD/small.npz", PIXELS], "pixels needs images; "),
     "unlabelled samples": (
         ["--samples=BAD/unlabelled.npz", R, "--features=classifier"],
         "unlabelled.npz has no labels",
@@ -393,8 +427,8 @@ BAD = {
         [S, "--reference=BAD/unlabelled.npz", "--features=classifier"],
         "npz has no labels",
     ),
-    "size of an npz": ([S, R, PIXELS, "--image_size=16"], "--image_size=16 cuts image files"),
-    "a folder as the card": ([S, R, PIXELS, "--out=BAD/empty"], "--out=BAD/empty cannot be"),
+    "size of an npz": ([S, R, PIXELS, "--image_size=16"], "--image_size=16 cuts image files only"),
+    "a folder as the card": ([S, R, PIXELS, "--out=BAD/folder.json"], "folder.json cannot be"),
     "a reference without npz": (
         ["--make_reference=SETS/real.npz", "--out=BAD/x.json", W],
         "unknown suffix '.json'",
@@ -423,17 +457,77 @@ def test_mistakes(name, bad, sets, capsys, monkeypatch, in_root):
     assert {path for folder in (bad, sets) for path in folder.rglob("*")} == before
 
 
+def test_what_makes_a_distance_hard_to_compare_is_said_once(capsys):
+    evaluator = evaluation.Evaluator(references.Reference("real.npz", {}, None), ())
+    few = measures.gaussian(np.random.RandomState(0).rand(5, 9))
+    wrong = measures.Gaussian(np.zeros(9), np.diag([-0.5, *np.ones(8)]))
+    for _ in range(2):
+        assert evaluator._distance(few, wrong) > 0
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 3
+    assert "covariance of the samples, of 5 images, has rank 4 in 9 dimensions" in said[0]
+    assert "compare it only with distances of as many" in said[0]
+    assert "covariance of real.npz has rank 8 in 9 dimensions" in said[1]
+    still = np.pad(np.random.RandomState(0).rand(50, 8), [(0, 0), (0, 1)])  # one never changes
+    assert list(evaluation.doubts(("x", measures.gaussian(still)))) == []
+    assert "real.npz has negative eigenvalues" in said[2] and "complex square roots" in said[2]
+
+
 def test_large_images_are_not_compared_by_pixels():
     images = image_sets.Arrays("x", np.zeros((5, 64, 64, 3), np.uint8))
     with pytest.raises(UserError, match="64×64×3 are too large to be compared by their pixels"):
-        features.find({"pixels": features.PixelFeatures()}, images)
+        evaluation.Evaluator(references.Reference("x", {}, images), ["pixels"])
+
+
+def test_a_folder_is_grey_where_all_of_it_is(tmp_path):
+    for n, image in enumerate(crops(3, 0)):
+        picture = Image.fromarray(image)
+        (picture if n == 1 else picture.convert("L")).save(tmp_path / f"{n}.png")
+    assert image_sets.open_images(str(tmp_path)).shape == (32, 32, 3)
+    (tmp_path / "1.png").unlink()
+    assert image_sets.open_images(str(tmp_path)).shape == (32, 32, 1)
+    assert image_sets.open_images(str(tmp_path), 16).take(range(2)).shape == (2, 16, 16, 1)
+
+
+def test_the_hash_of_a_tar_is_of_its_pixels(tmp_path):
+    import tarfile
+
+    hashes = set()
+    for n in range(2):
+        Image.fromarray(crops(1, n)[0]).save(tmp_path / "a.bmp")
+        with tarfile.open(tmp_path / "set.tar", "w") as archive:
+            archive.add(tmp_path / "a.bmp", "a.bmp")
+        hashes.add(image_sets.open_images(str(tmp_path / "set.tar")).sha256)
+    assert len(hashes) == 2
+
+
+def test_labels_are_compared_by_name(tmp_path):
+    for folder, names in (("real", ("cat", "dog", "horse")), ("drawn", ("dog", "horse"))):
+        for name in names:
+            (tmp_path / folder / name).mkdir(parents=True)
+            for n in range(5):
+                grey = np.full((4, 4), 20 * ord(name[0]) % 256 + n, np.uint8)
+                Image.fromarray(grey).save(tmp_path / folder / name / f"{n}.png")
+    run_here(
+        evaluate.main, f"--samples={tmp_path}/drawn", f"--reference={tmp_path}/real",
+        "--features=classifier",
+    )  # fmt: skip
+    assert measured(tmp_path / "drawn.json")["class_agreement"] == 1
+
+
+def test_parts_that_are_damaged_are_made_anew(tmp_path):
+    parts = features.Parts(tmp_path / "x", {})
+    parts.begin()
+    parts.save(0, {("inception", "pool"): np.zeros((8, 2))})
+    parts.save(512, {("inception", "pool"): np.zeros((8, 2))})
+    cut = (tmp_path / "x" / "000000512.npz").read_bytes()[:100]
+    (tmp_path / "x" / "000000512.npz").write_bytes(cut)
+    assert parts.begin() == {0}
 
 
 def test_memory_of_many_features(monkeypatch):
     """Precision and recall hold tiles, not all pairs."""
     import tracemalloc
-
-    from mdt_jax import measures
 
     monkeypatch.setattr(measures, "TILE", 256)
     x = np.random.RandomState(0).randn(6000, 16).astype(np.float32)

@@ -138,6 +138,31 @@ def test_stopped_while_it_measures(run, tmp_path, number):
     assert measured(tmp_path) == found
 
 
+def test_what_is_lost_with_a_checkpoint_is_measured_again(run, tmp_path):
+    import shutil
+
+    shutil.copytree(run[0], tmp_path / "run")
+    (tmp_path / "run" / "report.json").unlink()
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "6" / "params")
+    printed = train_here(*RUN, "--config.train.steps=6", f"--workdir={tmp_path}/run")
+    assert "going on from step 4" in printed
+    assert measured(tmp_path / "run") == measured(run[0])
+
+
+def test_a_finished_run_of_before_there_was_evaluation_stays_finished(run, tmp_path):
+    import shutil
+
+    shutil.copytree(run[0], tmp_path / "run")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    del config["evaluation"]
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    flags = [flag for flag in RUN if "evaluation" not in flag]
+    flags += ["--config.evaluation.num_samples=10000", "--config.train.steps=6"]
+    assert "is trained to step 6 and reported already" in train_here(
+        *flags, f"--workdir={tmp_path}/run"
+    )
+
+
 def test_by_inception_against_a_file(tmp_path):
     torch = pytest.importorskip("torch")
     fid = pytest.importorskip("tests.fid_packages")

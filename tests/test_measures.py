@@ -69,6 +69,7 @@ def test_the_closed_form_of_gaussians_along_the_axes():
     b = measures.Gaussian(np.array([1.0, 0, 2]), np.diag([4.0, 4.0, 1.0]))
     assert frechet(a, b) == pytest.approx(5 + 1 + 0 + 4, rel=1e-14)
     assert frechet(a, a) == 0
+    assert np.isnan(frechet(a, measures.Gaussian(np.array([np.nan, 0, 0]), b.sigma)))
 
 
 @pytest.mark.parametrize("counts", [(40, 300), (30, 20)])
@@ -116,6 +117,7 @@ def test_inception_score():
     assert inception_score(logits, 400) == pytest.approx(np.mean(parts), rel=1e-14)
     assert inception_score(np.full((9, 5), 800.0)) == pytest.approx(1)
     assert inception_score(1e4 * np.eye(5)) == pytest.approx(5)  # log p is −10⁴, p is 0
+    assert inception_score(np.array([[0.0, 1e4]] * 3)) == pytest.approx(1)  # one never is
 
 
 @pytest.mark.parametrize("tile", [64, 100, 4096])
@@ -134,6 +136,13 @@ def test_precision_and_recall_are_exact(tile, monkeypatch):
         )
         assert ours == pytest.approx(part, abs=1e-6) and ours == pytest.approx(whole, abs=1e-6)
         assert seed or (0.1 < ours[0] < 0.9 and 0.1 < ours[1] < 0.9)
+
+
+def test_precision_and_recall_far_from_the_origin():
+    reference, samples = (features(150, 16, seed, 0.1 * seed) for seed in (0, 1))
+    ours = precision_recall(reference, samples)
+    far = (np.float64(x) * 2**-20 + 1000 for x in (reference, samples))
+    assert 0 < ours[0] < 1 and precision_recall(*far) == ours
 
 
 def test_equal_features_are_within_each_other():

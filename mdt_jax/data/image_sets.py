@@ -7,7 +7,6 @@ import json
 import os
 import pathlib
 import zipfile
-import zlib
 from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -98,15 +97,16 @@ class Npz:
                     if len(part) < count * each:
                         raise EOFError("it is cut short")
                     yield start, np.frombuffer(part, np.uint8).reshape(count, *self.shape)
-        except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        except Exception as error:  # of many kinds, by what is damaged
             raise UserError(f"{self.path} could not be read: {reason(error)}") from None
 
     def take(self, items: np.ndarray) -> np.ndarray:
         """The images `items`, ascending."""
-        parts = [
-            part[items[(start <= items) & (items < start + len(part))] - start]
-            for start, part in self.slices(512)
-        ]
+        parts = []
+        for start, part in self.slices(512):
+            parts.append(part[items[(start <= items) & (items < start + len(part))] - start])
+            if start + len(part) > items[-1]:
+                break
         return np.concatenate(parts)
 
 
@@ -130,11 +130,16 @@ class Files:
 
     @property
     def sha256(self) -> str:
-        """Of the list of images, and where they are files of their own of these, hexadecimal."""
+        """Of the list of images, and of these or the tar's bytes; hexadecimal.
+
+        A prepared set of TFDS is told by its name, version and length.
+        """
         digest = hashlib.sha256(self.files.contents.encode(errors="replace"))
+        paths = [self.files.path] if isinstance(self.files, tars.Members) else []
         if isinstance(self.files, folders.Files):
-            for i in range(len(self)):
-                digest.update(bytes.fromhex(file_sha256(self.files.name(i))))
+            paths = map(self.files.name, range(len(self)))
+        for path in paths:
+            digest.update(bytes.fromhex(file_sha256(path)))
         return digest.hexdigest()
 
     @property
@@ -169,7 +174,7 @@ class Files:
             (there, wide), (here, broad) = size, self.shape[:2]
             raise UserError(
                 f"{self.name(i)} is {there}×{wide}, but {self.name(0)} {here}×{broad}; all must "
-                "be of one size, or --image_size cuts them as for training"
+                "be of one size (evaluate --image_size cuts them as for training)"
             )
 
     def _read(self, i: int) -> np.ndarray:
@@ -191,16 +196,16 @@ def open_images(
     """
     if path.endswith(".npz"):
         images = _open_npz(path, labelled)
-        if image_size is not None and images.shape[:2] != (image_size, image_size):
-            raise UserError(
-                f"{path} has images of {images.shape[0]}×{images.shape[1]}; --image_size="
-                f"{image_size} cuts image files, not those of an npz"
-            )
     elif path in sources.PACKAGED:
         held_out = sources.load(path)[1]
         images = Arrays(path, held_out.images, held_out.labels)
     else:
         images = _open_files(path, image_size, labelled)
+    if image_size is not None and images.shape[:2] != (image_size, image_size):
+        raise UserError(
+            f"{path} has images of {images.shape[0]}×{images.shape[1]}; --image_size={image_size} "
+            "cuts image files only"
+        )
     if labelled and images.labels is None:
         raise UserError(f"{path} has no labels, which telling classes apart needs")
     if num is None:
@@ -239,22 +244,23 @@ def _open_npz(path: str, labelled: bool) -> Npz:
 
 
 def _open_files(path: str, size: int | None, labelled: bool) -> Files:
-    if path.startswith("tfds:"):
-        name, _, split = path.removeprefix("tfds:").partition("/")
-        files = tfds_sets.load(name, split or "train")
-    elif path.endswith(".tar"):
-        files = tars.load(path)
-    else:
-        try:
+    try:
+        if path.startswith("tfds:"):
+            name, _, split = path.removeprefix("tfds:").rpartition("/")
+            files = tfds_sets.load(name or split, split if name else "train")
+        elif path.endswith(".tar"):
+            files = tars.load(path)
+        else:
             files = folders.load(path, None if labelled else 0)
-        except UserError as error:
-            raise UserError(str(error).removeprefix("data.path ")) from None
+    except UserError as error:
+        raise UserError(str(error).removeprefix("data.path ")) from None
     labels = None
     if labelled and files.classes:
-        labels = np.array([files.read(i)[1] for i in range(len(files))])
-        if all(name.isdigit() for name in files.classes):  # such as 7_000012.png
-            labels = np.array([int(name) for name in files.classes])[labels]
-    first = _read_image(files, 0, size)
+        numbers = all(name.isascii() and name.isdigit() for name in files.classes)
+        names = np.array([int(n) for n in files.classes] if numbers else files.classes)
+        labels = names[[files.read(i)[1] for i in range(len(files))]]
+    grey = all(_is_grey(files, i) for i in range(len(files)))  # seldom looks at more than one
+    first = _read_image(files, 0, size, grey)
     images = Files(path, files, len(files), first.shape, size, labels)
     if size is None:
         images.check_sizes()
@@ -275,10 +281,14 @@ def _opened(files, i: int):
         raise UserError(f"{files.name(i)} could not be read: {reason(error)}") from None
 
 
-def _read_image(files, i: int, size: int | None, grey: bool | None = None) -> np.ndarray:
-    """[H, W, C] uint8; C is 1 if `grey`, or where that is None if the image is."""
+def _is_grey(files, i: int) -> bool:
     with _opened(files, i) as image:
-        grey = image.mode in ("L", "1") if grey is None else grey
+        return image.mode in ("L", "1")
+
+
+def _read_image(files, i: int, size: int | None, grey: bool) -> np.ndarray:
+    """[H, W, C] uint8; C is 1 if `grey`, else 3."""
+    with _opened(files, i) as image:
         image = to_rgb(image).convert("L") if grey else to_rgb(image)
         array = np.asarray(image) if size is None else center_crop(image, size)
     return array[..., None] if grey else array
@@ -297,7 +307,7 @@ def open_arrays(path: str) -> dict[str, tuple[tuple[int, ...], bool, np.dtype]]:
                     with archive.open(name) as file:
                         found[name.removesuffix(".npy")] = _header(file)
             return found
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except Exception as error:  # of many kinds, by what is damaged
         raise UserError(f"{path} could not be read: {reason(error)}") from None
 
 
@@ -306,7 +316,7 @@ def read_array(path: str, name: str) -> np.ndarray:
     try:
         with np.load(path) as arrays:
             return arrays[name]
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except Exception as error:  # of many kinds, by what is damaged
         raise UserError(f"{path}: {name} could not be read: {reason(error)}") from None
 
 

@@ -16,7 +16,7 @@ from mdt_jax.models.inception import Inception
 _NORM = {"weight": "scale", "bias": "bias", "running_mean": "mean", "running_var": "var"}
 # Where the file is, for messages.
 WHERE = (
-    "it is pt_inception-2015-12-05-6726825d.pth at "
+    "pt_inception-2015-12-05-6726825d.pth at "
     "https://github.com/mseitzer/pytorch-fid/releases/tag/fid_weights"
 )
 _COUNTER = ".num_batches_tracked"  # of newer PyTorch; nothing reads it
@@ -84,11 +84,6 @@ def is_inception(state: Mapping[str, np.ndarray]) -> bool:
     return "Mixed_5b.branch1x1.conv.weight" in state
 
 
-def _logits(state: Mapping[str, np.ndarray]) -> int:
-    """How many there are, 0 where it cannot be told."""
-    return state["fc.bias"].size if "fc.bias" in state else 0
-
-
 def _path(name: str) -> str:
     module, _, kind = name.rpartition(".")
     kind = _NORM[kind] if module.endswith("bn") else {"weight": "kernel"}.get(kind, kind)
@@ -109,13 +104,14 @@ def from_published(state: Mapping[str, np.ndarray]) -> tuple[Inception, dict]:
 
     Raises UserError, with the first offending names, where it is not FID's Inception.
     """
-    if any(name.startswith("AuxLogits.") for name in state) or _logits(state) == 1000:
+    logits = state["fc.bias"].size if "fc.bias" in state else Inception.num_classes
+    if logits != Inception.num_classes or any(name.startswith("AuxLogits.") for name in state):
         raise UserError(
-            "this is torchvision's Inception v3, whose features are others than those of FID's "
-            f"Inception of 2015; {WHERE}"
+            f"this is an Inception of {logits} logits, such as torchvision's Inception v3; FID's "
+            f"has {Inception.num_classes} and other features: {WHERE}"
         )
     state = {name: array for name, array in state.items() if not name.endswith(_COUNTER)}
-    model = Inception(_logits(state) or Inception.num_classes)
+    model = Inception()
     expected = _published_shapes(model)
     check_names(expected, state, "FID's Inception")
     for name, shape in expected.items():
