@@ -105,6 +105,7 @@ def evaluate(args) -> None:
     }
     measured = evaluator.measure(samples, parts, progress=True)
     if is_first():
+        print(f"{samples.path} against {reference.path}:")
         write(out, measured, settings)
         for each in parts.values():
             each.remove()
@@ -177,6 +178,7 @@ def evaluate_vae(args) -> None:
         "features": [inception.note] if inception else [],
     }
     if is_first():
+        print(f"{images.path} through {args.vae}:")
         write(out, measured, settings)
         if inception is None:
             print("no rFID: --inception=FILE was not given")

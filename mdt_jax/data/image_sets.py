@@ -258,7 +258,8 @@ def _open_files(path: str, size: int | None, labelled: bool) -> Files:
     if labelled and files.classes:
         numbers = all(name.isascii() and name.isdigit() for name in files.classes)
         names = np.array([int(n) for n in files.classes] if numbers else files.classes)
-        labels = names[[files.read(i)[1] for i in range(len(files))]]
+        told = hasattr(files, "labels")  # a prepared set tells them with each image only
+        labels = names[files.labels if told else [files.read(i)[1] for i in range(len(files))]]
     grey = all(_is_grey(files, i) for i in range(len(files)))  # seldom looks at more than one
     first = _read_image(files, 0, size, grey)
     images = Files(path, files, len(files), first.shape, size, labels)
