@@ -12,7 +12,7 @@ from mdt_jax import evaluation, main
 from mdt_jax.data import sources
 from mdt_jax.options import balanced_labels
 from mdt_jax.train.checkpoints import steps_in
-from tests.conftest import start_command, train_here
+from tests.conftest import XLA_FLAGS, run_command, start_command, train_here
 from tests.test_main import lines_of
 
 RUN = [
@@ -161,6 +161,16 @@ def test_a_finished_run_of_before_there_was_evaluation_stays_finished(run, tmp_p
     assert "is trained to step 6 and reported already" in train_here(
         *flags, f"--workdir={tmp_path}/run"
     )
+
+
+def test_on_the_mesh_of_the_run(run, tmp_path):
+    """Eight devices, four of which share the parameters: the same figures but for rounding."""
+    eight = f"{XLA_FLAGS} --xla_force_host_platform_device_count=8"
+    flags = [*RUN, "--config.train.steps=2", "--config.mesh.fsdp=4", f"--workdir={tmp_path}"]
+    run_command("mdt_jax.main", *flags, XLA_FLAGS=eight)
+    ours, theirs = measured(tmp_path)[2], measured(run[0])[2]
+    assert ours == pytest.approx(theirs, rel=1e-2, abs=0.1)
+    assert ours["frechet_distance"] == pytest.approx(theirs["frechet_distance"], rel=1e-3)
 
 
 def test_by_inception_against_a_file(tmp_path):
