@@ -49,7 +49,7 @@ def parse(argv: list[str]):
         usage="python -m mdt_jax.evaluate --samples=NPZ --reference=NPZ --inception=FILE | "
         "--make_reference=IMAGES --out=NPZ --inception=FILE | --vae=VAE --images=IMAGES",
         description="Measure samples against real images, as ADM's evaluator does. IMAGES are an "
-        "npz, a folder, a .csv or .jsonl list, a .tar, tfds:NAME/SPLIT, or digits, mnist, …",
+        "npz, a folder, a .csv or .jsonl list, a .tar, tfds:NAME:SPLIT, or digits, mnist, …",
     )
     add = parser.add_argument
     add("--samples", help="what to measure: an npz, or a folder of images")

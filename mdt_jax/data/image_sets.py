@@ -187,7 +187,7 @@ ImageSet = Arrays | Npz | Files
 def open_images(
     path: str, image_size: int | None = None, labelled: bool = False, num: int | None = None
 ) -> ImageSet:
-    """Images of an npz (arr_0), a folder, a list (.csv, .jsonl), a .tar, tfds:NAME[/SPLIT], or the
+    """Images of an npz (arr_0), a folder, a list (.csv, .jsonl), a .tar, tfds:NAME[:SPLIT], or the
     held-out part of a packaged set (digits, mnist, …).
 
     image_size: to which image files are cut. labelled: whether files must tell their labels, too.
@@ -246,8 +246,8 @@ def _open_npz(path: str, labelled: bool) -> Npz:
 def _open_files(path: str, size: int | None, labelled: bool) -> Files:
     try:
         if path.startswith("tfds:"):
-            name, _, split = path.removeprefix("tfds:").rpartition("/")
-            files = tfds_sets.load(name or split, split if name else "train")
+            name, _, split = path.removeprefix("tfds:").partition(":")
+            files = tfds_sets.load(name, split or "train")
         elif path.endswith(".tar"):
             files = tars.load(path)
         else:
