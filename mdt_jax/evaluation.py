@@ -24,6 +24,7 @@ from mdt_jax.features import (
 from mdt_jax.interop.inception_weights import WHERE
 from mdt_jax.measures import (
     Gaussian,
+    comparisons,
     frechet,
     gaussian,
     inception_score,
@@ -32,6 +33,7 @@ from mdt_jax.measures import (
     ssim,
 )
 from mdt_jax.models.autoencoder import AutoencoderKL
+from mdt_jax.progress import progress_bar
 from mdt_jax.references import Reference
 
 FEATURES = ("inception", "pixels", "classifier")
@@ -137,7 +139,7 @@ class Evaluator:
             self._real = find(compared, self.reference.images, parts.get("reference"), progress)
         report = {"num_samples": len(samples)}
         if "inception" in found:
-            report |= self._by_inception(found["inception"])
+            report |= self._by_inception(found["inception"], progress)
         if "pixels" in found:
             report |= self._by_pixels(found["pixels"])
         if "classifier" in found:
@@ -186,7 +188,7 @@ class Evaluator:
             "frechet_ratio": distance / distance_real,
         }
 
-    def _by_inception(self, found: Found) -> dict[str, float]:
+    def _by_inception(self, found: Found, progress: bool) -> dict[str, float]:
         real = self._real["inception"] if self._real else None
         theirs = self.reference.gaussians or real.gaussians
         report = {}
@@ -198,7 +200,10 @@ class Evaluator:
         report["inception_score"] = inception_score(found.rows["logits"])
         if real is not None:
             features = real.rows["pool"], found.rows["pool"]
-            report["precision"], report["recall"] = precision_recall(*features, NEIGHBOURS)
+            steps = comparisons(*map(len, features))
+            with progress_bar(steps, progress and steps > 9, "comparing", "step") as bar:
+                shares = precision_recall(*features, NEIGHBOURS, bar.update)
+            report["precision"], report["recall"] = shares
         return report
 
     def _distance(self, ours: Gaussian, theirs: Gaussian) -> float:

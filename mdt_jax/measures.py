@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import numpy as np
 
@@ -110,7 +111,9 @@ def _tiles(count: int) -> list[slice]:
     return [slice(start, start + TILE) for start in range(0, count, TILE)]
 
 
-def _radii(features: np.ndarray, k: int, origin: np.ndarray) -> np.ndarray:
+def _radii(
+    features: np.ndarray, k: int, origin: np.ndarray, moved: Callable[[int], object]
+) -> np.ndarray:
     """Squared distance of each feature to its k-th nearest neighbour in the set.
 
     And a trifle, so that what lies at that distance or is equal is inside, however it is rounded.
@@ -130,18 +133,31 @@ def _radii(features: np.ndarray, k: int, origin: np.ndarray) -> np.ndarray:
             look(rows, distances)
             if others != rows:
                 look(others, distances.T)
+            moved(1)
     norms = [np.square(features[rows] - origin).sum(1) for rows in tiles]
     return nearest.max(1) + ROUNDING * np.concatenate(norms)
 
 
-def precision_recall(reference: np.ndarray, samples: np.ndarray, k: int = 3) -> tuple[float, float]:
+def comparisons(count: int, others: int) -> int:
+    """How many steps `precision_recall` takes for sets of these sizes."""
+    a, b = (len(_tiles(n)) for n in (count, others))
+    return a * (a + 1) // 2 + b * (b + 1) // 2 + a * b
+
+
+def precision_recall(
+    reference: np.ndarray,
+    samples: np.ndarray,
+    k: int = 3,
+    moved: Callable[[int], object] = lambda steps: None,
+) -> tuple[float, float]:
     """Share of samples within the reference's manifold, and of the reference in the samples'.
 
     A manifold is the union of balls around features [N, D], N above k, that reach to each one's
     k-th neighbour. Kynkäänniemi et al. 2019, arXiv 1904.06991, as ADM has it, but in float64.
+    moved: told of each of the `comparisons` when it is done.
     """
     origin = reference.mean(0, dtype=np.float64)
-    of_reference, of_samples = (_radii(x, k, origin) for x in (reference, samples))
+    of_reference, of_samples = (_radii(x, k, origin, moved) for x in (reference, samples))
     recalled = np.zeros(len(reference), bool)
     precise = np.zeros(len(samples), bool)
     for rows in _tiles(len(samples)):
@@ -149,6 +165,7 @@ def precision_recall(reference: np.ndarray, samples: np.ndarray, k: int = 3) -> 
             distances = _squared_distances(samples[rows], reference[others], origin)
             precise[rows] |= (distances <= of_reference[others]).any(1)
             recalled[others] |= (distances <= of_samples[rows, None]).any(0)
+            moved(1)
     return float(precise.mean()), float(recalled.mean())
 
 

@@ -125,7 +125,9 @@ def test_precision_and_recall_are_exact(tile, monkeypatch):
     monkeypatch.setattr(measures, "TILE", tile)
     for seed, (count, others) in enumerate([(300, 200), (65, 129), (4, 50)]):
         reference, samples = features(count, 24, seed), features(others, 24, seed + 5, 0.2)
-        ours = precision_recall(reference, samples)
+        steps = []
+        ours = precision_recall(reference, samples, 3, steps.append)
+        assert len(steps) == measures.comparisons(count, others)
         assert ours == adm_precision_recall(reference, samples)
         part, whole = (
             function(torch.tensor(samples).double(), torch.tensor(reference).double())
