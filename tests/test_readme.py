@@ -50,7 +50,7 @@ def smoke(command: str) -> str:
     )
     if "inpaint" in command:
         command += " --num_steps=12"
-    if "hf://" in command:
+    if "hf://" in command and "mdt_jax.sample" in command:
         command += " --num_steps=3"
     command = command.replace("num_steps=250", "num_steps=5").replace(
         "num_steps=50", "num_steps=12"
