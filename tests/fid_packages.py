@@ -10,13 +10,16 @@ import torch
 from mdt_jax.interop import inception_weights
 from mdt_jax.models.inception import Inception
 
-_operators = torch.library.Library("torchvision", "FRAGMENT")
-for _name in (
+NAMES = (
     "nms", "qnms", "roi_align", "qroi_align", "_roi_align_backward", "ps_roi_align",
     "_ps_roi_align_backward", "roi_pool", "_roi_pool_backward", "ps_roi_pool",
     "_ps_roi_pool_backward", "deform_conv2d", "_deform_conv2d_backward",
-):  # fmt: skip
-    if not hasattr(torch.ops.torchvision, _name):
+)  # fmt: skip
+try:
+    import torchvision  # noqa: F401
+except RuntimeError:  # operator torchvision::nms does not exist
+    _operators = torch.library.Library("torchvision", "FRAGMENT")
+    for _name in NAMES:
         _operators.define(f"{_name}(Tensor x) -> Tensor")
 
 from cleanfid import fid as clean_fid  # noqa: E402, F401
