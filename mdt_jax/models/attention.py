@@ -1,5 +1,8 @@
 """Self-attention with MDT's learned two-dimensional relative position bias."""
 
+import functools
+from typing import NamedTuple
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -26,6 +29,69 @@ def bias_rows(grid: tuple[int, int]) -> int:
     return (2 * height - 1) * (2 * width - 1) + 3
 
 
+class Positions(NamedTuple):
+    """Where tokens are. index: [1 or B, N, N] int32, their `relative_index`; ids: [B, N] int32,
+    which of the grid's tokens they are; None: all, in order."""
+
+    index: jax.Array
+    ids: jax.Array | None = None
+
+
+def positions(grid: tuple[int, int], ids: jax.Array | None = None) -> Positions:
+    """The positions of the tokens `ids` [B, N] of a grid, or of all of them."""
+    index = jnp.asarray(relative_index(grid))
+    if ids is None:
+        return Positions(index[None])
+    return Positions(index[ids[:, :, None], ids[:, None, :]], ids)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def bias_at(table: jax.Array, where: Positions, grid: tuple[int, int]) -> jax.Array:
+    """table: [rows, heads] → the bias of all pairs of tokens, [1 or B, heads, N, N]."""
+    return jnp.moveaxis(table[where.index], -1, 1)
+
+
+def _bias_forward(table, where, grid):
+    return bias_at(table, where, grid), where
+
+
+def _bias_backward(grid, where, grad):
+    add = functools.partial(scattered, grid), functools.partial(contracted, grid)
+    table = jax.lax.platform_dependent(grad, where, cpu=add[0], default=add[1])
+    return table, jax.tree.map(lambda ids: np.zeros(ids.shape, jax.dtypes.float0), where)
+
+
+bias_at.defvjp(_bias_forward, _bias_backward)
+
+
+def scattered(grid: tuple[int, int], grad: jax.Array, where: Positions) -> jax.Array:
+    """The table's gradient [rows, heads] of the bias's [1 or B, heads, N, N], added one by one."""
+    table = jnp.zeros((bias_rows(grid), grad.shape[1]), grad.dtype)
+    return table.at[where.index].add(jnp.moveaxis(grad, 1, -1))
+
+
+def contracted(grid: tuple[int, int], grad: jax.Array, where: Positions) -> jax.Array:
+    """The same as matmuls with matrices of zeros and ones, since accelerators add such a number of
+    values into so few rows only slowly."""
+    (height, width), heads = grid, grad.shape[1]
+    if where.ids is None:
+        pairs = grad.sum(0)
+    else:
+        chosen = jax.nn.one_hot(where.ids, height * width, dtype=grad.dtype)  # [B, N, L]
+        rows = jnp.einsum("bhij,bjk->bhik", grad, chosen)
+        pairs = jnp.einsum("bhik,bil->hlk", rows, chosen)
+    pairs = pairs.reshape(heads, height, width, height, width)
+    table = jnp.einsum("hyxvu,yvd,xue->deh", pairs, _differences(height), _differences(width))
+    unused = bias_rows(grid) - table.shape[0] * table.shape[1]
+    return jnp.pad(table.reshape(-1, heads), ((0, unused), (0, 0))).astype(grad.dtype)
+
+
+def _differences(size: int) -> np.ndarray:
+    """[size, size, 2·size − 1] float32: 1 where i − j + size − 1 is the last index."""
+    i = np.arange(size)
+    return np.eye(2 * size - 1, dtype=np.float32)[i[:, None] - i + size - 1]
+
+
 class Attention(nn.Module):
     """Multi-head self-attention, the bias added to the logits before the softmax.
 
@@ -38,8 +104,8 @@ class Attention(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: jax.Array, index: jax.Array, seen: jax.Array | None = None) -> jax.Array:
-        """x: [B, N, D]; index: [1 or B, N, N] int32, `relative_index` of the tokens in x.
+    def __call__(self, x: jax.Array, where: Positions, seen: jax.Array | None = None) -> jax.Array:
+        """x: [B, N, D]; where: the positions of its tokens.
 
         seen: [N] bool, the tokens that others may look at; None: all. Returns [B, N, D].
         """
@@ -53,7 +119,7 @@ class Attention(nn.Module):
                 nn.initializers.normal(0.02),  # published: truncated, but at 100 deviations
                 (bias_rows(self.grid), self.num_heads),
             )
-            bias = jnp.moveaxis(table[index], -1, 1)  # [1 or B, heads, N, N]
+            bias = bias_at(table, where, self.grid)
         mask = None if seen is None else seen[None, None, None, :]
         out = jax.nn.dot_product_attention(q, k, v, bias=bias, mask=mask)
         return Linear(dim, dtype=self.dtype, name="proj")(out.reshape(batch, length, dim))

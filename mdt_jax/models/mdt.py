@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 
 from mdt_jax.models import masking
-from mdt_jax.models.attention import Attention, relative_index
+from mdt_jax.models.attention import Attention, Positions, positions
 from mdt_jax.models.embeddings import LabelEmbedder, TimestepEmbedder, sincos_positions
-from mdt_jax.models.layers import Linear
+from mdt_jax.models.layers import LINEAR, Linear, add_gated, gelu, modulated_norm
 
 SIZES = {
     "S": dict(hidden_size=384, depth=12, num_heads=6),
@@ -31,7 +31,7 @@ SIZES = {
 VAE_FACTOR, VAE_CHANNELS = 8, 4
 
 # On a CPU, stacks up to this depth are unrolled: about a third faster, still compiled in seconds.
-UNROLL_DEPTH = 8
+UNROLL_DEPTH = 12
 
 
 STACKS = ("encoder", "encoder_in", "encoder_out", "decoder", "side_interpolater")  # of blocks
@@ -43,7 +43,7 @@ REGATHERED = ("sharding_constraint", "convert_element_type")
 # keeps what Linear layers give, and recomputes the attention and all that is elementwise.
 REMAT = {
     "none": lambda primitive, *_, **__: primitive.name not in REGATHERED,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_only_these_names(LINEAR),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
@@ -67,19 +67,6 @@ def unpatchify(tokens: jax.Array, grid: tuple[int, int], patch_size: int) -> jax
     h, w = grid
     p = patch_size
     return einops.rearrange(tokens, "b (h w) (p q c) -> b (h p) (w q) c", h=h, w=w, p=p, q=p)
-
-
-def layer_norm(x: jax.Array) -> jax.Array:
-    """LayerNorm without affine parameters over the last axis, eps 1e-6, float32 statistics."""
-    x32 = x.astype(jnp.float32)
-    centred = x32 - x32.mean(-1, keepdims=True)
-    variance = jnp.square(centred).mean(-1, keepdims=True)
-    return (centred * jax.lax.rsqrt(variance + 1e-6)).astype(x.dtype)
-
-
-def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
-    """x: [B, N, D]; shift, scale: [B, 1, D]."""
-    return x * (1 + scale) + shift
 
 
 class Modulation(nn.Module):
@@ -110,11 +97,11 @@ class Block(nn.Module):
         self,
         x: jax.Array,
         c: jax.Array,
-        index: jax.Array,
+        where: Positions,
         seen: jax.Array | None = None,
         skip: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
-        """x, skip: [B, N, D]; c: [B, D]; index and seen: see `Attention`.
+        """x, skip: [B, N, D]; c: [B, D]; where and seen: see `Attention`.
 
         A block with a skip starts with Linear(2D → D) on [x, skip]. Returns the new x twice, as
         nn.scan wants it: what goes on, and what a later block may take as its skip.
@@ -126,16 +113,16 @@ class Block(nn.Module):
         modulation = Modulation(6, self.dtype, name="modulation")(c)
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation
 
-        h = modulate(layer_norm(x), shift_attn, scale_attn)
+        h = modulated_norm(x, shift_attn, scale_attn)
         attention = Attention(
             self.num_heads, self.grid, self.relative_bias, self.dtype, name="attention"
         )
-        x = x + gate_attn * attention(h, index, seen)
+        x = add_gated(x, gate_attn, attention(h, where, seen))
 
-        h = modulate(layer_norm(x), shift_mlp, scale_mlp)
+        h = modulated_norm(x, shift_mlp, scale_mlp)
         h = Linear(4 * dim, dtype=self.dtype, name="mlp_in")(h)
-        h = Linear(dim, dtype=self.dtype, name="mlp_out")(nn.gelu(h, approximate=True))
-        x = x + gate_mlp * h
+        h = Linear(dim, dtype=self.dtype, name="mlp_out")(gelu(h))
+        x = add_gated(x, gate_mlp, h)
         return x, x
 
 
@@ -148,7 +135,7 @@ class FinalLayer(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, c: jax.Array) -> jax.Array:
         shift, scale = Modulation(2, self.dtype, name="modulation")(c)
-        x = modulate(layer_norm(x), shift, scale)
+        x = modulated_norm(x, shift, scale)
         zeros = nn.initializers.zeros
         return Linear(self.features, kernel_init=zeros, dtype=self.dtype, name="linear")(x)
 
@@ -223,10 +210,10 @@ class MDT(nn.Module):
 
     def setup(self):
         dim = self.hidden_size
-        positions = jnp.asarray(sincos_positions(self.grid, dim)[None])
+        sincos = jnp.asarray(sincos_positions(self.grid, dim)[None])
 
         def position_embedding(name):
-            return self.param(name, lambda _: positions) if self.learned_position else positions
+            return self.param(name, lambda _: sincos) if self.learned_position else sincos
 
         self.patch_embed = Linear(dim, dtype=self.dtype)
         self.pos_embed = position_embedding("pos_embed")
@@ -298,55 +285,57 @@ class MDT(nn.Module):
         c = self.timestep_embed(t)
         if self.num_classes:
             c = c + self.label_embed(y)
-        index = relative_index(self.grid)[None]
+        everywhere = positions(self.grid)
         inputs = self.patch_embed(patchify(x, self.patch_size))
         inputs = inputs + self.pos_embed.astype(inputs.dtype)
         if keep_ids is not None:
-            tokens = self._masked_pass(inputs, c, index, keep_ids, keep_count)
+            tokens = self._masked_pass(inputs, c, everywhere, keep_ids, keep_count)
         else:
-            tokens = self._encode(inputs, c, index)
+            tokens = self._encode(inputs, c, everywhere)
             if self.decoder_layers:
                 tokens = tokens + self.decoder_pos_embed.astype(tokens.dtype)
-                tokens = self._decode(tokens, inputs, c, index)
+                tokens = self._decode(tokens, inputs, c, everywhere)
         out = self.final_layer(tokens, c).astype(jnp.float32)
         return unpatchify(out, self.grid, self.patch_size)
 
-    def _encode(self, tokens, c, index, seen=None):
+    def _encode(self, tokens, c, where, seen=None):
         if self.version == "v1":
-            return self.encoder(tokens, c, index, seen, None)[0]
-        tokens, skips = self.encoder_in(tokens, c, index, seen, None)
+            return self.encoder(tokens, c, where, seen, None)[0]
+        tokens, skips = self.encoder_in(tokens, c, where, seen, None)
         # Last in, first out: the first block of the second half gets its own input once more.
-        return self.encoder_out(tokens, c, index, seen, skips[::-1])[0]
+        return self.encoder_out(tokens, c, where, seen, skips[::-1])[0]
 
-    def _decode(self, tokens, inputs, c, index, seen=None):
+    def _decode(self, tokens, inputs, c, where, seen=None):
         skip = inputs if self.version == "v2" else None
-        return self.decoder(tokens, c, index, seen, skip)[0]
+        return self.decoder(tokens, c, where, seen, skip)[0]
 
-    def _masked_pass(self, inputs, c, index, keep_ids, keep_count):
+    def _masked_pass(self, inputs, c, everywhere, keep_ids, keep_count):
         """Tokens [B, L, D] for the final layer, from those of `inputs` that are kept."""
         if not self.decoder_layers:
             raise ValueError("a model without decoder blocks (a DiT) has no masked pass")
         kept = masking.gather_tokens(inputs, keep_ids)
-        kept_index = jnp.asarray(index[0])[keep_ids[:, :, None], keep_ids[:, None, :]]
+        kept_positions = positions(self.grid, keep_ids)
         seen = None if keep_count is None else jnp.arange(keep_ids.shape[1]) < keep_count
-        places = masking.places(keep_ids, keep_count, self.num_tokens)
-        masked = masking.masked_positions(places, self.num_tokens)[:, :, None]
+        back = masking.places(keep_ids, keep_count, self.num_tokens)
+        masked = masking.masked_positions(back, self.num_tokens)[:, :, None]
         decoder_pos = self.decoder_pos_embed.astype(inputs.dtype)
 
-        tokens = self._encode(kept, c, kept_index, seen)
+        tokens = self._encode(kept, c, kept_positions, seen)
         if self.asymmetric:
-            tokens = masking.scatter_tokens(tokens, places, self.mask_token, self.num_tokens)
-            tokens = self._interpolate(tokens + decoder_pos, c, index, masked)
-            return self._decode(tokens, inputs, c, index)
-        tokens = self._decode(tokens + decoder_pos[0][keep_ids], kept, c, kept_index, seen)
-        tokens = masking.scatter_tokens(tokens, places, self.mask_token, self.num_tokens)
-        return self._interpolate(jnp.where(masked, tokens + decoder_pos, tokens), c, index, masked)
+            tokens = masking.scatter_tokens(tokens, back, self.mask_token, self.num_tokens)
+            tokens = self._interpolate(tokens + decoder_pos, c, everywhere, masked)
+            return self._decode(tokens, inputs, c, everywhere)
+        tokens = self._decode(tokens + decoder_pos[0][keep_ids], kept, c, kept_positions, seen)
+        tokens = masking.scatter_tokens(tokens, back, self.mask_token, self.num_tokens)
+        return self._interpolate(
+            jnp.where(masked, tokens + decoder_pos, tokens), c, everywhere, masked
+        )
 
-    def _interpolate(self, tokens, c, index, masked):
+    def _interpolate(self, tokens, c, everywhere, masked):
         """The side-interpolater, with the masked shortcut: kept tokens pass it by."""
         if not self.side_layers:
             return tokens
-        predicted, _ = self.side_interpolater(tokens, c, index, None, None)
+        predicted, _ = self.side_interpolater(tokens, c, everywhere, None, None)
         return jnp.where(masked, predicted, tokens) if self.masked_shortcut else predicted
 
 

@@ -1,0 +1,130 @@
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mdt_jax.models import layers
+from mdt_jax.models.attention import Attention, bias_at, bias_rows, contracted, positions, scattered
+from mdt_jax.models.layers import add_gated, affine, gelu, modulated_norm
+from tests.published import relative_error
+
+KEY = jax.random.key(0)
+
+
+def normal(*shape, dtype=jnp.float32, key=0):
+    return jax.random.normal(jax.random.fold_in(KEY, key), shape).astype(dtype)
+
+
+def gradients(function, *inputs):
+    """Of a sum that weights all outputs differently."""
+    weights = normal(*jax.eval_shape(function, *inputs).shape, key=9)
+
+    def total(*inputs):
+        return (function(*inputs).astype(jnp.float32) * weights).sum()
+
+    return jax.jit(jax.grad(total, argnums=tuple(range(len(inputs)))))(*inputs)
+
+
+def plain_affine(x, kernel, bias):
+    return x @ kernel + bias
+
+
+def plain_norm(x, shift, scale):
+    norm = nn.LayerNorm(epsilon=1e-6, use_bias=False, use_scale=False, use_fast_variance=False)
+    return norm.apply({}, x) * (1 + scale) + shift
+
+
+PLAIN = {
+    affine: (plain_affine, [(48, 32), (32, 24), (24,)]),
+    gelu: (functools.partial(nn.gelu, approximate=True), [(6, 40)]),
+    modulated_norm: (plain_norm, [(2, 8, 32), (2, 1, 32), (2, 1, 32)]),
+    add_gated: (lambda x, gate, y: x + gate * y, [(2, 8, 32), (2, 1, 32), (2, 8, 32)]),
+}
+
+
+@pytest.mark.parametrize("function", PLAIN, ids=lambda function: function.__name__)
+def test_values_and_gradients_are_the_plain_ones(function):
+    plain, shapes = PLAIN[function]
+    inputs = [normal(*shape, key=i) for i, shape in enumerate(shapes)]
+    assert relative_error(function(*inputs), plain(*inputs)) < 1e-6
+    expected = gradients(plain, *inputs)
+    for got, want in zip(gradients(function, *inputs), expected, strict=True):
+        assert got.dtype == want.dtype and relative_error(got, want) < 1e-5
+
+
+@pytest.mark.parametrize("function", PLAIN, ids=lambda function: function.__name__)
+def test_in_bfloat16_parameters_get_float32_gradients(function):
+    """Nearer to float32's than a gradient that was summed in bfloat16 can be."""
+    plain, shapes = PLAIN[function]
+    inputs = [normal(*shape, key=i) for i, shape in enumerate(shapes)]
+    rounded = [each.astype(jnp.bfloat16) for each in inputs]
+    if function is affine:  # whose parameters come as float32
+        rounded[1:] = inputs[1:]
+    assert function(*rounded).dtype == jnp.bfloat16
+    assert relative_error(function(*rounded), plain(*inputs)) < 0.01
+    expected = gradients(plain, *inputs)
+    for given, got, want in zip(rounded, gradients(function, *rounded), expected, strict=True):
+        assert got.dtype == given.dtype and relative_error(got, want) < 0.01
+
+
+def test_a_sum_over_many_tokens_keeps_its_small_parts():
+    """2^17 gradients of 1 add up to as many; in bfloat16 the sum would stop at 256."""
+    x, kernel = jnp.ones((2**17, 1), jnp.bfloat16), jnp.zeros((1, 1))
+    bias = jax.jit(jax.grad(lambda b: affine(x, kernel, b).astype(jnp.float32).sum()))
+    assert bias(jnp.zeros(1))[0] == 2**17
+
+
+def test_matrices_are_laid_out_anew_on_a_cpu_alone():
+    """What a CPU's matrix units need would cost a GPU a copy."""
+
+    def lowered(platform):
+        traced = jax.jit(layers.transposed).trace(normal(8, 4, dtype=jnp.bfloat16))
+        return traced.lower(lowering_platforms=(platform,)).as_text()
+
+    assert "LayoutConstraint" in lowered("cpu")
+    assert "LayoutConstraint" not in lowered("cuda")
+    np.testing.assert_array_equal(layers.transposed(normal(8, 4)), normal(8, 4).T)
+
+
+GRIDS = [(4, 6), (6, 4), (1, 5), (5, 5)]
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_bias_gradient_is_the_same_scattered_and_contracted(grid, masked):
+    tokens, heads = grid[0] * grid[1], 3
+    ids = None
+    if masked:
+        noise = jax.random.uniform(KEY, (2, tokens))
+        ids = jnp.argsort(noise, axis=-1)[:, : tokens * 2 // 3].astype(jnp.int32)
+    where = positions(grid, ids)
+    table, grad = normal(bias_rows(grid), heads), normal(*where.index.shape[:1], heads, *(
+        2 * where.index.shape[-1:]
+    ))  # fmt: skip
+
+    def plain(table):
+        return jnp.moveaxis(table[where.index], -1, 1)
+
+    value, expected = jax.vjp(plain, table)
+    np.testing.assert_array_equal(bias_at(table, where, grid), value)
+    for way in (scattered, contracted):
+        assert relative_error(way(grid, grad, where), expected(grad)[0]) < 1e-6
+    _, backward = jax.vjp(lambda table: bias_at(table, where, grid), table)
+    assert relative_error(backward(grad)[0], expected(grad)[0]) < 1e-6
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu", "cpu"])
+def test_accelerators_add_no_gradients_one_by_one(platform):
+    ids = jnp.tile(jnp.arange(10, dtype=jnp.int32), (2, 1))
+    where, attention = positions((4, 4), ids), Attention(2, (4, 4))
+    params = attention.init(KEY, normal(2, 10, 16), where)
+
+    def loss(params, x):
+        return attention.apply(params, x, where).sum()
+
+    traced = jax.jit(jax.grad(loss)).trace(params, normal(2, 10, 16))
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    assert ("stablehlo.scatter" in text) == (platform == "cpu")
