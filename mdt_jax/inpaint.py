@@ -11,7 +11,7 @@ import pathlib
 import jax
 import numpy as np
 
-from mdt_jax import cli, drawing, parallel
+from mdt_jax import allocator, cli, drawing, parallel
 from mdt_jax.data.crops import center_crop, to_rgb
 from mdt_jax.data.images import save_grid, save_image, to_float
 from mdt_jax.errors import UserError
@@ -133,6 +133,7 @@ def inpaint_options(args) -> InpaintOptions:
 
 def main(argv: list[str]) -> None:
     """Parse the flags, read image and mask, draw, put the known pixels back, write."""
+    allocator.keep_freed_memory()
     args = parse(argv)
     out = pathlib.Path(args.out)
     if out.suffix != ".png":

@@ -16,7 +16,17 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from mdt_jax import cli, costs, distributed, drawing, inputs, parallel, references, weights
+from mdt_jax import (
+    allocator,
+    cli,
+    costs,
+    distributed,
+    drawing,
+    inputs,
+    parallel,
+    references,
+    weights,
+)
 from mdt_jax import config as configs
 from mdt_jax import workdir as folder
 from mdt_jax.data import image_sets, sources
@@ -336,6 +346,7 @@ def main(argv: list[str]) -> None:
         "wandb": ("", "the project of Weights & Biases to log to"),
         "profile_steps": ("", "first and last step of a trace: 10:13"),
     }
+    allocator.keep_freed_memory()
     config, flags = cli.parse_config(
         argv, usage, optional, workdir="where checkpoints and results go"
     )

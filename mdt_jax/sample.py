@@ -11,7 +11,7 @@ import pathlib
 
 import numpy as np
 
-from mdt_jax import cli, distributed, drawing, walks
+from mdt_jax import allocator, cli, distributed, drawing, walks
 from mdt_jax.data.images import save_animation, save_grid
 from mdt_jax.data.sample_files import Folder, Grid, Npz
 from mdt_jax.distributed import is_first, say
@@ -83,6 +83,7 @@ def check_out(out: str, show: str | None) -> tuple[pathlib.Path, str]:
 
 def main(argv: list[str]) -> None:
     """Parse the flags, load the EMA parameters, sample, decode, write."""
+    allocator.keep_freed_memory()
     args = parse(argv)
     out, suffix = check_out(args.out, args.show)
     if args.frames is not None and not args.show:
