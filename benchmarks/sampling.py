@@ -2,16 +2,14 @@
 
 python benchmarks/sampling.py                every sampler at 5 to 250 steps, on a run on digits
 python benchmarks/sampling.py --suite=skip   guidance left out where its weight is nearly 1
-python benchmarks/sampling.py --suite=speed  seconds of a guided step of MDT-S/2 and MDT-XL/2
 
 quality: Fréchet distance in pixels to held-out digits, and the share that a classifier reads as the
 class asked for, guided as the checkpoint's config says. Samplers of order two are measured with
 each spacing up to about 20 steps; the one of the least distance there goes on to more. Samples of
 these 20 steps, and of DDPM with the most, are drawn with each seed, others with the first one.
-skip: at the largest of --steps, with the published guidance. speed: random parameters, latents of
-32×32×4.
+skip: at the largest of --steps, with the published guidance.
 
-Prints tables and leaves sampling.json and sampling.png, skip.json or speed.json in --out.
+Prints tables and leaves sampling.json and sampling.png, or skip.json, in --out.
 Stopped, quality goes on with the same command.
 """
 
@@ -25,14 +23,12 @@ import time
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from mdt_jax import cli, costs, evaluation
+from mdt_jax import cli, evaluation
 from mdt_jax.data import sources
 from mdt_jax.data.images import to_uint8
 from mdt_jax.errors import UserError
-from mdt_jax.models.mdt import MDT, SIZES, init_params
 from mdt_jax.options import SampleOptions, balanced_labels
 from mdt_jax.sampling import generate
 from mdt_jax.vae import sha256
@@ -51,7 +47,6 @@ MEASURES = ("frechet_distance", "class_agreement")
 TOLERANCES = (0.0, 1e-4, 1e-3, 1e-2)
 PUBLISHED = {"guidance": "power_cosine", "guidance_power": 4.0, "guidance_scale": 3.8}
 ROUNDS = 3  # in which each tolerance is timed
-ENOUGH = 20.0  # seconds of steps to be timed
 MACHINE = {"cores": os.cpu_count(), "machine": platform.machine(), "jax": jax.__version__}
 
 
@@ -257,54 +252,7 @@ def skip(flags, out: pathlib.Path) -> str:
     return markdown(columns, [list(row.values()) for row in rows])
 
 
-def step_cost(draw: Callable[[int], object]) -> tuple[np.ndarray, int]:
-    """([seconds, CPU seconds] of one step, of how many), compiling apart; draw: takes the steps.
-
-    What n + 1 steps take longer than one, or where one takes long, that.
-    """
-    draw(1)
-    one = timed(draw, 1)[0]
-    more = min(20, int(ENOUGH / one[0]))
-    if not more:
-        return one, 1
-    draw(1 + more)
-    return (timed(draw, 1 + more)[0] - one) / more, more
-
-
-def speed(flags, out: pathlib.Path) -> str:
-    """Guided steps of MDT v1 with patches of 2; returns a table."""
-    make(out)
-    rows = []
-    for size in flags.sizes:
-        print(f"MDT-{size}/2", file=sys.stderr)
-        model = MDT(input_size=(32, 32), in_channels=4, dtype=jnp.dtype(flags.dtype), **SIZES[size])
-        params = init_params(model, jax.random.key(0))
-        macs = costs.pass_macs(model)
-        for batch in flags.batches:
-            labels = balanced_labels(batch, model.num_classes)
-
-            def draw(steps, model=model, params=params, labels=labels):
-                return generate(model, params, labels, batch_size=len(labels), num_steps=steps)
-
-            (seconds, cpu), count = step_cost(draw)
-            rows.append({
-                "size": f"MDT-{size}/2",
-                "batch": batch,
-                "seconds": float(seconds),
-                "cpu_seconds": float(cpu),
-                "image_steps_per_second": float(batch / seconds),
-                "image_seconds_250": float(250 * seconds / batch),
-                "gflops": float(2 * macs * 2 * batch / seconds / 1e9),
-                "steps_timed": count,
-            })  # fmt: skip
-            write_json(out / "speed.json", {**MACHINE, "dtype": flags.dtype, "rows": rows})
-    columns = {"": "", "batch": "", "seconds a step": ".3g", "CPU seconds": ".3g"}
-    columns |= {"images·steps a second": ".3g", "250 steps, an image (s)": ",.0f"}
-    columns |= {"GFLOP/s": ",.0f", "steps timed": ""}
-    return markdown(columns, [list(row.values()) for row in rows])
-
-
-SUITES = {"quality": quality, "skip": skip, "speed": speed}
+SUITES = {"quality": quality, "skip": skip}
 
 
 def numbers(least: int) -> Callable[[str], list[int]]:
@@ -322,12 +270,6 @@ def several(text: str) -> int:  # a covariance of one sample is none
     return numbers(2)(text)[0]
 
 
-def sizes(text: str) -> list[str]:
-    if not set(text.split(",")) <= set(SIZES):
-        raise ValueError
-    return text.split(",")
-
-
 def bench(argv: list[str]) -> None:
     """Read the flags, run, write and print."""
     parser = cli.Parser(prog="python benchmarks/sampling.py", description=__doc__.split("\n")[0])
@@ -337,9 +279,6 @@ def bench(argv: list[str]) -> None:
     add("--steps", type=numbers(1), default=[5, 10, 20, 50, 100, 250], help="such as 5,10,20")
     add("--samples", type=several, help="default: 1000, or skip 100")
     add("--seeds", type=numbers(0), default=[0, 1, 2], help="quality: such as 0,1,2")
-    add("--sizes", type=sizes, default=["S", "XL"], help=f"speed: among {','.join(SIZES)}")
-    add("--batches", type=numbers(1), default=[1, 8, 32], help="speed: such as 1,8,32")
-    add("--dtype", choices=cli.DTYPES, default="float32", help="speed: of matmuls and activations")
     add("--out", default="runs/sampling", help="folder")
     flags = parser.parse_args(argv[1:])
     print(SUITES[flags.suite](flags, pathlib.Path(flags.out)))

@@ -100,7 +100,7 @@ def bench(argv: list[str]) -> None:
     parser.add_argument("--fsdp", default="1,8,64")
     parser.add_argument("--remat", default="none,dots,full")
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--batch_size", type=int, default=256, help="over all devices")
+    parser.add_argument("--batch_size", default="256", help="over all devices")
     parser.add_argument("--accumulate", type=int, default=1)
     parser.add_argument(
         "--optimized", action="store_true", help="compile as training does, which takes longer"
@@ -115,18 +115,20 @@ def bench(argv: list[str]) -> None:
         return
     out, rows = pathlib.Path(options.out), []
     out.mkdir(parents=True, exist_ok=True)
-    for devices, fsdp, remat in itertools.product(
-        numbers(options.devices), numbers(options.fsdp), options.remat.split(",")
-    ):
+    for devices, fsdp, remat, size in itertools.product(
+        numbers(options.devices), numbers(options.fsdp), options.remat.split(","),
+        numbers(options.batch_size),
+    ):  # fmt: skip
         if devices % fsdp:
             continue
         changes = dict(
-            fsdp=fsdp, remat=remat, dtype=options.dtype, batch_size=options.batch_size,
+            fsdp=fsdp, remat=remat, dtype=options.dtype, batch_size=size,
             accumulate=options.accumulate, optimized=options.optimized,
         )  # fmt: skip
         print(
-            f"{devices} devices, fsdp {fsdp}, remat {remat}", end=": ", file=sys.stderr, flush=True
-        )
+            f"{devices} devices, fsdp {fsdp}, remat {remat}, batch {size}",
+            end=": ", file=sys.stderr, flush=True,
+        )  # fmt: skip
         found = in_its_own_process(options.config, devices, changes)
         print(f"{found['seconds']:.0f} s", file=sys.stderr)
         rows.append({"devices": devices, **changes, **found})

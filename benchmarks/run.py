@@ -1,0 +1,73 @@
+"""All benches of speed at once: python benchmarks/run.py --suite=cpu
+
+cpu: S/2 against PyTorch, training and sampling. gpu: S/2, B/2 and XL/2 in bfloat16, MDTv2's XL/2
+among them. Both take less than nine minutes, so that a short lease of a machine is enough; what
+there is no time for is named. small: the digits' network, to see that all of it works. Prints
+tables, and leaves train_step.json and sample_step.json in --out.
+"""
+
+import json
+import pathlib
+import sys
+import time
+
+import sample_step
+import train_step
+
+from mdt_jax import cli
+from mdt_jax.errors import UserError
+
+LIMIT = 9 * 60  # seconds
+RESERVE = 120  # of them, for what was begun last
+
+BENCHES = {"train_step": train_step.bench, "sample_step": sample_step.bench}
+
+# What is measured, the most important first: a bench, and its flags.
+SUITES = {
+    "cpu": [
+        ("train_step", "--config=configs/s2.py --dtype=float32 --torch --rounds=4"),
+        ("train_step", "--config=configs/s2.py --dtype=bfloat16 --torch"),
+        ("sample_step", "--config=configs/s2.py --dtype=float32 --tolerance=0,0.001 --torch"),
+        ("sample_step", "--config=configs/s2.py --dtype=bfloat16 --tolerance=0,0.001 --torch"),
+    ],
+    "gpu": [
+        ("train_step", "--config=configs/xl2.py --dtype=bfloat16 --batch_size=64 --remat=dots"),
+        ("train_step", "--config=configs/v2_xl2.py --dtype=bfloat16 --batch_size=64 --remat=dots"),
+        ("sample_step", "--config=configs/xl2.py --dtype=bfloat16 --batch_size=32 --num_steps=25"),
+        ("train_step", "--config=configs/s2.py,configs/b2.py --dtype=bfloat16 --batch_size=256"),
+        ("train_step", "--config=configs/xl2.py --dtype=bfloat16 --batch_size=32"),
+    ],
+    "small": [
+        ("train_step", "--config=configs/digits.py --batch_size=8 --torch --seconds=1"),
+        ("sample_step", "--config=configs/digits.py --batch_size=8 --torch --seconds=1"),
+    ],
+}
+
+
+def bench(argv: list[str]) -> None:
+    """Read the flags, run the suite."""
+    parser = cli.Parser(prog="python benchmarks/run.py", description=__doc__.split("\n")[0])
+    parser.add_argument("--suite", choices=SUITES, required=True)
+    parser.add_argument("--out", default="runs/bench", help="a folder")
+    args = parser.parse_args(argv[1:])
+    began, found, left = time.monotonic(), {name: [] for name in BENCHES}, []
+    out = pathlib.Path(args.out)
+    for name, flags in SUITES[args.suite]:
+        if time.monotonic() - began > LIMIT - RESERVE:
+            left.append(f"{name} {flags}")
+            continue
+        part = out / f"{name}.part.json"
+        try:
+            BENCHES[name](["", *flags.split(), f"--out={part}"])
+        except UserError as error:  # a batch too large for this device, say
+            print(f"{name} {flags}: {error}", file=sys.stderr)
+            left.append(f"{name} {flags}")
+        if part.exists():
+            found[name] += json.loads(part.read_text())["rows"]
+            part.unlink()
+            train_step.timing.write(out / f"{name}.json", found[name])
+    print(f"\n{time.monotonic() - began:.0f} s" + "".join(f"\nleft out: {each}" for each in left))
+
+
+if __name__ == "__main__":
+    cli.run(bench)
