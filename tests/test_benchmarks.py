@@ -126,7 +126,15 @@ def script(name, *arguments, expect=0):
 
 def test_memory_on_many_devices(tmp_path):
     """The state of two devices that share it is about half of one's; more images need more."""
-    flags = ["--config=configs/digits.py", "--devices=2", "--dtype=float32", f"--out={tmp_path}"]
+    recipe = tmp_path / "deep.py"  # as deep as scanned networks are: there, remat is what counts
+    recipe.write_text(
+        "from mdt_jax import config as configs\n\n"
+        "def get_config():\n"
+        "    config = configs.default()\n"
+        "    config.model.update(hidden_size=64, depth=30, num_heads=4)\n"
+        "    return config\n"
+    )
+    flags = [f"--config={recipe}", "--devices=2", "--dtype=float32", f"--out={tmp_path}"]
     flags_here = [*flags, "--fsdp=1,2", "--remat=none,dots,full", "--batch_size=64"]
     printed, _ = script("scale.py", *flags_here)
     rows = json.loads((tmp_path / "scale.json").read_text())
@@ -135,7 +143,7 @@ def test_memory_on_many_devices(tmp_path):
     ]  # fmt: skip
     whole, partly, recomputed, shared, *_ = rows
     assert 0.5 <= shared["state"] / whole["state"] < 0.6
-    assert recomputed["temporary"] < partly["temporary"] < whole["temporary"]
+    assert recomputed["temporary"] < 0.5 * partly["temporary"] < 0.3 * whole["temporary"]
     assert printed.count("| TPU v5e, 16 GB |") == 6 and all(row["seconds"] > 0 for row in rows)
     _, said = script("scale.py", *flags, "--fsdp=1", "--remat=none", "--batch_size=3", expect=2)
     assert "data.batch_size 3 is not divisible by the 2 devices" in said.splitlines()[-1]
