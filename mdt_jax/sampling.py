@@ -74,10 +74,11 @@ def network_of(
 
     keep_ids: [K], what is known of every sample, for a masked pass.
     """
+    stacked = model.apart(params)
 
     def network(x, t, y):
         ids = None if keep_ids is None else jnp.broadcast_to(keep_ids, (len(x), len(keep_ids)))
-        return model.apply({"params": params}, x, t, y, keep_ids=ids)
+        return model.apply({"params": stacked()}, x, t, y, keep_ids=ids)
 
     if not doubled:
         return functools.partial(network, y=labels)

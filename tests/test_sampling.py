@@ -349,6 +349,29 @@ def test_the_loop_does_not_ask_the_host(lively):
     assert "scan[" in text and "while[" not in text and "callback" not in text
 
 
+def test_blocks_are_not_sliced_out_of_their_stack_in_each_turn(lively):
+    """Stacked parameters of laid out blocks are taken apart before the loop."""
+    model, params = lively
+    model = model.clone(unroll=True)
+    options, noise = SampleOptions(num_steps=7), sampling.Noise(jnp.arange(2))
+    labels, scales, key = jnp.zeros(2, jnp.int32), jnp.ones(2), jax.random.key(0)
+    state = sampling._begin(model, options, key, noise)
+
+    def carried(model):
+        """The shapes that loops of the compiled program take."""
+        rest = (params, key, noise, labels, scales, state, 0)
+        compiled = sampling._run.lower(model, options, ((True, 7),), *rest).compile()
+        lines = [line for line in compiled.as_text().splitlines() if " while(" in line]
+        return {shape for line in lines for shape in re.findall(r"\w+\[[\d,]*\]", line)}
+
+    count, *shape = params["encoder"]["mlp_in"]["kernel"].shape
+    stacked, alone = (f"f32[{','.join(map(str, each))}]" for each in ([count, *shape], shape))
+    assert stacked not in carried(model) and alone in carried(model)
+    assert stacked in carried(model.clone(unroll=False))
+    whole = model.apart(params)()
+    jax.tree.map(np.testing.assert_array_equal, whole, params)
+
+
 def test_random_labels_depend_on_seed_and_number_alone():
     many, few = (random_labels(count, 10, seed=5) for count in (20000, 7))
     np.testing.assert_array_equal(many[:7], few)

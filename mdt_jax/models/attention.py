@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mdt_jax.models.layers import Linear
+from mdt_jax.models.layers import Linear, transposed
 
 
 def relative_index(grid: tuple[int, int]) -> np.ndarray:
@@ -27,6 +27,9 @@ def bias_rows(grid: tuple[int, int]) -> int:
     """Rows of the bias table. The last three are never looked up, but published files hold them."""
     height, width = grid
     return (2 * height - 1) * (2 * width - 1) + 3
+
+
+UNSEEN = float(-0.7 * np.finfo(np.float32).max)  # a logit that no other is below
 
 
 class Positions(NamedTuple):
@@ -92,6 +95,40 @@ def _differences(size: int) -> np.ndarray:
     return np.eye(2 * size - 1, dtype=np.float32)[i[:, None] - i + size - 1]
 
 
+@jax.custom_vjp
+def attend(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None) -> jax.Array:
+    """softmax(q·kᵀ / √d + bias)·v, [B, heads, N, d] like q, k and v.
+
+    bias: float32, of a shape that broadcasts to [B, heads, N, N]; the softmax is float32.
+    """
+    return _attend_forward(q, k, v, bias)[0]
+
+
+def _attend_forward(q, k, v, bias):
+    logits = jnp.matmul(q, transposed(k), preferred_element_type=jnp.float32)
+    logits = logits * q.shape[-1] ** -0.5
+    if bias is not None:
+        logits = logits + bias
+    weights = jax.nn.softmax(logits).astype(v.dtype)
+    return weights @ v, (q, k, v, bias, weights)
+
+
+def _attend_backward(kept, grad):
+    q, k, v, bias, weights = kept
+    d_weights = jnp.matmul(grad, transposed(v), preferred_element_type=jnp.float32)
+    w32 = weights.astype(jnp.float32)
+    d_logits = w32 * (d_weights - (w32 * d_weights).sum(-1, keepdims=True))
+    d_bias = None
+    if bias is not None:
+        summed = [i for i in range(4) if bias.shape[i] == 1 != d_logits.shape[i]]
+        d_bias = d_logits.sum(summed, keepdims=True)
+    d_scaled = (d_logits * q.shape[-1] ** -0.5).astype(q.dtype)
+    return d_scaled @ k, transposed(d_scaled) @ q, transposed(weights) @ grad, d_bias
+
+
+attend.defvjp(_attend_forward, _attend_backward)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention, the bias added to the logits before the softmax.
 
@@ -111,7 +148,8 @@ class Attention(nn.Module):
         """
         batch, length, dim = x.shape
         qkv = Linear(3 * dim, dtype=self.dtype, name="qkv")(x)
-        q, k, v = jnp.split(qkv.reshape(batch, length, 3 * self.num_heads, -1), 3, axis=2)
+        qkv = qkv.reshape(batch, length, 3, self.num_heads, -1)
+        q, k, v = jnp.moveaxis(qkv, (2, 3), (0, 2))  # [B, heads, N, D / heads] each
         bias = None
         if self.relative_bias:
             table = self.param(
@@ -120,6 +158,7 @@ class Attention(nn.Module):
                 (bias_rows(self.grid), self.num_heads),
             )
             bias = bias_at(table, where, self.grid)
-        mask = None if seen is None else seen[None, None, None, :]
-        out = jax.nn.dot_product_attention(q, k, v, bias=bias, mask=mask)
+        if seen is not None:
+            bias = jnp.where(seen, 0.0 if bias is None else bias, UNSEEN)
+        out = jnp.moveaxis(attend(q, k, v, bias), 1, 2)
         return Linear(dim, dtype=self.dtype, name="proj")(out.reshape(batch, length, dim))

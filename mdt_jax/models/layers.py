@@ -57,19 +57,21 @@ affine.defvjp(_affine_forward, _affine_backward)
 
 
 def transposed(x: jax.Array) -> jax.Array:
-    """x.T [D, N] for a matmul.
+    """x.mT [..., D, N] for a matmul.
 
-    In bfloat16 on a CPU it is laid out anew: only matmuls of two row-major matrices use its matrix
-    units, which are three to five times as fast. Not where a CPU passes for several devices, since
-    XLA would bring together what they share.
+    On a CPU it is laid out anew in bfloat16: only matmuls of two row-major matrices use its matrix
+    units, which are three to five times as fast. And where many small ones are multiplied, which
+    XLA would else do by a call for each. Not where a CPU passes for several devices, since XLA
+    would bring together what they share.
     """
-    if x.dtype != jnp.bfloat16 or jax.device_count() > 1:
-        return x.T
+    small = x.ndim > 2 and max(x.shape[-2:]) <= 64
+    if not (x.dtype == jnp.bfloat16 or small) or jax.device_count() > 1:
+        return x.mT
 
     def laid_out(x):
-        return with_layout_constraint(x.T, Layout((0, 1)))
+        return with_layout_constraint(x.mT, Layout(tuple(range(x.ndim))))
 
-    return jax.lax.platform_dependent(x, cpu=laid_out, default=jnp.transpose)
+    return jax.lax.platform_dependent(x, cpu=laid_out, default=jnp.matrix_transpose)
 
 
 def layer_norm(x: jax.Array) -> jax.Array:
@@ -90,6 +92,19 @@ def add_gated(x: jax.Array, gate: jax.Array, y: jax.Array) -> jax.Array:
     """x + gate·y; x, y: [B, N, D], gate: [B, 1, D]."""
     x32, gate, y = (each.astype(jnp.float32) for each in (x, gate, y))
     return (x32 + gate * y).astype(x.dtype)
+
+
+@jax.custom_vjp
+def summed(x: jax.Array) -> jax.Array:
+    """x, whose gradient is one array before it goes on.
+
+    In blocks that are laid out one by one XLA would fuse the sum along the residual stream into
+    each block anew, from the gradients of all blocks behind it.
+    """
+    return x
+
+
+summed.defvjp(lambda x: (x, None), lambda _, grad: (jax.lax.optimization_barrier(grad),))
 
 
 @jax.custom_vjp

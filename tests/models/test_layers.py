@@ -7,7 +7,16 @@ import numpy as np
 import pytest
 
 from mdt_jax.models import layers
-from mdt_jax.models.attention import Attention, bias_at, bias_rows, contracted, positions, scattered
+from mdt_jax.models.attention import (
+    UNSEEN,
+    Attention,
+    attend,
+    bias_at,
+    bias_rows,
+    contracted,
+    positions,
+    scattered,
+)
 from mdt_jax.models.layers import add_gated, affine, gelu, modulated_norm
 from tests.published import relative_error
 
@@ -80,13 +89,54 @@ def test_a_sum_over_many_tokens_keeps_its_small_parts():
 def test_matrices_are_laid_out_anew_on_a_cpu_alone():
     """What a CPU's matrix units need would cost a GPU a copy."""
 
-    def lowered(platform):
-        traced = jax.jit(layers.transposed).trace(normal(8, 4, dtype=jnp.bfloat16))
-        return traced.lower(lowering_platforms=(platform,)).as_text()
+    def laid_out(x, platform):
+        lowered = jax.jit(layers.transposed).trace(x).lower(lowering_platforms=(platform,))
+        return "LayoutConstraint" in lowered.as_text()
 
-    assert "LayoutConstraint" in lowered("cpu")
-    assert "LayoutConstraint" not in lowered("cuda")
-    np.testing.assert_array_equal(layers.transposed(normal(8, 4)), normal(8, 4).T)
+    anew = normal(8, 4, dtype=jnp.bfloat16), normal(3, 2, 16, 8)
+    as_they_lie = normal(8, 4), normal(3, 2, 80, 16)
+    assert all(laid_out(x, "cpu") for x in anew)
+    assert not any(laid_out(x, "cuda") for x in anew)
+    assert not any(laid_out(x, "cpu") for x in as_they_lie)
+    for x in (*anew, *as_they_lie):
+        np.testing.assert_array_equal(layers.transposed(x), x.mT)
+
+
+def plain_attention(q, k, v, bias=None):
+    """The library's, whose tokens come before heads."""
+    q, k, v = (jnp.moveaxis(each, 1, 2) for each in (q, k, v))
+    return jnp.moveaxis(jax.nn.dot_product_attention(q, k, v, bias=bias), 2, 1)
+
+
+@pytest.mark.parametrize("tokens", [7, 80])  # laid out anew, and as they lie
+@pytest.mark.parametrize("bias", [None, (1, 3), (2, 3), (1, 1)], ids=str)
+def test_attention_and_its_gradients_are_the_plain_ones(tokens, bias):
+    inputs = [normal(2, 3, tokens, 16, key=i) for i in range(3)]
+    if bias:
+        unseen = jnp.where(jnp.arange(tokens) < tokens - 2, 0, UNSEEN)
+        inputs.append(normal(*bias, tokens, tokens, key=3) + unseen)
+    ours = attend if bias else functools.partial(attend, bias=None)
+    assert relative_error(ours(*inputs), plain_attention(*inputs)) < 1e-6
+    expected = gradients(plain_attention, *inputs)
+    for got, want in zip(gradients(ours, *inputs), expected, strict=True):
+        assert got.shape == want.shape and relative_error(got, want) < 1e-5
+    rounded = [each.astype(jnp.bfloat16) for each in inputs[:3]] + inputs[3:]
+    assert ours(*rounded).dtype == jnp.bfloat16
+    for given, got, want in zip(rounded, gradients(ours, *rounded), expected, strict=True):
+        assert got.dtype == given.dtype and relative_error(got, want) < 0.02
+
+
+def test_a_residual_streams_gradient_is_summed_once():
+    """Its values are those it had; a barrier keeps XLA from fusing the sum into each block."""
+    x = normal(4, 8)
+
+    def stream(x):
+        return jnp.sin(layers.summed(x)) + x
+
+    np.testing.assert_array_equal(layers.summed(x), x)
+    (expected,) = gradients(lambda x: jnp.sin(x) + x, x)
+    assert relative_error(gradients(stream, x)[0], expected) < 1e-6
+    assert "optimization_barrier" in str(jax.make_jaxpr(jax.grad(lambda x: stream(x).sum()))(x))
 
 
 GRIDS = [(4, 6), (6, 4), (1, 5), (5, 5)]
