@@ -30,6 +30,16 @@ os.environ.update(
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_of_a_file():
+    """Forgotten after it: Linux lets a process map 65,530 pieces of memory, of which each compiled
+    program takes dozens, and XLA crashes where it gets no more."""
+    yield
+    if "jax" in sys.modules:
+        sys.modules["jax"].clear_caches()
+
+
 SMOKE = [
     "--config=configs/digits.py:smoke",
     "--config.train.steps=4",
