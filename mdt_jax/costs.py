@@ -2,6 +2,8 @@
 
 import math
 import re
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.extend.core
@@ -43,6 +45,16 @@ def parameter_counts(model: MDT) -> tuple[int, int]:
     return total, total - sum(sizes.get(name, 0) for name in TRAINING_ONLY)
 
 
+def inner_jaxprs(params: dict[str, Any]) -> Iterator[jax.extend.core.Jaxpr]:
+    """The jaxprs among an equation's parameters, such as a scan's body or a cond's branches."""
+    for value in params.values():
+        for item in value if isinstance(value, (tuple, list)) else [value]:
+            if isinstance(item, jax.extend.core.ClosedJaxpr):
+                yield item.jaxpr
+            elif isinstance(item, jax.extend.core.Jaxpr):
+                yield item
+
+
 def _macs(jaxpr: jax.extend.core.Jaxpr) -> int:
     """Multiply-accumulates of all matrix products; a loop's as often as it runs."""
     total = 0
@@ -52,7 +64,7 @@ def _macs(jaxpr: jax.extend.core.Jaxpr) -> int:
             left = equation.invars[0].aval.shape
             out = equation.outvars[0].aval.shape
             total += math.prod(out) * math.prod(left[axis] for axis in contracted)
-        inner = sum(_macs(sub) for sub in jax.extend.core.jaxprs_in_params(equation.params))
+        inner = sum(_macs(sub) for sub in inner_jaxprs(equation.params))
         total += inner * equation.params.get("length", 1)
     return total
 
