@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from mdt_jax import cli, inputs, parallel, vae
+from mdt_jax import accelerators, cli, inputs, parallel, vae
 from mdt_jax import config as configs
 from mdt_jax.data import latents, pipeline, sources
 from mdt_jax.data.crops import Squares
@@ -216,6 +216,7 @@ def main(argv: list[str]) -> None:
     }
     config, flags = cli.parse_config(argv, usage, optional)
     configs.validate(config)
+    accelerators.warn_of_unused()
     if flags.shard_images < 1:
         raise UserError(f"--shard_images={flags.shard_images}; it must be at least 1")
     if flags.estimate_scale and flags.verify:

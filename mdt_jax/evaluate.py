@@ -11,7 +11,17 @@ import json
 import math
 import pathlib
 
-from mdt_jax import __version__, cli, distributed, drawing, evaluation, references, vae, weights
+from mdt_jax import (
+    __version__,
+    accelerators,
+    cli,
+    distributed,
+    drawing,
+    evaluation,
+    references,
+    vae,
+    weights,
+)
 from mdt_jax.data.image_sets import ImageSet, open_arrays, open_images
 from mdt_jax.data.images import UINT8_RULE
 from mdt_jax.distributed import is_first
@@ -204,6 +214,7 @@ def main(argv: list[str]) -> None:
     """Parse the flags, and do what they say."""
     args, way = parse(argv)
     distributed.start(*(getattr(args, name) for name in cli.PROCESSES))
+    accelerators.warn_of_unused()
     {"samples": evaluate, "make_reference": make_reference, "vae": evaluate_vae}[way](args)
 
 

@@ -11,7 +11,7 @@ import sys
 import jax
 from ml_collections import ConfigDict
 
-from mdt_jax import cli, costs
+from mdt_jax import accelerators, cli, costs
 from mdt_jax import config as configs
 from mdt_jax.models.mdt import MDT
 
@@ -59,6 +59,7 @@ def main(argv: list[str]) -> None:
         "Fields and defaults: mdt_jax/config.py"
     )
     config, _ = cli.parse_config(argv, usage)
+    accelerators.warn_of_unused()
     configs.validate(config, jax.device_count())
     print("compiling a training step, to see what it needs …", file=sys.stderr)
     for name, text in report(config).items():

@@ -11,7 +11,7 @@ import pathlib
 import jax
 import numpy as np
 
-from mdt_jax import allocator, cli, drawing, parallel
+from mdt_jax import accelerators, allocator, cli, drawing, parallel
 from mdt_jax.data.crops import center_crop, to_rgb
 from mdt_jax.data.images import save_grid, save_image, to_float
 from mdt_jax.errors import UserError
@@ -142,6 +142,7 @@ def main(argv: list[str]) -> None:
     if args.guidance_skip_tolerance:
         raise UserError("--guidance_skip_tolerance saves nothing here; it is for mdt_jax.sample")
     check_seed(args.seed)
+    accelerators.warn_of_unused()
     weights, options, scales = drawing.load(
         args.checkpoint, args.decoder_layers, args.dtype, vars(args)
     )

@@ -14,9 +14,9 @@ import time
 import jax
 import numpy as np
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from mdt_jax import (
+    accelerators,
     allocator,
     cli,
     costs,
@@ -36,13 +36,14 @@ from mdt_jax.distributed import is_first, say
 from mdt_jax.errors import UserError
 from mdt_jax.evaluation import BEST, Evaluator
 from mdt_jax.models.mdt import MDT
+from mdt_jax.progress import progress_bar
 from mdt_jax.train.checkpoints import Checkpoints, steps_in
 from mdt_jax.train.optimizers import make_optimizer
 from mdt_jax.train.speed import Clock, Speed
 from mdt_jax.train.state import abstract_state, init_state
 from mdt_jax.train.step import compile_step
 from mdt_jax.train.stopping import StopSignal
-from mdt_jax.train.trackers import Profile, open_trackers
+from mdt_jax.train.trackers import Lines, Profile, open_trackers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,6 +122,9 @@ def train(config: ConfigDict, workdir: pathlib.Path, show: Shown | None = None) 
     measured = folder.measured_steps(workdir, BEST, start)
     log = open_trackers(workdir, config.to_dict(), start, *shown)
     log += folder.begin(workdir, config, about_data["classes"], start)
+    terminal = is_first() and sys.stderr.isatty()
+    if is_first() and not terminal:
+        log.append(Lines(config.train.steps))
 
     encoding = vae if config.data.name != "latents" else None
     batches = inputs.feed(config, data, mesh, encoding, start)
@@ -147,8 +151,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, show: Shown | None = None) 
         contextlib.ExitStack() as opened,
         contextlib.closing(profile),
         contextlib.closing(batches),
-        tqdm(total=steps, initial=min(start, steps), desc="training", unit="step",
-             mininterval=0.5 if sys.stderr.isatty() else 10, disable=not is_first()) as bar,
+        progress_bar(steps, terminal, "training", "step", min(start, steps)) as bar,
     ):  # fmt: skip
         for tracker in log:
             opened.enter_context(contextlib.closing(tracker))
@@ -169,7 +172,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, show: Shown | None = None) 
                 f"loss {metrics['loss']:.3f}",
                 refresh=False,
             )
-            bar.update(step - bar.n)
+            bar.update(1)
             skipping = metrics["skipped_in_row"] > 0
             if metrics["skipped_in_row"] >= config.train.max_skipped:
                 good = checkpoints.newest()
@@ -351,6 +354,7 @@ def main(argv: list[str]) -> None:
         argv, usage, optional, workdir="where checkpoints and results go"
     )
     distributed.start(*(flags[name].value for name in cli.PROCESSES))
+    accelerators.warn_of_unused()
     show = Shown(flags.tensorboard, flags.wandb, flags.profile_steps)
     train(config, pathlib.Path(flags.workdir), show)
 

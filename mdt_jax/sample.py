@@ -11,7 +11,7 @@ import pathlib
 
 import numpy as np
 
-from mdt_jax import allocator, cli, distributed, drawing, walks
+from mdt_jax import accelerators, allocator, cli, distributed, drawing, walks
 from mdt_jax.data.images import save_animation, save_grid
 from mdt_jax.data.sample_files import Folder, Grid, Npz
 from mdt_jax.distributed import is_first, say
@@ -91,6 +91,7 @@ def main(argv: list[str]) -> None:
     cli.check_positive(args, "num_samples", "batch_size", "vae_scale", "frames")
     check_seed(args.seed)
     distributed.start(*(getattr(args, name) for name in cli.PROCESSES))
+    accelerators.warn_of_unused()
     weights, options, scales = drawing.load(
         args.checkpoint, args.decoder_layers, args.dtype, vars(args)
     )

@@ -1,5 +1,6 @@
 """What shows a run while it goes, besides metrics.jsonl: TensorBoard, W&B, a profiler's trace."""
 
+import datetime
 import pathlib
 import re
 import secrets
@@ -7,6 +8,7 @@ import secrets
 import jax
 import numpy as np
 
+from mdt_jax.distributed import say
 from mdt_jax.errors import UserError
 
 
@@ -93,6 +95,35 @@ class Wandb:
 
     def close(self) -> None:
         self._run.finish()
+
+
+class Lines:
+    """A line on stderr for each one of metrics.jsonl, for logs where no bar can move.
+
+    steps: of the whole run.
+    """
+
+    def __init__(self, steps: int):
+        self._steps = steps
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        if "loss" not in metrics:  # what was measured of samples is said where it is measured
+            return
+        left = datetime.timedelta(seconds=round(float(metrics["eta_seconds"])))
+        say(
+            f"step {step}/{self._steps}: loss {metrics['loss']:.4f}, "
+            f"grad_norm {metrics['grad_norm']:.3g}, "
+            f"{metrics['images_per_second']:.4g} img/s, {left} left"
+        )
+
+    def image(self, step: int, path: pathlib.Path) -> None:
+        say(f"step {step}: samples in {path}")
+
+    def flush(self) -> None:
+        """Each line is there once it is printed."""
+
+    def close(self) -> None:
+        """Stderr stays open."""
 
 
 class Profile:

@@ -1,0 +1,70 @@
+"""Bars move twice a second on a terminal; a file gets full lines, few of them."""
+
+import io
+import os
+import re
+import termios
+import time
+
+import pytest
+
+from mdt_jax import progress
+from tests.conftest import ROOT, SMOKE, train_here
+
+
+def test_a_file_gets_full_lines_every_ten_seconds(monkeypatch):
+    stream, now = io.StringIO(), [1000.0]
+    monkeypatch.setattr("sys.stderr", stream)
+    monkeypatch.setattr("time.time", lambda: now[0])
+    with progress.progress_bar(600, True, "sampling", "step") as bar:
+        bar._time = time.time  # tqdm binds the clock when it is imported
+        bar.start_t = bar.last_print_t = now[0]
+        for _ in range(600):
+            now[0] += 0.1
+            bar.update(1)
+    printed = stream.getvalue()
+    assert "\r" not in printed and printed.endswith("\n")
+    lines = printed.splitlines()
+    assert all(re.match(r"sampling: +\d+%\|", line) for line in lines)
+    # One at the beginning, one at the end, and of 60 seconds one every ten.
+    assert 6 <= len(lines) <= 9 and "600/600" in lines[-1]
+
+
+def test_a_terminal_sees_it_move_twice_a_second(monkeypatch):
+    ours, theirs = os.openpty()
+    termios.tcsetwinsize(theirs, (24, 100))
+    with open(theirs, "w") as terminal:
+        monkeypatch.setattr("sys.stderr", terminal)
+        with progress.progress_bar(10**9, True, "sampling", "step") as bar:
+            until = time.time() + 1.2
+            while time.time() < until:
+                bar.update(1)
+        printed = os.read(ours, 100_000).decode()
+    os.close(ours)
+    assert 3 <= printed.count("\rsampling") <= 5  # the first, two or three on the way, the last
+
+
+def test_no_bar_is_silent(capsys):
+    with progress.progress_bar(3, False, "sampling", "step") as bar:
+        bar.set_postfix_str("more", refresh=False)
+        bar.update(3)
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_a_run_without_a_terminal_prints_a_line_each_log_every(every, tmp_path):
+    workdir = tmp_path / "run"
+    printed = train_here(*SMOKE, f"--workdir={workdir}", f"--config.train.log_every={every}",
+                         "--config.sample.num_samples=0")  # fmt: skip
+    assert "\r" not in printed and "training:" not in printed
+    lines = re.findall(
+        r"^step (\d)/4: loss \d+\.\d{4}, grad_norm \S+, \S+ img/s, \d+:\d\d:\d\d left$",
+        printed, re.M,
+    )  # fmt: skip
+    assert lines == [str(step) for step in range(every, 5, every)]
+    assert f"step 2: samples in {workdir}/samples/0000002.png" in printed.splitlines()
+
+
+def test_all_bars_are_made_in_one_place():
+    for path in (ROOT / "mdt_jax").rglob("*.py"):
+        assert path.name == "progress.py" or "tqdm(" not in path.read_text(), path
