@@ -48,8 +48,12 @@ def load(name: str, split: str) -> Prepared:
     one version of a prepared set, which then needs no code of its own. Raises UserError where it is
     not prepared as ArrayRecord (and says how), or has no such split or no images.
     """
-    import tensorflow_datasets as tfds
-
+    try:
+        import tensorflow_datasets as tfds
+    except ImportError:
+        raise UserError(
+            "data.name=tfds needs tensorflow-datasets: pip install -e '.[data]'"
+        ) from None
     builder = _builder(tfds, name)
     try:
         builder.info.splits[split]
