@@ -31,6 +31,24 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+# Tests in these folders are marked with the folder's name, and `make test` leaves them out.
+GROUPS = ("processes", "docs", "benches")
+# The files that take longest, in this order; files that start late must be short.
+SLOW_FIRST = ()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def place(item: pytest.Item) -> str:
+        return item.path.relative_to(ROOT / "tests").as_posix()
+
+    for item in items:
+        folder = place(item).partition("/")[0]
+        if folder in GROUPS:
+            item.add_marker(folder)
+    order = {name: number for number, name in enumerate(SLOW_FIRST)}
+    items.sort(key=lambda item: order.get(place(item), len(order)))
+
+
 @pytest.fixture(scope="module", autouse=True)
 def programs_of_a_file():
     """Forgotten after it: Linux lets a process map 65,530 pieces of memory, of which each compiled
@@ -68,14 +86,14 @@ def run_command(*arguments: str, expect: int = 0, **environment: str) -> str:
     return out + err
 
 
-def run_here(command, *arguments: str, expect: int = 0) -> str:
+def run_here(command, *arguments: str, expect: int = 0, cwd=ROOT) -> str:
     """An entry point's main(argv) in this process, which is quicker; returns what it printed."""
     from mdt_jax import cli
 
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     printed, code = io.StringIO(), 0
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(ROOT)
+        patch.chdir(cwd)
         patch.setattr("sys.argv", ["command", *arguments])
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
             try:

@@ -3,14 +3,7 @@
 import dataclasses
 import itertools
 import json
-import os
-import random
 import shutil
-import signal
-import socket
-import subprocess
-import sys
-import time
 
 import jax
 import jax.numpy as jnp
@@ -22,47 +15,16 @@ from mdt_jax import encode, inputs, main, parallel, weights
 from mdt_jax.data import latents
 from mdt_jax.train.step import Draws, latents_of
 from tests.conftest import (
-    ROOT,
     exits_with_one_line,
-    run_command,
     run_here,
-    start_command,
     train_here,
 )
-from tests.small_data import write_pictures, write_vae
-
-IMAGES = 52
-SCALE = 1.02
+from tests.encoding import IMAGES, SCALE, SHARDS, arguments, content, make_place
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with `pictures`, a `vae`, another one, and the finished `cache`."""
-    folder = tmp_path_factory.mktemp("encode")
-    write_pictures(folder / "pictures", IMAGES)
-    write_vae(folder / "vae")
-    write_vae(folder / "other", seed=1)
-    write_vae(folder / "moved" / "vae")
-    write_pictures(folder / "renamed", IMAGES)
-    (folder / "renamed" / "9" / "001.jpg").rename(folder / "renamed" / "9" / "002.jpg")
-    run_command("mdt_jax.encode", *arguments(folder), f"--out={folder / 'cache'}", SHARDS)
-    return folder
-
-
-SHARDS = "--shard_images=4"
-
-
-def arguments(folder, name="folder", path="pictures"):
-    return [
-        "--config=configs/xl2.py:smoke",
-        f"--config.data.name={name}",
-        f"--config.data.path={folder / path}",
-        "--config.data.image_size=32",
-        "--config.data.channels=3",
-        "--config.model.num_classes=3",
-        f"--config.vae.path={folder / 'vae'}",
-        f"--config.vae.scale={SCALE}",
-    ]
+    return make_place(tmp_path_factory.mktemp("encode"))
 
 
 def config_of(folder, name="folder", path="pictures"):
@@ -73,10 +35,6 @@ def config_of(folder, name="folder", path="pictures"):
     config.vae.update(path=str(folder / "vae"), scale=SCALE)
     configs.validate(config)
     return config
-
-
-def content(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def test_where_things_lie_is_no_matter(place, tmp_path):
@@ -142,51 +100,8 @@ def test_online_and_cached_training_see_the_same(place):
     assert online.std() == pytest.approx(1, abs=0.1)
 
 
-def test_killed_five_times_it_ends_with_the_same_bytes(place, tmp_path):
-    chance = random.Random(0)
-    command = ["mdt_jax.encode", *arguments(place), f"--out={tmp_path / 'cache'}", SHARDS]
-    killed = 0
-    while killed < 5:
-        before = len(list(tmp_path.glob("cache/*.array_record")))
-        process = start_command(*command)
-        deadline = time.monotonic() + 120
-        # Somewhere in the work on one of the next shards.
-        wanted = min(before + chance.randint(0, 2), 9)
-        while len(list(tmp_path.glob("cache/*.array_record"))) < wanted:
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.001)
-        time.sleep(chance.random() * 0.02)
-        process.kill()
-        process.communicate()
-        assert not (tmp_path / "cache" / "manifest.json").exists()
-        killed += 1
-    assert 0 < len(list(tmp_path.glob("cache/*.array_record"))) < 13
-    printed = run_command(*command)
-    assert "52 images in 13 shards, 0 damaged" in printed
-    assert content(tmp_path / "cache") == content(place / "cache")
-    assert "is finished already" in run_command(*command)
-
-
 def encode_here(*arguments, expect=0):
     return run_here(encode.main, *arguments, expect=expect)
-
-
-def test_ctrl_c_reaches_the_workers_too(place, tmp_path):
-    out = tmp_path / "cache"
-    command = [sys.executable, "-m", "mdt_jax.encode", *arguments(place), "--shard_images=1"]
-    slow = "--config.data.image_size=256"  # so that it is not done before the signal comes
-    process = subprocess.Popen(
-        [*command, f"--out={out}", "--config.data.workers=1", slow],
-        cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True,
-    )  # fmt: skip
-    while not list(tmp_path.glob("cache/*.array_record")):
-        assert process.poll() is None
-        time.sleep(0.001)
-    os.killpg(process.pid, signal.SIGINT)
-    _, printed = process.communicate(timeout=60)
-    assert process.returncode == 130 and printed.endswith("\nstopped\n")
-    assert "Traceback" not in printed and not (out / "manifest.json").exists()
-    assert not list(out.glob("*.tmp"))
 
 
 def test_verify(place, tmp_path):
@@ -229,74 +144,6 @@ def test_estimate_scale(place):
     scale = float(printed.partition("vae.scale: ")[2].split(",")[0])
     std = latents.load(place / "cache").manifest["latent_std"]
     assert scale == pytest.approx(1 / std, rel=1e-3)
-
-
-def test_on_eight_devices(place, tmp_path):
-    out = tmp_path / "cache"
-    flags = "--xla_force_host_platform_device_count=8"
-    run_command("mdt_jax.encode", *arguments(place), f"--out={out}", XLA_FLAGS=flags)
-    assert len(list(out.glob("*.array_record"))) == 1
-    items = np.arange(IMAGES), np.ones(IMAGES)
-    found, one = latents.load(out).take(*items), latents.load(place / "cache").take(*items)
-    np.testing.assert_array_equal(found["labels"], one["labels"])
-    for name in ("mean", "std"):
-        np.testing.assert_allclose(found[name], one[name], rtol=2e-3, atol=2e-3)
-
-
-def on_hosts(count, *arguments):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        coordinator = f"127.0.0.1:{free.getsockname()[1]}"
-    command = [sys.executable, "-m", "tests.hosts", coordinator, str(count)]
-    processes = [
-        subprocess.Popen(
-            [*command, str(index), *arguments], cwd=ROOT, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, text=True,
-        )
-        for index in range(count)
-    ]  # fmt: skip
-    for process in processes:
-        printed, _ = process.communicate(timeout=200)
-        assert process.returncode == 0, printed
-
-
-def test_two_hosts_share_the_work(place, tmp_path):
-    on_hosts(2, "encode", *arguments(place), f"--out={tmp_path / 'cache'}", SHARDS)
-    assert content(tmp_path / "cache") == content(place / "cache")
-
-
-def test_parts_on_machines_that_know_nothing_of_each_other(place, tmp_path):
-    parts = [
-        start_command(
-            "mdt_jax.encode",
-            *arguments(place),
-            f"--out={tmp_path / 'cache'}",
-            SHARDS,
-            f"--part={part}",
-        )
-        for part in ("1/3", "2/3", "3/3")
-    ]
-    for process in parts:
-        printed = "".join(process.communicate(timeout=200))
-        assert process.returncode == 0, printed
-    assert content(tmp_path / "cache") == content(place / "cache")
-    again = encode_here(*arguments(place), f"--out={tmp_path / 'new'}", SHARDS, "--part=2/3")
-    assert "this part is done; the last of the 3 to end finishes the cache" in again
-    assert len(list((tmp_path / "new").glob("*.array_record"))) == 4
-
-
-def test_hosts_read_their_parts_of_the_same_batches(place, tmp_path):
-    names = arguments(place, "latents", "cache")
-    for count in (1, 2, 4):
-        (tmp_path / str(count)).mkdir()
-        on_hosts(count, "feed", str(tmp_path / str(count)), "3", *names)
-    for k in range(3):
-        for name in ("mean", "std", "labels"):
-            whole = np.load(tmp_path / "1" / f"{k}-{name}-0.npy")
-            for count in (2, 4):
-                starts = range(0, 16, 16 // count)
-                parts = [np.load(tmp_path / str(count) / f"{k}-{name}-{n}.npy") for n in starts]
-                np.testing.assert_array_equal(np.concatenate(parts), whole)
 
 
 def test_damaged_images_are_left_out_up_to_a_limit(place, tmp_path):
@@ -399,16 +246,3 @@ def test_half_a_cache_is_no_cache(place, tmp_path):
     )  # fmt: skip
     assert "half is not finished: run the same mdt_jax.encode again" in printed
     assert not (tmp_path / "run").exists()
-
-
-def test_the_disk_is_full(place, tmp_path):
-    """What was finished stays, and the same command ends with the same bytes."""
-    out = tmp_path / "cache"
-    command = [sys.executable, "-m", "mdt_jax.encode", *arguments(place), f"--out={out}"]
-    limited = ["bash", "-c", 'ulimit -f 100 && exec "$@"', "bash", *command]
-    done = subprocess.run(limited, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    last = done.stderr.splitlines()[-1]
-    assert "could not be written: write() failed: File too large" in last
-    assert "finished shards are kept, the same command goes on" in last
-    assert [path.name for path in out.iterdir()] == ["unfinished.json"]

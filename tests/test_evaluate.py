@@ -1,10 +1,6 @@
 """python -m mdt_jax.evaluate: measures, references, what goes on after a kill, and mistakes."""
 
 import json
-import os
-import subprocess
-import sys
-import time
 import zipfile
 
 import numpy as np
@@ -15,34 +11,16 @@ from mdt_jax import evaluate, evaluation, features, measures, references, sample
 from mdt_jax.data import image_sets, sources
 from mdt_jax.errors import UserError
 from mdt_jax.measures import precision_recall
-from tests.conftest import ROOT, XLA_FLAGS, exits_with_one_line, run_here
+from tests.conftest import exits_with_one_line, run_here
+from tests.measuring import assert_equal, crops, flags, make_sets, measured
+from tests.runs import DIGITS
 from tests.small_data import write_pictures, write_vae
-from tests.test_distributed import all_well, free_port
 from tests.test_measures import adm_frechet, adm_precision_recall
 
 torch = pytest.importorskip("torch")
 fid = pytest.importorskip("tests.fid_packages")
 
 MEASURES = ("fid", "sfid", "inception_score", "precision", "recall")
-DIGITS = str(ROOT / "tests" / "digits.safetensors")
-# Two images a device at once and slices of four, so that few are many.
-SMALL = (
-    "from mdt_jax import cli, evaluate, features; features.EACH_DEVICE = 2; features.SLICE = 4; "
-    "cli.run(evaluate.main)"
-)
-
-
-def crops(count: int, seed: int, size: int = 32) -> np.ndarray:
-    """Pieces of scikit-learn's two photographs."""
-    from sklearn.datasets import load_sample_images
-
-    photographs, random = load_sample_images().images, np.random.RandomState(seed)
-    pieces = []
-    for n in range(count):
-        photograph = photographs[n % 2]
-        top, left = (random.randint(side - size) for side in photograph.shape[:2])
-        pieces.append(photograph[top : top + size, left : left + size])
-    return np.stack(pieces)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -54,32 +32,7 @@ def small():
 
 @pytest.fixture(scope="module")
 def sets(tmp_path_factory):
-    """samples.npz, real.npz, fid.pth, and the card of the first measured against the second."""
-    folder = tmp_path_factory.mktemp("sets")
-    np.savez(folder / "samples.npz", arr_0=crops(14, 1), arr_1=np.arange(14) % 2)
-    np.savez(folder / "real.npz", arr_0=crops(18, 2), arr_1=np.arange(18) % 2)
-    state = {name: torch.tensor(array) for name, array in fid.random_state().items()}
-    torch.save(state, folder / "fid.pth")
-    run_here(evaluate.main, *flags(folder), f"--out={folder}/card.json")
-    return folder
-
-
-def flags(folder, **others) -> list[str]:
-    given = {
-        "samples": folder / "samples.npz", "reference": folder / "real.npz",
-        "inception": folder / "fid.pth", **others,
-    }  # fmt: skip
-    return [f"--{name}={value}" for name, value in given.items()]
-
-
-def measured(path) -> dict:
-    return json.loads(path.read_text())["measured"]
-
-
-def assert_equal(ours: dict, theirs: dict, bound: float = 1e-9, but=()) -> None:
-    assert set(ours) == set(theirs)
-    for name in set(ours) - set(but):
-        assert ours[name] == pytest.approx(theirs[name], rel=bound), name
+    return make_sets(tmp_path_factory.mktemp("sets"))
 
 
 def found_by_hand(folder, images: np.ndarray) -> dict[str, np.ndarray]:
@@ -106,32 +59,6 @@ def test_the_card_and_its_measures_by_hand(sets):
     assert card["features"][0]["inception_sha256"] and card["neighbours"] == 3
 
 
-def test_killed_on_eight_devices_in_slices_and_resumed_on_one(sets, tmp_path):
-    """kill -9 while the reference is measured: what is done is not done again, and all is equal."""
-    out = tmp_path / "card.json"
-    command = [sys.executable, "-c", SMALL, *flags(sets), f"--out={out}"]
-    eight = {**os.environ, "XLA_FLAGS": f"{XLA_FLAGS} --xla_force_host_platform_device_count=8"}
-    process = subprocess.Popen(command, cwd=ROOT, env=eight, stderr=subprocess.DEVNULL)
-    parts, until = tmp_path / "card.json.features", time.time() + 200
-    while not list(parts.glob("reference/*.npz")):
-        assert process.poll() is None and time.time() < until
-        time.sleep(0.005)
-    process.kill()
-    process.wait()
-    kept = {path: path.stat().st_mtime_ns for path in parts.glob("*/*.npz")}
-    assert {path.parent.name for path in kept} == {"samples", "reference"} and not out.exists()
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
-    while process.poll() is None:
-        for path, written in kept.items():
-            try:
-                assert path.stat().st_mtime_ns == written
-            except FileNotFoundError:
-                break
-        time.sleep(0.05)
-    assert process.returncode == 0 and not parts.exists()
-    assert_equal(measured(out), measured(sets / "card.json"))
-
-
 def test_parts_of_other_images_are_not_taken(sets, tmp_path, monkeypatch):
     monkeypatch.setattr(features, "SLICE", 8)
     parts = features.Parts(tmp_path / "parts", {"of": "others"})
@@ -140,20 +67,6 @@ def test_parts_of_other_images_are_not_taken(sets, tmp_path, monkeypatch):
     assert features.Parts(tmp_path / "parts", {"of": "others"}).begin() == {0}
     assert features.Parts(tmp_path / "parts", {"of": "these"}).begin() == set()
     assert not list((tmp_path / "parts").glob("*.npz"))
-
-
-def test_several_processes_measure_as_one(sets, tmp_path):
-    host, out = f"127.0.0.1:{free_port()}", tmp_path / "card.json"
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", SMALL, *flags(sets), f"--out={out}",
-             f"--distributed={host}", "--num_processes=2", f"--process_id={n}"],
-            cwd=ROOT, env=os.environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for n in range(2)
-    ]  # fmt: skip
-    assert "FID" in all_well(processes)
-    assert_equal(measured(out), measured(sets / "card.json"))
 
 
 def test_a_folder_is_measured_as_the_npz(sets, tmp_path):

@@ -1,8 +1,6 @@
 """Samples measured while training: the log, the best checkpoint, stops on the way, mistakes."""
 
 import json
-import signal
-import time
 
 import numpy as np
 import pytest
@@ -12,29 +10,15 @@ from mdt_jax import evaluation, main
 from mdt_jax.data import sources
 from mdt_jax.options import balanced_labels
 from mdt_jax.train.checkpoints import steps_in
-from tests.conftest import XLA_FLAGS, run_command, start_command, train_here
-from tests.test_main import lines_of
-
-RUN = [
-    "--config=configs/digits.py:smoke", "--config.train.sample_every=0",
-    "--config.sample.num_samples=0", "--config.evaluation.every=2",
-    "--config.evaluation.num_samples=30", "--config.train.checkpoint_every=3",
-]  # fmt: skip
-
-
-def measured(workdir) -> dict[int, dict]:
-    """Of each step that was measured; each must be there once."""
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    found = [line for line in lines if "frechet_distance" in line or "fid" in line]
-    assert len({line["step"] for line in found}) == len(found)
-    return {line.pop("step"): line for line in found}
+from tests.conftest import train_here
+from tests.runs import MEASURING, measured
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """(workdir, what it printed) of six steps."""
     workdir = tmp_path_factory.mktemp("measured") / "run"
-    return workdir, train_here(*RUN, "--config.train.steps=6", f"--workdir={workdir}")
+    return workdir, train_here(*MEASURING, "--config.train.steps=6", f"--workdir={workdir}")
 
 
 def test_every_n_steps_into_the_log(run):
@@ -81,7 +65,7 @@ def test_the_best_is_of_one_way_of_measuring(run, tmp_path):
     import shutil
 
     shutil.copytree(run[0], tmp_path / "run")
-    more = [flag for flag in RUN if "num_samples=30" not in flag]
+    more = [flag for flag in MEASURING if "num_samples=30" not in flag]
     more += ["--config.evaluation.num_samples=20", "--config.train.steps=8"]
     printed = train_here(*more, f"--workdir={tmp_path}/run")
     assert "evaluation.num_samples changed from 30 to 20" in printed
@@ -93,7 +77,7 @@ def test_the_best_is_of_one_way_of_measuring(run, tmp_path):
 
 
 def test_it_does_not_change_the_training(run, tmp_path):
-    without = [flag for flag in RUN if "evaluation" not in flag]
+    without = [flag for flag in MEASURING if "evaluation" not in flag]
     train_here(*without, "--config.train.steps=6", f"--workdir={tmp_path}")
     same = ("loss", "grad_norm")
     ours, theirs = (
@@ -107,44 +91,13 @@ def test_it_does_not_change_the_training(run, tmp_path):
     assert ours == theirs and len(ours) == 6
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_stopped_while_it_measures(run, tmp_path, number):
-    """The state was saved before; the same command measures that step again, and no other."""
-    long = [*RUN, "--config.train.steps=6", f"--workdir={tmp_path}"]
-    # So many samples that it takes a while.
-    slow = [flag for flag in long if "num_samples=30" not in flag]
-    slow += ["--config.evaluation.num_samples=3000", "--config.evaluation.every=4"]
-    process = start_command("mdt_jax.main", *slow)
-    until = time.time() + 200
-    while len(lines_of(tmp_path)) < 4 or 4 not in steps_in(tmp_path):
-        assert process.poll() is None and time.time() < until, process.communicate()
-        time.sleep(0.01)
-    time.sleep(0.3)
-    process.send_signal(number)
-    out, err = process.communicate(timeout=100)
-    assert len(lines_of(tmp_path)) == 4 and measured(tmp_path) == {}
-    if number == signal.SIGTERM:
-        assert process.returncode == 0, out + err
-        assert "stopped while step 4 was measured, saved; the same command goes on" in err
-    printed = train_here(*long)
-    assert "going on from step 4" in printed
-    found = measured(tmp_path)
-    assert list(found) == [4, 6]
-    whole = measured(run[0])
-    assert found == {step: whole[step] for step in (4, 6)}
-    # Again nothing is measured twice.
-    (tmp_path / "report.json").unlink()
-    train_here(*long)
-    assert measured(tmp_path) == found
-
-
 def test_what_is_lost_with_a_checkpoint_is_measured_again(run, tmp_path):
     import shutil
 
     shutil.copytree(run[0], tmp_path / "run")
     (tmp_path / "run" / "report.json").unlink()
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "6" / "params")
-    printed = train_here(*RUN, "--config.train.steps=6", f"--workdir={tmp_path}/run")
+    printed = train_here(*MEASURING, "--config.train.steps=6", f"--workdir={tmp_path}/run")
     assert "going on from step 4" in printed
     assert measured(tmp_path / "run") == measured(run[0])
 
@@ -156,21 +109,11 @@ def test_a_finished_run_of_before_there_was_evaluation_stays_finished(run, tmp_p
     config = json.loads((tmp_path / "run" / "config.json").read_text())
     del config["evaluation"]
     (tmp_path / "run" / "config.json").write_text(json.dumps(config))
-    flags = [flag for flag in RUN if "evaluation" not in flag]
+    flags = [flag for flag in MEASURING if "evaluation" not in flag]
     flags += ["--config.evaluation.num_samples=10000", "--config.train.steps=6"]
     assert "is trained to step 6 and reported already" in train_here(
         *flags, f"--workdir={tmp_path}/run"
     )
-
-
-def test_on_the_mesh_of_the_run(run, tmp_path):
-    """Eight devices, four of which share the parameters: the same figures but for rounding."""
-    eight = f"{XLA_FLAGS} --xla_force_host_platform_device_count=8"
-    flags = [*RUN, "--config.train.steps=2", "--config.mesh.fsdp=4", f"--workdir={tmp_path}"]
-    run_command("mdt_jax.main", *flags, XLA_FLAGS=eight)
-    ours, theirs = measured(tmp_path)[2], measured(run[0])[2]
-    assert ours == pytest.approx(theirs, rel=1e-2, abs=0.1)
-    assert ours["frechet_distance"] == pytest.approx(theirs["frechet_distance"], rel=1e-3)
 
 
 def test_by_inception_against_a_file(tmp_path):
@@ -181,7 +124,7 @@ def test_by_inception_against_a_file(tmp_path):
     real = sources.load("digits")[1].images[:6]
     np.savez(tmp_path / "real.npz", arr_0=real)
     printed = train_here(
-        *RUN, "--config.train.steps=2", f"--workdir={tmp_path}/run",
+        *MEASURING, "--config.train.steps=2", f"--workdir={tmp_path}/run",
         "--config.evaluation.num_samples=5", f"--config.evaluation.inception={tmp_path}/fid.pth",
         f"--config.evaluation.reference={tmp_path}/real.npz", "--config.sample.num_samples=5",
     )  # fmt: skip
@@ -214,7 +157,7 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 def test_mistakes_are_told_before_training(name, tmp_path, capsys, monkeypatch, in_root):
     flags, message = BAD[name]
-    argv = [*RUN, *flags, f"--workdir={tmp_path}/run"]
+    argv = [*MEASURING, *flags, f"--workdir={tmp_path}/run"]
     monkeypatch.setattr("sys.argv", ["command", *argv])
     with pytest.raises(SystemExit) as exit_:
         from mdt_jax import cli

@@ -16,6 +16,7 @@ MODULES = sorted(p.relative_to(ROOT) for p in PACKAGE.rglob("*.py"))
 LEVELS = {
     "errors": 0,
     "files": 1,
+    "accelerators": 1,
     "allocator": 1,
     "progress": 1,
     "models": 1,
@@ -96,6 +97,17 @@ def test_heavy_packages_are_imported_where_they_are_used(path):
     for name in imports(path, everywhere=False):
         top = name.split(".")[0]
         assert top in CORE or top in sys.stdlib_module_names, f"{path} imports {name} at the top"
+
+
+def test_private_jax_is_in_one_module():
+    ours = (
+        path
+        for folder in ("mdt_jax", "tests", "benchmarks")
+        for path in (ROOT / folder).rglob("*.py")
+    )
+    for path in sorted(path.relative_to(ROOT) for path in ours):
+        private = [name for name in imports(path, everywhere=True) if name.startswith("jax._src")]
+        assert not private or path.name in ("distributed.py", "test_packaging.py"), path
 
 
 def test_flags_are_read_in_entry_points_only():

@@ -1,12 +1,9 @@
-import re
-
-import jax
 import pytest
 
 from mdt_jax import config as configs
-from mdt_jax import costs
+from mdt_jax import costs, info
 from mdt_jax.models.mdt import MDT, SIZES
-from tests.conftest import run_command
+from tests.conftest import run_here
 
 
 def published(size, version="v1", decoder_layers=2, **fields):
@@ -65,19 +62,8 @@ def test_scanned_and_unrolled_blocks_are_the_same_work():
     assert costs.pass_macs(model) == costs.pass_macs(model.clone(remat="full"))
 
 
-def test_the_command():
-    printed = run_command("mdt_jax.info", "--config=configs/v2_xl2.py:smoke")
-    assert re.search(
-        r"^parameters +[\d,]+ \([\d,]+ without the training-only part\)$", printed, re.M
-    )
-    assert re.search(r"^full pass +0\.00 GMAC an image$", printed, re.M)
-    assert re.search(r"^kept lengths +8–11 of 16 tokens, drawn for each step$", printed, re.M)
-    assert re.search(r"^memory of a step .* GiB on each device for a batch of 16 ", printed, re.M)
-    assert re.search(rf"^this machine +1 × cpu, JAX {re.escape(jax.__version__)}", printed, re.M)
-
-
 def test_a_dit_has_no_masked_pass():
-    printed = run_command("mdt_jax.info", "--config=configs/dit_s2.py:smoke")
+    printed = run_here(info.main, "--config=configs/dit_s2.py:smoke")
     assert "full pass" in printed and "kept" not in printed and "masked" not in printed
 
 

@@ -1,119 +1,18 @@
 import json
-import os
 import pathlib
-import random
-import re
 import shutil
-import signal
-import subprocess
-import sys
-import time
 
-import jax
 import numpy as np
 import pytest
 
 import mdt_jax
 from mdt_jax import cli, main
 from tests.conftest import (
-    ROOT,
     SMOKE,
-    XLA_FLAGS,
     exits_with_one_line,
-    run_command,
-    start_command,
     train_here,
 )
-
-LONG = [*SMOKE, "--config.train.steps=400", "--config.train.checkpoint_every=20",
-        "--config.train.sample_every=0", "--config.sample.num_samples=0"]  # fmt: skip
-
-
-def steps_of(workdir: pathlib.Path) -> list[int]:
-    path = workdir / "metrics.jsonl"
-    return (
-        [json.loads(line)["step"] for line in path.read_text().splitlines()]
-        if path.exists()
-        else []
-    )
-
-
-def arrays(workdir: pathlib.Path, item: str) -> list[np.ndarray]:
-    """The bits of one item of the newest checkpoint, read with Orbax alone."""
-    import orbax.checkpoint as ocp
-
-    newest = max(int(p.name) for p in (workdir / "checkpoints").iterdir() if p.name.isdigit())
-    folder = workdir / "checkpoints" / str(newest) / item
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        saved = checkpointer.metadata(folder).item_metadata.tree
-        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved)
-        whole = ocp.args.PyTreeRestore(restore_args=as_numpy)
-        return jax.tree.leaves(checkpointer.restore(folder, whole))
-
-
-def assert_same_run(workdir, reference):
-    for item in ("params", "ema", "progress"):
-        for a, b in zip(arrays(workdir, item), arrays(reference, item), strict=True):
-            np.testing.assert_array_equal(a, b)
-    assert steps_of(workdir) == list(range(1, 401))
-    for name in ("loss", "grad_norm"):
-        values = [
-            [json.loads(line)[name] for line in (w / "metrics.jsonl").read_text().splitlines()]
-            for w in (workdir, reference)
-        ]
-        assert values[0] == values[1]
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("undisturbed") / "run"
-    run_command("mdt_jax.main", *LONG, f"--workdir={workdir}")
-    return workdir
-
-
-def lines_of(workdir) -> list[str]:
-    path = workdir / "metrics.jsonl"
-    return path.read_text().splitlines() if path.exists() else []
-
-
-def kill_after(workdir, steps: int, number: signal.Signals, seconds: float = 0.0):
-    """Start the long run and send a signal once it has logged `steps` steps."""
-    assert len(lines_of(workdir)) < steps, "an earlier run has got as far"
-    process = start_command("mdt_jax.main", *LONG, f"--workdir={workdir}")
-    deadline = time.time() + 200
-    while len(lines_of(workdir)) < steps:
-        assert process.poll() is None and time.time() < deadline, process.communicate()
-        time.sleep(0.002)
-    time.sleep(seconds)
-    process.send_signal(number)
-    out, err = process.communicate(timeout=100)
-    return process.returncode, out + err
-
-
-def test_killed_twice_ends_with_the_same_bits(undisturbed, tmp_path):
-    random_ = random.SystemRandom()
-    moments = random_.randint(5, 80), random_.randint(180, 280)
-    print("killed after steps", moments)  # shown when the test fails
-    workdir = tmp_path / "run"
-    for moment in moments:
-        code, _ = kill_after(workdir, moment, signal.SIGKILL, random_.random() / 20)
-        assert code == -signal.SIGKILL
-    printed = run_command("mdt_jax.main", *LONG, f"--workdir={workdir}")
-    assert "going on from step" in printed
-    assert_same_run(workdir, undisturbed)
-
-
-def test_sigterm_saves_and_the_same_command_goes_on(undisturbed, tmp_path):
-    workdir = tmp_path / "run"
-    code, printed = kill_after(workdir, 33, signal.SIGTERM)
-    assert code == 0, printed
-    stopped = int(re.search(r"stopped at step (\d+), saved", printed)[1])
-    assert 33 <= stopped < 400 and (workdir / "checkpoints" / str(stopped)).is_dir()
-    assert steps_of(workdir) == list(range(1, stopped + 1))
-    assert not (workdir / "report.json").exists()
-    printed = run_command("mdt_jax.main", *LONG, f"--workdir={workdir}")
-    assert f"going on from step {stopped}" in printed
-    assert_same_run(workdir, undisturbed)
+from tests.runs import lines_of, steps_of
 
 
 def test_a_finished_run(trained):
@@ -226,32 +125,6 @@ def test_metrics_damaged_by_hand(copy, capsys, monkeypatch, in_root, keep_signal
     assert "metrics.jsonl, line 1 is no line of metrics" in capsys.readouterr().err
 
 
-def compilations(*arguments: str) -> int:
-    """How often a run compiled its step, counted in JAX's own compile log."""
-    printed = run_command("mdt_jax.main", *arguments, JAX_LOG_COMPILES="1")
-    finished = re.findall(r"Finished XLA compilation of jit\(step_with_draws\)", printed)
-    assert len(finished) == len(re.findall(r"Compiling jit\(step_with_draws\)", printed))
-    return len(finished)
-
-
-def test_the_step_compiles_once(tmp_path):
-    """Over a run with a checkpoint and a sample grid inside."""
-    workdir = f"--workdir={tmp_path / 'run'}"
-    assert compilations(*SMOKE, workdir, "--config.train.steps=8") == 1
-
-
-def test_the_step_compiles_once_while_the_kept_length_changes(tmp_path):
-    """200 steps of MDTv2, whose mask ratio is drawn for each."""
-    workdir = tmp_path / "run"
-    assert compilations(
-        "--config=configs/v2_s2.py:smoke", f"--workdir={workdir}", "--config.train.steps=200",
-        "--config.train.sample_every=0", "--config.train.checkpoint_every=100",
-    ) == 1  # fmt: skip
-    assert steps_of(workdir) == list(range(1, 201))
-    kept = [json.loads(line)["kept"] for line in lines_of(workdir)]
-    assert set(kept) == {8, 9, 10, 11}
-
-
 @pytest.mark.parametrize("version", ["v1", "v2"])
 def test_every_other_way_of_training_at_once(version, tmp_path):
     """Unconditional, mirrored, clipped, in bfloat16, with activations recomputed."""
@@ -264,23 +137,6 @@ def test_every_other_way_of_training_at_once(version, tmp_path):
     report = json.loads((workdir / "report.json").read_text())
     assert report["skipped"] == 0 and np.isfinite(report["frechet_distance"])
     assert "class_agreement" not in report
-
-
-def test_eight_devices_train_as_one(trained, tmp_path):
-    workdir = tmp_path / "run"
-    run_command(
-        "mdt_jax.main", *SMOKE, f"--workdir={workdir}", "--config.sample.num_samples=0",
-        "--config.train.sample_every=0",
-        XLA_FLAGS=f"{XLA_FLAGS} --xla_force_host_platform_device_count=8",
-    )  # fmt: skip
-    one, eight = (
-        [json.loads(line) for line in (w / "metrics.jsonl").read_text().splitlines()]
-        for w in (trained, workdir)
-    )
-    for name in ("loss", "grad_norm", "mse/full", "mse/masked"):
-        np.testing.assert_allclose(
-            [line[name] for line in eight], [line[name] for line in one], rtol=1e-5
-        )
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(copy):
@@ -305,18 +161,3 @@ def test_checkpoints_keep_k(tmp_path):
     )  # fmt: skip
     assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["3", "4"]
     assert mdt_jax.load(workdir)[0].hidden_size == 16
-
-
-def test_compiled_programs_are_kept_for_the_next_time(tmp_path):
-    code = """
-import jax
-from mdt_jax import cli
-cli.keep_compilations()
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
-jax.jit(lambda x: x + 1)(1)
-"""
-    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
-    del environment["JAX_COMPILATION_CACHE_DIR"]
-    subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, check=True)
-    assert any((tmp_path / "mdt_jax" / "xla").iterdir())

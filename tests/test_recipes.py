@@ -33,7 +33,28 @@ def test_none_is_missing():
     assert set(RECIPES) == wanted | OWN
 
 
-@pytest.mark.parametrize("name", RECIPES)
+def small_networks() -> dict[str, list[str]]:
+    """Recipes by the first of those whose smoke variants are equal."""
+    found, seen = {}, []
+    for name in RECIPES:
+        small = recipe(name, "smoke").to_dict()
+        if small not in seen:
+            seen.append(small)
+            found[name] = []
+        found[list(found)[seen.index(small)]].append(name)
+    return found
+
+
+def test_recipes_of_one_family_are_one_network_when_small():
+    found = small_networks()
+    assert sum(found.values(), []) and sorted(sum(found.values(), [])) == RECIPES
+    assert ["b2", "l2", "s2", "xl2"] in found.values()
+    assert ["v2_b2", "v2_l2", "v2_xl2"] in found.values()
+    assert ["dit_b2", "dit_s2", "dit_xl2"] in found.values()
+    assert ["ffhq", "lsun_bedroom"] in found.values()
+
+
+@pytest.mark.parametrize("name", small_networks())
 def test_smoke_trains_two_steps_and_samples(name, trained, tmp_path):
     workdir = tmp_path / "run"
     start = [f"--config.init.checkpoint={trained}"] if recipe(name).init.checkpoint else []

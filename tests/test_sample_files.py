@@ -1,11 +1,7 @@
 """What mdt_jax.sample leaves on disk: as it comes, resumed, the same bytes whatever happened."""
 
 import json
-import random
 import shutil
-import subprocess
-import sys
-import time
 import zipfile
 
 import jax
@@ -18,49 +14,13 @@ from mdt_jax.data import sources
 from mdt_jax.data.sample_files import Npz
 from mdt_jax.errors import UserError
 from mdt_jax.models.mdt import MDT, init_params
-from tests.conftest import ROOT, exits_with_one_line, run_here, start_command
+from tests.conftest import exits_with_one_line, run_here
+from tests.runs import SAMPLE
 from tests.small_data import write_vae
-from tests.test_distributed import all_well, free_port
-
-DIGITS = str(ROOT / "tests" / "digits.safetensors")
-FEW = [f"--checkpoint={DIGITS}", "--num_steps=3", "--sampler=ddim", "--guidance_scale=2"]
 
 
 def draw(*flags: str) -> str:
-    return run_here(sample.main, *FEW, *flags)
-
-
-def test_killed_five_times_and_resumed(tmp_path):
-    """kill -9 at random moments; the file is then an undisturbed run's, byte for byte."""
-    flags = [*FEW, "--num_samples=1000", "--batch_size=20", "--num_steps=8", "--labels=random"]
-    whole, out = tmp_path / "whole.npz", tmp_path / "killed.npz"
-    run_here(sample.main, *flags, f"--out={whole}")
-    parts = out.with_name("killed.npz.parts")
-    moments, kills = random.Random(0), 0
-    for aim in (1, 8, 16, 26, 38):
-        process = start_command("mdt_jax.sample", *flags, f"--out={out}")
-        until = time.time() + 120
-        while len(list(parts.glob("*.npy"))) < aim:
-            assert process.poll() is None and time.time() < until, process.communicate()
-            time.sleep(0.01)
-        time.sleep(moments.uniform(0, 0.1))
-        process.kill()
-        process.communicate()
-        kills += not out.exists()
-        assert len(list(parts.glob("*.npy"))) < 50
-    assert kills == 5
-    begun = {path.name: path.stat().st_mtime_ns for path in parts.glob("*.npy")}
-    process = start_command("mdt_jax.sample", *flags, f"--out={out}")
-    while process.poll() is None:  # what was there is not drawn again
-        for path in parts.glob("*.npy"):
-            try:
-                assert begun.get(path.name, 0) in (0, path.stat().st_mtime_ns)
-            except FileNotFoundError:
-                break
-        time.sleep(0.05)
-    assert process.returncode == 0, process.communicate()
-    assert out.read_bytes() == whole.read_bytes()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["killed.npz", "whole.npz"]
+    return run_here(sample.main, *SAMPLE, *flags)
 
 
 def test_the_npz_is_what_adm_reads(tmp_path):
@@ -128,15 +88,15 @@ def test_other_settings_are_not_mixed(tmp_path, capsys, monkeypatch):
     with pytest.raises(UserError, match="other settings .seed is 1 there and 2 here.; remove it"):
         other.begin()
     assert len(list(parts.iterdir())) == 2
-    line = exits_with_one_line(sample.main, [*FEW, f"--out={out}"], capsys, monkeypatch)
+    line = exits_with_one_line(sample.main, [*SAMPLE, f"--out={out}"], capsys, monkeypatch)
     assert "holds samples of other settings" in line
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("dear")
-    argv = [*FEW, f"--out={tmp_path / 'mine'}"]
+    argv = [*SAMPLE, f"--out={tmp_path / 'mine'}"]
     assert "holds other files" in exits_with_one_line(sample.main, argv, capsys, monkeypatch)
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs" / "draft.tmp").write_text("dear")
-    argv = [*FEW, f"--out={tmp_path / 'theirs'}"]
+    argv = [*SAMPLE, f"--out={tmp_path / 'theirs'}"]
     assert "holds other files" in exits_with_one_line(sample.main, argv, capsys, monkeypatch)
     assert (tmp_path / "theirs" / "draft.tmp").read_text() == "dear"
 
@@ -145,7 +105,7 @@ def test_a_finished_file_is_not_written_over(tmp_path, capsys, monkeypatch):
     out = tmp_path / "a.npz"
     draw("--num_samples=3", f"--out={out}")
     before = out.read_bytes()
-    argv = [*FEW, "--num_samples=3", "--seed=9", f"--out={out}"]
+    argv = [*SAMPLE, "--num_samples=3", "--seed=9", f"--out={out}"]
     line = exits_with_one_line(sample.main, argv, capsys, monkeypatch)
     assert "a.npz holds samples of other settings (seed is 0 there and 9 here); remove it" in line
     assert out.read_bytes() == before
@@ -174,7 +134,7 @@ def test_killed_while_the_parts_are_removed(left, tmp_path):
 
 def test_labels_that_changed_are_other_settings(tmp_path, capsys, monkeypatch):
     (tmp_path / "l.txt").write_text("1\n1\n")
-    argv = [*FEW, f"--labels={tmp_path / 'l.txt'}", f"--out={tmp_path / 'a.npz'}"]
+    argv = [*SAMPLE, f"--labels={tmp_path / 'l.txt'}", f"--out={tmp_path / 'a.npz'}"]
     run_here(sample.main, *argv)
     (tmp_path / "l.txt").write_text("1\n8\n")
     line = exits_with_one_line(sample.main, argv, capsys, monkeypatch)
@@ -197,57 +157,6 @@ def test_a_part_cut_short_is_drawn_again(tmp_path):
     part.write_bytes(part.read_bytes()[:-1])
     draw(*flags, f"--out={tmp_path / 'b.npz'}")
     assert (tmp_path / "b.npz").read_bytes() == whole.read_bytes()
-
-
-MEASURE = """
-import resource, sys
-from mdt_jax import sample
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-sample.main(["sample", *sys.argv[1:]])
-print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-"""
-
-
-def test_memory_does_not_grow_with_the_number_of_samples(tmp_path):
-    """10,000 images of 64×64×3 are 123 MB as bytes and 492 MB as numbers."""
-    model = MDT(input_size=(64, 64), in_channels=3, hidden_size=8, depth=2, num_heads=1,
-                patch_size=32, decoder_layers=1, num_classes=3)  # fmt: skip
-    params = init_params(model, jax.random.key(0))
-    weights.save(tmp_path / "tiny", weights.Weights(model, params))
-    peaks = []
-    for count in (1000, 10000):
-        flags = [f"--checkpoint={tmp_path / 'tiny'}", f"--num_samples={count}", "--num_steps=1"]
-        flags += [
-            "--batch_size=100",
-            "--sampler=ddim",
-            "--guidance_scale=1",
-            f"--out={tmp_path / f'{count}.npz'}",
-        ]
-        done = subprocess.run(
-            [sys.executable, "-c", MEASURE, *flags], capture_output=True, text=True, cwd=ROOT
-        )
-        assert done.returncode == 0, done.stderr
-        peaks.append(int(done.stdout.split()[-1]) / 1e3)
-        with np.load(tmp_path / f"{count}.npz") as saved:
-            assert saved["arr_1"].shape == (count,)
-    assert peaks[1] < peaks[0] + 40, f"{peaks} MB"
-
-
-def test_two_processes_draw_together(tmp_path):
-    flags = [*FEW, "--num_samples=30", "--batch_size=8"]
-    run_here(sample.main, *flags, f"--out={tmp_path / 'one.npz'}")
-    host = f"127.0.0.1:{free_port()}"
-    all_well([
-        start_command(
-            "mdt_jax.sample", *flags, f"--out={tmp_path / 'two.npz'}", f"--distributed={host}",
-            "--num_processes=2", f"--process_id={number}",
-        )
-        for number in range(2)
-    ])  # fmt: skip
-    one, two = (np.load(tmp_path / f"{name}.npz") for name in ("one", "two"))
-    assert np.abs(one["arr_0"].astype(int) - two["arr_0"]).max() <= 1
-    np.testing.assert_array_equal(one["arr_1"], two["arr_1"])
-    assert str(one["note"]) == str(two["note"])
 
 
 def test_latents_are_decoded_batch_by_batch(tmp_path):
@@ -307,10 +216,10 @@ def test_what_is_wrong_with_labels(tmp_path, capsys, monkeypatch):
         ("empty.npy", [], "could not be read"),
         ("zip.npy", [], "is no array of whole numbers"),
     ):
-        argv = [*FEW, f"--labels={tmp_path / labels}", f"--out={tmp_path / 'x.npz'}", *more]
+        argv = [*SAMPLE, f"--labels={tmp_path / labels}", f"--out={tmp_path / 'x.npz'}", *more]
         assert message in exits_with_one_line(sample.main, argv, capsys, monkeypatch)
     (tmp_path / "two.txt").write_text("3\n1\n")
-    argv = [*FEW, f"--labels={tmp_path / 'two.txt'}", "--num_samples=3", "--out=x.npz"]
+    argv = [*SAMPLE, f"--labels={tmp_path / 'two.txt'}", "--num_samples=3", "--out=x.npz"]
     line = exits_with_one_line(sample.main, argv, capsys, monkeypatch)
     assert "has 2 labels, but --num_samples=3" in line
     assert not (tmp_path / "x.npz").exists() and not (tmp_path / "x.npz.parts").exists()

@@ -1,6 +1,5 @@
 """The benches of speed, and what keeps a step fast."""
 
-import functools
 import json
 import runpy
 
@@ -10,19 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mdt_jax import config as configs
-from mdt_jax import parallel
 from mdt_jax.interop.mdt_weights import published_from_params
 from mdt_jax.models.mdt import MDT
 from mdt_jax.options import SampleOptions
 from mdt_jax.sampling import Noise, generate
 from mdt_jax.sampling import draw as draw_noise
-from mdt_jax.train.optimizers import make_optimizer
-from mdt_jax.train.state import abstract_state
-from mdt_jax.train.step import Draws, Objective, draw, make_train_step, sample_losses
-from tests.conftest import ROOT
+from mdt_jax.train.step import Draws, Objective, sample_losses
+from tests.benches.test_benchmarks import rows_of, script
+from tests.conftest import ROOT, exits_with_one_line
 from tests.models.common import random_params
-from tests.test_benchmarks import rows_of, script
 
 torch = pytest.importorskip("torch")
 MODEL = MDT(input_size=(8, 8), in_channels=4, hidden_size=32, depth=4, num_heads=2, num_classes=10)
@@ -126,38 +121,14 @@ def test_the_small_suite(tmp_path):
         assert 0 < ours["flops"] / ours["seconds"] < ours["peak_flops"]
 
 
-def test_a_bench_says_what_it_cannot_run(tmp_path):
+def test_a_bench_says_what_it_cannot_run(tmp_path, capsys, monkeypatch, in_root):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
     for name, flags in (
         ("train_step.py", ["--config=configs/none.py"]),
         ("sample_step.py", ["--batch_size=x"]),
         ("train_step.py", ["--config=configs/digits.py", "--dtype=float7"]),
         ("run.py", ["--suite=all"]),
     ):
-        _, said = script(name, *flags, f"--out={tmp_path / 'out'}", expect=2)
-        assert said.splitlines()[-1].startswith("error: ") and "Traceback" not in said
+        bench = runpy.run_path(str(ROOT / "benchmarks" / name))["bench"]
+        exits_with_one_line(bench, [*flags, f"--out={tmp_path / 'out'}"], capsys, monkeypatch)
     assert not (tmp_path / "out").exists()
-
-
-def equations(jaxpr):
-    """How many there are, those of inner programs included."""
-    inner = jax.extend.core.jaxprs_in_params
-    return sum(1 + sum(map(equations, inner(each.params))) for each in jaxpr.eqns)
-
-
-@pytest.mark.parametrize("version", ["v1", "v2"])
-@pytest.mark.parametrize("unroll", [False, True])
-def test_the_steps_jaxpr_does_not_grow_with_depth(version, unroll):
-    counts = []
-    for depth in (6, 14, 28):
-        model = MODEL.clone(depth=depth, version=version, unroll=unroll)
-        optimizer = make_optimizer(configs.default().optim)
-        step = make_train_step(model, Objective(), optimizer, 0.9)
-        state = abstract_state(model, optimizer, parallel.make_mesh())
-        drawn = functools.partial(draw, model=model, batch=BATCH, diffusion_steps=1000)
-        draws = jax.eval_shape(drawn, jax.random.key(0), 0)._replace(posterior=None)
-        batch = {
-            "latents": jax.ShapeDtypeStruct((BATCH, 8, 8, 4), jnp.float32),
-            "labels": jax.ShapeDtypeStruct((BATCH,), jnp.int32),
-        }
-        counts.append(equations(jax.make_jaxpr(step)(state, batch, draws).jaxpr))
-    assert counts[0] == counts[1] == counts[2] > 500

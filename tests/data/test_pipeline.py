@@ -76,26 +76,30 @@ def test_worker_processes_change_nothing(squares):
 
 
 @dataclasses.dataclass(frozen=True)
-class Reports:
-    """A source that tells what its process has loaded and started."""
+class Starts:
+    """A source; starts: whether it asks JAX for devices where it reads."""
 
+    starts: bool
     classes = ()
 
     def __len__(self):
         return 4
 
     def take(self, items, u):
-        import jax
-        from jax._src import xla_bridge
+        if self.starts:
+            import jax
 
-        assert jax.__name__
-        started = xla_bridge.backends_are_initialized()
-        return {"started": np.array([started]), "damaged": np.full(len(items), -1)}
+            jax.devices()
+        return {"read": np.ones(len(items)), "damaged": np.full(len(items), -1)}
 
 
-def test_workers_start_no_jax():
-    stream = pipeline.batches(Reports(), [(np.arange(2), np.ones(2))] * 2, workers=1)
-    assert [bool(batch["started"][0]) for batch in stream] == [False, False]
+def test_workers_start_no_jax(monkeypatch):
+    """On a platform that is nowhere, only what starts JAX's devices fails."""
+    monkeypatch.setenv("JAX_PLATFORMS", "nowhere")
+    plan = [(np.arange(2), np.ones(2))] * 2
+    assert len(list(pipeline.batches(Starts(False), plan, workers=1))) == 2
+    with pytest.raises(Exception, match="nowhere"):
+        list(pipeline.batches(Starts(True), plan, workers=1))
 
 
 def test_damaged_images_are_named_counted_and_replaced(tmp_path, capfd):

@@ -1,10 +1,12 @@
 """Every notebook, from its first cell to its last, in a kernel of its own."""
 
 import json
+import re
 import sys
 
 import pytest
 
+import mdt_jax
 from tests.conftest import ROOT
 from tests.hub_server import released
 
@@ -32,14 +34,25 @@ def kernel(tmp_path, monkeypatch):
 
 def execute(name, tmp_path, parameters):
     """Run it in an empty folder where configs/ is; returns the text and the number of pictures."""
+    notebook = read(name, parameters)
+    folder = tmp_path / "project"
+    folder.mkdir()
+    (folder / "configs").symlink_to(ROOT / "configs")
+    return outcome(notebook, folder)
+
+
+def read(name, parameters):
+    """The notebook with a cell behind its parameters that sets others."""
     notebook = nbformat.read(ROOT / "notebooks" / name, as_version=4)
     (place,) = (
         i for i, cell in enumerate(notebook.cells) if "parameters" in cell.metadata.get("tags", [])
     )
     notebook.cells.insert(place + 1, nbformat.v4.new_code_cell(parameters))
-    folder = tmp_path / "project"
-    folder.mkdir()
-    (folder / "configs").symlink_to(ROOT / "configs")
+    return notebook
+
+
+def outcome(notebook, folder):
+    """(what it printed, the number of its pictures), run in a folder."""
     nbclient.NotebookClient(
         notebook, timeout=300, resources={"metadata": {"path": str(folder)}}
     ).execute()
@@ -74,11 +87,40 @@ def test_with_a_small_model_trained_in_it(name, pictures, words, tmp_path):
 )
 def test_with_released_weights(name, pictures, words, tmp_path, monkeypatch):
     """The guarded cells, too: small networks by the names of the released ones."""
+    pytest.importorskip("torch")
     with released(tmp_path) as environment:
         for variable, value in environment.items():
             monkeypatch.setenv(variable, value)
         text, drawn = execute(name, tmp_path, "RELEASED = True")
     assert all(word in text for word in words) and drawn == pictures
+
+
+COLAB = """
+import os, sys, types
+drive = types.SimpleNamespace(mount=lambda path: os.makedirs(f"{path}/MyDrive"))
+sys.modules["google.colab"] = types.SimpleNamespace(drive=drive)
+"""
+
+
+def test_on_colab_it_clones_the_project_keeps_jax_and_saves_to_drive(tmp_path, monkeypatch):
+    """Where the repository is a copy of this one, pip only says what it would do, and Drive is a
+    folder here."""
+    notebook = read("train_digits.ipynb", TINY)
+    notebook.cells.insert(0, nbformat.v4.new_code_cell(COLAB))
+    for cell in notebook.cells:
+        cell.source = cell.source.replace("%pip install --quiet", "%pip install --dry-run")
+        cell.source = cell.source.replace("SAVE_TO_DRIVE = False", "SAVE_TO_DRIVE = True")
+        cell.source = cell.source.replace("/content/drive", f"{tmp_path}/drive")
+    monkeypatch.setenv("GIT_CONFIG_COUNT", "1")
+    monkeypatch.setenv("GIT_CONFIG_KEY_0", f"url.{ROOT}.insteadOf")
+    monkeypatch.setenv("GIT_CONFIG_VALUE_0", "https://github.com/mdt-jax/mdt_jax")
+    (tmp_path / "content").mkdir()
+    text, _ = outcome(notebook, tmp_path / "content")
+    assert (tmp_path / "content" / "mdt_jax" / "runs" / "smoke" / "report.json").is_file()
+    assert (tmp_path / "drive" / "MyDrive" / "mdt_jax" / "smoke" / "checkpoints" / "2").is_dir()
+    would = " ".join(re.findall(r"^Would install (.*)$", text, re.M)).split()
+    assert f"mdt_jax-{mdt_jax.__version__}" in would
+    assert not any(re.match("jax|numpy", package) for package in would)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)

@@ -1,7 +1,9 @@
 """Every command and every line of Python in the README runs, on the recipes' smoke variants."""
 
+import importlib
 import os
 import re
+import shlex
 import subprocess
 import sys
 
@@ -10,7 +12,7 @@ import pytest
 from sklearn.datasets import load_digits
 
 from mdt_jax.interop import torch_files
-from tests.conftest import ROOT, XLA_FLAGS
+from tests.conftest import ROOT, XLA_FLAGS, run_here
 from tests.hub_server import released
 from tests.small_data import write_pictures, write_vae
 
@@ -92,7 +94,15 @@ def hub(tmp_path_factory):
 
 @pytest.mark.parametrize("command", MODULE_COMMANDS)
 def test_module_commands(command, runs, hub):
-    printed = run(smoke(command), runs, env=ENVIRONMENT | hub)
+    """In this process, but for what must be known when Python starts: devices, the hub's address.
+
+    The first command was a real process in the fixture; tests/test_commands.py has one of each.
+    """
+    if "hf://" in command or "XLA_FLAGS" in command:
+        printed = run(smoke(command), runs, env=ENVIRONMENT | hub)
+    else:
+        _, _, module, *arguments = shlex.split(smoke(command))
+        printed = run_here(importlib.import_module(module).main, *arguments, cwd=runs)
     for module, said in (("info", "memory of a step"), ("--verify", "is sound: 24 images")):
         assert said in printed or module not in command
     if "mdt_jax.info" in command:
@@ -116,9 +126,23 @@ def test_make_demo(tmp_path):
 
 def test_make_test():
     """CI runs it; from inside itself, only what it would do is looked at."""
-    plan = run("make --dry-run test VENV=elsewhere PYTHON=python3.12", ROOT)
-    assert "python3.12 -m venv elsewhere" in plan and "elsewhere/bin/python -m pytest" in plan
-    assert "make test" in (ROOT / ".ci" / "run").read_text()
+    plan = run("make --dry-run test-all VENV=elsewhere PYTHON=python3.12", ROOT)
+    assert "python3.12 -m venv elsewhere" in plan
+    groups = re.findall(r"^elsewhere/bin/python -m pytest -m \"(.*)\"$", plan, re.M)
+    assert groups == ["not (processes or docs or benches)", "processes or docs or benches"]
+    for tool in ("ruff check", "ruff format --check", "pyright"):
+        assert f"elsewhere/bin/{tool}" in plan
+    assert {"make test", "make test-rest"} <= set((ROOT / ".ci" / "run").read_text().splitlines())
+
+
+def test_make_test_versions():
+    plan = run("make --dry-run test-versions OLDEST=python3.13 NEWEST=python3.12", ROOT)
+    assert "python3.13 -m venv .versions/oldest" in plan
+    assert "python3.12 -m venv .versions/newest" in plan
+    assert "install --quiet --constraint=tests/constraints-oldest.txt --editable" in plan
+    (paths,) = re.findall(r"-m pytest ([^;]*);", plan)
+    assert "tests/docs/test_notebooks.py" in paths
+    assert all((ROOT / path).exists() for path in paths.split())
 
 
 def test_installation(tmp_path):

@@ -1,4 +1,4 @@
-"""Twenty steps on different meshes of eight devices: python -m tests.devices OUT
+"""Twenty steps on different meshes of eight devices: python -m tests.processes.devices OUT
 
 Writes OUT/<name>.npz for each of VARIANTS: the losses, and the parameters before and after. It is a
 process of its own, because the number of devices is fixed when JAX starts.

@@ -1,21 +1,66 @@
-"""One of several hosts: python -m tests.hosts COORDINATOR COUNT INDEX WHAT ARGUMENTS …
+"""One of several hosts: python -m tests.processes.hosts COORDINATOR COUNT INDEX WHAT ARGUMENTS …
 
 `encode` is the command itself; `feed OUT STEPS …` saves what this host's devices hold of the first
-batches of a config; `restore OUT WORKDIR …` saves the newest checkpoint's state, gathered.
+batches of a config; `restore OUT WORKDIR …` saves the newest checkpoint's state, gathered; `refused
+CASES` starts a run for each line of a file, and prints a line for each: why it was refused.
 """
 
 import itertools
+import json
+import os
+import pathlib
 import sys
 
 import jax
 import numpy as np
 
-from mdt_jax import cli, distributed, encode, inputs, parallel
+from mdt_jax import cli, distributed, encode, inputs, main, parallel
 from mdt_jax import config as configs
+from mdt_jax.errors import UserError
 from mdt_jax.models.mdt import MDT
 from mdt_jax.train.checkpoints import Checkpoints
 from mdt_jax.train.optimizers import make_optimizer
 from mdt_jax.train.state import abstract_state
+
+
+def restore(out: str, workdir: str, *arguments: str) -> None:
+    config, _ = cli.parse_config(["restore", *arguments], "")
+    mesh = parallel.make_mesh(config.mesh.data, config.mesh.fsdp)
+    model, optimizer = MDT.from_config(config), make_optimizer(config.optim)
+    abstract = abstract_state(model, optimizer, mesh)
+    state, _ = Checkpoints(workdir).restore(abstract, lambda meta: None)
+    assert jax.tree.map(lambda leaf: leaf.sharding, state) == jax.tree.map(
+        lambda leaf: leaf.sharding, abstract
+    )
+    leaves = [distributed.fetch(leaf) for leaf in jax.tree.leaves(state)]
+    if jax.process_index() == 0:
+        np.savez(out, *leaves)
+
+
+def feed(out: str, steps: str, *arguments: str) -> None:
+    config, _ = cli.parse_config(["feed", *arguments], "")
+    mesh = parallel.make_mesh()
+    configs.validate(config, mesh.size)
+    source, _ = inputs.open_data(config)
+    batches = inputs.feed(config, source, mesh, None, 0)
+    for k, batch in enumerate(itertools.islice(batches, int(steps))):
+        for name, array in batch.items():
+            for shard in array.addressable_shards:
+                np.save(f"{out}/{k}-{name}-{shard.index[0].start or 0}.npy", shard.data)
+
+
+def refused(cases: str) -> None:
+    """cases: a JSON list of [folder to be in, flags …]; @ is the number of the process."""
+    for folder, *flags in json.loads(pathlib.Path(cases).read_text()):
+        folder, *flags = (text.replace("@", sys.argv[3]) for text in (folder, *flags))
+        os.chdir(folder)
+        config, values = cli.parse_config(["main", *flags], "", workdir="")
+        try:
+            main.train(config, pathlib.Path(values.workdir))
+            print("refused: no")
+        except UserError as error:
+            print("refused:", " ".join(str(error).split()))
+
 
 if __name__ == "__main__":
     coordinator, count, index, what, *arguments = sys.argv[1:]
@@ -23,27 +68,5 @@ if __name__ == "__main__":
     if what == "encode":
         sys.argv = ["encode", *arguments]
         cli.run(encode.main)
-    elif what == "restore":
-        out, workdir, *arguments = arguments
-        config, _ = cli.parse_config(["restore", *arguments], "")
-        mesh = parallel.make_mesh(config.mesh.data, config.mesh.fsdp)
-        model, optimizer = MDT.from_config(config), make_optimizer(config.optim)
-        abstract = abstract_state(model, optimizer, mesh)
-        state, _ = Checkpoints(workdir).restore(abstract, lambda meta: None)
-        assert jax.tree.map(lambda leaf: leaf.sharding, state) == jax.tree.map(
-            lambda leaf: leaf.sharding, abstract
-        )
-        leaves = [distributed.fetch(leaf) for leaf in jax.tree.leaves(state)]
-        if jax.process_index() == 0:
-            np.savez(out, *leaves)
     else:
-        out, steps, *arguments = arguments
-        config, _ = cli.parse_config(["feed", *arguments], "")
-        mesh = parallel.make_mesh()
-        configs.validate(config, mesh.size)
-        source, _ = inputs.open_data(config)
-        batches = inputs.feed(config, source, mesh, None, 0)
-        for k, batch in enumerate(itertools.islice(batches, int(steps))):
-            for name, array in batch.items():
-                for shard in array.addressable_shards:
-                    np.save(f"{out}/{k}-{name}-{shard.index[0].start or 0}.npy", shard.data)
+        {"restore": restore, "feed": feed, "refused": refused}[what](*arguments)

@@ -8,15 +8,15 @@ import pytest
 
 from mdt_jax import parallel
 from mdt_jax.errors import UserError
-from tests.conftest import XLA_FLAGS, start_command
-from tests.devices import DEVICES, VARIANTS
+from tests.conftest import SMOKE, XLA_FLAGS, run_command, start_command
+from tests.processes.devices import DEVICES, VARIANTS
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     out = tmp_path_factory.mktemp("devices")
     flags = f"{XLA_FLAGS} --xla_force_host_platform_device_count={DEVICES}"
-    process = start_command("tests.devices", str(out), XLA_FLAGS=flags)
+    process = start_command("tests.processes.devices", str(out), XLA_FLAGS=flags)
     printed = process.communicate(timeout=1200)
     assert process.returncode == 0, printed
     return {name: np.load(out / f"{name}.npz") for name in [*VARIANTS, "draws"]}
@@ -90,3 +90,11 @@ def test_the_rule_of_sharding():
     assert spec(28, 964, 16) == (None, "fsdp")
     assert spec(1001, 1152) == (None, "fsdp")
     assert spec(1152) == spec(3, 6145) == spec() == ()  # small, or nothing divisible
+
+
+def test_batch_not_divisible_by_the_devices(tmp_path):
+    printed = run_command(
+        "mdt_jax.main", *SMOKE, f"--workdir={tmp_path / 'run'}", "--config.data.batch_size=12",
+        expect=2, XLA_FLAGS=f"{XLA_FLAGS} --xla_force_host_platform_device_count=8",
+    )  # fmt: skip
+    assert printed.strip() == "error: data.batch_size 12 is not divisible by the 8 devices"

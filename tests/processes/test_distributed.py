@@ -5,17 +5,16 @@ import pathlib
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import time
 
 import numpy as np
 import pytest
 
-from mdt_jax.distributed import roll_call_port
 from tests.conftest import ROOT, run_command, start_command, train_here
+from tests.processes.together import all_well, ends, free_port, start_hosts
+from tests.runs import arrays, steps_of
 from tests.small_data import write_pictures
-from tests.test_main import arrays, steps_of
 
 # Wide enough that the stacks of blocks are split over `fsdp`.
 RUN = [
@@ -23,18 +22,6 @@ RUN = [
     "--config.train.checkpoint_every=4", "--config.train.sample_every=8",
 ]  # fmt: skip
 PATIENCE = 15
-
-
-def free_port() -> int:
-    """A port that nobody listens at, nor where the roll would be called."""
-    while True:
-        with socket.socket() as one, socket.socket() as two:
-            one.bind(("127.0.0.1", 0))
-            try:
-                two.bind(("127.0.0.1", roll_call_port(one.getsockname()[1])))
-            except OSError:
-                continue
-            return one.getsockname()[1]
 
 
 def start_run(count: int, workdir, *flags: str, without: int = -1) -> list[subprocess.Popen]:
@@ -48,26 +35,6 @@ def start_run(count: int, workdir, *flags: str, without: int = -1) -> list[subpr
         )
         for number in range(count) if number != without
     ]  # fmt: skip
-
-
-def ends(processes: list[subprocess.Popen], timeout: float = 500) -> list[tuple[int, str]]:
-    """(exit code, what it printed) of each."""
-    until, ended = time.time() + timeout, []
-    try:
-        for process in processes:
-            out, err = process.communicate(timeout=max(until - time.time(), 1))
-            ended.append((process.returncode, out + err))
-    finally:
-        for process in processes:
-            process.kill()
-    return ended
-
-
-def all_well(processes) -> str:
-    """What the first process printed; all must end with 0."""
-    ended = ends(processes)
-    assert [code for code, _ in ended] == [0] * len(ended), ended
-    return ended[0][1]
 
 
 def log_of(workdir) -> list[dict]:
@@ -118,15 +85,9 @@ def test_a_checkpoint_of_four_is_restored_by_one_and_by_two(four, tmp_path):
     workdir, _ = four
     written = sum((arrays(workdir, item) for item in ("ema", "params", "progress")), [])
     for count, fsdp in ((1, 1), (2, 2), (2, 1)):
-        coordinator, out = f"127.0.0.1:{free_port()}", tmp_path / f"{count}-{fsdp}.npz"
-        processes = [
-            start_command(
-                "tests.hosts", coordinator, str(count), str(number), "restore", str(out),
-                str(workdir), *RUN, f"--config.mesh.fsdp={fsdp}",
-            )
-            for number in range(count)
-        ]  # fmt: skip
-        all_well(processes)
+        out = tmp_path / f"{count}-{fsdp}.npz"
+        more = [*RUN, f"--config.mesh.fsdp={fsdp}"]
+        all_well(start_hosts(count, "restore", str(out), str(workdir), *more))
         with np.load(out) as restored:
             bits = sorted(array.tobytes() for array in restored.values())
         assert bits == sorted(np.asarray(array).tobytes() for array in written)
@@ -194,25 +155,42 @@ def test_processes_with_different_configs(tmp_path):
     assert all("process 0 has train.seed=0, process 1 train.seed=1" in line for line in lines)
 
 
-def test_processes_of_which_one_starts_from_other_weights(alone, tmp_path):
-    weights = ["--config.init.checkpoint=", f"--config.init.checkpoint={alone}"]
-    host = f"127.0.0.1:{free_port()}"
-    ended = ends([
-        start_command(
-            "mdt_jax.main", *RUN, f"--workdir={tmp_path / 'run'}", f"--distributed={host}",
-            "--num_processes=2", f"--process_id={number}", weights[number],
-        )
-        for number in (0, 1)
-    ], timeout=100)  # fmt: skip
-    for code, printed in ended:
-        assert code == 2 and "process 0 has init.checkpoint=, process 1 init" in printed
-
-
-def test_processes_that_go_on_with_different_meshes(alone, tmp_path):
-    workdir = shutil.copytree(alone, tmp_path / "run")
-    flags = ("--config.train.steps=9", "--config.mesh.fsdp=@")
-    for code, printed in ends(start_run(2, workdir, *flags), timeout=100):
-        assert code == 2 and "process 0 has mesh.fsdp=0, process 1 mesh.fsdp=1" in printed
+def test_processes_that_differ(alone, tmp_path):
+    """Each case is refused by both before its first step, and they go on to the next one."""
+    for number in (0, 1):  # the same path, but each process's own disk
+        write_pictures(tmp_path / str(number) / "pictures", count=24 + number)
+    trained = shutil.copytree(alone, tmp_path / "trained")
+    folder = [
+        "--config.data.name=folder", "--config.data.path=pictures",
+        "--config.model.num_classes=0", "--config.sample.guidance_scale=1.0",
+    ]  # fmt: skip
+    cases = [
+        (["--config.train.seed=@"], "process 0 has train.seed=0, process 1 train.seed=1"),
+        (
+            [f"--config.init.checkpoint={tmp_path}/other@"],
+            f"process 0 has init.checkpoint={tmp_path}/other0, process 1 init.checkpoint=",
+        ),
+        (
+            [f"--workdir={trained}", "--config.train.steps=9", "--config.mesh.fsdp=@"],
+            "process 0 has mesh.fsdp=0, process 1 mesh.fsdp=1",
+        ),
+        (folder, "; all must read the same data"),
+        ([f"--workdir={tmp_path}/run@"], "is not one folder for all processes"),
+        (["--config.mesh.fsdp=3"], "mesh.fsdp 3 does not match the 2 devices"),
+        (
+            ["--config.data.batch_size=17"],
+            "data.batch_size 17 is not divisible by the 2 devices",
+        ),
+    ]
+    config = [f"--config={ROOT}/configs/digits.py:smoke", *RUN[1:], f"--workdir={tmp_path}/run"]
+    runs = [[f"{tmp_path}/@", *config, *flags] for flags, _ in cases]
+    (tmp_path / "cases.json").write_text(json.dumps(runs))
+    for code, printed in ends(start_hosts(2, "refused", str(tmp_path / "cases.json"))):
+        assert code == 0, printed
+        said = [line for line in printed.splitlines() if line.startswith("refused: ")]
+        for line, (flags, expected) in zip(said, cases, strict=True):
+            assert expected in line, flags
+    assert not list(tmp_path.glob("run*/metrics.jsonl"))
 
 
 def test_a_pod_that_cannot_see_its_job(tmp_path):
@@ -223,39 +201,6 @@ def test_a_pod_that_cannot_see_its_job(tmp_path):
     assert "cannot be brought together" in printed and 'pip install -e ".[k8s]"' in printed
 
 
-def test_processes_with_different_data(tmp_path):
-    """The same path, but each process's own disk."""
-    host, processes = f"127.0.0.1:{free_port()}", []
-    for number in (0, 1):
-        write_pictures(tmp_path / str(number) / "pictures", count=24 + number)
-        processes.append(
-            start_command(
-                "mdt_jax.main", f"--config={ROOT}/configs/digits.py:smoke", *RUN[1:],
-                f"--workdir={tmp_path / 'run'}", f"--distributed={host}", "--num_processes=2",
-                f"--process_id={number}", "--config.data.name=folder",
-                "--config.data.path=pictures", "--config.model.num_classes=0",
-                "--config.sample.guidance_scale=1.0",
-                cwd=tmp_path / str(number), PYTHONPATH=str(ROOT),
-            )
-        )  # fmt: skip
-    for code, printed in ends(processes):
-        assert code == 2 and "the processes differ: process 0 has list of images=" in printed
-        assert printed.endswith("; all must read the same data\n")
-    assert not (tmp_path / "run" / "metrics.jsonl").exists()
-
-
-def test_a_workdir_that_is_not_shared(tmp_path):
-    lines = said(2, tmp_path / "run@")
-    assert all("is not one folder for all processes" in line for line in lines)
-
-
-def test_a_mesh_that_does_not_match(tmp_path):
-    lines = said(2, tmp_path / "run", "--config.mesh.fsdp=3")
-    assert all("mesh.fsdp 3 does not match the 2 devices" in line for line in lines)
-    lines = said(2, tmp_path / "run", "--config.data.batch_size=17")
-    assert all("data.batch_size 17 is not divisible by the 2 devices" in line for line in lines)
-
-
 def test_a_process_that_does_not_come(tmp_path):
     lines = said(3, tmp_path / "run", "--start_timeout=12", without=1)
     assert all("process 1 of 3 did not come within 12 s" in line for line in lines), lines
@@ -264,22 +209,6 @@ def test_a_process_that_does_not_come(tmp_path):
 def test_a_coordinator_that_does_not_answer(tmp_path):
     lines = said(2, tmp_path / "run", "--start_timeout=6", without=0)
     assert re.search(r"process 0 at 127.0.0.1:\d+, did not answer within 6 s", lines[0])
-
-
-@pytest.mark.parametrize(
-    ("flags", "line"),
-    [
-        (["--distributed=somewhere"], "is none of auto, off, HOST:PORT"),
-        (["--distributed=127.0.0.1:1"], "needs --num_processes and a --process_id below it"),
-        (["--distributed=127.0.0.1:1", "--num_processes=2", "--process_id=2"], "they are 2 and 2"),
-        (["--num_processes=2"], "need --distributed=HOST:PORT; it is auto"),
-        (["--patience=0"], "--patience=0 at least 5"),
-        (["--profile_steps=3"], "is not such as 10:13"),
-    ],
-)
-def test_flags_that_make_no_sense(flags, line, tmp_path):
-    printed = run_command("mdt_jax.main", *RUN, f"--workdir={tmp_path}", *flags, expect=2)
-    assert printed.startswith("error: ") and line in printed and printed.count("\n") == 1
 
 
 def test_slurm_is_found_by_itself(tmp_path):

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import ROOT
-from tests.test_main import arrays, steps_of
+from tests.runs import arrays, steps_of
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel")
 PATH = os.environ["PATH"] + ":/usr/sbin"

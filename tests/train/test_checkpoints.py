@@ -14,7 +14,7 @@ from mdt_jax.errors import UserError
 from mdt_jax.train.metrics import MetricsLog
 from mdt_jax.weights import load_weights
 from tests.conftest import ROOT, SMOKE, train_here
-from tests.test_main import arrays
+from tests.runs import arrays
 
 
 @pytest.fixture

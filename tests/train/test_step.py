@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 
 from mdt_jax import config as configs
+from mdt_jax import parallel
+from mdt_jax.costs import inner_jaxprs
 from mdt_jax.models.mdt import MDT
 from mdt_jax.train.optimizers import make_optimizer
-from mdt_jax.train.state import init_state, state_from_params
+from mdt_jax.train.state import abstract_state, init_state, state_from_params
 from mdt_jax.train.step import Draws, Objective, draw, make_train_step
 from tests.conftest import FULL_COMPILE
 from tests.published import MODELS, VERSIONS, published_numbers, published_params, relative_error
@@ -186,3 +188,27 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted():
     assert (after.step, after.skipped, after.skipped_in_row) == (3, 2, 2)
     after, metrics = step(after, batch, draws)
     assert (after.step, metrics["skipped"], metrics["skipped_in_row"]) == (4, 2, 0)
+
+
+def equations(jaxpr):
+    """How many there are, those of inner programs included."""
+    return sum(1 + sum(map(equations, inner_jaxprs(each.params))) for each in jaxpr.eqns)
+
+
+@pytest.mark.parametrize("version", ["v1", "v2"])
+@pytest.mark.parametrize("unroll", [False, True])
+def test_the_steps_jaxpr_does_not_grow_with_depth(version, unroll):
+    counts = []
+    for depth in (6, 14, 28):
+        model = MODEL.clone(depth=depth, version=version, unroll=unroll)
+        adamw = optimizer()
+        step = make_train_step(model, Objective(), adamw, 0.9)
+        state = abstract_state(model, adamw, parallel.make_mesh())
+        drawn = functools.partial(draw, model=model, batch=8, diffusion_steps=1000)
+        draws = jax.eval_shape(drawn, jax.random.key(0), 0)._replace(posterior=None)
+        batch = {
+            "latents": jax.ShapeDtypeStruct((8, 8, 8, 1), jnp.float32),
+            "labels": jax.ShapeDtypeStruct((8,), jnp.int32),
+        }
+        counts.append(equations(jax.make_jaxpr(step)(state, batch, draws).jaxpr))
+    assert counts[0] == counts[1] == counts[2] > 500

@@ -1,0 +1,55 @@
+"""Small sets of images with random Inception weights, and the card of one against the other."""
+
+import json
+import pathlib
+
+import numpy as np
+import pytest
+
+from mdt_jax import evaluate
+from tests.conftest import run_here
+
+
+def crops(count: int, seed: int, size: int = 32) -> np.ndarray:
+    """Pieces of scikit-learn's two photographs."""
+    from sklearn.datasets import load_sample_images
+
+    photographs, random = load_sample_images().images, np.random.RandomState(seed)
+    pieces = []
+    for n in range(count):
+        photograph = photographs[n % 2]
+        top, left = (random.randint(side - size) for side in photograph.shape[:2])
+        pieces.append(photograph[top : top + size, left : left + size])
+    return np.stack(pieces)
+
+
+def make_sets(folder: pathlib.Path) -> pathlib.Path:
+    """Write samples.npz, real.npz, fid.pth and card.json, the first measured against the second."""
+    import torch
+
+    from tests import fid_packages
+
+    np.savez(folder / "samples.npz", arr_0=crops(14, 1), arr_1=np.arange(14) % 2)
+    np.savez(folder / "real.npz", arr_0=crops(18, 2), arr_1=np.arange(18) % 2)
+    state = {name: torch.tensor(array) for name, array in fid_packages.random_state().items()}
+    torch.save(state, folder / "fid.pth")
+    run_here(evaluate.main, *flags(folder), f"--out={folder}/card.json")
+    return folder
+
+
+def flags(folder: pathlib.Path, **others) -> list[str]:
+    given = {
+        "samples": folder / "samples.npz", "reference": folder / "real.npz",
+        "inception": folder / "fid.pth", **others,
+    }  # fmt: skip
+    return [f"--{name}={value}" for name, value in given.items()]
+
+
+def measured(path: pathlib.Path) -> dict:
+    return json.loads(path.read_text())["measured"]
+
+
+def assert_equal(ours: dict, theirs: dict, bound: float = 1e-9) -> None:
+    assert set(ours) == set(theirs)
+    for name in ours:
+        assert ours[name] == pytest.approx(theirs[name], rel=bound), name
