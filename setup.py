@@ -39,7 +39,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["mdt_jax", "mdt_jax.*"]),
-    package_data={"mdt_jax.data": ["imagenet_classes.txt"]},
+    package_data={"mdt_jax": ["py.typed"], "mdt_jax.data": ["imagenet_classes.txt"]},
     python_requires=">=3.11",
     install_requires=[
         "absl-py",
