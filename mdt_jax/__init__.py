@@ -5,6 +5,15 @@ images = mdt_jax.generate(model, params, labels=[0, 1, 2], guidance_scale=2.0)
 """
 
 import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mdt_jax.data.images import to_uint8
+    from mdt_jax.errors import UserError
+    from mdt_jax.models.mdt import MDT
+    from mdt_jax.sampling import generate
+    from mdt_jax.walks import interpolate_classes, interpolate_noise, trajectory
+    from mdt_jax.weights import load
 
 __version__ = "0.1.0"
 
@@ -18,7 +27,16 @@ _PUBLIC = {
     "to_uint8": "mdt_jax.data.images",
     "trajectory": "mdt_jax.walks",
 }
-__all__ = sorted(_PUBLIC)
+__all__ = [
+    "MDT",
+    "UserError",
+    "generate",
+    "interpolate_classes",
+    "interpolate_noise",
+    "load",
+    "to_uint8",
+    "trajectory",
+]
 
 
 def __getattr__(name: str):

@@ -19,7 +19,7 @@ def warn_of_unused() -> None:
     Starts JAX's devices. Prints nothing where the user has chosen the platforms, for example with
     JAX_PLATFORMS=cpu.
     """
-    if jax.config.jax_platforms or jax.default_backend() != "cpu":
+    if jax.config.values["jax_platforms"] or jax.default_backend() != "cpu":
         return
     for kind, devices, program, extra in KINDS:
         place = min(glob.glob(devices), default=None) or (program and shutil.which(program))

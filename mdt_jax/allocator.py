@@ -33,8 +33,9 @@ def keep_freed_memory() -> bool:
 
 def _only_cpu() -> bool:
     """Whether JAX will find no accelerator, told without starting it."""
-    if jax.config.jax_platforms:
-        return jax.config.jax_platforms == "cpu"
+    platforms = jax.config.values["jax_platforms"]
+    if platforms:
+        return platforms == "cpu"
     plugins = importlib.metadata.entry_points(group="jax_plugins")
     modules = ("jax_plugins", "libtpu")
     return not plugins and all(importlib.util.find_spec(name) is None for name in modules)

@@ -47,15 +47,15 @@ def run(main: Callable[[list[str]], None]) -> None:
         raise
 
 
-def _exit(code: int, reason: str) -> None:
+def _exit(code: str | int, reason: str) -> None:
     if distributed.several():
-        distributed.leave_at_once(code, reason)
+        distributed.leave_at_once(code if isinstance(code, int) else 1, reason)
     sys.exit(code)
 
 
 def keep_compilations() -> None:
     """Cache compiled programs in the user's cache folder, unless JAX was told where or not to."""
-    if jax.config.jax_compilation_cache_dir is not None:
+    if jax.config.values["jax_compilation_cache_dir"] is not None:
         return
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     place = os.path.join(home, "mdt_jax", "xla")

@@ -12,7 +12,9 @@ from mdt_jax.interop import torch_files
 
 
 def parse(argv: list[str]):
-    parser = cli.Parser(prog="python -m mdt_jax.convert", description=__doc__.splitlines()[0])
+    parser = cli.Parser(
+        prog="python -m mdt_jax.convert", description=(__doc__ or "").partition("\n")[0]
+    )
     add = parser.add_argument
     add(
         "--src",

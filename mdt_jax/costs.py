@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from mdt_jax import parallel
+from mdt_jax.errors import UserError
 from mdt_jax.models.masking import keep_length
 from mdt_jax.models.mdt import MDT, init_params
 from mdt_jax.train.optimizers import make_optimizer
@@ -55,14 +56,18 @@ def inner_jaxprs(params: dict[str, Any]) -> Iterator[jax.extend.core.Jaxpr]:
                 yield item
 
 
+def _shape(variable) -> tuple[int, ...]:
+    """Of an array in a jaxpr."""
+    return variable.aval.shape
+
+
 def _macs(jaxpr: jax.extend.core.Jaxpr) -> int:
     """Multiply-accumulates of all matrix products; a loop's as often as it runs."""
     total = 0
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
             (contracted, _), _ = equation.params["dimension_numbers"]
-            left = equation.invars[0].aval.shape
-            out = equation.outvars[0].aval.shape
+            left, out = _shape(equation.invars[0]), _shape(equation.outvars[0])
             total += math.prod(out) * math.prod(left[axis] for axis in contracted)
         inner = sum(_macs(sub) for sub in inner_jaxprs(equation.params))
         total += inner * equation.params.get("length", 1)
@@ -108,7 +113,8 @@ def training_flops(config: ConfigDict, model: MDT) -> int:
 def step_memory(config: ConfigDict, model: MDT, optimized: bool = False) -> dict[str, int]:
     """Bytes on each device: the training state, the batch, and what a step needs on top.
 
-    optimized: compile as training does; it takes longer and plans the same buffers.
+    optimized: compile as training does; it takes longer and plans the same buffers. Raises
+    UserError where the compiler does not tell.
     """
     mesh = parallel.make_mesh(config.mesh.data, config.mesh.fsdp)
     optimizer = make_optimizer(config.optim)
@@ -116,6 +122,8 @@ def step_memory(config: ConfigDict, model: MDT, optimized: bool = False) -> dict
     # The buffers are planned before LLVM is asked to optimise, which takes most of the time.
     options = None if optimized else {"xla_backend_optimization_level": 0}
     memory = compile_step(config, model, optimizer, state, mesh, options).memory_analysis()
+    if memory is None:
+        raise UserError("the compiler for these devices does not tell what memory a step needs")
     held = sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(state)

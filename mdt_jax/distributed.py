@@ -11,6 +11,8 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -50,7 +52,7 @@ def start(how: str, num_processes: int, process_id: int, timeout: int, patience:
         )
     if how == "off":
         return
-    given = {}
+    given: dict[str, Any] = {}
     if how != "auto":
         if not re.fullmatch(r".+:[0-9]+", how):
             raise UserError(f"--distributed={how} is none of auto, off, HOST:PORT of process 0")
@@ -117,7 +119,7 @@ def say(line: str) -> None:
 def _roll_call(timeout: float, arrived: threading.Event) -> None:
     """While JAX waits for all processes: who is there? At the end of the time say who is not."""
     end = time.monotonic() + timeout
-    while _state.client is None:
+    while _state.client is None or _state.coordinator_address is None:
         if arrived.wait(0.05):
             return
     host, _, port = _state.coordinator_address.rpartition(":")
@@ -229,13 +231,18 @@ def _devices() -> str:
     return f"{socket.gethostname()}: {len(devices)} × {devices[0].device_kind} ({ids})"
 
 
+def _client() -> Any:
+    """Where processes leave values for each other; there is one where there are several."""
+    return _state.client
+
+
 def _exchange(what: str, value: str) -> list[str]:
     """Every process's value, in order. Raises UserError where others are about something else."""
     place = f"mdt_jax/exchange/{next(_calls)}"
-    _state.client.key_value_set(f"{place}/{_state.process_id}", f"{what}\n{value}")
-    _state.client.wait_at_barrier(place, 3600 * 1000)  # the watch is over who is gone
+    _client().key_value_set(f"{place}/{_state.process_id}", f"{what}\n{value}")
+    _client().wait_at_barrier(place, 3600 * 1000)  # the watch is over who is gone
     count = _state.num_processes
-    found = [_state.client.blocking_key_value_get(f"{place}/{p}", 60_000) for p in range(count)]
+    found = [_client().blocking_key_value_get(f"{place}/{p}", 60_000) for p in range(count)]
     for process, text in enumerate(found):
         if not text.startswith(f"{what}\n"):
             other = text.partition("\n")[0]
@@ -243,7 +250,7 @@ def _exchange(what: str, value: str) -> list[str]:
     return [text.partition("\n")[2] for text in found]
 
 
-def agree(values: dict[str, object], hint: str = "") -> None:
+def agree(values: Mapping[str, object], hint: str = "") -> None:
     """Raise UserError, in every process, where some have other values than process 0."""
     if not several():
         return
@@ -280,7 +287,7 @@ def _watch() -> None:
     """End this process, with a line that says why, once another one does not answer any more."""
     while not _left.is_set():
         try:
-            _state.client.wait_at_barrier("mdt_jax/alive", _patience * 1000)
+            _client().wait_at_barrier("mdt_jax/alive", _patience * 1000)
         except Exception as error:
             if not _left.is_set():
                 _die(_who_is_gone(error))
@@ -298,7 +305,7 @@ def _listen() -> None:
     """End this process once another says that it leaves, or the coordinator is gone."""
     while not _left.is_set():
         try:
-            said = _state.client.blocking_key_value_get("mdt_jax/left", 3600 * 1000)
+            said = _client().blocking_key_value_get("mdt_jax/left", 3600 * 1000)
         except Exception as error:
             if "DEADLINE_EXCEEDED" in str(error):
                 continue
@@ -324,7 +331,7 @@ def leave_at_once(code: int, reason: str = "") -> None:
     if reason:
         with contextlib.suppress(Exception):  # perhaps somebody left before
             line = f"{code} process {_state.process_id} stopped: {reason}"
-            _state.client.key_value_set("mdt_jax/left", line)
+            _client().key_value_set("mdt_jax/left", line)
     if several() and is_first():
         time.sleep(3)  # with the coordinator gone, JAX aborts the others in the midst of leaving
     sys.stdout.flush()

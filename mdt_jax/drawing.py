@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import pathlib
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -12,7 +12,9 @@ from ml_collections import ConfigDict
 
 from mdt_jax import __version__, distributed
 from mdt_jax.data.classes import imagenet_label, imagenet_names
+from mdt_jax.data.image_sets import Slices
 from mdt_jax.data.images import UINT8_RULE, to_uint8
+from mdt_jax.data.sample_files import Sink
 from mdt_jax.distributed import is_first
 from mdt_jax.errors import UserError
 from mdt_jax.files import beside, reason
@@ -28,7 +30,7 @@ PIXELS = "identity"
 
 def load(
     checkpoint: str, decoder_layers: int | None, dtype: str | None, given: dict
-) -> tuple[Weights, SampleOptions, list[float] | None]:
+) -> tuple[Weights[MDT], SampleOptions, list[float] | None]:
     """(weights, options, guidance scale of each sample in turn, or None where all have the same).
 
     given: fields of SampleOptions that override the checkpoint's own; None does not. Its
@@ -60,7 +62,7 @@ class Vae(NamedTuple):
 
 def note_of(
     checkpoint: str,
-    weights: Weights,
+    weights: Weights[MDT],
     options: SampleOptions,
     scales: list[float] | None = None,
     vae: Vae | None = None,
@@ -88,7 +90,7 @@ def note_of_labels(labels: np.ndarray, said: str | None, seed: int, batch_size: 
     """What tells which samples of a network they are; said: what was said of the labels."""
     return {
         "labels": said or "balanced",
-        "labels_sha256": hashlib.sha256(labels.astype("<i8")).hexdigest(),
+        "labels_sha256": hashlib.sha256(labels.astype("<i8").tobytes()).hexdigest(),
         "num_samples": len(labels),
         "seed": seed,
         "batch_size": batch_size,
@@ -96,7 +98,7 @@ def note_of_labels(labels: np.ndarray, said: str | None, seed: int, batch_size: 
 
 
 def find_vae(
-    checkpoint: str, weights: Weights, path: str | None = None, vae_scale: float | None = None
+    checkpoint: str, weights: Weights[MDT], path: str | None = None, vae_scale: float | None = None
 ) -> Vae | None:
     """The VAE that goes with a model of latents; None for a model of pixels.
 
@@ -137,12 +139,13 @@ def decoder(
     def to_images(latents):
         return to_uint8(decode(vae.network, vae.params, latents, scale=vae.scale))
 
-    return to_images, (*(vae.network.factor * side for side in model.input_size), 3)
+    height, width = (vae.network.factor * side for side in model.input_size)
+    return to_images, (height, width, 3)
 
 
 @dataclasses.dataclass(frozen=True)
 class Drawn:
-    """Samples as an image set (as in `data.image_sets`), drawn as they are read, never kept.
+    """Samples as an `ImageSet`, drawn as they are read, never kept.
 
     to_images: as of `decoder`; shape: (H, W, C) of an image.
     """
@@ -162,7 +165,7 @@ class Drawn:
     def name(self, i: int) -> str:
         return f"sample {i}"
 
-    def slices(self, size: int = 0, done: Collection[int] = ()) -> Iterator[tuple[int, np.ndarray]]:
+    def slices(self, size: int = 0, done: Collection[int] = ()) -> Slices:
         """The batches of the request; their size is its own."""
         for start, seen in self.request.batches(done=done):
             yield start, self.to_images(seen[-1])
@@ -186,7 +189,7 @@ class Drawer:
         return Drawn(self.request(params, count), self.to_images, self.shape)
 
 
-def write_samples(asked: Request, sink, to_images: Callable, progress: bool = True) -> bool:
+def write_samples(asked: Request, sink: Sink, to_images: Callable, progress: bool = True) -> bool:
     """Draw what a sink has not got yet and give it to it; False where it has all.
 
     Of several processes the first one writes, and says what is there.

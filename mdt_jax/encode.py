@@ -11,7 +11,7 @@ import dataclasses
 import pathlib
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import jax
 import numpy as np
@@ -29,23 +29,32 @@ SHARD_IMAGES = 2048
 EACH_DEVICE = 16  # images in a batch; the VAE takes a few of them at a time
 MEASURED = 4096  # images that tell a VAE's scale
 USUAL = (2 / 3, 3 / 2)  # deviation of scaled latents: Stable Diffusion's of ImageNet have 0.91
+NO_VAE = "vae.path is identity: there is nothing to encode with"
+
+
+def load_vae(config: ConfigDict) -> inputs.Vae:
+    """The VAE that encodes. Raises UserError where a config has none."""
+    found = inputs.load_vae(config)
+    if found is None:
+        raise UserError(NO_VAE)
+    return found
 
 
 def open_images(config: ConfigDict) -> Squares:
     """The images of a config in their own order, none standing in for another."""
     if config.vae.path == "identity":
-        raise UserError("vae.path is identity: there is nothing to encode with")
+        raise UserError(NO_VAE)
     if config.data.name not in sources.STORED or config.data.name == "latents":
         raise UserError(f"data.name is {config.data.name}; folder, tar and tfds can be encoded")
     if config.data.crop != "center":
         raise UserError(f"data.crop is {config.data.crop}; a cache is of the middle of each image")
-    images = sources.stored(config.data, config.model.num_classes, stand_ins=0)
+    images = sources.squares(config.data, config.model.num_classes, stand_ins=0)
     return dataclasses.replace(images, flip=False)
 
 
 def encoded(
     config: ConfigDict, images: Squares, found: inputs.Vae, parts: list[np.ndarray], known: set[int]
-) -> Iterator[dict[str, np.ndarray]]:
+) -> Generator[dict[str, np.ndarray], None, None]:
     """The images of each part in batches: "moments" [n, 4, h, w, c] float16, "labels", "damaged".
 
     The devices encode a batch while the one before is handed on.
@@ -106,7 +115,7 @@ def make(config: ConfigDict, out: pathlib.Path, shard_images: int, part: tuple[i
     images = open_images(config)
     name = f"{config.data.name} {config.data.path}"
     inputs.check_classes(name, len(images.classes), config.model.num_classes)
-    found = inputs.load_vae(config)
+    found = load_vae(config)
     making = latents.Making(out, describe(config, images, found, shard_images))
     if making.start():
         print(f"{out} is finished already; --verify reads all of it", file=sys.stderr)
@@ -158,7 +167,7 @@ def said_of_scale(std: float, scale: float) -> str:
 def verify(config: ConfigDict, out: pathlib.Path) -> None:
     """Read a finished cache; UserError for the first thing that is wrong with it."""
     cache = latents.load(out)
-    inputs.check_cache(cache, config, inputs.load_vae(config))
+    inputs.check_cache(cache, config, load_vae(config))
     shards, damaged = [], []
     with progress_bar(len(cache), True, "verifying", "image") as bar:
         for number, shard in enumerate(cache.manifest["shards"]):
@@ -184,7 +193,7 @@ def verify(config: ConfigDict, out: pathlib.Path) -> None:
 def estimate_scale(config: ConfigDict) -> None:
     """Print one over the deviation of the latents of images from all over the set."""
     images = open_images(config)
-    found = inputs.load_vae(config)
+    found = load_vae(config)
     count = min(MEASURED, len(images))
     chosen = np.sort(np.random.default_rng(0).permutation(len(images))[:count])
     measured = []

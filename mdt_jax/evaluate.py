@@ -22,7 +22,7 @@ from mdt_jax import (
     vae,
     weights,
 )
-from mdt_jax.data.image_sets import ImageSet, open_arrays, open_images
+from mdt_jax.data.image_sets import StoredSet, open_arrays, open_images
 from mdt_jax.data.images import UINT8_RULE
 from mdt_jax.distributed import is_first
 from mdt_jax.errors import UserError
@@ -132,7 +132,7 @@ def card_path(text: str) -> pathlib.Path:
     return out
 
 
-def about(images: ImageSet) -> dict:
+def about(images: StoredSet) -> dict:
     """What tells which images were measured, and how they were made, where that is known."""
     return {
         "path": images.path,
@@ -144,7 +144,7 @@ def about(images: ImageSet) -> dict:
 
 
 def about_reference(reference: references.Reference) -> dict:
-    note = {"path": reference.path, "sha256": reference.sha256}
+    note: dict[str, object] = {"path": reference.path, "sha256": reference.sha256}
     note["images"] = None if reference.images is None else len(reference.images)
     for name, gaussian in reference.gaussians.items():
         note[f"statistics_{name}"] = gaussian.count or "of a number of images that is not said"

@@ -8,7 +8,7 @@ import numpy as np
 
 from mdt_jax import distributed, parallel, references, vae, weights
 from mdt_jax.data import image_sets, sources
-from mdt_jax.data.image_sets import ImageSet, Slices
+from mdt_jax.data.image_sets import ImageSet, Slices, StoredSet
 from mdt_jax.data.images import to_uint8
 from mdt_jax.distributed import say
 from mdt_jax.errors import UserError
@@ -80,14 +80,13 @@ class Evaluator:
 
     def __init__(self, reference: Reference, features: Sequence[str], inception: str = ""):
         """features: of FEATURES; inception: where its weights lie. Raises UserError."""
-        self.reference, self._real, self._said = reference, None, set()
+        self.reference, self._said = reference, set()
+        self._real: dict[str, Found] | None = None  # empty in all processes but the first
         for name in features:
             if name not in FEATURES:
                 raise UserError(f"unknown features {name!r}; choose of {', '.join(FEATURES)}")
             if name != "inception":
-                if reference.images is None:
-                    raise UserError(f"{name} needs images; {reference.path} holds statistics only")
-                check_small(reference.images.shape)
+                check_small(self._images_for(name).shape)
         make = {
             "inception": lambda: load_inception(inception),
             "pixels": PixelFeatures,
@@ -102,9 +101,15 @@ class Evaluator:
                     f"inception's {name} has {size}: they are of another network"
                 )
 
+    def _images_for(self, name: str) -> StoredSet:
+        """The images of the reference. Raises UserError where it has none."""
+        if self.reference.images is None:
+            raise UserError(f"{name} needs images; {self.reference.path} holds statistics only")
+        return self.reference.images
+
     def _train(self) -> Classifier:
         """On the training images of the reference, or on 80 % of its images."""
-        images = self.reference.images
+        images = self._images_for("classifier")
         if images.labels is None:
             raise UserError(f"{images.path} has no labels, which a classifier needs")
         held_out = sources.Images(images.take(np.arange(len(images))), images.labels, [])
@@ -137,11 +142,12 @@ class Evaluator:
         compared = {n: each for n, each in self.networks.items() if n != "classifier"}
         if compared and self._real is None and self.reference.images is not None:
             self._real = find(compared, self.reference.images, parts.get("reference"), progress)
-        report = {"num_samples": len(samples)}
+        real = self._real or {}
+        report: dict[str, float] = {"num_samples": len(samples)}
         if "inception" in found:
-            report |= self._by_inception(found["inception"], progress)
+            report |= self._by_inception(found["inception"], real.get("inception"), progress)
         if "pixels" in found:
-            report |= self._by_pixels(found["pixels"])
+            report |= self._by_pixels(found["pixels"], real["pixels"])
         if "classifier" in found:
             right = found["classifier"].rows["classes"] == samples.labels
             report["class_agreement"] = float(np.mean(right))
@@ -173,8 +179,8 @@ class Evaluator:
                     f"{self.reference.path} has"
                 )
 
-    def _by_pixels(self, found: Found) -> dict[str, float]:
-        real = self._real["pixels"].gaussians["pool"]
+    def _by_pixels(self, found: Found, of_real: Found) -> dict[str, float]:
+        real = of_real.gaussians["pool"]
         distance = self._distance(found.gaussians["pool"], real)
         training = self.reference.training
         if training is None:
@@ -188,9 +194,8 @@ class Evaluator:
             "frechet_ratio": distance / distance_real,
         }
 
-    def _by_inception(self, found: Found, progress: bool) -> dict[str, float]:
-        real = self._real["inception"] if self._real else None
-        theirs = self.reference.gaussians or real.gaussians
+    def _by_inception(self, found: Found, real: Found | None, progress: bool) -> dict[str, float]:
+        theirs = self.reference.gaussians or (real.gaussians if real is not None else {})
         report = {}
         report["fid"] = self._distance(found.gaussians["pool"], theirs["pool"])
         if "spatial" in theirs:
@@ -231,7 +236,7 @@ def evaluate_samples(
 
 
 class Reconstructed:
-    """Images as a VAE gives them back from the means of their posteriors, an image set.
+    """Images as a VAE gives them back from the means of their posteriors, an `ImageSet`.
 
     psnr, ssim: of the images that were read, [n] in parts.
     """
@@ -290,7 +295,7 @@ def measure_vae(
     back = Reconstructed(network, params, images)
     networks = {} if inception is None else {"inception": inception}
     found = find(networks, back, progress=progress)
-    report = {
+    report: dict[str, float] = {
         "num_images": len(images),
         "psnr": float(np.concatenate(back.psnr).mean()),
         "ssim": float(np.concatenate(back.ssim).mean()),

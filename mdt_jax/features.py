@@ -12,6 +12,7 @@ import pathlib
 import shutil
 import zipfile
 from collections.abc import Callable, Mapping
+from typing import cast
 
 import jax
 import numpy as np
@@ -21,9 +22,9 @@ from mdt_jax import distributed, parallel
 from mdt_jax.data.image_sets import ImageSet
 from mdt_jax.data.images import to_float
 from mdt_jax.errors import UserError
-from mdt_jax.files import reason, whole
+from mdt_jax.files import reason, save_arrays, whole
 from mdt_jax.measures import Gaussian, Moments
-from mdt_jax.models.inception import POOL, SPATIAL, Inception
+from mdt_jax.models.inception import POOL, SPATIAL, Features, Inception
 from mdt_jax.progress import progress_bar
 
 EACH_DEVICE = 16  # images that a device takes at once, always: so rounding is the same everywhere
@@ -45,7 +46,7 @@ class InceptionFeatures:
 
         # Each device runs the same program, so that their number changes no bit.
         def one_device(params, images):
-            return network.apply({"params": params}, images)._asdict()
+            return cast(Features, network.apply({"params": params}, images))._asdict()
 
         specs = (PartitionSpec(), PartitionSpec(parallel.AXES))
         self._run = jax.jit(
@@ -132,8 +133,9 @@ def find(
         for key, values in found.items():
             if values.dtype.kind == "f" and not np.isfinite(values).all():
                 finite = np.isfinite(values).reshape(len(values), -1).all(1)
+                at = start + int(finite.argmin())
                 raise UserError(
-                    f"{images.name(start + finite.argmin())} has features that are not finite: the "
+                    f"{images.name(at)} has features that are not finite: the "
                     "weights of the network are damaged"
                 )
             if key[1] in COMPARED:
@@ -143,9 +145,10 @@ def find(
 
     bar = progress_bar(len(images), progress and first, "measuring", "image")
     with contextlib.closing(images.slices(SLICE, done)) as unread, bar as bar:
-        for start in sorted(done) if first else ():
-            take(start, parts.load(start))
-            bar.update(min(SLICE, len(images) - start))
+        if first and parts is not None:
+            for start in sorted(done):
+                take(start, parts.load(start))
+                bar.update(min(SLICE, len(images) - start))
         for start, part in unread:
             found = {
                 (name, feature): values
@@ -198,8 +201,7 @@ class Parts:
         return set()
 
     def save(self, start: int, found: dict[tuple[str, str], np.ndarray]) -> None:
-        with whole(self._path(start)) as temporary, open(temporary, "wb") as file:
-            np.savez(file, **{"/".join(key): values for key, values in found.items()})
+        save_arrays(self._path(start), {"/".join(key): values for key, values in found.items()})
 
     def load(self, start: int) -> dict[tuple[str, str], np.ndarray]:
         path = self._path(start)

@@ -5,7 +5,9 @@ import os
 import pathlib
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+
+import numpy as np
 
 from mdt_jax.errors import UserError
 
@@ -31,6 +33,13 @@ def whole(
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def save_arrays(path: str | os.PathLike, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write an npz, whole or not at all. Raises UserError where the disk is full."""
+    with whole(path) as temporary, open(temporary, "wb") as file:
+        # NumPy's stub takes every keyword for its own `allow_pickle`, too.
+        np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
 
 
 def settle(path: pathlib.Path) -> None:

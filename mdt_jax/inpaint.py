@@ -80,7 +80,7 @@ def read_mask(path: str, size: tuple[int, int], of: tuple[int, int], resize: boo
                 f"--mask={path} is {mask.height}×{mask.width}, but the image is {of[0]}×{of[1]}; "
                 "--resize makes them fit"
             )
-        mask = mask.resize(of[::-1])
+        mask = mask.resize((of[1], of[0]))
     return fitted(mask, size, resize, f"--mask={path}") > 127
 
 
@@ -112,13 +112,13 @@ def encoded(
     mean, _ = encode(vae.params, known[None])
     rows, columns = mean.shape[1:3]
     pixels = hidden.reshape(rows, vae.network.factor, columns, vae.network.factor)
-    hidden, side = pixels.any((1, 3)), vae.network.factor
-    if hidden.all():
+    hidden_there, side = np.asarray(pixels.any((1, 3))), vae.network.factor
+    if hidden_there.all():
         raise UserError(
             f"the mask leaves no {side}×{side} pixels whole, so that no latent is known; use one "
             "that leaves larger parts"
         )
-    return np.asarray(mean[0]) * np.float32(vae.scale), hidden
+    return np.asarray(mean[0]) * np.float32(vae.scale), hidden_there
 
 
 def inpaint_options(args) -> InpaintOptions:
@@ -158,10 +158,10 @@ def main(argv: list[str]) -> None:
     labels = np.full(args.num_samples, label)
     check_labels(labels, model.num_classes)
     found = drawing.find_vae(args.checkpoint, weights, args.vae, args.vae_scale)
-    to_images, (*size, channels) = drawing.decoder(model, found)
-    size = tuple(size)
-    shape = open_picture(args.image, "--image").size[::-1]
-    hidden = read_mask(args.mask, size, shape, args.resize)
+    to_images, (height, width, channels) = drawing.decoder(model, found)
+    size = (height, width)
+    picture = open_picture(args.image, "--image")
+    hidden = read_mask(args.mask, size, (picture.height, picture.width), args.resize)
     check_hidden(hidden, size, f"--mask={args.mask} (white is hidden, black known)")
     image = read_image(args.image, size, channels, args.resize)
     drawing.check_writable(out)

@@ -124,7 +124,7 @@ def inpaint(
     params: dict,
     images: np.ndarray,
     hidden: np.ndarray,
-    labels: Sequence[int],
+    labels: Sequence[int] | np.ndarray,
     *,
     how: InpaintOptions | None = None,
     seed: int = 0,

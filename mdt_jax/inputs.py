@@ -1,7 +1,7 @@
 """What a run is trained on: a config's images or latents, checked, as batches on the devices."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import jax
 from jax.sharding import Mesh
@@ -9,12 +9,10 @@ from ml_collections import ConfigDict
 
 from mdt_jax import parallel, vae, weights
 from mdt_jax.data import latents, pipeline, sources
-from mdt_jax.data.crops import Squares
+from mdt_jax.data.pipeline import Source
 from mdt_jax.errors import UserError
 from mdt_jax.models.autoencoder import AutoencoderKL
 from mdt_jax.models.mdt import VAE_CHANNELS, VAE_FACTOR
-
-Source = sources.Images | Squares | latents.Latents
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +98,7 @@ def check_cache(cache: latents.Latents, config: ConfigDict, found: Vae) -> None:
 
 def feed(
     config: ConfigDict, source: Source, mesh: Mesh, found: Vae | None, start: int
-) -> Iterator[dict[str, jax.Array]]:
+) -> Generator[dict[str, jax.Array], None, None]:
     """Batch `start`, `start` + 1, … on the devices, as `train.step.batch_shapes` says.
 
     Each process reads what its devices hold. found: the VAE that encodes images on the way, if any.

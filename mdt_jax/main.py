@@ -10,6 +10,7 @@ import json
 import pathlib
 import sys
 import time
+from typing import Any
 
 import jax
 import numpy as np
@@ -31,6 +32,8 @@ from mdt_jax import config as configs
 from mdt_jax import workdir as folder
 from mdt_jax.data import image_sets, sources
 from mdt_jax.data.images import save_grid
+from mdt_jax.data.latents import Latents
+from mdt_jax.data.pipeline import Source
 from mdt_jax.data.sample_files import Npz
 from mdt_jax.distributed import is_first, say
 from mdt_jax.errors import UserError
@@ -68,7 +71,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, show: Shown | None = None) 
     profile = Profile(show.profile_steps, workdir / "profile")
     data, held_out = inputs.open_data(config)
     vae = inputs.load_vae(config)
-    if config.data.name == "latents":
+    if isinstance(data, Latents) and vae is not None:  # a config of latents has a VAE
         inputs.check_cache(data, config, vae)
     evaluator = open_evaluator(config, data, held_out)
     about_data = {
@@ -200,6 +203,8 @@ def train(config: ConfigDict, workdir: pathlib.Path, show: Shown | None = None) 
 
         def evaluate(step):
             """Measure samples, and keep the state if none was better; it is saved already."""
+            if evaluator is None:
+                return
             asked = config.evaluation.num_samples
             stopped = f"stopped while step {step} was measured, saved; the same command goes on"
             with clock.paused(), stop.leaving_at_once(stopped):
@@ -275,20 +280,24 @@ def take_weights(config: ConfigDict, model: MDT, key: jax.Array) -> dict | None:
     return {"params": params, "ema": jax.tree.map(np.array, ema)}
 
 
-def open_evaluator(config: ConfigDict, data, held_out: sources.Images | None) -> Evaluator | None:
+def open_evaluator(
+    config: ConfigDict, data: Source, held_out: sources.Images | None
+) -> Evaluator | None:
     """What measures samples while training and at its end; None where there is nothing to do or
     nothing to measure against. Raises UserError where samples could not be compared.
     """
     asked = config.evaluation
-    if not (asked.every or config.sample.num_samples) or not (asked.reference or held_out):
+    if not (asked.every or config.sample.num_samples):
         return None
     labelled = not asked.reference and config.model.num_classes > 0
     if asked.reference:
         files = not asked.reference.endswith(".npz") and asked.reference not in sources.PACKAGED
         cut = config.data.image_size if files else None
         reference = references.load(asked.reference, cut)
-    else:
+    elif held_out and isinstance(data, sources.Images):
         reference = references.of_split(config.data.name, data, held_out)
+    else:
+        return None
     size, images = config.data.image_size, reference.images
     if images is not None and images.shape != (size, size, config.data.channels):
         there = "×".join(map(str, images.shape))
@@ -353,7 +362,8 @@ def main(argv: list[str]) -> None:
     config, flags = cli.parse_config(
         argv, usage, optional, workdir="where checkpoints and results go"
     )
-    distributed.start(*(flags[name].value for name in cli.PROCESSES))
+    processes: list[Any] = [flags[name].value for name in cli.PROCESSES]
+    distributed.start(*processes)
     accelerators.warn_of_unused()
     show = Shown(flags.tensorboard, flags.wandb, flags.profile_steps)
     train(config, pathlib.Path(flags.workdir), show)

@@ -184,10 +184,17 @@ def ssim(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """
     from skimage.metrics import structural_similarity
 
-    way = dict(gaussian_weights=True, sigma=1.5, use_sample_covariance=False)
     return np.array(
         [
-            structural_similarity(x, y, channel_axis=-1, data_range=255, **way)
+            structural_similarity(
+                x,
+                y,
+                channel_axis=-1,
+                data_range=255,
+                gaussian_weights=True,
+                sigma=1.5,
+                use_sample_covariance=False,
+            )  # fmt: skip
             for x, y in zip(a, b, strict=True)
         ]
     )

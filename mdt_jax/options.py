@@ -50,7 +50,7 @@ class SampleOptions:
             value, kind = getattr(self, field.name), field.type
             wanted = {int: numbers.Integral, float: numbers.Real}.get(kind, kind)
             if not isinstance(value, wanted):
-                raise UserError(f"{field.name} is {value!r}; it must be of type {kind.__name__}")
+                raise UserError(f"{field.name} is {value!r}; it must be of type {_name_of(kind)}")
         known = {"sampler": SAMPLERS, "spacing": sch.SPACINGS, "guidance": WEIGHTS}
         for name, choices in known.items():
             if getattr(self, name) not in choices:
@@ -112,22 +112,26 @@ class SampleOptions:
         weight = no_nearer(weight, self.guidance_skip_tolerance)
         return within(t, weight, self.guidance_low, self.guidance_high, self.diffusion_steps)
 
-    def guided_evaluations(self, scales: Sequence[float] | None = None) -> np.ndarray:
+    def guided_evaluations(self, scales: Sequence[float] | np.ndarray | None = None) -> np.ndarray:
         """For each evaluation of the network whether both halves are evaluated: [E] bool.
 
         scales: of the samples; default: `guidance_scale` for all.
         """
         schedule = self.schedule()
         t = visited(schedule, self.make_sampler().indices(self.num_steps))
-        scales = np.unique([self.guidance_scale] if scales is None else scales)
-        if self.guidance != "power_cosine_printed" and (scales == 1).all():
+        each = np.unique([self.guidance_scale] if scales is None else scales)
+        if self.guidance != "power_cosine_printed" and (each == 1).all():
             return np.zeros(len(t), bool)
         low, high, total = self.guidance_low, self.guidance_high, self.diffusion_steps
         needed = np.asarray(within(t, jnp.zeros(len(t)), low, high, total)) == 0
         if self.guidance_skip_tolerance:
-            weights = [np.asarray(self.weight(t, float(scale))) for scale in scales]
+            weights = [np.asarray(self.weight(t, float(scale))) for scale in each]
             needed &= (np.stack(weights) != 1).any(0)
         return needed
+
+
+def _name_of(kind: str | type) -> str:
+    return kind if isinstance(kind, str) else kind.__name__
 
 
 def balanced_labels(count: int, num_classes: int) -> np.ndarray:
@@ -141,14 +145,14 @@ def random_labels(count: int, num_classes: int, seed: int) -> np.ndarray:
     return random.integers(num_classes, size=count, dtype=np.int32)
 
 
-def check_labels(labels: Sequence[int], num_classes: int) -> None:
+def check_labels(labels: Sequence[int] | np.ndarray, num_classes: int) -> None:
     """Raise UserError for a label that is no whole number or is outside the classes."""
     if np.ndim(labels) != 1:
         raise UserError(f"labels have the shape {np.shape(labels)}; it must be [N]")
     for label in np.asarray(labels, object):
         if not isinstance(label, numbers.Integral):
             raise UserError(f"label {label!r} is not a whole number")
-        if num_classes and not 0 <= label < num_classes:
+        if num_classes and not 0 <= int(label) < num_classes:
             raise UserError(f"label {label} is outside the classes 0 to {num_classes - 1}")
 
 

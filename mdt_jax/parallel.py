@@ -64,8 +64,9 @@ def mesh_of(tree) -> Mesh:
     """The mesh on which a tree of arrays lies; where they lie on none, one of all devices."""
     for leaf in jax.tree.leaves(tree):
         sharding = getattr(leaf, "sharding", None)
-        if isinstance(sharding, NamedSharding) and sharding.mesh.axis_names == AXES:
-            return sharding.mesh
+        mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
+        if isinstance(mesh, Mesh) and mesh.axis_names == AXES:
+            return mesh
     return make_mesh()
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from mdt_jax.data import image_sets, sources
 from mdt_jax.errors import UserError
 from mdt_jax.features import Found
-from mdt_jax.files import whole
+from mdt_jax.files import save_arrays
 from mdt_jax.measures import Gaussian
 
 KEPT = 10_000  # images of a reference for precision and recall, as ADM's files have them
@@ -27,13 +27,13 @@ class Reference:
 
     path: str
     gaussians: dict[str, Gaussian]
-    images: image_sets.ImageSet | None
+    images: image_sets.StoredSet | None
     training: sources.Images | None = None
 
     @functools.cached_property
     def sha256(self) -> str:
         """Of the file, or of what the images are, hexadecimal."""
-        if os.path.isfile(self.path) and self.path.endswith(".npz"):
+        if self.images is None or (os.path.isfile(self.path) and self.path.endswith(".npz")):
             return image_sets.file_sha256(self.path)
         return self.images.sha256
 
@@ -107,11 +107,10 @@ def save(path: pathlib.Path, found: Found, images: np.ndarray) -> None:
     for name, suffix in SUFFIXES.items():
         gaussian = found.gaussians[name]
         arrays |= {f"mu{suffix}": gaussian.mu, f"sigma{suffix}": gaussian.sigma}
-    with whole(path) as temporary, open(temporary, "wb") as file:
-        np.savez(file, **arrays)
+    save_arrays(path, arrays)
 
 
-def sample_of(images: image_sets.ImageSet) -> np.ndarray:
+def sample_of(images: image_sets.StoredSet) -> np.ndarray:
     """KEPT of the images, or all, from all over the set and always the same: [n, H, W, C]."""
     count = min(KEPT, len(images))
     chosen = np.sort(np.random.RandomState(0).permutation(len(images))[:count])

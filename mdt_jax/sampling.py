@@ -5,6 +5,7 @@ import functools
 import itertools
 from collections.abc import Callable, Collection, Iterator, Sequence
 from numbers import Integral
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -27,12 +28,12 @@ PARTS = 50
 class Noise:
     """Which noise samples are drawn with: [B] numbers, or on the way to those of `to`, [B].
 
-    mix: [B] in [0, 1], how far on the way (`slerp`).
+    mix: [B] in [0, 1], how far on the way (`slerp`); given with `to`.
     """
 
-    number: jax.Array
-    to: jax.Array | None = None
-    mix: jax.Array | None = None
+    number: jax.Array | np.ndarray
+    to: jax.Array | np.ndarray | None = None
+    mix: jax.Array | np.ndarray | None = None
 
 
 jax.tree_util.register_dataclass(Noise)
@@ -51,7 +52,7 @@ def slerp(a: jax.Array, b: jax.Array, mix: jax.Array) -> jax.Array:
     return from_a * a + jnp.where(alike, mix, jnp.sin(mix * angle) / safe) * b
 
 
-def draw(model: MDT, key: jax.Array, noise: Noise, k: jax.Array) -> jax.Array:
+def draw(model: MDT, key: jax.Array, noise: Noise, k: jax.Array | int) -> jax.Array:
     """Draw number k of each sample, [B, H, W, C] standard normal."""
     shape = (*model.input_size, model.in_channels)
 
@@ -59,7 +60,10 @@ def draw(model: MDT, key: jax.Array, noise: Noise, k: jax.Array) -> jax.Array:
         return jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, n), k), shape)
 
     drawn = jax.vmap(one)(noise.number)
-    return drawn if noise.to is None else jax.vmap(slerp)(drawn, jax.vmap(one)(noise.to), noise.mix)
+    if noise.to is None:
+        return drawn
+    mix = cast(jax.Array, noise.mix)
+    return jax.vmap(slerp)(drawn, jax.vmap(one)(noise.to), mix)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "options"))
@@ -76,7 +80,7 @@ def network_of(
     """
     stacked = model.apart(params)
 
-    def network(x, t, y):
+    def network(x, t, y) -> Any:  # Flax annotates `apply` with all that it may return
         ids = None if keep_ids is None else jnp.broadcast_to(keep_ids, (len(x), len(keep_ids)))
         return model.apply({"params": stacked()}, x, t, y, keep_ids=ids)
 
@@ -90,7 +94,7 @@ def network_of(
 Stretch = tuple[bool, int]  # whether both halves are evaluated, and for how many evaluations
 
 
-def stretches(kinds: Sequence) -> tuple[tuple[object, int], ...]:
+def stretches(kinds: Sequence[bool]) -> tuple[Stretch, ...]:
     """Runs of equal values in a row: (value, how many), in order."""
     return tuple((kind, len(list(run))) for kind, run in itertools.groupby(kinds))
 
@@ -140,8 +144,8 @@ def frame_pieces(stretches_: tuple[Stretch, ...], frames: int) -> list[tuple[Str
 
 
 def in_pieces(
-    run: Callable, state, cut: list[tuple[Stretch, ...]], moved: Callable[[int], None]
-) -> Iterator[object]:
+    run: Callable, state, cut: list[tuple[Stretch, ...]], moved: Callable[[int], object]
+) -> Iterator[Any]:
     """Call run(piece, state, start) → (state, next start) for each piece; yield the states.
 
     A piece is handed to the devices before the one before is done. moved: told of evaluations done.
@@ -155,8 +159,9 @@ def in_pieces(
             moved(waiting[1])
         waiting, done = (ready, count), done + count
         yield state
-    waiting[0].block_until_ready()
-    moved(waiting[1])
+    if waiting is not None:
+        waiting[0].block_until_ready()
+        moved(waiting[1])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,8 +241,8 @@ class Request:
 
     def inputs(self, rows: np.ndarray, mesh: Mesh) -> tuple[Noise, jax.Array, jax.Array]:
         """(noise, labels, scales) of the samples `rows`, split over the devices."""
-        given = (self.numbers, self.to, self.mix)
-        noise = Noise(*(None if array is None else array[rows] for array in given))
+        way = (None if array is None else array[rows] for array in (self.to, self.mix))
+        noise = Noise(self.numbers[rows], *way)
         chosen = (noise, self.labels[rows], self.scales[rows])
         return parallel.put(chosen, parallel.split_batch(mesh))
 
@@ -245,20 +250,20 @@ class Request:
 def request(
     model: MDT,
     params: dict,
-    labels: Sequence[int],
+    labels: Sequence[int] | np.ndarray,
     *,
     seed: int = 0,
     batch_size: int = 64,
     options: SampleOptions | None = None,
-    guidance_scale: float | Sequence[float] | None = None,
-    numbers: Sequence[int] | None = None,
-    to: Sequence[int] | None = None,
-    mix: Sequence[float] | None = None,
+    guidance_scale: float | Sequence[float] | np.ndarray | None = None,
+    numbers: Sequence[int] | np.ndarray | None = None,
+    to: Sequence[int] | np.ndarray | None = None,
+    mix: Sequence[float] | np.ndarray | None = None,
     **changes,
 ) -> Request:
     """Check what `generate` is asked for; arguments are its own. Raises UserError."""
     scales = None
-    if np.ndim(guidance_scale):
+    if guidance_scale is not None and np.ndim(guidance_scale):
         scales = np.asarray(guidance_scale)
     elif guidance_scale is not None:
         changes["guidance_scale"] = guidance_scale
@@ -286,26 +291,33 @@ def request(
     if np.shape(numbers) != labels.shape:
         raise UserError(f"numbers of shape {np.shape(numbers)} for {len(labels)} samples; one each")
     for number in numbers:
-        if not isinstance(number, Integral) or not 0 <= number < 2**31:
+        if not isinstance(number, Integral) or not 0 <= int(number) < 2**31:
             raise UserError(f"number {number!r} is no whole number in [0, 2^31)")
-    as_type = ((numbers, np.int32), (to, np.int32), (mix, np.float32))
-    noise = (None if a is None else np.asarray(a, kind) for a, kind in as_type)
     return Request(
-        model, params, options, labels, scales.astype(np.float32), *noise, seed, batch_size
+        model,
+        params,
+        options,
+        labels,
+        scales.astype(np.float32),
+        np.asarray(numbers, np.int32),
+        None if to is None else np.asarray(to, np.int32),
+        None if mix is None else np.asarray(mix, np.float32),
+        seed,
+        batch_size,
     )
 
 
 def generate(
     model: MDT,
     params: dict,
-    labels: Sequence[int],
+    labels: Sequence[int] | np.ndarray,
     *,
     seed: int = 0,
     batch_size: int = 64,
     progress: bool = False,
     options: SampleOptions | None = None,
-    guidance_scale: float | Sequence[float] | None = None,
-    numbers: Sequence[int] | None = None,
+    guidance_scale: float | Sequence[float] | np.ndarray | None = None,
+    numbers: Sequence[int] | np.ndarray | None = None,
     **changes,
 ) -> np.ndarray:
     """Draw one sample for each label.

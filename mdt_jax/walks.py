@@ -13,7 +13,13 @@ from mdt_jax.sampling import generate, request
 
 
 def trajectory(
-    model: MDT, params: dict, labels: Sequence[int], *, frames: int = 10, progress=False, **how
+    model: MDT,
+    params: dict,
+    labels: Sequence[int] | np.ndarray,
+    *,
+    frames: int = 10,
+    progress=False,
+    **how,
 ) -> np.ndarray:
     """What the network takes the clean samples for, at `frames` moments of the way: x̂_0.
 
@@ -30,7 +36,13 @@ def trajectory(
 
 
 def interpolate_noise(
-    model: MDT, params: dict, labels: Sequence[int], *, frames: int = 10, progress=False, **how
+    model: MDT,
+    params: dict,
+    labels: Sequence[int] | np.ndarray,
+    *,
+    frames: int = 10,
+    progress=False,
+    **how,
 ) -> np.ndarray:
     """From sample n's noise to that of n + 1, for each label n, all steps' noise along with it.
 
@@ -52,7 +64,7 @@ def interpolate_noise(
 
 
 def interpolate_classes(
-    model: MDT, params: dict, labels: Sequence[int], *, frames: int = 10, **how
+    model: MDT, params: dict, labels: Sequence[int] | np.ndarray, *, frames: int = 10, **how
 ) -> np.ndarray:
     """From each of N labels to the next, along the line between their embeddings.
 
@@ -80,7 +92,7 @@ def interpolate_classes(
 
 
 def _fractions(frames: int, how: dict) -> np.ndarray:
-    if "numbers" in how or np.ndim(how.get("guidance_scale")):
+    if "numbers" in how or np.ndim(how.get("guidance_scale", 0)):
         raise UserError("between two ends there are no numbers, and one guidance_scale")
     if not isinstance(frames, Integral) or frames < 2:
         raise UserError(f"frames is {frames}; from one end to the other takes 2 or more")

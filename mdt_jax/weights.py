@@ -6,7 +6,7 @@ import os
 import pathlib
 import sys
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,11 @@ ITEMS = ("ema", "raw")
 _ONLY = "weights"
 
 
-class Weights(NamedTuple):
+Network = MDT | AutoencoderKL | Inception
+SomeNetwork = TypeVar("SomeNetwork", bound=Network)
+
+
+class Weights(NamedTuple, Generic[SomeNetwork]):
     """A network and its parameters.
 
     config: of the run they come from, if any. item: which of a run's parameters they are, one of
@@ -36,7 +40,7 @@ class Weights(NamedTuple):
     known. step: of the run, if known.
     """
 
-    model: MDT | AutoencoderKL | Inception
+    model: SomeNetwork
     params: dict
     config: ConfigDict | None = None
     item: str | None = None
@@ -49,8 +53,8 @@ class _Kind(NamedTuple):
 
     model: type
     name: str
-    shapes: Callable[[object], dict]
-    to_published: Callable[[object, dict], dict[str, np.ndarray]]
+    shapes: Callable[[Any], dict]
+    to_published: Callable[[Any, dict], dict[str, np.ndarray]]
 
 
 KINDS = {
@@ -70,12 +74,12 @@ KINDS = {
 }
 
 
-def kind_of(model: object) -> str:
+def kind_of(model: Network) -> str:
     """The key in KINDS of a network."""
     return next(key for key, kind in KINDS.items() if isinstance(model, kind.model))
 
 
-def describe(model: object) -> str:
+def describe(model: Network) -> str:
     """A network in a line."""
     if isinstance(model, MDT):
         height, width = model.input_size
@@ -97,7 +101,7 @@ def read(
     params: str = "ema",
     decoder_layers: int | None = None,
     wanted: str | None = None,
-) -> Weights:
+) -> Weights[Any]:
     """Any network's weights; arguments as in `load_weights`.
 
     wanted: a key of KINDS; anything else there is refused. Raises UserError.
@@ -184,7 +188,7 @@ def load_weights(
     params: str = "ema",
     decoder_layers: int | None = None,
     input_size: tuple[int, int] | None = None,
-) -> Weights:
+) -> Weights[MDT]:
     """An MDT's weights, and the config of the run they come from, if any.
 
     path: a workdir, its checkpoints folder, one step of it, a folder that `convert` wrote, a
@@ -203,8 +207,8 @@ def load_weights(
         raise UserError(f"input_size is {height}×{width}; {path} asks for multiples of {patch}")
     model = found.model.clone(input_size=(height, width))
     print(f"{path}: {_resampled(found.model, model)}", file=sys.stderr)
-    params = resize_grid(found.params, found.model.grid, model.grid)
-    return found._replace(model=model, params=params)
+    resampled = resize_grid(found.params, found.model.grid, model.grid)
+    return found._replace(model=model, params=resampled)
 
 
 def _resampled(old: MDT, new: MDT) -> str:
@@ -257,7 +261,7 @@ def save(path: str | os.PathLike, weights: Weights) -> None:
     checkpoints.save_folder(path, _ONLY, weights.params, meta)
 
 
-def not_told(model: object) -> list[str]:
+def not_told(model: Network) -> list[str]:
     """What a published file of this network does not tell, for whoever reads it."""
     said = []
     if isinstance(model, MDT):
@@ -271,7 +275,7 @@ def not_told(model: object) -> list[str]:
     return said
 
 
-def _fields(model: object) -> dict:
+def _fields(model: Network) -> dict:
     """What makes the network: every field but those that only say how it is computed."""
     computed = ("dtype", "remat", "gather", "unroll", "parent", "name")
     fields = {field.name: getattr(model, field.name) for field in dataclasses.fields(model)}

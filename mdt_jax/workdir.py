@@ -16,6 +16,7 @@ from mdt_jax.errors import UserError
 from mdt_jax.files import whole
 from mdt_jax.train.checkpoints import Checkpoints, steps_in
 from mdt_jax.train.metrics import MetricsLog, read_steps
+from mdt_jax.train.trackers import Tracker
 
 
 def check_same_run(meta: dict, config: ConfigDict, workdir: pathlib.Path, about_data: dict) -> None:
@@ -81,8 +82,10 @@ def agree_on_start(workdir: pathlib.Path, about_data: dict) -> None:
     distributed.agree(found, f": {workdir} must be one folder for all")
 
 
-def begin(workdir: pathlib.Path, config: ConfigDict, classes: list[str], start: int) -> list:
-    """Write what a run is of, and open its log: what has `write`, of the first process alone."""
+def begin(
+    workdir: pathlib.Path, config: ConfigDict, classes: list[str], start: int
+) -> list[Tracker]:
+    """Write what a run is of, and open its log, of the first process alone."""
     if not distributed.is_first():
         return []
     (workdir / "report.json").unlink(missing_ok=True)

@@ -6,6 +6,8 @@ short side is at least twice the target, resize bicubically, cut out. EXIF is le
 
 import dataclasses
 import hashlib
+import os
+from typing import BinaryIO, Protocol
 
 import numpy as np
 
@@ -64,17 +66,40 @@ def _shrink(image, size: int):
     return image.resize(tuple(round(side * scale) for side in image.size), resample=BICUBIC)
 
 
+class ImageFiles(Protocol):
+    """Image files by number from 0, wherever they lie, with labels."""
+
+    @property
+    def classes(self) -> list[str]:
+        """The names of the labels 0, 1, …; empty without labels."""
+        ...
+
+    @property
+    def contents(self) -> str:
+        """What tells it from other sets, such as a list of all images and labels."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def name(self, i: int) -> str:
+        """Image i, for messages."""
+        ...
+
+    def read(self, i: int) -> tuple[str | os.PathLike | BinaryIO, int]:
+        """(path or content of image i, not decoded; label). Raises OSError or UserError."""
+        ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Squares:
-    """Image files as squares, for `pipeline.batches`.
+    """Image files as squares, a `pipeline.Source`.
 
-    files: what has len, classes, contents, name(i), and read(i) → (a path or file, label).
     channels: 3, or 1 for grey. crop: one of CROPS. flip: mirror those whose u is below a half.
     stand_ins: how many of the images that follow a damaged one are tried in its place; 0: it is
     given as black.
     """
 
-    files: object
+    files: ImageFiles
     size: int
     channels: int = 3
     crop: str = "center"
@@ -106,10 +131,10 @@ class Squares:
         return "it can be read now"
 
     def take(self, items: np.ndarray, u: np.ndarray) -> dict[str, np.ndarray]:
-        """{"images": [n, size, size, channels] uint8, "labels": [n] int32, "damaged": [n] int64}.
+        """As `Source.take`, with "images" [n, size, size, channels] uint8.
 
-        damaged: −1; or the item, where another or black stands in; or UNREADABLE − item, where all
-        stand-ins are damaged, too. Raises OSError where it is not the image's fault.
+        Black stands in where `stand_ins` is 0; an item is UNREADABLE where all stand-ins are
+        damaged, too.
         """
         images = np.zeros((len(items), self.size, self.size, self.channels), np.uint8)
         labels, damaged = np.zeros(len(items), np.int32), np.full(len(items), -1, np.int64)

@@ -68,18 +68,19 @@ def load(path: str, num_classes: int | None = None) -> Files:
         raise UserError(f"data.path {path} {what}")
     if not pairs:
         raise UserError(f"data.path {path} holds no images ({', '.join(SUFFIXES)})")
-    names = {label for _, label in pairs} if num_classes != 0 else {None}
-    if None in names and len(names) > 1:
-        bare = next(p for p, label in pairs if label is None)
-        raise UserError(f"{path}: {bare} has no label, but others have")
-    if None in names:
-        return Files(root, [p for p, _ in pairs], np.zeros(len(pairs), np.int32), [])
+    paths = [image for image, _ in pairs]
+    names = {label for _, label in pairs if label is not None} if num_classes != 0 else set()
+    if not names:
+        return Files(root, paths, np.zeros(len(pairs), np.int32), [])
+    bare = [image for image, label in pairs if label is None]
+    if bare:
+        raise UserError(f"{path}: {bare[0]} has no label, but others have")
     classes = class_order(names)
     if root != place and num_classes:
         classes = _numbered(place, pairs, num_classes) or classes
     numbers = {name: number for number, name in enumerate(classes)}
-    labels = np.array([numbers[label] for _, label in pairs], np.int32)
-    return Files(root, [p for p, _ in pairs], labels, classes)
+    labels = np.array([numbers[label] for _, label in pairs if label is not None], np.int32)
+    return Files(root, paths, labels, classes)
 
 
 def _numbered(
@@ -89,7 +90,7 @@ def _numbered(
 
     None where they are names. Raises UserError for a number that is out of range.
     """
-    names = {label for _, label in pairs}
+    names = {label for _, label in pairs if label is not None}
     if not all(map(re.compile(r"-?(0|[1-9][0-9]*)").fullmatch, names)):
         return None
     for first in (0, 1):

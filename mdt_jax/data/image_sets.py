@@ -7,17 +7,69 @@ import json
 import os
 import pathlib
 import zipfile
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Generator, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
 
 import numpy as np
 
 from mdt_jax.data import folders, sample_files, sources, tars, tfds_sets
-from mdt_jax.data.crops import center_crop, to_rgb
+from mdt_jax.data.crops import ImageFiles, center_crop, to_rgb
 from mdt_jax.errors import UserError
 from mdt_jax.files import reason
 
-Slices = Iterator[tuple[int, np.ndarray]]
+Slices = Generator[tuple[int, np.ndarray], None, None]
+
+
+class ImageSet(Protocol):
+    """Images to be measured, all of one size, numbered from 0."""
+
+    @property
+    def path(self) -> str:
+        """Where they lie, or what they are; for messages."""
+        ...
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(H, W, C) of an image."""
+        ...
+
+    @property
+    def labels(self) -> np.ndarray | None:
+        """[N], whole numbers or names; None where they are not known."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def name(self, i: int) -> str:
+        """Image i, for messages."""
+        ...
+
+    def slices(self, size: int, done: Collection[int] = ()) -> Slices:
+        """(first image, [n, H, W, C] uint8), in order, but those that begin at `done`.
+
+        size: the most images of a slice, where the set is not in slices of its own. Raises
+        UserError for what is damaged.
+        """
+        ...
+
+
+class StoredSet(ImageSet, Protocol):
+    """Images that lie somewhere, so that each can be read again."""
+
+    @property
+    def sha256(self) -> str:
+        """What tells them from others, hexadecimal."""
+        ...
+
+    @property
+    def note(self) -> dict | None:
+        """How the images came about, where `mdt_jax.sample` drew them."""
+        ...
+
+    def take(self, items: np.ndarray) -> np.ndarray:
+        """The images `items`, [n] ascending: [n, H, W, C] uint8. Raises UserError."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,15 +126,12 @@ class Npz:
 
     @property
     def note(self) -> dict | None:
-        """How the images came about, where `mdt_jax.sample` drew them."""
         return _parsed(sample_files.note_of(pathlib.Path(self.path)))
 
     def name(self, i: int) -> str:
-        """For messages."""
         return f"{self.path}, image {i}"
 
     def slices(self, size: int, done: Collection[int] = ()) -> Slices:
-        """(first image, [n, H, W, C] uint8, n ≤ size), in order, but those that begin at `done`."""
         each = int(np.prod(self.shape))
         try:
             with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as file:
@@ -101,7 +150,6 @@ class Npz:
             raise UserError(f"{self.path} could not be read: {reason(error)}") from None
 
     def take(self, items: np.ndarray) -> np.ndarray:
-        """The images `items`, ascending."""
         parts = []
         for start, part in self.slices(512):
             parts.append(part[items[(start <= items) & (items < start + len(part))] - start])
@@ -114,12 +162,12 @@ class Npz:
 class Files:
     """Image files of a folder, a list, a tar or a prepared set.
 
-    files: as in `crops.Squares`. size: to which they are cut, as for training; None: as they are,
-    which must be of one size. num: how many are taken.
+    size: to which they are cut, as for training; None: as they are, which must be of one size.
+    num: how many are taken.
     """
 
     path: str
-    files: object
+    files: ImageFiles
     num: int
     shape: tuple[int, int, int]
     size: int | None = None
@@ -144,21 +192,19 @@ class Files:
 
     @property
     def note(self) -> dict | None:
-        """How the images came about, where `mdt_jax.sample` drew them."""
         return _parsed(sample_files.settings_of(pathlib.Path(self.path)))
 
     def name(self, i: int) -> str:
-        """For messages."""
         return self.files.name(i)
 
     def slices(self, size: int, done: Collection[int] = ()) -> Slices:
-        """As `Npz.slices`. Raises UserError for an image that is damaged, or of another size."""
+        """Raises UserError for an image that is damaged, or of another size."""
         for start in range(0, len(self), size):
             if start not in done:
                 yield start, self.take(range(start, min(start + size, len(self))))
 
-    def take(self, items) -> np.ndarray:
-        """The images `items`."""
+    def take(self, items: Iterable[int]) -> np.ndarray:
+        """The images `items`, in any order."""
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             return np.stack(list(pool.map(self._read, items)))
 
@@ -181,12 +227,9 @@ class Files:
         return _read_image(self.files, i, self.size, self.shape[-1] == 1)
 
 
-ImageSet = Arrays | Npz | Files
-
-
 def open_images(
     path: str, image_size: int | None = None, labelled: bool = False, num: int | None = None
-) -> ImageSet:
+) -> StoredSet:
     """Images of an npz (arr_0), a folder, a list (.csv, .jsonl), a .tar, tfds:NAME[:SPLIT], or the
     held-out part of a packaged set (digits, mnist, …).
 
@@ -258,8 +301,10 @@ def _open_files(path: str, size: int | None, labelled: bool) -> Files:
     if labelled and files.classes:
         numbers = all(name.isascii() and name.isdigit() for name in files.classes)
         names = np.array([int(n) for n in files.classes] if numbers else files.classes)
-        told = hasattr(files, "labels")  # a prepared set tells them with each image only
-        labels = names[files.labels if told else [files.read(i)[1] for i in range(len(files))]]
+        if isinstance(files, tfds_sets.Prepared):  # which tells them with each image only
+            labels = names[[files.read(i)[1] for i in range(len(files))]]
+        else:
+            labels = names[files.labels]
     grey = all(_is_grey(files, i) for i in range(len(files)))  # seldom looks at more than one
     first = _read_image(files, 0, size, grey)
     images = Files(path, files, len(files), first.shape, size, labels)
@@ -269,7 +314,7 @@ def _open_files(path: str, size: int | None, labelled: bool) -> Files:
 
 
 @contextlib.contextmanager
-def _opened(files, i: int):
+def _opened(files: ImageFiles, i: int):
     """A PIL.Image. Raises UserError for whatever Pillow's readers raise on a damaged file."""
     from PIL import Image
 
@@ -282,12 +327,12 @@ def _opened(files, i: int):
         raise UserError(f"{files.name(i)} could not be read: {reason(error)}") from None
 
 
-def _is_grey(files, i: int) -> bool:
+def _is_grey(files: ImageFiles, i: int) -> bool:
     with _opened(files, i) as image:
         return image.mode in ("L", "1")
 
 
-def _read_image(files, i: int, size: int | None, grey: bool) -> np.ndarray:
+def _read_image(files: ImageFiles, i: int, size: int | None, grey: bool) -> np.ndarray:
     """[H, W, C] uint8; C is 1 if `grey`, else 3."""
     with _opened(files, i) as image:
         image = to_rgb(image).convert("L") if grey else to_rgb(image)

@@ -1,8 +1,10 @@
 """Pixels: to numbers and back, and pictures on disk."""
 
+import os
+
 import numpy as np
 
-from mdt_jax.files import whole
+from mdt_jax.files import save_arrays, whole
 
 
 def to_float(images: np.ndarray) -> np.ndarray:
@@ -32,7 +34,9 @@ def grid(images: np.ndarray, columns: int, scale: int = 1) -> np.ndarray:
     return picture[:-scale, :-scale]
 
 
-def save_grid(path: str, images: np.ndarray, columns: int = 10, note: str = "") -> None:
+def save_grid(
+    path: str | os.PathLike, images: np.ndarray, columns: int = 10, note: str = ""
+) -> None:
     """Write [N, H, W, C] uint8, C 1 or 3, as a PNG, small images enlarged; whole or not at all.
 
     note: how they came about, kept in the file as the text `Comment`.
@@ -44,7 +48,7 @@ def _enlarge(images: np.ndarray) -> int:
     return max(1, 32 // images.shape[-3])
 
 
-def save_image(path: str, image: np.ndarray, note: str = "") -> None:
+def save_image(path: str | os.PathLike, image: np.ndarray, note: str = "") -> None:
     """Write [H, W, C] uint8, C 1 or 3, as a PNG; whole or not at all. note: as in `save_grid`."""
     from PIL.PngImagePlugin import PngInfo
 
@@ -80,5 +84,4 @@ def _picture(image: np.ndarray):
 
 def save_npz(path: str, images: np.ndarray, labels: np.ndarray) -> None:
     """Write arr_0 uint8 [N, H, W, C] and arr_1 labels, as ADM has it; whole or not at all."""
-    with whole(path) as temporary, open(temporary, "wb") as file:
-        np.savez(file, arr_0=images, arr_1=labels)
+    save_arrays(path, {"arr_0": images, "arr_1": labels})

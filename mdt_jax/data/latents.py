@@ -31,7 +31,10 @@ VIEWS = 2  # the image and its mirror
 
 @dataclasses.dataclass(frozen=True)
 class Latents:
-    """A finished cache. manifest: its content; flip: take the mirror where u is below a half."""
+    """A finished cache, a `pipeline.Source`.
+
+    manifest: its content; flip: take the mirror where u is below a half.
+    """
 
     folder: pathlib.Path
     manifest: dict
@@ -62,7 +65,7 @@ class Latents:
         return "python -m mdt_jax.encode … --verify tells what is damaged"
 
     def take(self, items: np.ndarray, u: np.ndarray) -> dict[str, np.ndarray]:
-        """{"mean", "std": [n, h, w, c] float16, "labels": [n] int32, "damaged": [n] int64}."""
+        """As `Source.take`, with "mean" and "std"; nothing stands in for what is damaged."""
         height, width, channels = self.manifest["latents"]
         size = height * width * channels
         moments = np.zeros((len(items), 2, height, width, channels), MOMENTS)
@@ -318,8 +321,9 @@ class Making:
 
     def finish(self) -> dict | None:
         """Write the manifest and return it; None where shards of another host are not done."""
-        shards = [self.done(shard) for shard in range(self.num_shards)]
-        if None in shards:
+        noted = [self.done(shard) for shard in range(self.num_shards)]
+        shards = [shard for shard in noted if shard is not None]
+        if len(shards) < self.num_shards:
             return _manifest(self.folder)  # or another host has just finished
         manifest = {
             **(read_json(self.folder / UNFINISHED) or self.what),

@@ -8,8 +8,9 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Generator, Iterator
 from multiprocessing import resource_tracker
+from typing import Protocol
 
 import numpy as np
 
@@ -18,6 +19,53 @@ from mdt_jax.progress import say
 
 ENDLESS = 2**62  # batches; epochs follow each other for as long as anybody asks
 UNREADABLE = -2  # and below: item −2 − n could not be read, and nothing stands in for it
+
+
+class Source(Protocol):
+    """What a model is trained on: items by number from 0, each an image or latents with a label.
+
+    Worker processes get a copy, so it can be pickled.
+    """
+
+    @property
+    def classes(self) -> list[str]:
+        """The names of the labels 0, 1, …; empty without labels."""
+        ...
+
+    @property
+    def identity(self) -> str:
+        """What tells it from other sets: a SHA-256, hexadecimal."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def take(self, items: np.ndarray, u: np.ndarray) -> dict[str, np.ndarray]:
+        """The items [n] int64; u: [n] float64 in [0, 1), for what is drawn for each one.
+
+        Returns "labels" [n] int32, "damaged" [n] int64, and either "images" [n, H, W, C] uint8 or
+        "mean" and "std" [n, h, w, c] float16. damaged: −1; or the item, where another or black
+        stands in; or UNREADABLE − item, where nothing does. Raises OSError where it is not the
+        items' fault.
+        """
+        ...
+
+    def name(self, i: int) -> str:
+        """Item i, for messages."""
+        ...
+
+    def why(self, i: int) -> str:
+        """What is wrong with item i, for messages."""
+        ...
+
+
+class Plan(Protocol):
+    """Which items stand in which batch, such as `Shuffled`, or a list."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, n: int, /) -> tuple[np.ndarray, np.ndarray]:
+        """Batch n from 0: (items, u), as `Source.take` has them."""
+        ...
 
 
 @functools.lru_cache(maxsize=2)
@@ -57,24 +105,28 @@ class Shuffled:
 class _Taken:
     """What a source gives for each element of a plan; random access for Grain."""
 
-    source: object
-    plan: object
+    source: Source
+    plan: Plan
 
     def __len__(self) -> int:
         return len(self.plan)
 
-    def __getitem__(self, n: int) -> dict[str, np.ndarray]:
-        return self.source.take(*self.plan[n])
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        return self.source.take(*self.plan[index])
 
 
 def batches(
-    source, plan, workers: int = 0, max_damaged: int = 0, known: Collection[int] = ()
-) -> Iterator[dict[str, np.ndarray]]:
+    source: Source,
+    plan: Plan,
+    workers: int = 0,
+    max_damaged: int = 0,
+    known: Collection[int] = (),
+) -> Generator[dict[str, np.ndarray], None, None]:
     """source.take(items, u) for each element (items, u) of a plan, in order, read ahead.
 
-    plan: `Shuffled`, or a list. workers: processes that read; 0: threads of this one. Damaged items
-    are named on stderr once, and more than max_damaged different ones, those `known` before
-    included, raise UserError; so does what nothing can stand in for.
+    workers: processes that read; 0: threads of this one. Damaged items are named on stderr once,
+    and more than max_damaged different ones, those `known` before included, raise UserError; so
+    does what nothing can stand in for.
     """
     import grain
     from absl import flags
@@ -118,8 +170,10 @@ def _in_a_worker(*_) -> None:
     """No worker outlives the main process."""
 
     def follow():
-        multiprocessing.parent_process().join()
-        os._exit(0)
+        parent = multiprocessing.parent_process()
+        if parent is not None:
+            parent.join()
+            os._exit(0)
 
     threading.Thread(target=follow, daemon=True).start()
 
@@ -138,7 +192,7 @@ def _explained(iterator: Iterator) -> Iterator:
         ) from None
 
 
-def _look_at(source, item: int, known: set[int], max_damaged: int) -> None:
+def _look_at(source: Source, item: int, known: set[int], max_damaged: int) -> None:
     """Say that an item is damaged, once; UserError where that is one too many."""
     if item <= UNREADABLE:
         item = UNREADABLE - item

@@ -11,6 +11,7 @@ import pathlib
 import re
 import shutil
 import zipfile
+from typing import Protocol
 
 import numpy as np
 
@@ -19,6 +20,36 @@ from mdt_jax.errors import UserError
 from mdt_jax.files import check_room, free, reason, settle, whole
 
 SETTINGS = "settings.json"
+
+
+class Sink(Protocol):
+    """Where N samples go, batch by batch; used by the first process alone.
+
+    What a run before has written is kept, if it was of the same settings.
+    """
+
+    def finished(self) -> bool:
+        """Whether all N are there already. May raise UserError where something else is."""
+        ...
+
+    def begin(self) -> None:
+        """Make ready for `done` and `write`, or go on with what is there.
+
+        Raises UserError where it is of other settings, or the disk has no room.
+        """
+        ...
+
+    def done(self, start: int, count: int) -> bool:
+        """Whether all of the `count` images from number `start` on are written."""
+        ...
+
+    def write(self, start: int, images: np.ndarray) -> None:
+        """images: [n, H, W, C] uint8, those from number `start` on. Raises UserError."""
+        ...
+
+    def finish(self) -> None:
+        """To be called when all N are written. Raises UserError where the file cannot be."""
+        ...
 
 
 class Npz:
@@ -31,7 +62,6 @@ class Npz:
         self.folder = out.with_name(f"{out.name}.parts")
 
     def finished(self) -> bool:
-        """Whether the file is there already. Raises UserError where it is of something else."""
         if not self.out.exists():
             return False
         there = note_of(self.out)
@@ -50,7 +80,6 @@ class Npz:
             shutil.rmtree(self.folder)
 
     def begin(self) -> None:
-        """Make the folder of parts, or go on in it; UserError where it is of other settings."""
         _settle_in(self.folder, self.note)
         size = len(self.labels) * int(np.prod(self.shape))
         check_room(self.out, 2 * size - sum(path.stat().st_size for path in self._parts()))
@@ -62,14 +91,12 @@ class Npz:
         return self.folder / f"{start:09d}.npy"
 
     def done(self, start: int, count: int) -> bool:
-        """Whether the `count` images from number `start` on are written."""
         with contextlib.suppress(OSError, EOFError, ValueError):
             part = np.load(self._part(start), mmap_mode="r")
             return part.shape == (count, *self.shape) and part.dtype == np.uint8
         return False
 
     def write(self, start: int, images: np.ndarray) -> None:
-        """images: [n, H, W, C] uint8, those from number `start` on."""
         with whole(self._part(start)) as temporary, open(temporary, "wb") as file:
             np.save(file, images)
 
@@ -138,11 +165,9 @@ class Folder:
         return self.out / f"{label}{number:06d}.png"
 
     def finished(self) -> bool:
-        """Whether all are there already, and of these settings."""
         return settings_of(self.out) == self.note and self.done(0, len(self.labels))
 
     def begin(self) -> None:
-        """Make the folder, or go on in it; UserError where something else is in it."""
         _settle_in(self.out, self.note)
 
     def done(self, start: int, count: int) -> bool:

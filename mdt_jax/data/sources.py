@@ -9,6 +9,7 @@ import numpy as np
 
 from mdt_jax.data import folders, latents, tars, tfds_sets
 from mdt_jax.data.crops import Squares
+from mdt_jax.data.pipeline import Source
 from mdt_jax.errors import UserError
 
 HELD_OUT = 0.2
@@ -16,7 +17,10 @@ HELD_OUT = 0.2
 
 @dataclasses.dataclass(frozen=True)
 class Images:
-    """images: [N, H, W, C] uint8; labels: [N] int32; classes: their names; flip: mirror half."""
+    """Images in memory, a `pipeline.Source`.
+
+    images: [N, H, W, C] uint8; labels: [N] int32; classes: their names; flip: mirror half.
+    """
 
     images: np.ndarray
     labels: np.ndarray
@@ -32,12 +36,20 @@ class Images:
         return hashlib.sha256(self.images.tobytes() + self.labels.tobytes()).hexdigest()
 
     def take(self, items: np.ndarray, u: np.ndarray) -> dict[str, np.ndarray]:
-        """Arrays as of `crops.Squares.take`; none is ever damaged."""
+        """As `Source.take`; none is ever damaged."""
         images = self.images[items]
         if self.flip:
             images = np.where((u < 0.5)[:, None, None, None], images[:, :, ::-1], images)
         damaged = np.full(len(items), -1, np.int64)
         return {"images": images, "labels": self.labels[items], "damaged": damaged}
+
+    def name(self, i: int) -> str:
+        """For messages."""
+        return f"image {i}"
+
+    def why(self, i: int) -> str:
+        """What is wrong with an image: nothing ever is."""
+        return "it can be read"
 
 
 def _digits(first: int = 0, last: int = 9) -> Images:
@@ -46,6 +58,7 @@ def _digits(first: int = 0, last: int = 9) -> Images:
 
     images, labels = load_digits(return_X_y=True)
     images = np.round(images.reshape(-1, 8, 8, 1) * (255 / 16))  # 17 grey levels
+    labels = np.asarray(labels)
     among = (first <= labels) & (labels <= last)
     labels = (labels[among] - first).astype(np.int32)
     return Images(images[among].astype(np.uint8), labels, [*map(str, range(first, last + 1))])
@@ -86,23 +99,28 @@ def split(source: Images) -> tuple[Images, Images]:
     for label in np.unique(source.labels):
         members = random.permutation(np.flatnonzero(source.labels == label))
         held_out[members[: round(HELD_OUT * len(members))]] = True
-    return tuple(
-        Images(source.images[part], source.labels[part], source.classes)
-        for part in (~held_out, held_out)
-    )
+
+    def part(chosen: np.ndarray) -> Images:
+        return Images(source.images[chosen], source.labels[chosen], source.classes)
+
+    return part(~held_out), part(held_out)
 
 
-def stored(data, num_classes: int, **options) -> Squares | latents.Latents:
-    """What a config's `data` names by data.path: images of a folder, tar or TFDS, or latents.
+def stored(data, num_classes: int) -> Source:
+    """What a config's `data` names by data.path: images as of `squares`, or latents."""
+    if data.name != "latents":
+        return squares(data, num_classes)
+    _check_path(data)
+    return latents.load(data.path, data.flip)
+
+
+def squares(data, num_classes: int, **options) -> Squares:
+    """Images of a folder, tar or TFDS, as a config's `data` says.
 
     num_classes: 0: labels are left aside. options: fields of Squares. Raises UserError where there
     is nothing that can be read.
     """
-    if not data.path:
-        what = "the name of the set, such as imagenet2012" if data.name == "tfds" else "where it is"
-        raise UserError(f"data.name is {data.name}, but data.path is empty: set it to {what}")
-    if data.name == "latents":
-        return latents.load(data.path, data.flip)
+    _check_path(data)
     if data.name == "folder":
         files = folders.load(data.path, num_classes)
     else:
@@ -112,3 +130,9 @@ def stored(data, num_classes: int, **options) -> Squares | latents.Latents:
     if num_classes == 0:
         files = dataclasses.replace(files, classes=[])
     return Squares(files, data.image_size, data.channels, data.crop, data.flip, **options)
+
+
+def _check_path(data) -> None:
+    if not data.path:
+        what = "the name of the set, such as imagenet2012" if data.name == "tfds" else "where it is"
+        raise UserError(f"data.name is {data.name}, but data.path is empty: set it to {what}")

@@ -13,7 +13,7 @@ import numpy as np
 
 from mdt_jax.data.folders import SUFFIXES, class_of, class_order
 from mdt_jax.errors import UserError
-from mdt_jax.files import whole
+from mdt_jax.files import save_arrays
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,8 +64,7 @@ def load(path: str) -> Members:
     if found is None:
         found = _scan(place) | {"stamp": np.array(stamp)}
         try:
-            with whole(index) as temporary, open(temporary, "wb") as file:
-                np.savez(file, **found)
+            save_arrays(index, found)
         except UserError as error:  # a read-only data set is no reason to stop
             print(f"the index of {path} is not kept: {error}", file=sys.stderr)
     names = set(found["classes"].tolist())

@@ -3,6 +3,8 @@
 import dataclasses
 import io
 import os
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from mdt_jax.errors import UserError
 from mdt_jax.files import reason
@@ -10,10 +12,13 @@ from mdt_jax.files import reason
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """One split of a prepared set. classes: the labels' names, none without labels."""
+    """One split of a prepared set. classes: the labels' names, none without labels.
+
+    records: of each the features by name; image: the name of the feature that is the image's file.
+    """
 
     title: str
-    records: object
+    records: Sequence[Mapping[str, Any]]
     image: str
     classes: list[str]
 
@@ -64,7 +69,7 @@ def load(name: str, split: str) -> Prepared:
     images = [key for key, feature in features.items() if isinstance(feature, tfds.features.Image)]
     if not images:
         raise UserError(f"{name} holds no images; its features are {', '.join(features)}")
-    label = features.get("label")
+    label: Any = features.get("label")
     classes = label.names if isinstance(label, tfds.features.ClassLabel) else []
     try:
         # Encoded, to be decoded by Pillow as everywhere.
@@ -75,7 +80,8 @@ def load(name: str, split: str) -> Prepared:
     return Prepared(title, records, images[0], list(classes or []))
 
 
-def _builder(tfds, name: str):
+def _builder(tfds, name: str) -> Any:
+    """A DatasetBuilder of a prepared set. Raises UserError."""
     hint = ""
     if os.path.isdir(name):
         if os.path.isfile(os.path.join(name, "dataset_info.json")):

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import numpy as np
@@ -171,10 +171,15 @@ def _grid(state: Mapping[str, np.ndarray], block: str) -> tuple[int, int]:
     return tokens // width, width
 
 
+def _flat(tree: dict) -> dict[str, Any]:
+    """Arrays by path, whose type `flatten_dict` does not tell."""
+    return cast(dict[str, Any], flatten_dict(tree, sep="/"))
+
+
 def _expected(model: MDT) -> dict[str, tuple[int, ...]]:
     """Shapes of everything the published model of this shape holds."""
     shapes = jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0))
-    flat = flatten_dict(shapes, sep="/")
+    flat = _flat(shapes)
     expected = {}
     for pair in _pairs(model):
         shape = flat[pair.path].shape[0 if pair.layer is None else 1 :]
@@ -202,10 +207,7 @@ def _check(state: Mapping[str, np.ndarray], model: MDT) -> None:
 def params_from_published(state: Mapping[str, np.ndarray], model: MDT) -> dict:
     """The parameters of `model`, from a state_dict that `model_from_published` has accepted."""
     shapes = jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0))
-    flat = {
-        path: np.empty(leaf.shape, leaf.dtype)
-        for path, leaf in flatten_dict(shapes, sep="/").items()
-    }
+    flat = {path: np.empty(leaf.shape, leaf.dtype) for path, leaf in _flat(shapes).items()}
     for pair in _pairs(model):
         place = flat[pair.path] if pair.layer is None else flat[pair.path][pair.layer]
         place[...] = pair.ours(state[pair.name])
@@ -225,7 +227,7 @@ def published_from_params(model: MDT, params: dict) -> dict[str, np.ndarray]:
     ):
         if lacks:
             raise UserError(f"the published code has no place for {what}")
-    flat = flatten_dict(params, sep="/")
+    flat = _flat(params)
     if not model.learned_position:
         positions = sincos_positions(model.grid, model.hidden_size)[None]
         flat |= {"pos_embed": positions, "decoder_pos_embed": positions}

@@ -134,6 +134,8 @@ def write(path: str | os.PathLike, arrays: Mapping[str, np.ndarray]) -> None:
             safetensors.save_file(dict(arrays), temporary)
     else:
         torch = _package("torch")
-        tensors = {name: torch.from_numpy(np.require(a, None, "CW")) for name, a in arrays.items()}
+        tensors = {
+            name: torch.from_numpy(np.require(a, None, ["C", "W"])) for name, a in arrays.items()
+        }
         with whole(path, (RuntimeError,)) as temporary:
             torch.save(tensors, temporary)

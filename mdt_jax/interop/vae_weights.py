@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -100,9 +101,10 @@ def from_published(
             f"the VAE's levels of {', '.join(map(str, widths))} channels cannot be normed in "
             f"{model.groups} groups; norm_num_groups in a config.json beside the file says how many"
         )
+    flat = cast(dict[str, Any], flatten_dict(shapes(model), sep="/"))
     expected = {
         _name(path): (path, to_torch(np.broadcast_to(np.float32(0), leaf.shape)).shape)
-        for path, leaf in flatten_dict(shapes(model), sep="/").items()
+        for path, leaf in flat.items()
     }
     check_names(expected, names or state, "a VAE")
     params = {}

@@ -150,7 +150,7 @@ class Attention(nn.Module):
         qkv = Linear(3 * dim, dtype=self.dtype, name="qkv")(x)
         qkv = qkv.reshape(batch, length, 3, self.num_heads, -1)
         q, k, v = jnp.moveaxis(qkv, (2, 3), (0, 2))  # [B, heads, N, D / heads] each
-        bias = None
+        bias: jax.Array | None = None
         if self.relative_bias:
             table = self.param(
                 "relative_bias",

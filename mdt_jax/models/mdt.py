@@ -8,6 +8,7 @@ are dropped comes in from outside.
 
 import functools
 from collections.abc import Callable
+from typing import cast
 
 import einops
 import flax.linen as nn
@@ -251,12 +252,13 @@ class MDT(nn.Module):
             # Without a loop around it, what is recomputed would be found to be there already.
             block = nn.remat(block, prevent_cse=self.unroll, policy=REMAT[self.remat])
         shared = nn.broadcast
+        # Flax takes a tuple of axes, but is annotated by its default of 0.
         return nn.scan(
             block,
             length=count,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(shared, shared, shared, skip_axis),
+            in_axes=(shared, shared, shared, skip_axis),  # pyright: ignore[reportArgumentType]
             unroll=count if self.unroll else 1,
         )(self.num_heads, self.grid, self.relative_bias, self.dtype)
 
@@ -299,7 +301,7 @@ class MDT(nn.Module):
         """
         c = self.timestep_embed(t)
         if self.num_classes:
-            c = c + self.label_embed(y)
+            c = c + self.label_embed(cast(jax.Array, y))  # a model of classes is given them
         everywhere = positions(self.grid)
         inputs = self.patch_embed(patchify(x, self.patch_size))
         inputs = inputs + self.pos_embed.astype(inputs.dtype)
@@ -361,4 +363,4 @@ def init_params(model: MDT, key: jax.Array) -> dict:
     zero = jnp.zeros((1,), jnp.int32)
     # A masked pass reaches every part.
     keep_ids = jnp.zeros((1, 1), jnp.int32) if model.decoder_layers else None
-    return model.init(key, x, zero, zero, keep_ids=keep_ids)["params"]
+    return cast(dict, model.init(key, x, zero, zero, keep_ids=keep_ids)["params"])

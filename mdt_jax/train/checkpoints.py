@@ -12,6 +12,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,8 @@ from mdt_jax.train.state import TrainState
 FOLDER = "checkpoints"
 FORMAT = 1  # of a step folder; a newer one is not for this code
 ORBAX_FILES = 1_000_000  # bytes that a step takes besides its arrays, generously
+
+Read = TypeVar("Read")
 
 
 def _items(state: TrainState) -> dict[str, object]:
@@ -56,7 +59,7 @@ def steps_in(workdir: str | os.PathLike) -> list[int]:
     return _steps(pathlib.Path(workdir) / FOLDER)
 
 
-def _restore(folder: pathlib.Path, items: dict[str, object]) -> dict[str, object]:
+def _restore(folder: pathlib.Path, items: dict[str, Any]) -> dict[str, Any]:
     """Restore items (abstract trees by name) of a step folder; ValueError if bits have changed."""
     args = {name: ocp.args.StandardRestore(tree) for name, tree in items.items()}
     error = None
@@ -91,7 +94,9 @@ def read_meta(folder: pathlib.Path) -> dict:
     return meta
 
 
-def _newest_sound(directory: pathlib.Path, read: Callable[[pathlib.Path], object]):
+def _newest_sound(
+    directory: pathlib.Path, read: Callable[[pathlib.Path], Read]
+) -> tuple[Read | None, list[int]]:
     """read(folder) of the newest step that can be read, and the damaged steps passed over.
 
     Returns (None, []) where there is no step at all; raises UserError where none can be read.
@@ -190,13 +195,12 @@ class Checkpoints:
         items = _items(state)
         checksums = {name: int(_checksum(tree)) for name, tree in items.items()}
         args = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
-        about = {"format": FORMAT, "step": step, "checksums": checksums}
-        meta = ocp.args.JsonSave({**about, **meta})
+        about = {"format": FORMAT, "step": step, "checksums": checksums, **meta}
         manager, self._manager = self._manager, None  # nothing to wait for where this fails
         with _writing(self.directory, items):
-            args = ocp.args.Composite(meta=meta, **args)
+            parts = ocp.args.Composite(meta=ocp.args.JsonSave(about), **args)
             metrics = {"time": time.time()} if self._by_time else None
-            manager.save(step, args=args, metrics=metrics, force=True)
+            manager.save(step, args=parts, metrics=metrics, force=True)
         self._manager = manager
 
     def metas(self) -> list[dict]:

@@ -23,7 +23,10 @@ def read_steps(path: str | os.PathLike) -> list[tuple[int, str]]:
 
 
 class MetricsLog:
-    """Appends lines; opening it at `step` drops what a killed run wrote after that step."""
+    """A `Tracker` that appends lines.
+
+    Opening it at `step` drops what a killed run wrote after that step.
+    """
 
     def __init__(self, path: str | os.PathLike, step: int):
         kept = [line for number, line in read_steps(path) if number <= step]

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 class AdanState(NamedTuple):
     """count: steps taken; m, v, n: moments of gradient, difference and square; last: gradient."""
 
-    count: jax.Array
+    count: jax.typing.ArrayLike
     m: optax.Updates
     v: optax.Updates
     n: optax.Updates
@@ -32,8 +32,9 @@ def scale_by_adan(
         zeros = [jax.tree.map(jnp.zeros_like, params) for _ in range(4)]
         return AdanState(jnp.zeros((), jnp.int32), *zeros)
 
-    def update(grads, state, params=None):
+    def update(updates, state, params=None):
         del params
+        grads = updates  # which is Optax's name for what comes in, too
         first = state.count == 0
         count = optax.safe_increment(state.count)
         diff = jax.tree.map(lambda g, last: jnp.where(first, 0, g - last), grads, state.last)

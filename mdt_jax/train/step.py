@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -86,7 +86,7 @@ def batch_shapes(config: ConfigDict, model: MDT, sharding) -> dict[str, jax.Shap
     """
     size = config.data.batch_size
     shape = (size, *model.input_size, model.in_channels)
-    arrays = {"labels": ((size,), jnp.int32)}
+    arrays: dict[str, tuple[tuple[int, ...], Any]] = {"labels": ((size,), jnp.int32)}
     if config.vae.path == "identity":
         arrays["images"] = (shape, jnp.uint8)
     else:
@@ -145,7 +145,8 @@ def sample_losses(
     for name, (noise, drop, keep_ids, count, where) in passes.items():
         labels = jnp.where(drop, model.num_classes, batch["labels"])
 
-        def network(x, t, labels=labels, keep_ids=keep_ids, count=count):
+        # Any, since Flax annotates `apply` with all that it may return.
+        def network(x, t, labels=labels, keep_ids=keep_ids, count=count) -> Any:
             return model.apply({"params": params}, x, t, labels, keep_ids, count)
 
         parts = diffusion_losses(network, schedule, batch["latents"], draws.t, noise, where)
@@ -154,7 +155,8 @@ def sample_losses(
             parts["weighted_mse"] = weighted
         parts["loss"] = weighted + parts["vb"]
         values |= {f"{part}/{name}": each for part, each in parts.items()}
-    return sum(values[f"loss/{name}"].mean() for name in passes), values
+    loss = sum(values[f"loss/{name}"].mean() for name in passes)
+    return cast(jax.Array, loss), values
 
 
 def summary(
@@ -170,8 +172,8 @@ def summary(
         if not name.startswith("loss/"):
             metrics |= _by_quartile(each, draws.t, objective.steps, name)
     if objective.passes != "full" and objective.ratio_max > objective.ratio:
-        metrics["kept"] = _kept(model, objective, draws)[1]
-    return {"loss": loss, **metrics}
+        metrics["kept"] = cast(jax.Array, _kept(model, objective, draws)[1])
+    return {"loss": cast(jax.Array, loss), **metrics}
 
 
 def _parts(tree, count: int):

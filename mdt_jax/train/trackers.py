@@ -4,6 +4,7 @@ import datetime
 import pathlib
 import re
 import secrets
+from typing import Protocol
 
 import jax
 import numpy as np
@@ -12,16 +13,39 @@ from mdt_jax.distributed import say
 from mdt_jax.errors import UserError
 
 
+class Tracker(Protocol):
+    """What shows or keeps the numbers of a run; in the first process alone.
+
+    Steps are counted from 1 and never go back; several calls may be of the same step.
+    """
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        """metrics: numbers of Python's or NumPy's by name, some perhaps not finite."""
+        ...
+
+    def image(self, step: int, path: pathlib.Path) -> None:
+        """path: a grid of samples, a PNG in the workdir."""
+        ...
+
+    def flush(self) -> None:
+        """Return once what was written survives a crash of this process."""
+        ...
+
+    def close(self) -> None:
+        """To be called once, at the end."""
+        ...
+
+
 def open_trackers(
     workdir: pathlib.Path, config: dict, step: int, tensorboard: bool, wandb: str
-) -> list:
-    """Those asked for, each with write(step, metrics), image(step, path), flush() and close().
+) -> list[Tracker]:
+    """Those asked for.
 
     step: where the run goes on; what TensorBoard showed of later steps gives way, W&B keeps its
     own. wandb: a project's name, or "". Raises UserError where the package or the access is not
     there.
     """
-    trackers = []
+    trackers: list[Tracker] = []
     if tensorboard:
         trackers.append(TensorBoard(workdir / "tensorboard", step))
     if wandb:
@@ -69,6 +93,7 @@ class Wandb:
     def __init__(self, workdir: pathlib.Path, config: dict, project: str):
         try:
             import wandb
+            from wandb.errors import Error
         except ImportError:
             raise _missing("--wandb", "wandb") from None
         number = workdir / "wandb" / "run-id"
@@ -81,7 +106,7 @@ class Wandb:
                 project=project, dir=str(workdir), name=workdir.name, id=number.read_text(),
                 resume="allow", config=config,
             )  # fmt: skip
-        except wandb.errors.Error as error:
+        except Error as error:
             raise UserError(f"--wandb={project}: {error}") from None
 
     def write(self, step: int, metrics: dict[str, float]) -> None:

@@ -1,0 +1,6 @@
+from absl import flags
+from ml_collections import ConfigDict
+
+def DEFINE_config_file(
+    name: str, *, flag_values: flags.FlagValues = ...
+) -> flags.FlagHolder[ConfigDict]: ...
