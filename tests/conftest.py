@@ -34,7 +34,11 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 # Tests in these folders are marked with the folder's name, and `make test` leaves them out.
 GROUPS = ("processes", "docs", "benches")
 # The files that take longest, in this order; files that start late must be short.
-SLOW_FIRST = ()
+SLOW_FIRST = (
+    "test_evaluate.py", "train/test_step.py", "test_recipes.py", "test_sampling.py",
+    "test_inpaint.py", "test_sources.py", "test_evaluation_in_training.py", "test_main.py",
+    "test_convert.py", "train/test_objective.py", "test_commands.py", "models/test_mdt.py",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -49,13 +53,38 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: order.get(place(item), len(order)))
 
 
+STEPS = {}  # training steps that a file's tests have compiled
+NOT_IN_THE_STEP = {
+    "train": ("steps", "log_every", "sample_every", "checkpoint_every", "keep", "max_skipped"),
+    "data": ("path", "split", "workers", "max_damaged"),
+}
+
+
 @pytest.fixture(scope="module", autouse=True)
 def programs_of_a_file():
     """Forgotten after it: Linux lets a process map 65,530 pieces of memory, of which each compiled
     program takes dozens, and XLA crashes where it gets no more."""
     yield
+    STEPS.clear()
     if "jax" in sys.modules:
         sys.modules["jax"].clear_caches()
+
+
+def compiled_once(compile_step):
+    """compile_step, which traces and lowers anew each time, once for equal arguments."""
+
+    def remembered(config, model, optimizer, state, mesh, *options):
+        told = config.to_dict()
+        for group in ("sample", "evaluation", "init"):
+            del told[group]
+        for group, fields in NOT_IN_THE_STEP.items():
+            told[group] = {n: v for n, v in told[group].items() if n not in fields}
+        key = repr(told), model, mesh, options
+        if key not in STEPS:
+            STEPS[key] = compile_step(config, model, optimizer, state, mesh, *options)
+        return STEPS[key]
+
+    return remembered
 
 
 SMOKE = [
@@ -110,7 +139,9 @@ def train_here(*arguments: str, expect: int = 0) -> str:
     """`python -m mdt_jax.main …` in this process."""
     from mdt_jax import main
 
-    return run_here(main.main, *arguments, expect=expect)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(main, "compile_step", compiled_once(main.compile_step))
+        return run_here(main.main, *arguments, expect=expect)
 
 
 def exits_with_one_line(command, argv, capsys, monkeypatch) -> str:

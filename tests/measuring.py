@@ -1,13 +1,36 @@
 """Small sets of images with random Inception weights, and the card of one against the other."""
 
+import contextlib
+import functools
+import hashlib
 import json
 import pathlib
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
 
-from mdt_jax import evaluate
+from mdt_jax import evaluate, evaluation, features
 from tests.conftest import run_here
+
+
+@contextlib.contextmanager
+def quick_inception() -> Iterator[None]:
+    """Meanwhile a file's network is read and compiled once, for two images a device at a time, and
+    a covariance of its 2048 features, which several tests compare, is decomposed once."""
+    known, eigh = {}, np.linalg.eigh
+
+    def remembered(matrix: np.ndarray):
+        key = hashlib.sha256(np.ascontiguousarray(matrix)).digest()
+        if key not in known:
+            known[key] = eigh(matrix)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(np.linalg, "eigh", remembered)
+        patch.setattr(evaluation, "load_inception", functools.cache(evaluation.load_inception))
+        patch.setattr(features, "EACH_DEVICE", 2)
+        yield
 
 
 def crops(count: int, seed: int, size: int = 32) -> np.ndarray:

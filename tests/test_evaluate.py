@@ -12,7 +12,7 @@ from mdt_jax.data import image_sets, sources
 from mdt_jax.errors import UserError
 from mdt_jax.measures import precision_recall
 from tests.conftest import exits_with_one_line, run_here
-from tests.measuring import assert_equal, crops, flags, make_sets, measured
+from tests.measuring import assert_equal, crops, flags, make_sets, measured, quick_inception
 from tests.runs import DIGITS
 from tests.small_data import write_pictures, write_vae
 from tests.test_measures import adm_frechet, adm_precision_recall
@@ -25,8 +25,7 @@ MEASURES = ("fid", "sfid", "inception_score", "precision", "recall")
 
 @pytest.fixture(scope="module", autouse=True)
 def small():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(features, "EACH_DEVICE", 2)
+    with quick_inception():
         yield
 
 
@@ -443,9 +442,9 @@ def test_memory_of_many_features(monkeypatch):
     import tracemalloc
 
     monkeypatch.setattr(measures, "TILE", 256)
-    x = np.random.RandomState(0).randn(6000, 16).astype(np.float32)
+    x = np.random.RandomState(0).randn(3000, 16).astype(np.float32)
     tracemalloc.start()
     precision_recall(x, x)
     most = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert most < 10e6  # all pairs in float64 would take 288 MB
+    assert most < 10e6  # all pairs in float64 would take 72 MB

@@ -11,6 +11,7 @@ from mdt_jax.data import sources
 from mdt_jax.options import balanced_labels
 from mdt_jax.train.checkpoints import steps_in
 from tests.conftest import train_here
+from tests.measuring import quick_inception
 from tests.runs import MEASURING, measured
 
 
@@ -123,11 +124,13 @@ def test_by_inception_against_a_file(tmp_path):
     torch.save(state, tmp_path / "fid.pth")
     real = sources.load("digits")[1].images[:6]
     np.savez(tmp_path / "real.npz", arr_0=real)
-    printed = train_here(
-        *MEASURING, "--config.train.steps=2", f"--workdir={tmp_path}/run",
-        "--config.evaluation.num_samples=5", f"--config.evaluation.inception={tmp_path}/fid.pth",
-        f"--config.evaluation.reference={tmp_path}/real.npz", "--config.sample.num_samples=5",
-    )  # fmt: skip
+    with quick_inception():
+        printed = train_here(
+            *MEASURING, "--config.train.steps=2", f"--workdir={tmp_path}/run",
+            "--config.evaluation.num_samples=5",
+            f"--config.evaluation.inception={tmp_path}/fid.pth",
+            f"--config.evaluation.reference={tmp_path}/real.npz", "--config.sample.num_samples=5",
+        )  # fmt: skip
     assert "rank 4 in 2048 dimensions" in printed
     found = measured(tmp_path / "run")[2]
     report = json.loads((tmp_path / "run" / "report.json").read_text())

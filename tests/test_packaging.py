@@ -54,6 +54,11 @@ def test_extras_for_devices_are_jaxs_own(extra):
     assert extra in importlib.metadata.metadata("jax").get_all("Provides-Extra")
 
 
+def test_pre_commit_runs_the_ruff_of_make_lint():
+    rev = re.search(r"rev: v(\S+)", (ROOT / ".pre-commit-config.yaml").read_text())[1]
+    assert f"ruff=={rev}" in EXTRAS["test"]
+
+
 def test_messages_name_extras_that_exist():
     named = set()
     for path in [*ROOT.glob("mdt_jax/**/*.py"), ROOT / "README.md", *ROOT.glob("launch/**/*.md")]:
