@@ -1,6 +1,5 @@
 """What a model costs: parameters, multiply-accumulates, memory, and what a chip can do."""
 
-import functools
 import math
 import re
 from collections.abc import Iterator
@@ -75,7 +74,6 @@ def _macs(jaxpr: jax.extend.core.Jaxpr) -> int:
     return total
 
 
-@functools.cache
 def pass_macs(model: MDT, kept: int | None = None) -> int:
     """Multiply-accumulates of one image's forward pass; kept: tokens the masked pass keeps."""
     params = jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0))

@@ -1,6 +1,7 @@
 """Compilations are cached between tests, and between the processes they start."""
 
 import contextlib
+import functools
 import importlib.metadata
 import io
 import os
@@ -70,6 +71,14 @@ def programs_of_a_file():
         sys.modules["jax"].clear_caches()
 
 
+@functools.cache
+def counted_once():
+    """costs.pass_macs, which traces the network anew each time, once for equal arguments."""
+    from mdt_jax import costs
+
+    return functools.cache(costs.pass_macs)
+
+
 def compiled_once(compile_step):
     """compile_step, which traces and lowers anew each time, once for equal arguments."""
 
@@ -136,11 +145,12 @@ def run_here(command, *arguments: str, expect: int = 0, cwd=ROOT) -> str:
 
 
 def train_here(*arguments: str, expect: int = 0) -> str:
-    """`python -m mdt_jax.main …` in this process."""
-    from mdt_jax import main
+    """`python -m mdt_jax.main …` in this process; equal networks are traced and compiled once."""
+    from mdt_jax import costs, main
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(main, "compile_step", compiled_once(main.compile_step))
+        patch.setattr(costs, "pass_macs", counted_once())
         return run_here(main.main, *arguments, expect=expect)
 
 
