@@ -54,7 +54,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: order.get(place(item), len(order)))
 
 
-STEPS = {}  # training steps that a file's tests have compiled
+STEPS = {}  # training steps that the tests have compiled
 NOT_IN_THE_STEP = {
     "train": ("steps", "log_every", "sample_every", "checkpoint_every", "keep", "max_skipped"),
     "data": ("path", "split", "workers", "max_damaged"),
@@ -66,7 +66,6 @@ def programs_of_a_file():
     """Forgotten after it: Linux lets a process map 65,530 pieces of memory, of which each compiled
     program takes dozens, and XLA crashes where it gets no more."""
     yield
-    STEPS.clear()
     if "jax" in sys.modules:
         sys.modules["jax"].clear_caches()
 

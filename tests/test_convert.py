@@ -1,5 +1,6 @@
 """Weights in and out by the commands, and pictures from a file."""
 
+import functools
 import json
 
 import jax
@@ -145,7 +146,8 @@ def test_pictures_from_a_file_of_latents(latent_model, tmp_path, monkeypatch):
 
     latents = mdt_jax.generate(model, mdt_jax.load(folder / "mdt.pt")[1], [207, 387, 12], seed=5,
                                num_steps=3)  # fmt: skip
-    expected = vae.apply({"params": params}, latents / 0.18215, method="decode")
+    decode = jax.jit(functools.partial(vae.apply, method="decode"))
+    expected = decode({"params": params}, latents / 0.18215)
     np.testing.assert_allclose(
         file["arr_0"].astype(int), mdt_jax.to_uint8(expected).astype(int), atol=1
     )

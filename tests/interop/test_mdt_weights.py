@@ -9,7 +9,7 @@ from mdt_jax.interop.mdt_weights import (
     published_from_params,
 )
 from mdt_jax.models.mdt import MDT
-from tests.models.common import random_params
+from tests.models.common import apply, random_params
 from tests.published import MODELS, VERSIONS, published_params, published_state, relative_error
 
 TABLE = "blocks.0.attn.rel_pos_bias.relative_position_bias_table"
@@ -61,8 +61,8 @@ def test_fixed_positions_and_no_bias_are_written_out():
     assert model.learned_position and model.relative_bias
     x = jax.random.normal(jax.random.key(0), (2, 8, 8, 3))
     t, y = np.array([3, 700]), np.array([0, 4])
-    out = bare.apply({"params": params}, x, t, y)
-    same = model.apply({"params": params_from_published(state, model)}, x, t, y)
+    out = apply(bare, params, x, t, y)
+    same = apply(model, params_from_published(state, model), x, t, y)
     assert relative_error(same, out) < 2e-6
 
 

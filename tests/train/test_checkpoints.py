@@ -14,6 +14,7 @@ from mdt_jax.errors import UserError
 from mdt_jax.train.metrics import MetricsLog
 from mdt_jax.weights import load_weights
 from tests.conftest import ROOT, SMOKE, train_here
+from tests.models.common import apply
 from tests.runs import arrays
 
 
@@ -65,9 +66,7 @@ def same(a, b) -> bool:
 def test_load_takes_a_workdir_its_checkpoints_or_a_step(trained, path):
     model, params = mdt_jax.load(trained / path)
     assert model.hidden_size == 16 and model.depth == 3
-    out = model.apply(
-        {"params": params}, np.zeros((2, 8, 8, 1)), np.array([0, 9]), np.array([1, 10])
-    )
+    out = apply(model, params, np.zeros((2, 8, 8, 1)), np.array([0, 9]), np.array([1, 10]))
     assert out.shape == (2, 8, 8, 2)
     assert same(params, mdt_jax.load(trained)[1])
     assert not same(params, mdt_jax.load(trained / "checkpoints" / "2")[1])

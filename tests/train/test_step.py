@@ -199,7 +199,7 @@ def equations(jaxpr):
 @pytest.mark.parametrize("unroll", [False, True])
 def test_the_steps_jaxpr_does_not_grow_with_depth(version, unroll):
     counts = []
-    for depth in (6, 14, 28):
+    for depth in (6, 28):
         model = MODEL.clone(depth=depth, version=version, unroll=unroll)
         adamw = optimizer()
         step = make_train_step(model, Objective(), adamw, 0.9)
@@ -211,4 +211,4 @@ def test_the_steps_jaxpr_does_not_grow_with_depth(version, unroll):
             "labels": jax.ShapeDtypeStruct((8,), jnp.int32),
         }
         counts.append(equations(jax.make_jaxpr(step)(state, batch, draws).jaxpr))
-    assert counts[0] == counts[1] == counts[2] > 500
+    assert counts[0] == counts[1] > 500
