@@ -22,7 +22,6 @@ from collections.abc import Iterator
 import jax
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from mdt_jax import cli, costs
 from mdt_jax.data import folders, latents, pipeline, tars
@@ -31,6 +30,7 @@ from mdt_jax.errors import UserError
 from mdt_jax.files import whole
 from mdt_jax.models.masking import keep_length
 from mdt_jax.models.mdt import MDT, SIZES
+from mdt_jax.progress import progress_bar
 
 BATCH = 256
 SHAPE = (32, 32, 4)
@@ -62,8 +62,10 @@ def jpegs(count: int) -> Iterator[bytes]:
 def write_images(place: pathlib.Path, count: int) -> None:
     """`folder`, a folder a class, and `tar`, a tar of a tar a class, of the same images."""
     classes: dict[str, list[tuple[str, bytes]]] = {}
-    for n, content in enumerate(tqdm(jpegs(count), "images", count)):
-        classes.setdefault(f"n{n % 10:08}", []).append((f"{n:06}.JPEG", content))
+    with progress_bar(count, True, "making images", "image") as bar:
+        for n, content in enumerate(jpegs(count)):
+            classes.setdefault(f"n{n % 10:08}", []).append((f"{n:06}.JPEG", content))
+            bar.update(1)
     with tarfile.open(place / "tar", "w") as outer:
         for name, images in classes.items():
             (place / "folder" / name).mkdir(parents=True)
@@ -96,8 +98,9 @@ def write_latents(place: pathlib.Path, count: int) -> None:
     random = np.random.default_rng(0)
 
     def batches(items):
-        for start in tqdm(range(0, len(items), 64), "latents", leave=False):
+        for start in range(0, len(items), 64):
             part = items[start : start + 64]
+            bar.update(len(part))
             yield {
                 "moments": random.normal(size=(len(part), 4, *SHAPE)).astype(np.float16),
                 "labels": np.zeros(len(part), np.int32),
@@ -106,8 +109,9 @@ def write_latents(place: pathlib.Path, count: int) -> None:
 
     making = latents.Making(place / "latents", what)
     making.start()
-    for shard in range(making.num_shards):
-        making.write(shard, batches(making.items(shard)))
+    with progress_bar(count, True, "making latents", "latent") as bar:
+        for shard in range(making.num_shards):
+            making.write(shard, batches(making.items(shard)))
     making.finish()
 
 

@@ -66,5 +66,5 @@ def test_a_run_without_a_terminal_prints_a_line_each_log_every(every, tmp_path):
 
 
 def test_all_bars_are_made_in_one_place():
-    for path in (ROOT / "mdt_jax").rglob("*.py"):
-        assert path.name == "progress.py" or "tqdm(" not in path.read_text(), path
+    for path in [*(ROOT / "mdt_jax").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")]:
+        assert path.name == "progress.py" or "tqdm" not in path.read_text(), path
