@@ -18,8 +18,10 @@ lint: $(VENV)/.installed-test
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 
-# Huge pages for the many small steps of tests, in processes that keep no memory themselves.
-test test-rest test-versions: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
+# Huge pages for the many small steps of tests. Where malloc is set up, processes keep no memory
+# themselves; the rest, whose reading processes huge pages slow down, gets glibc's own default.
+test test-versions: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
+test-rest: export MALLOC_TOP_PAD_ ?= 131072
 test: lint
 	$(VENV)/bin/python -m pytest -m "not (processes or docs or benches)"
 

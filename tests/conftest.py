@@ -124,13 +124,18 @@ def run_command(*arguments: str, expect: int = 0, **environment: str) -> str:
 
 
 def run_here(command, *arguments: str, expect: int = 0, cwd=ROOT) -> str:
-    """An entry point's main(argv) in this process, which is quicker; returns what it printed."""
-    from mdt_jax import cli
+    """An entry point's main(argv) in this process, which is quicker; returns what it printed.
+
+    Equal training steps are traced and compiled once.
+    """
+    from mdt_jax import cli, costs, main
 
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     printed, code = io.StringIO(), 0
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(cwd)
+        patch.setattr(main, "compile_step", compiled_once(main.compile_step))
+        patch.setattr(costs, "pass_macs", counted_once())
         patch.setattr("sys.argv", ["command", *arguments])
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
             try:
@@ -144,13 +149,10 @@ def run_here(command, *arguments: str, expect: int = 0, cwd=ROOT) -> str:
 
 
 def train_here(*arguments: str, expect: int = 0) -> str:
-    """`python -m mdt_jax.main …` in this process; equal networks are traced and compiled once."""
-    from mdt_jax import costs, main
+    """`python -m mdt_jax.main …` in this process."""
+    from mdt_jax import main
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(main, "compile_step", compiled_once(main.compile_step))
-        patch.setattr(costs, "pass_macs", counted_once())
-        return run_here(main.main, *arguments, expect=expect)
+    return run_here(main.main, *arguments, expect=expect)
 
 
 def exits_with_one_line(command, argv, capsys, monkeypatch) -> str:

@@ -23,8 +23,14 @@ from mdt_jax.train.optimizers import make_optimizer
 from mdt_jax.train.state import abstract_state
 
 
+def parse(*flags: str, **strings: str):
+    """Where ml_collections looks for the flags of a config's fields, too."""
+    sys.argv = ["command", *flags]
+    return cli.parse_config(sys.argv, "", **strings)
+
+
 def restore(out: str, workdir: str, *arguments: str) -> None:
-    config, _ = cli.parse_config(["restore", *arguments], "")
+    config, _ = parse(*arguments)
     mesh = parallel.make_mesh(config.mesh.data, config.mesh.fsdp)
     model, optimizer = MDT.from_config(config), make_optimizer(config.optim)
     abstract = abstract_state(model, optimizer, mesh)
@@ -38,7 +44,7 @@ def restore(out: str, workdir: str, *arguments: str) -> None:
 
 
 def feed(out: str, steps: str, *arguments: str) -> None:
-    config, _ = cli.parse_config(["feed", *arguments], "")
+    config, _ = parse(*arguments)
     mesh = parallel.make_mesh()
     configs.validate(config, mesh.size)
     source, _ = inputs.open_data(config)
@@ -51,10 +57,11 @@ def feed(out: str, steps: str, *arguments: str) -> None:
 
 def refused(cases: str) -> None:
     """cases: a JSON list of [folder to be in, flags …]; @ is the number of the process."""
+    number = str(jax.process_index())
     for folder, *flags in json.loads(pathlib.Path(cases).read_text()):
-        folder, *flags = (text.replace("@", sys.argv[3]) for text in (folder, *flags))
+        folder, *flags = (text.replace("@", number) for text in (folder, *flags))
         os.chdir(folder)
-        config, values = cli.parse_config(["main", *flags], "", workdir="")
+        config, values = parse(*flags, workdir="")
         try:
             main.train(config, pathlib.Path(values.workdir))
             print("refused: no")

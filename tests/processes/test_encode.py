@@ -23,11 +23,11 @@ def place(tmp_path_factory):
     return make_place(tmp_path_factory.mktemp("encode"))
 
 
-def test_killed_five_times_it_ends_with_the_same_bytes(place, tmp_path):
+def test_killed_three_times_it_ends_with_the_same_bytes(place, tmp_path):
     chance = random.Random(0)
     command = ["mdt_jax.encode", *arguments(place), f"--out={tmp_path / 'cache'}", SHARDS]
     killed = 0
-    while killed < 5:
+    while killed < 3:
         before = len(list(tmp_path.glob("cache/*.array_record")))
         process = start_command(*command)
         deadline = time.monotonic() + 120
@@ -103,7 +103,8 @@ def test_parts_on_machines_that_know_nothing_of_each_other(place, tmp_path):
     assert len(list((tmp_path / "new").glob("*.array_record"))) == 4
 
 
-def test_hosts_read_their_parts_of_the_same_batches(place, tmp_path, in_root):
+def test_hosts_read_their_parts_of_the_same_batches(place, tmp_path, in_root, monkeypatch):
+    monkeypatch.setattr("sys.argv", sys.argv)  # put back after what `feed` does to it
     names = arguments(place, "latents", "cache")
     for count in (1, 2, 4):
         (tmp_path / str(count)).mkdir()

@@ -15,14 +15,14 @@ from tests.processes.together import all_well, free_port
 from tests.runs import SAMPLE
 
 
-def test_killed_five_times_and_resumed(tmp_path):
+def test_killed_three_times_and_resumed(tmp_path):
     """kill -9 at random moments; the file is then an undisturbed run's, byte for byte."""
     flags = [*SAMPLE, "--num_samples=1000", "--batch_size=20", "--num_steps=8", "--labels=random"]
     whole, out = tmp_path / "whole.npz", tmp_path / "killed.npz"
     run_here(sample.main, *flags, f"--out={whole}")
     parts = out.with_name("killed.npz.parts")
     moments, kills = random.Random(0), 0
-    for aim in (1, 8, 16, 26, 38):
+    for aim in (1, 16, 38):
         process = start_command("mdt_jax.sample", *flags, f"--out={out}")
         until = time.time() + 120
         while len(list(parts.glob("*.npy"))) < aim:
@@ -33,7 +33,7 @@ def test_killed_five_times_and_resumed(tmp_path):
         process.communicate()
         kills += not out.exists()
         assert len(list(parts.glob("*.npy"))) < 50
-    assert kills == 5
+    assert kills == 3
     begun = {path.name: path.stat().st_mtime_ns for path in parts.glob("*.npy")}
     process = start_command("mdt_jax.sample", *flags, f"--out={out}")
     while process.poll() is None:  # what was there is not drawn again
