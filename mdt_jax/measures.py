@@ -14,22 +14,31 @@ ROUNDING = 1e-13
 
 @dataclasses.dataclass(frozen=True)
 class Gaussian:
-    """mu: [D], sigma: [D, D], float64; count: of how many, None where it is not known."""
+    """mu: [D], sigma: [D, D], float64; count: of how many, None where it is not known.
+
+    rows: [count, D], features less their mean, where they are at hand and no more than D.
+    """
 
     mu: np.ndarray
     sigma: np.ndarray
     count: int | None = None
+    rows: np.ndarray | None = None
 
     @functools.cached_property
     def _eigen(self) -> tuple[np.ndarray, np.ndarray]:
-        return np.linalg.eigh(self.sigma)
+        """Of sigma, or of the rows' smaller matrix, whose eigenvalues above 0 are the same."""
+        if self.rows is None:
+            return np.linalg.eigh(self.sigma)
+        return np.linalg.eigh(self.rows @ self.rows.T / (len(self.rows) - 1))
 
     @property
     def root(self) -> np.ndarray:
         """[D, r] whose product with its transpose is sigma; r: its rank, to rounding."""
         values, vectors = self._eigen
-        kept = values > max(values[-1], 0) * len(values) * np.finfo(np.float64).eps
-        return vectors[:, kept] * np.sqrt(values[kept])
+        kept = values > max(values[-1], 0) * len(self.mu) * np.finfo(np.float64).eps
+        if self.rows is None:
+            return vectors[:, kept] * np.sqrt(values[kept])
+        return self.rows.T @ (vectors[:, kept] / np.sqrt(len(self.rows) - 1))
 
     @property
     def negative(self) -> float:
@@ -51,16 +60,21 @@ class Moments:
             self.origin = features.mean(0)  # near the mean, so that little is cancelled
             self.total = np.zeros_like(self.origin)
             self.products = np.zeros((len(self.origin), len(self.origin)))
+            self.rows = []
         features = features - self.origin
         self.count += len(features)
         self.total += features.sum(0)
         self.products += features.T @ features
+        self.rows.append(features)
+        if self.count > len(self.origin):
+            self.rows = []  # sigma is the smaller
 
     def gaussian(self) -> Gaussian:
         """Of all that was added, two features at least; the covariance divides by count − 1."""
         mean = self.total / self.count
         sigma = (self.products - self.count * np.outer(mean, mean)) / (self.count - 1)
-        return Gaussian(self.origin + mean, sigma, self.count)
+        rows = np.concatenate(self.rows) - mean if self.count <= len(mean) else None
+        return Gaussian(self.origin + mean, sigma, self.count, rows)
 
 
 def gaussian(features: np.ndarray) -> Gaussian:

@@ -85,6 +85,21 @@ def test_covariances_of_any_rank(counts):
     assert ours == pytest.approx(frechet(*map(gaussian, wide)), rel=1e-12)
 
 
+@pytest.mark.parametrize("counts", [(40, 300), (30, 100), (101, 2)])
+def test_few_features_need_no_root_of_their_covariance(counts, monkeypatch):
+    """The distance is that of the covariances, found from matrices of the number of features."""
+    a, b = (gaussian(features(count, 100, seed)) for seed, count in enumerate(counts))
+    sizes, eigh = [], np.linalg.eigh
+    monkeypatch.setattr(np.linalg, "eigh", lambda m: sizes.append(len(m)) or eigh(m))
+    ours = frechet(a, b)
+    assert sizes == [min(count, 100) for count in counts]
+    for each in (a, b):
+        np.testing.assert_allclose(each.root @ each.root.T, each.sigma, rtol=0, atol=1e-12)
+        assert each.root.shape[1] == np.linalg.matrix_rank(each.sigma)
+    whole = (measures.Gaussian(each.mu, each.sigma) for each in (a, b))
+    assert ours == pytest.approx(frechet(*whole), rel=1e-9)
+
+
 def test_a_matrix_that_is_no_covariance_is_noticed():
     sigma = np.diag([2.0, 1.0, -0.5])
     assert measures.Gaussian(np.zeros(3), sigma).negative == pytest.approx(0.25)
