@@ -39,6 +39,9 @@ SLOW_FIRST = (
     "test_evaluate.py", "train/test_step.py", "test_recipes.py", "test_sampling.py",
     "test_inpaint.py", "test_sources.py", "test_evaluation_in_training.py", "test_main.py",
     "test_convert.py", "train/test_objective.py", "test_commands.py", "models/test_mdt.py",
+    "processes/test_distributed.py", "docs/test_readme.py", "benches/test_benchmarks.py",
+    "processes/test_devices.py", "processes/test_main.py", "processes/test_evaluate.py",
+    "processes/test_sample.py", "docs/test_notebooks.py",
 )  # fmt: skip
 
 

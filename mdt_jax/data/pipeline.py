@@ -136,6 +136,7 @@ def batches(
     dataset = grain.MapDataset.source(_Taken(source, plan))
     dataset = dataset.to_iter_dataset(grain.ReadOptions(num_threads=4, prefetch_buffer_size=4))
     if workers:
+        _kill_workers_soon()
         # No shared memory: containers have little, and what is killed would leave it filled.
         unshared = grain.experimental.DatasetOptions(min_shm_size=sys.maxsize)
         dataset = grain.experimental.WithOptionsIterDataset(dataset, unshared)
@@ -149,6 +150,17 @@ def batches(
             yield batch
     finally:
         iterator.close()
+
+
+def _kill_workers_soon() -> None:
+    """Let Grain kill a worker that does not end within a second, not within 25.
+
+    One whose next batch does not fit its pipe never ends, since nobody reads it any more. Grain
+    has no public name for this time.
+    """
+    module = sys.modules.get("grain._src.python.dataset.transformations.process_prefetch")
+    if hasattr(module, "_PROCESS_KILL_TIMEOUT_S"):
+        vars(module)["_PROCESS_KILL_TIMEOUT_S"] = 1
 
 
 def _started(iterator: Iterator) -> Iterator:

@@ -1,6 +1,9 @@
 """Batch k is a pure function of (seed, k): of no host count, worker count or place of resuming."""
 
 import dataclasses
+import multiprocessing
+import os
+import signal
 import time
 
 import numpy as np
@@ -134,10 +137,6 @@ def test_where_no_image_can_be_read(tmp_path):
 
 
 def test_a_worker_that_is_killed_is_one_line(squares):
-    import multiprocessing
-    import os
-    import signal
-
     rows = np.arange(8)
     stream = pipeline.batches(squares, pipeline.Shuffled(len(squares), 0, 8, rows), workers=1)
     next(stream)
@@ -146,6 +145,30 @@ def test_a_worker_that_is_killed_is_one_line(squares):
     with pytest.raises(UserError, match="a process that reads data was killed"):
         for _ in range(100):
             next(stream)
+
+
+@dataclasses.dataclass(frozen=True)
+class Large(Starts):
+    """Batches that do not fit the pipe between processes."""
+
+    def take(self, items, u):
+        return {"images": np.ones((2**22,)), "damaged": np.full(len(items), -1)}
+
+
+def test_workers_end_when_nobody_reads_their_batches():
+    """Grain by itself waits 25 s for each of those that have begun to send one."""
+    plan = pipeline.Shuffled(4, 0, 4, np.arange(4))
+    stream = pipeline.batches(Large(False), plan, workers=2)
+    for _ in range(3):
+        next(stream)
+    workers = multiprocessing.active_children()
+    time.sleep(1)
+    began = time.monotonic()
+    stream.close()
+    assert time.monotonic() - began < 12 and len(workers) == 2
+    for worker in workers:
+        worker.join(5)
+        assert worker.exitcode is not None
 
 
 def test_in_their_own_order(squares):

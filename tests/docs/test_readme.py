@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
+from mdt_jax import features
 from mdt_jax.interop import torch_files
 from tests.conftest import ROOT, XLA_FLAGS, run_here
 from tests.hub_server import released
@@ -34,6 +35,14 @@ def run(command: str, folder, **kwargs):
     return done.stdout + done.stderr
 
 
+def here(command: str, folder) -> str:
+    """Run it in this process, with Inception on two images at a time."""
+    _, _, module, *arguments = shlex.split(smoke(command))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(features, "EACH_DEVICE", 2)
+        return run_here(importlib.import_module(module).main, *arguments, cwd=folder)
+
+
 def smoke(command: str) -> str:
     """The same command on the smallest variant, in this interpreter."""
     if "latents/" in command:  # on the pictures and the VAE of the fixture
@@ -43,7 +52,7 @@ def smoke(command: str) -> str:
     command = re.sub(r"--config=configs", f"--config={ROOT}/configs", command)
     command = command.replace("train.steps=4000", "train.steps=4")
     command = command.replace("=docs/", f"={ROOT}/docs/").replace(
-        "num_samples=50000", "num_samples=50"
+        "num_samples=50000", "num_samples=8"
     )
     if "evaluate" in command:
         command = command.replace("image_size=256", "image_size=32")
@@ -73,7 +82,7 @@ def runs(tmp_path_factory):
     images = load_digits().images[:8].astype(np.uint8)[..., None]
     np.savez(folder / "VIRTUAL_imagenet256_labeled.npz", arr_0=images)
     write_vae(folder / "vae")
-    run(smoke(MODULE_COMMANDS[0]), folder, env=ENVIRONMENT)
+    here(MODULE_COMMANDS[0], folder)
     assert (folder / "runs" / "digits" / "report.json").is_file()
     return folder
 
@@ -96,13 +105,12 @@ def hub(tmp_path_factory):
 def test_module_commands(command, runs, hub):
     """In this process, but for what must be known when Python starts: devices, the hub's address.
 
-    The first command was a real process in the fixture; tests/test_commands.py has one of each.
+    tests/test_commands.py has a real process of each.
     """
     if "hf://" in command or "XLA_FLAGS" in command:
         printed = run(smoke(command), runs, env=ENVIRONMENT | hub)
     else:
-        _, _, module, *arguments = shlex.split(smoke(command))
-        printed = run_here(importlib.import_module(module).main, *arguments, cwd=runs)
+        printed = here(command, runs)
     for module, said in (("info", "memory of a step"), ("--verify", "is sound: 24 images")):
         assert said in printed or module not in command
     if "mdt_jax.info" in command:

@@ -4,6 +4,7 @@ Writes OUT/<name>.npz for each of VARIANTS: the losses, and the parameters befor
 process of its own, because the number of devices is fixed when JAX starts.
 """
 
+import functools
 import sys
 
 import jax
@@ -48,6 +49,15 @@ def flat(tree) -> dict[str, np.ndarray]:
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
 
 
+@functools.cache
+def first_state(version: str):
+    """As NumPy arrays: what a step donates is gone."""
+    config = make_config(version)
+    model, optimizer = MDT.from_config(config), make_optimizer(config.optim)
+    state = jax.jit(init_state, static_argnums=(0, 1))(model, optimizer, jax.random.key(1))
+    return jax.tree.map(np.asarray, state)
+
+
 def run(name: str) -> dict[str, np.ndarray]:
     devices, fsdp, remat, accumulate, version = VARIANTS[name]
     config = make_config(version)
@@ -58,7 +68,7 @@ def run(name: str) -> dict[str, np.ndarray]:
     model, optimizer = MDT.from_config(config), make_optimizer(config.optim)
     abstract = abstract_state(model, optimizer, mesh)
     lies = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    state = init_state(model, optimizer, jax.random.key(1))
+    state = first_state(version)
     before = flat(state.params)
     state = jax.device_put(state, lies)
     if fsdp > 1:

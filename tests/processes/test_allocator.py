@@ -6,21 +6,21 @@ import pytest
 
 from tests.conftest import ROOT
 
-# Calls a program with 512 MB of buffers; prints the pages that later calls fault in.
+# Calls a program with large buffers; prints the pages that later calls fault in.
 SCRIPT = """
 import resource, sys
 from mdt_jax import allocator
 kept = len(sys.argv) > 1 and allocator.keep_freed_memory()
 import jax, jax.numpy as jnp
 def f(x):
-    for _ in range(4):
+    for _ in range(2):
         x = jnp.tanh(x @ x.T @ x)
     return x.sum()
 f, x = jax.jit(f), jnp.ones((1024, 8192))
-for _ in range(3):
+for _ in range(2):
     f(x).block_until_ready()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(3):
+for _ in range(2):
     f(x).block_until_ready()
 print(kept, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """

@@ -131,7 +131,7 @@ def test_one_is_told_to_stop_and_all_save_the_same_step(tmp_path):
     workdir = tmp_path / "run"
     processes = start_run(
         2, workdir, "--config.train.steps=100000", "--config.train.checkpoint_every=100000",
-        "--config.train.sample_every=0",
+        "--config.train.sample_every=0", "--config.train.accumulate=2",
     )  # fmt: skip
     wait_for_steps(workdir, 3, processes[0])
     processes[1].send_signal(signal.SIGINT)

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from tests.conftest import ROOT, XLA_FLAGS
-from tests.measuring import assert_equal, flags, make_sets, measured
+from tests.measuring import assert_equal, flags, make_sets, measured, quick_inception
 from tests.processes.together import all_well, free_port
 
 pytest.importorskip("torch")
@@ -16,10 +16,11 @@ pytest.importorskip("torch")
 
 @pytest.fixture(scope="module")
 def sets(tmp_path_factory):
-    return make_sets(tmp_path_factory.mktemp("sets"))
+    with quick_inception():
+        return make_sets(tmp_path_factory.mktemp("sets"), samples=6, real=10)
 
 
-# Two images a device at once and slices of four, so that few are many.
+# Two images a device at once, as in the fixture, and slices of four, so that few are many.
 SMALL = (
     "from mdt_jax import cli, evaluate, features; features.EACH_DEVICE = 2; features.SLICE = 4; "
     "cli.run(evaluate.main)"

@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pytest
 
-from tests.conftest import ROOT, SMOKE, run_command, start_command
+from tests.conftest import ROOT, run_command, start_command
 from tests.runs import LONG, arrays, lines_of, steps_of
 
 
@@ -29,10 +29,19 @@ def assert_same_run(workdir, reference):
         assert values[0] == values[1]
 
 
+def compilations(*arguments: str) -> int:
+    """How often a run compiled its step, counted in JAX's own compile log."""
+    printed = run_command("mdt_jax.main", *arguments, JAX_LOG_COMPILES="1")
+    finished = re.findall(r"Finished XLA compilation of jit\(step_with_draws\)", printed)
+    assert len(finished) == len(re.findall(r"Compiling jit\(step_with_draws\)", printed))
+    return len(finished)
+
+
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
+    """The long run, whose checkpoints do not make it compile the step again."""
     workdir = tmp_path_factory.mktemp("undisturbed") / "run"
-    run_command("mdt_jax.main", *LONG, f"--workdir={workdir}")
+    assert compilations(*LONG, f"--workdir={workdir}") == 1
     return workdir
 
 
@@ -76,26 +85,13 @@ def test_sigterm_saves_and_the_same_command_goes_on(undisturbed, tmp_path):
     assert_same_run(workdir, undisturbed)
 
 
-def compilations(*arguments: str) -> int:
-    """How often a run compiled its step, counted in JAX's own compile log."""
-    printed = run_command("mdt_jax.main", *arguments, JAX_LOG_COMPILES="1")
-    finished = re.findall(r"Finished XLA compilation of jit\(step_with_draws\)", printed)
-    assert len(finished) == len(re.findall(r"Compiling jit\(step_with_draws\)", printed))
-    return len(finished)
-
-
 def test_the_step_compiles_once(tmp_path):
-    """Over a run with a checkpoint and a sample grid inside."""
-    workdir = f"--workdir={tmp_path / 'run'}"
-    assert compilations(*SMOKE, workdir, "--config.train.steps=8") == 1
-
-
-def test_the_step_compiles_once_while_the_kept_length_changes(tmp_path):
-    """200 steps of MDTv2, whose mask ratio is drawn for each."""
+    """Over 200 steps of MDTv2, whose mask ratio is drawn for each, with a sample grid inside."""
     workdir = tmp_path / "run"
     assert compilations(
         "--config=configs/v2_s2.py:smoke", f"--workdir={workdir}", "--config.train.steps=200",
-        "--config.train.sample_every=0", "--config.train.checkpoint_every=100",
+        "--config.train.sample_every=100", "--config.train.checkpoint_every=100",
+        "--config.sample.num_samples=0",
     ) == 1  # fmt: skip
     assert steps_of(workdir) == list(range(1, 201))
     kept = [json.loads(line)["kept"] for line in lines_of(workdir)]

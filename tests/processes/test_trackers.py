@@ -13,6 +13,7 @@ from tests.conftest import SMOKE, run_command
 def run(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("tracked") / "run"
     flags = [*SMOKE, f"--workdir={workdir}", "--tensorboard", "--wandb=tests"]
+    flags += ["--config.sample.num_samples=0"]
     environment = dict(WANDB_MODE="offline", WANDB_SILENT="true")
     run_command("mdt_jax.main", *flags, "--profile_steps=2:3", **environment)
     run_command("mdt_jax.main", *flags, "--config.train.steps=5", **environment)
