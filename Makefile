@@ -53,14 +53,11 @@ $(ENVIRONMENTS): pyproject.toml tests/constraints-oldest.txt
 	$@/bin/python -m pip install --quiet $(PINS) --editable ".[test-core]" || (rm -rf $@; false)
 	touch $@
 
-$(VENV)/.installed: pyproject.toml
+$(VENV)/.installed-test: EXTRAS = [test]
+$(VENV)/.installed $(VENV)/.installed-test: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --upgrade pip
-	$(VENV)/bin/python -m pip install --quiet --editable .
-	touch $@
-
-$(VENV)/.installed-test: $(VENV)/.installed
-	$(VENV)/bin/python -m pip install --quiet --editable ".[test]"
+	$(VENV)/bin/python -m pip install --quiet --editable ".$(EXTRAS)"
 	touch $@
 
 clean:

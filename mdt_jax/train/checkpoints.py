@@ -5,6 +5,7 @@ A step directory holds the items `params`, `ema`, `progress` (optimiser state an
 """
 
 import contextlib
+import glob
 import logging
 import os
 import pathlib
@@ -59,12 +60,20 @@ def steps_in(workdir: str | os.PathLike) -> list[int]:
     return _steps(pathlib.Path(workdir) / FOLDER)
 
 
+def _reader() -> ocp.Checkpointer:
+    """Each process reads by itself: by default Orbax has those that could wait for those that could
+    not, which have left already."""
+    this = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(primary_host=this, active_processes={this})
+    return ocp.Checkpointer(ocp.CompositeCheckpointHandler(), multiprocessing_options=alone)
+
+
 def _restore(folder: pathlib.Path, items: dict[str, Any]) -> dict[str, Any]:
     """Restore items (abstract trees by name) of a step folder; ValueError if bits have changed."""
     args = {name: ocp.args.StandardRestore(tree) for name, tree in items.items()}
     error = None
     try:
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+        with _reader() as checkpointer:
             restored = checkpointer.restore(
                 folder, ocp.args.Composite(meta=ocp.args.JsonRestore(), **args)
             )
@@ -84,7 +93,7 @@ def read_meta(folder: pathlib.Path) -> dict:
 
     Raises UserError where a newer mdt_jax has written it in a way that this one does not know.
     """
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
+    with _reader() as checkpointer:
         meta = checkpointer.restore(folder, ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
     if meta.get("format", 1) > FORMAT:
         raise UserError(
@@ -293,6 +302,16 @@ def save_folder(folder: str | os.PathLike, item: str, arrays: dict, meta: dict) 
         with _writing(folder, arrays), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as orbax:
             orbax.save(folder, ocp.args.Composite(**args))
     except UserError:
-        for left in folder.parent.glob(f"{folder.name}.orbax-checkpoint-tmp*"):
-            shutil.rmtree(left, ignore_errors=True)
+        _remove_unfinished(folder)
         raise
+
+
+def _remove_unfinished(folder: pathlib.Path) -> None:
+    """Remove what a failed save of a folder has left, to which Orbax may still be writing."""
+    for _ in range(50):
+        left = list(folder.parent.glob(f"{glob.escape(folder.name)}.orbax-checkpoint-tmp*"))
+        if not left:
+            return
+        for path in left:
+            shutil.rmtree(path, ignore_errors=True)
+        time.sleep(0.1)

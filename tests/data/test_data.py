@@ -28,6 +28,17 @@ def test_sources(name, total, size):
     np.testing.assert_array_equal(again.images, held_out.images)
 
 
+def test_the_digits_are_scikit_learns():
+    """Read without importing it, which takes longer than all else that a small run begins with."""
+    from sklearn.datasets import load_digits
+
+    images, labels = load_digits(return_X_y=True)
+    ours = sources.PACKAGED["digits"]()
+    levels = np.round(images.reshape(-1, 8, 8, 1) * (255 / 16)).astype(np.uint8)
+    np.testing.assert_array_equal(ours.images, levels)
+    np.testing.assert_array_equal(ours.labels, labels)
+
+
 def test_a_part_of_the_digits_counts_its_classes_from_zero():
     whole, held_out = sources.load("digits")
     for name, first in (("digits_0_4", 0), ("digits_5_9", 5)):

@@ -5,6 +5,7 @@ batches of a config; `restore OUT WORKDIR …` saves the newest checkpoint's sta
 CASES` starts a run for each line of a file, and prints a line for each: why it was refused.
 """
 
+import contextlib
 import itertools
 import json
 import os
@@ -13,6 +14,7 @@ import sys
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 
 from mdt_jax import cli, distributed, encode, inputs, main, parallel
 from mdt_jax import config as configs
@@ -29,12 +31,29 @@ def parse(*flags: str, **strings: str):
     return cli.parse_config(sys.argv, "", **strings)
 
 
+@contextlib.contextmanager
+def damaged_for(process: int):
+    """Meanwhile the first step that is restored is damaged, for this process alone."""
+    read, failed = ocp.CompositeCheckpointHandler.restore, []
+
+    def restored(handler, folder, args):
+        if "params" in set(args.keys()) and jax.process_index() == process and not failed:
+            failed.append(folder)
+            raise ValueError("a file of its own is damaged")
+        return read(handler, folder, args)
+
+    ocp.CompositeCheckpointHandler.restore = restored
+    yield
+    ocp.CompositeCheckpointHandler.restore = read
+
+
 def restore(out: str, workdir: str, *arguments: str) -> None:
     config, _ = parse(*arguments)
     mesh = parallel.make_mesh(config.mesh.data, config.mesh.fsdp)
     model, optimizer = MDT.from_config(config), make_optimizer(config.optim)
     abstract = abstract_state(model, optimizer, mesh)
-    state, _ = Checkpoints(workdir).restore(abstract, lambda meta: None)
+    with damaged_for(int(os.environ.get("DAMAGED_FOR", -1))):
+        state, _ = Checkpoints(workdir).restore(abstract, lambda meta: None)
     assert jax.tree.map(lambda leaf: leaf.sharding, state) == jax.tree.map(
         lambda leaf: leaf.sharding, abstract
     )

@@ -93,6 +93,16 @@ def test_a_checkpoint_of_four_is_restored_by_one_and_by_two(four, tmp_path):
         assert bits == sorted(np.asarray(array).tobytes() for array in written)
 
 
+def test_a_step_that_one_process_alone_cannot_read(four, tmp_path, monkeypatch):
+    """All take the step before, and none waits for it."""
+    monkeypatch.setenv("DAMAGED_FOR", "1")
+    workdir = shutil.copytree(four[0], tmp_path / "run")
+    more = [str(tmp_path / "out.npz"), str(workdir), *RUN, "--config.mesh.fsdp=2"]
+    printed = all_well(start_hosts(2, "restore", *more))
+    assert "going on without step 8" in printed
+    assert [path.name for path in (workdir / "checkpoints").iterdir()] == ["4"]
+
+
 def test_two_go_on_from_four_with_another_mesh(alone, four, tmp_path):
     """And without the newest step, of which one process's file is lost."""
     one, two = (shutil.copytree(w, tmp_path / w.parent.name) for w in (alone, four[0]))
