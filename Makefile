@@ -18,16 +18,16 @@ lint: $(VENV)/.installed-test
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/pyright --pythonpath $(VENV)/bin/python
 
-# Huge pages for the many small steps of tests. Where malloc is set up, processes keep no memory
-# themselves; the rest, whose reading processes huge pages slow down, gets glibc's own default.
+# Huge pages for the many small steps of tests; they would slow down processes that read, which the
+# rest of the tests start.
 test test-versions: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
-test-rest: export MALLOC_TOP_PAD_ ?= 131072
 test: lint
 	$(VENV)/bin/python -m pytest -m "not (processes or docs or benches)"
 
-# Kills, several hosts, Slurm, the README's commands, notebooks, benches.
+# Kills, several hosts, Slurm, the README's commands, notebooks, benches. Processes wait for each
+# other, which leaves room for a third test at once.
 test-rest: $(VENV)/.installed-test
-	$(VENV)/bin/python -m pytest -m "processes or docs or benches"
+	$(VENV)/bin/python -m pytest -m "processes or docs or benches" --numprocesses=3
 
 test-all: test test-rest
 

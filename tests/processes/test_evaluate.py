@@ -17,7 +17,7 @@ pytest.importorskip("torch")
 @pytest.fixture(scope="module")
 def sets(tmp_path_factory):
     with quick_inception():
-        return make_sets(tmp_path_factory.mktemp("sets"), samples=6, real=10)
+        return make_sets(tmp_path_factory.mktemp("sets"))
 
 
 # Two images a device at once, as in the fixture, and slices of four, so that few are many.
