@@ -63,6 +63,7 @@ def steps_in(workdir: str | os.PathLike) -> list[int]:
 def _reader() -> ocp.Checkpointer:
     """Each process reads by itself: by default Orbax has those that could wait for those that could
     not, which have left already."""
+    _quiet()
     this = jax.process_index()
     alone = ocp.options.MultiprocessingOptions(primary_host=this, active_processes={this})
     return ocp.Checkpointer(ocp.CompositeCheckpointHandler(), multiprocessing_options=alone)
@@ -133,12 +134,14 @@ def _quiet() -> None:
     """Orbax logs each save, leftovers of killed ones, and tracebacks of what is raised anyway."""
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    sys.unraisablehook = _late_writes_aside
+    sys.unraisablehook = _late_work_aside
 
 
-def _late_writes_aside(unraisable) -> None:
-    """Writes under way when another failed end after their event loop, and each would say so."""
-    if str(unraisable.exc_value) != "Event loop is closed":
+def _late_work_aside(unraisable) -> None:
+    """Reads and writes under way when another failed end after it, and each would say so."""
+    code = getattr(unraisable.object, "cr_code", None)
+    of_orbax = code is not None and "orbax" in pathlib.Path(code.co_filename).parts
+    if not of_orbax and str(unraisable.exc_value) != "Event loop is closed":
         sys.__unraisablehook__(unraisable)
 
 

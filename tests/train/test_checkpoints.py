@@ -1,4 +1,5 @@
 import contextlib
+import gc
 import json
 import pathlib
 import shutil
@@ -79,7 +80,9 @@ def test_loading_a_damaged_step_falls_back_or_says_so(copy, damage, capfd):
     with pytest.raises(UserError, match="damaged|holds no checkpoint"):
         load_weights(copy / "checkpoints" / "4")
     assert same(mdt_jax.load(copy)[1], older)
-    assert "4 is damaged" in capfd.readouterr().err
+    gc.collect()  # of what Orbax was still reading
+    printed = capfd.readouterr().err
+    assert "4 is damaged" in printed and "Traceback" not in printed
     damage(copy / "checkpoints" / "2")
     with pytest.raises(UserError, match="none of the 2 checkpoints"):
         mdt_jax.load(copy)
