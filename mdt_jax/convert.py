@@ -9,6 +9,7 @@ import pathlib
 from mdt_jax import cli, weights
 from mdt_jax.errors import UserError
 from mdt_jax.interop import torch_files
+from mdt_jax.train.checkpoints import check_path
 
 
 def parse(argv: list[str]):
@@ -40,6 +41,8 @@ def check_destination(dst: pathlib.Path) -> None:
         raise UserError(f"--dst={dst}: there is no folder {dst.parent}")
 
 
+    if not dst.suffix:
+        check_path(dst)
 def main(argv: list[str]) -> None:
     """Parse the flags, read, write, say what it was."""
     args = parse(argv)
