@@ -20,9 +20,15 @@ def parse(argv: list[str]):
     add(
         "--src",
         required=True,
+        type=cli.on_disk,
         help="a workdir, a folder, .pt, .safetensors, or hf://OWNER/REPO/FILE",
     )
-    add("--dst", required=True, help="FILE.pt, FILE.safetensors, or a folder to be made")
+    add(
+        "--dst",
+        required=True,
+        type=cli.local,
+        help="FILE.pt, FILE.safetensors, or a folder to be made",
+    )
     add("--params", choices=weights.ITEMS, default="ema", help="which of a run's parameters")
     add("--decoder_layers", type=int, help="what MDT v1's files do not tell (default: 2)")
     return parser.parse_args(argv[1:])

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from mdt_jax import accelerators, cli, inputs, parallel, vae
+from mdt_jax import accelerators, cli, files, inputs, parallel, vae
 from mdt_jax import config as configs
 from mdt_jax.data import latents, pipeline, sources
 from mdt_jax.data.crops import Squares
@@ -233,11 +233,12 @@ def main(argv: list[str]) -> None:
     if flags.estimate_scale:
         estimate_scale(config)
     elif not flags.out:
+    out = pathlib.Path(files.local(flags.out))
         raise UserError(f"--out is missing; {usage.splitlines()[0]}")
     elif flags.verify:
-        verify(config, pathlib.Path(flags.out))
+        verify(config, out)
     else:
-        make(config, pathlib.Path(flags.out), flags.shard_images, parse_part(flags.part))
+        make(config, out, flags.shard_images, parse_part(flags.part))
 
 
 if __name__ == "__main__":

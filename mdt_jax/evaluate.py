@@ -62,19 +62,36 @@ def parse(argv: list[str]):
         "npz, a folder, a .csv or .jsonl list, a .tar, tfds:NAME:SPLIT, or digits, mnist, …",
     )
     add = parser.add_argument
-    add("--samples", help="what to measure: an npz, or a folder of images")
-    add("--reference", help="real images: IMAGES, or an npz with mu, sigma, mu_s and sigma_s")
-    add("--inception", help="weights of FID's Inception: a file, a folder of convert, or hf://…")
+    add("--samples", type=cli.local, help="what to measure: an npz, or a folder of images")
+    add(
+        "--reference",
+        type=cli.local,
+        help="real images: IMAGES, or an npz with mu, sigma, mu_s and sigma_s",
+    )
+    add(
+        "--inception",
+        type=cli.on_disk,
+        help="weights of FID's Inception: a file, a folder of convert, or hf://…",
+    )
     add(
         "--features",
         help="inception (default), pixels or classifier, or several: pixels,classifier",
     )
     add("--num_samples", type=int, help="the first N of the images are measured")
     add("--image_size", type=int, help="image files are cut to this size, as for training")
-    add("--out", help="the JSON (default: beside the samples, or none), or the new reference")
-    add("--make_reference", metavar="IMAGES", help="write statistics of real images to --out")
-    add("--vae", help="measure what is lost in encoding and decoding --images")
-    add("--images", metavar="IMAGES", help="with --vae")
+    add(
+        "--out",
+        type=cli.local,
+        help="the JSON (default: beside the samples, or none), or the new reference",
+    )
+    add(
+        "--make_reference",
+        metavar="IMAGES",
+        type=cli.local,
+        help="write statistics of real images to --out",
+    )
+    add("--vae", type=cli.on_disk, help="measure what is lost in encoding and decoding --images")
+    add("--images", metavar="IMAGES", type=cli.local, help="with --vae")
     group = parser.add_argument_group("several processes")
     for name, (default, help_) in cli.PROCESSES.items():
         group.add_argument(f"--{name}", type=type(default), default=default, help=help_)

@@ -23,6 +23,7 @@ from mdt_jax import (
     costs,
     distributed,
     drawing,
+    files,
     inputs,
     parallel,
     references,
@@ -73,9 +74,9 @@ def _train(
 ) -> bool:
     """held: where the workdir's lock goes, which is let go last."""
     stop = StopSignal()
-    folder.agree_on_config(config)
     check_path(workdir)
     folder.check_free(workdir)
+    folder.agree_on_config(config)
     configs.validate(config, jax.device_count())
     mesh = parallel.make_mesh(config.mesh.data, config.mesh.fsdp)
     profile = Profile(show.profile_steps, workdir / "profile")
@@ -102,8 +103,8 @@ def _train(
     folder.agree_on_start(workdir, about_data)
     taken = take_weights(config, model, init_key) if not steps_in(workdir) else None
     folder.make(workdir)
-    checkpoints = Checkpoints(workdir, config.train.keep)
     held.enter_context(folder.alone(workdir))
+    checkpoints = Checkpoints(workdir, config.train.keep)
     restored = checkpoints.restore(
         abstract, lambda meta: folder.check_same_run(meta, config, workdir, about_data)
     )
@@ -372,11 +373,12 @@ def main(argv: list[str]) -> None:
     config, flags = cli.parse_config(
         argv, usage, optional, workdir="where checkpoints and results go"
     )
+    workdir = pathlib.Path(files.local(flags.workdir))
     processes: list[Any] = [flags[name].value for name in cli.PROCESSES]
     distributed.start(*processes)
     accelerators.warn_of_unused()
     show = Shown(flags.tensorboard, flags.wandb, flags.profile_steps)
-    train(config, pathlib.Path(flags.workdir), show)
+    train(config, workdir, show)
 
 
 if __name__ == "__main__":

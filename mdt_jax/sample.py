@@ -35,10 +35,16 @@ def parse(argv: list[str]):
         description="Draw samples from a run, a file or a released checkpoint.",
     )
     add = parser.add_argument
-    add("--out", required=True, help="grid.png, samples.npz, a folder, or with --show a .gif")
+    add(
+        "--out",
+        required=True,
+        type=cli.local,
+        help="grid.png, samples.npz, a folder, or with --show a .gif",
+    )
     add("--num_samples", type=int, help="default: as many as --labels, or 100 without")
     add(
         "--labels",
+        type=cli.local,
         help='classes, taken in turn: 0,1,2 or "golden retriever"; a .txt or .npy of one for each '
         "sample; random; balanced, all classes in turn (the default)",
     )
