@@ -6,7 +6,7 @@ What is at --src says what network it is; the suffix of --dst says where it goes
 
 import pathlib
 
-from mdt_jax import cli, weights
+from mdt_jax import cli, locks, weights
 from mdt_jax.errors import UserError
 from mdt_jax.interop import torch_files
 from mdt_jax.train.checkpoints import check_path
@@ -41,21 +41,22 @@ def check_destination(dst: pathlib.Path) -> None:
             f"--dst={dst}: unknown suffix {dst.suffix!r}; use {', '.join(torch_files.SUFFIXES)}, "
             "or none for a folder"
         )
+    if not dst.suffix:
+        check_path(dst)
     if dst.exists():
         raise UserError(f"--dst={dst} exists already; nothing was written")
     if not dst.absolute().parent.is_dir():
         raise UserError(f"--dst={dst}: there is no folder {dst.parent}")
 
 
-    if not dst.suffix:
-        check_path(dst)
 def main(argv: list[str]) -> None:
     """Parse the flags, read, write, say what it was."""
     args = parse(argv)
     dst = pathlib.Path(args.dst)
     check_destination(dst)
-    found = weights.read(args.src, args.params, args.decoder_layers)
-    weights.save(dst, found)
+    with locks.held(locks.beside(dst), str(dst)):
+        found = weights.read(args.src, args.params, args.decoder_layers)
+        weights.save(dst, found)
     print(f"wrote {dst}: {weights.describe(found.model)}")
     for line in weights.not_told(found.model) if dst.suffix else ():
         print(f"what {dst.name} does not tell: {line}")

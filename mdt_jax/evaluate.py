@@ -18,6 +18,7 @@ from mdt_jax import (
     distributed,
     drawing,
     evaluation,
+    locks,
     references,
     vae,
     weights,
@@ -130,14 +131,15 @@ def evaluate(args) -> None:
         name: Parts(folder / name, {"of": settings[name], "by": settings["features"]})
         for name in (("samples", "reference") if features == ["inception"] else ())
     }
-    measured = evaluator.measure(samples, parts, progress=True)
-    if is_first():
-        print(f"{samples.path} against {reference.path}:")
-        write(out, measured, settings)
-        for each in parts.values():
-            each.remove()
-        with contextlib.suppress(OSError):
-            folder.rmdir()
+    with distributed.alone(locks.beside(out), str(out)):
+        measured = evaluator.measure(samples, parts, progress=True)
+        if is_first():
+            print(f"{samples.path} against {reference.path}:")
+            write(out, measured, settings)
+            for each in parts.values():
+                each.remove()
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
 
 def card_path(text: str) -> pathlib.Path:
@@ -182,11 +184,12 @@ def make_reference(args) -> None:
     drawing.check_writable(out)
     folder = out.with_name(f"{out.name}.features")
     parts = Parts(folder, {"of": about(images), "by": network.note})
-    found = find({"inception": network}, images, parts, progress=True)
-    if is_first():
-        references.save(out, found["inception"], references.sample_of(images))
-        parts.remove()
-        print(f"wrote the statistics of {len(images)} images to {out}")
+    with distributed.alone(locks.beside(out), str(out)):
+        found = find({"inception": network}, images, parts, progress=True)
+        if is_first():
+            references.save(out, found["inception"], references.sample_of(images))
+            parts.remove()
+            print(f"wrote the statistics of {len(images)} images to {out}")
 
 
 def evaluate_vae(args) -> None:
@@ -195,7 +198,6 @@ def evaluate_vae(args) -> None:
     images = open_images(args.images, args.image_size, num=args.num_samples)
     inception = evaluation.load_inception(args.inception) if args.inception else None
     out = card_path(args.out) if args.out else None
-    measured = evaluation.measure_vae(network, params, images, inception, progress=True)
     settings = {
         "vae": args.vae,
         "vae_sha256": vae.sha256(params),
@@ -204,11 +206,14 @@ def evaluate_vae(args) -> None:
         "images": about(images),
         "features": [inception.note] if inception else [],
     }
-    if is_first():
-        print(f"{images.path} through {args.vae}:")
-        write(out, measured, settings)
-        if inception is None:
-            print("no rFID: --inception=FILE was not given")
+    alone = distributed.alone(locks.beside(out), str(out)) if out else contextlib.nullcontext()
+    with alone:
+        measured = evaluation.measure_vae(network, params, images, inception, progress=True)
+        if is_first():
+            print(f"{images.path} through {args.vae}:")
+            write(out, measured, settings)
+            if inception is None:
+                print("no rFID: --inception=FILE was not given")
 
 
 def write(out: pathlib.Path | None, measured: dict, settings: dict) -> None:

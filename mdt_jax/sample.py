@@ -11,7 +11,7 @@ import pathlib
 
 import numpy as np
 
-from mdt_jax import accelerators, allocator, cli, distributed, drawing, walks
+from mdt_jax import accelerators, allocator, cli, distributed, drawing, locks, walks
 from mdt_jax.data.images import save_animation, save_grid
 from mdt_jax.data.sample_files import Folder, Grid, Npz
 from mdt_jax.distributed import is_first, say
@@ -115,12 +115,13 @@ def main(argv: list[str]) -> None:
             raise UserError("--show takes one --guidance_scale")
         drawing.check_writable(out)
         frames = args.frames or 10
-        rows = WALKS[args.show](model, params, labels, frames=frames, progress=True, **how)
-        images = to_images(rows.reshape(-1, *rows.shape[2:])).reshape(*rows.shape[:2], *shape)
-        if is_first():
-            note |= {"show": args.show, "frames": frames}
-            save_walk(out, images, json.dumps(note, ensure_ascii=False))
-            print(f"wrote {len(rows)} rows of {frames} frames to {out}")
+        with distributed.alone(locks.beside(out), str(out)):
+            rows = WALKS[args.show](model, params, labels, frames=frames, progress=True, **how)
+            images = to_images(rows.reshape(-1, *rows.shape[2:])).reshape(*rows.shape[:2], *shape)
+            if is_first():
+                note |= {"show": args.show, "frames": frames}
+                save_walk(out, images, json.dumps(note, ensure_ascii=False))
+                print(f"wrote {len(rows)} rows of {frames} frames to {out}")
         return
     if scales is not None:
         how["guidance_scale"] = np.resize(scales, len(labels))
