@@ -4,10 +4,12 @@ import math
 
 from ml_collections import ConfigDict
 
+from mdt_jax import files
 from mdt_jax.data import sources
 from mdt_jax.data.crops import CROPS
 from mdt_jax.diffusion.losses import LOSS_WEIGHTS
 from mdt_jax.errors import UserError
+from mdt_jax.interop import hub
 from mdt_jax.interop.inception_weights import WHERE
 from mdt_jax.models.masking import keep_length
 from mdt_jax.models.mdt import REMAT, VAE_FACTOR, input_shape
@@ -16,6 +18,14 @@ from mdt_jax.parallel import mesh_shape
 from mdt_jax.vae import VAE_SCALE
 
 OPTIMIZERS = ("adamw", "adan")
+# Fields that hold paths, and what understands them.
+PATHS = {
+    "data.path": files.local,
+    "vae.path": hub.on_disk,
+    "init.checkpoint": hub.on_disk,
+    "evaluation.reference": files.local,
+    "evaluation.inception": hub.on_disk,
+}
 
 
 def default() -> ConfigDict:
@@ -144,6 +154,18 @@ def complete(stored: dict) -> ConfigDict:
     if isinstance(groups["train"]["remat"], bool):  # before there were policies
         groups["train"]["remat"] = "full" if groups["train"]["remat"] else "none"
     return ConfigDict(groups)
+
+
+def expand_paths(config: ConfigDict) -> None:
+    """Write out ~ in the fields that hold paths. Raises UserError where one holds a URL."""
+    for field, local in PATHS.items():
+        group, name = field.split(".")
+        fields = config.get(group)
+        if isinstance(fields, ConfigDict) and isinstance(fields.get(name), str):
+            try:
+                fields[name] = local(fields[name])
+            except UserError as error:
+                raise UserError(f"{field}: {error}") from None
 
 
 def _require(condition: bool, message: str) -> None:

@@ -192,8 +192,14 @@ class Drawer:
 def write_samples(asked: Request, sink: Sink, to_images: Callable, progress: bool = True) -> bool:
     """Draw what a sink has not got yet and give it to it; False where it has all.
 
-    Of several processes the first one writes, and says what is there.
+    Of several processes the first one writes, and says what is there. Raises UserError where
+    another run writes there.
     """
+    with distributed.alone(sink.lock, str(sink.out)):
+        return _write_samples(asked, sink, to_images, progress)
+
+
+def _write_samples(asked: Request, sink: Sink, to_images: Callable, progress: bool) -> bool:
     total, size = len(asked.labels), asked.batch_size
     starts = range(0, total, size)
     there = "all" if is_first() and sink.finished() else ""

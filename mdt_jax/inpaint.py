@@ -29,10 +29,15 @@ def parse(argv: list[str]):
         description="Draw what a mask hides of an image, and leave the rest as it was.",
     )
     add = parser.add_argument
-    add("--image", required=True, help="the image to complete")
-    add("--mask", required=True, help="an image of the same size: white is hidden, black known")
+    add("--image", required=True, type=cli.local, help="the image to complete")
+    add(
+        "--mask",
+        required=True,
+        type=cli.local,
+        help="an image of the same size: white is hidden, black known",
+    )
     add("--label", help="its class, a number or a name; none for an unconditional model")
-    add("--out", required=True, help="out.png; for several completions a grid")
+    add("--out", required=True, type=cli.local, help="out.png; for several completions a grid")
     add("--num_samples", type=int, default=1, help="how many completions")
     add("--resize", action="store_true", help="cut and resize image and mask to the model's size")
     own = InpaintOptions()

@@ -16,6 +16,7 @@ MODULES = sorted(p.relative_to(ROOT) for p in PACKAGE.rglob("*.py"))
 LEVELS = {
     "errors": 0,
     "files": 1,
+    "locks": 2,
     "accelerators": 1,
     "allocator": 1,
     "progress": 1,
