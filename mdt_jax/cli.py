@@ -16,6 +16,7 @@ from ml_collections import ConfigDict, config_flags
 
 from mdt_jax import distributed
 from mdt_jax.errors import UserError
+from mdt_jax.precision import PRECISIONS
 from mdt_jax.vae import VAE_SCALE
 
 
@@ -118,6 +119,7 @@ def add_sampling_flags(parser: Parser) -> None:
     add("--seed", type=int, default=0, help="sample n depends on the seed, n and its label alone")
     add("--batch_size", type=int, default=100, help="changes the speed, not the samples")
     add("--dtype", choices=DTYPES, help="of matmuls and activations (default: the run's own)")
+    add("--precision", choices=PRECISIONS, help="of float32 matmuls (default: the run's own)")
     add("--vae", help="a file, a folder or hf://OWNER/REPOSITORY; default: the run's own")
     add("--vae_scale", type=float, help=f"of a file's latents (default: {VAE_SCALE})")
     add("--decoder_layers", type=int, help="of an MDT v1 file, which does not tell (default: 2)")

@@ -18,6 +18,7 @@ LEVELS = {
     "files": 1,
     "accelerators": 1,
     "allocator": 1,
+    "precision": 1,
     "progress": 1,
     "models": 1,
     "diffusion": 2,
