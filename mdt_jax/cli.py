@@ -18,6 +18,7 @@ from mdt_jax import config as configs
 from mdt_jax import distributed, files
 from mdt_jax.errors import UserError
 from mdt_jax.interop import hub
+from mdt_jax.precision import PRECISIONS
 from mdt_jax.vae import VAE_SCALE
 
 
@@ -142,6 +143,7 @@ def add_sampling_flags(parser: Parser) -> None:
     add("--seed", type=int, default=0, help="sample n depends on the seed, n and its label alone")
     add("--batch_size", type=int, default=100, help="changes the speed, not the samples")
     add("--dtype", choices=DTYPES, help="of matmuls and activations (default: the run's own)")
+    add("--precision", choices=PRECISIONS, help="of float32 matmuls (default: the run's own)")
     add(
         "--vae",
         type=on_disk,

@@ -15,6 +15,7 @@ from mdt_jax.models.masking import keep_length
 from mdt_jax.models.mdt import REMAT, VAE_FACTOR, input_shape
 from mdt_jax.options import SampleOptions
 from mdt_jax.parallel import mesh_shape
+from mdt_jax.precision import HIGHEST, PRECISIONS
 from mdt_jax.vae import VAE_SCALE
 
 OPTIMIZERS = ("adamw", "adan")
@@ -87,6 +88,7 @@ def default() -> ConfigDict:
                 steps=400_000,
                 seed=0,
                 dtype="float32",  # of matmuls and activations: float32 or bfloat16
+                precision=HIGHEST,  # of float32 matmuls on accelerators, the VAE's too
                 remat="none",  # what of each block the backward pass recomputes: none, dots, full
                 accumulate=1,  # parts of the batch that a step takes after each other
                 log_every=100,
@@ -380,6 +382,7 @@ def validate(config: ConfigDict, num_devices: int | None = None) -> None:
     _require(train.sample_every >= 0, f"train.sample_every is {train.sample_every}; 0 or more")
     _require(0 <= train.seed < 2**31, f"train.seed is {train.seed}; it must be in [0, 2^31)")
     _one_of("train.dtype", train.dtype, ("float32", "bfloat16"))
+    _one_of("train.precision", train.precision, PRECISIONS)
     _one_of("train.remat", train.remat, REMAT)
     SampleOptions.from_config(config).check(model.num_classes)
     _require(

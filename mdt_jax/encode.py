@@ -61,7 +61,7 @@ def encoded(
     """
     mesh = parallel.local_mesh()
     size, split = EACH_DEVICE * mesh.size, parallel.split_batch(mesh)
-    encode = vae.encoder(found.network, mesh)
+    encode = vae.encoder(found.network, mesh, config.train.precision)
     params = jax.device_put(found.params, parallel.replicated(mesh))
     items = [part[i : i + size] for part in parts for i in range(0, len(part), size)]
     plan = [(each, np.ones(len(each))) for each in items]
@@ -104,6 +104,7 @@ def describe(config: ConfigDict, images: Squares, found: inputs.Vae, shard_image
         "vae": found.path,
         "vae_sha256": vae.sha256(found.params),
         "scale": config.vae.scale,
+        "precision": config.train.precision,
         "classes": images.classes if config.model.num_classes else [],
         "images_sha256": images.identity,
         "source": f"{data.name} {data.path}",

@@ -105,7 +105,7 @@ def fitted(image, size: tuple[int, int], resize: bool, name: str) -> np.ndarray:
 
 
 def encoded(
-    image: np.ndarray, hidden: np.ndarray, vae: drawing.Vae
+    image: np.ndarray, hidden: np.ndarray, vae: drawing.Vae, precision: str
 ) -> tuple[np.ndarray, np.ndarray]:
     """Scaled latents [h, w, c] of what is known of an image, and which of them are hidden [h, w].
 
@@ -113,7 +113,7 @@ def encoded(
     any of its pixels is.
     """
     known = np.where(hidden[:, :, None], image[~hidden].mean(0).astype(np.uint8), image)
-    encode = encoder(vae.network, parallel.make_mesh(devices=jax.devices()[:1]))
+    encode = encoder(vae.network, parallel.make_mesh(devices=jax.devices()[:1]), precision)
     mean, _ = encode(vae.params, known[None])
     rows, columns = mean.shape[1:3]
     pixels = hidden.reshape(rows, vae.network.factor, columns, vae.network.factor)
@@ -163,7 +163,7 @@ def main(argv: list[str]) -> None:
     labels = np.full(args.num_samples, label)
     check_labels(labels, model.num_classes)
     found = drawing.find_vae(args.checkpoint, weights, args.vae, args.vae_scale)
-    to_images, (height, width, channels) = drawing.decoder(model, found)
+    to_images, (height, width, channels) = drawing.decoder(model, found, options.precision)
     size = (height, width)
     picture = open_picture(args.image, "--image")
     hidden = read_mask(args.mask, size, (picture.height, picture.width), args.resize)
@@ -173,7 +173,7 @@ def main(argv: list[str]) -> None:
 
     known, hidden_there = to_float(image), hidden
     if found is not None:
-        known, hidden_there = encoded(image, hidden, found)
+        known, hidden_there = encoded(image, hidden, found, options.precision)
     changes = {} if scales is None else {"guidance_scale": np.resize(scales, len(labels))}
     samples = inpaint(
         model, weights.params, np.stack([known] * len(labels)), hidden_there, labels, how=how,

@@ -106,7 +106,7 @@ def main(argv: list[str]) -> None:
         args.labels, args.num_samples, model.num_classes, weights.classes, args.seed
     )
     vae = drawing.find_vae(args.checkpoint, weights, args.vae, args.vae_scale)
-    to_images, shape = drawing.decoder(model, vae)
+    to_images, shape = drawing.decoder(model, vae, options.precision)
     how = {"seed": args.seed, "batch_size": args.batch_size, "options": options}
     note = drawing.note_of(args.checkpoint, weights, options, scales, vae)
     note |= drawing.note_of_labels(labels, args.labels, args.seed, args.batch_size)

@@ -43,7 +43,7 @@ def test_the_npz_is_what_adm_reads(tmp_path):
         note = json.loads(str(saved["note"]))
     assert note["uint8"] == "clip((x + 1)*127.5, 0, 255), truncated"
     assert (note["sampler"], note["num_steps"], note["labels"]) == ("ddim", 3, "7,1")
-    assert len(note["parameters_sha256"]) == 64
+    assert len(note["parameters_sha256"]) == 64 and note["precision"] == "highest"
     assert "finished already" in draw(
         "--num_samples=25", "--batch_size=10", "--labels=7,1", f"--out={out}"
     )

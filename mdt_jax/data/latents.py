@@ -267,6 +267,7 @@ class Making:
                 raise UserError(f"{self.folder} is neither empty nor a cache of latents")
             self._write(UNFINISHED, self.what)
             return False
+        found = {"precision": self.what.get("precision"), **found}  # older ones do not tell
         other = [k for k, v in self.what.items() if k not in self.told and found.get(k) != v]
         if other:
             was, now = (str(each.get(other[0]))[:100] for each in (found, self.what))

@@ -28,11 +28,9 @@ def local_path(path: str) -> pathlib.Path:
     repository, _, name = rest.partition("/")
     if not (owner and repository and name):
         raise UserError(f"{path}: write hf://OWNER/REPOSITORY/FILE")
-    try:
-        import huggingface_hub
-        from huggingface_hub import errors
-    except ImportError:
-        raise UserError("hf:// paths need huggingface_hub: pip install -e '.[weights]'") from None
+    import huggingface_hub
+    from huggingface_hub import errors
+
     started = time.time()
     huggingface_hub.logging.set_verbosity_error()  # else it tells of each retry, twice
     try:

@@ -33,6 +33,9 @@ ORBAX_FILES = 1_000_000  # bytes that a step takes besides its arrays, generousl
 SUM = "sha256"  # in `meta`: of all else in it; so in every format, newer ones included
 STEP = re.compile("0|[1-9][0-9]*")  # what a step's folder is called
 
+# Files that Orbax itself leaves in a folder that it writes.
+ORBAX_MARKS = {"_CHECKPOINT_METADATA", "_METADATA", "_sharding", "manifest.ocdbt"}
+
 Read = TypeVar("Read")
 
 
@@ -346,6 +349,7 @@ def load(path: str | os.PathLike, choose: Callable[[dict], tuple[str, dict]]) ->
         )
         return _restore(folder, {item: abstract})[item], meta
 
+    _check_is_ours(root)
     if is_saved(root):
         try:
             return read(root)
@@ -358,6 +362,19 @@ def load(path: str | os.PathLike, choose: Callable[[dict], tuple[str, dict]]) ->
     if found is None:
         raise UserError(f"{path} holds no checkpoint: expected a workdir that was trained in")
     return found
+
+
+def _check_is_ours(root: pathlib.Path) -> None:
+    """Raise UserError for a folder, or one with steps, that another program wrote by Orbax."""
+    for folder in (root, *(root / str(step) for step in _steps(root))):
+        names = {path.name for path in folder.iterdir()}
+        if names & ORBAX_MARKS and not names & {"meta", "params", "ema", "progress"}:
+            items = sorted(name for name in names if "." not in name and name not in ORBAX_MARKS)
+            held = "arrays alone" if "_METADATA" in names else ", ".join(items[:3])
+            raise UserError(
+                f"{folder} is an Orbax checkpoint of another program: it holds {held}, not the "
+                "params, ema, progress and meta of a run"
+            )
 
 
 def is_saved(folder: str | os.PathLike) -> bool:

@@ -122,6 +122,22 @@ def test_paths_without_a_checkpoint(tmp_path):
         mdt_jax.load(file)
 
 
+def test_an_orbax_folder_of_another_program_is_not_called_damaged(tmp_path):
+    import orbax.checkpoint as ocp
+
+    tree, args = {"params": {"a": np.ones(3)}}, ocp.args.StandardSave
+    with ocp.CheckpointManager(tmp_path / "steps") as manager:
+        manager.save(1000, args=args(tree))
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "alone", tree)
+    for path, said in (
+        ("steps", "steps/1000 is an Orbax checkpoint of another program: it holds default"),
+        ("alone", "alone is an Orbax checkpoint of another program"),
+    ):
+        with pytest.raises(UserError, match=said):
+            mdt_jax.load(tmp_path / path)
+
+
 def test_metrics_log_drops_later_and_torn_lines(tmp_path):
     path = tmp_path / "metrics.jsonl"
     with contextlib.closing(MetricsLog(path, 0)) as log:
