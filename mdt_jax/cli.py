@@ -14,8 +14,11 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from mdt_jax import distributed
+from mdt_jax import config as configs
+from mdt_jax import distributed, files
 from mdt_jax.errors import UserError
+from mdt_jax.interop import hub
+from mdt_jax.precision import PRECISIONS
 from mdt_jax.vae import VAE_SCALE
 
 
@@ -88,6 +91,23 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
+def local(text: str) -> str:
+    """A path on this machine."""
+    return _path(text, files.local)
+
+
+def on_disk(text: str) -> str:
+    """A path on this machine, or hf://…"""
+    return _path(text, hub.on_disk)
+
+
+def _path(text: str, understood: Callable[[str], str]) -> str:
+    try:
+        return understood(text)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def channels(text: str) -> int:
     """A number of channels, or "all"."""
     if text != "all" and not text.isdigit():
@@ -114,11 +134,21 @@ def check_positive(args: argparse.Namespace, *names: str) -> None:
 def add_sampling_flags(parser: Parser) -> None:
     """What says which network draws, and how."""
     add = parser.add_argument
-    add("--checkpoint", required=True, help="a workdir or a step of it, .pt, .safetensors, hf://…")
+    add(
+        "--checkpoint",
+        required=True,
+        type=on_disk,
+        help="a workdir or a step of it, .pt, .safetensors, hf://…",
+    )
     add("--seed", type=int, default=0, help="sample n depends on the seed, n and its label alone")
     add("--batch_size", type=int, default=100, help="changes the speed, not the samples")
     add("--dtype", choices=DTYPES, help="of matmuls and activations (default: the run's own)")
-    add("--vae", help="a file, a folder or hf://OWNER/REPOSITORY; default: the run's own")
+    add("--precision", choices=PRECISIONS, help="of float32 matmuls (default: the run's own)")
+    add(
+        "--vae",
+        type=on_disk,
+        help="a file, a folder or hf://OWNER/REPOSITORY; default: the run's own",
+    )
     add("--vae_scale", type=float, help=f"of a file's latents (default: {VAE_SCALE})")
     add("--decoder_layers", type=int, help="of an MDT v1 file, which does not tell (default: 2)")
     group = parser.add_argument_group("overriding the checkpoint's own settings")
@@ -145,13 +175,13 @@ def parse_config(
     """Read `--config=FILE.py[:variant]`, `--config.field=value` and further flags.
 
     strings: name → help of those that are required. optional: name → (default, help) of others.
-    Raises UserError for an unknown file, field or flag, for a value of the wrong type, and for a
-    file that gives no config.
+    In paths ~ is the home folder. Raises UserError for an unknown file, field or flag, for a value
+    of the wrong type, for a URL where a path is meant, and for a file that gives no config.
     """
     if "--help" in argv or "-h" in argv:
         print(usage)
         sys.exit(0)
-    path = _config_path(argv)
+    path, argv = _config_path(argv)
     values = flags.FlagValues()
     for name, help_text in strings.items():
         flags.DEFINE_string(name, None, help_text, flag_values=values)
@@ -171,19 +201,25 @@ def parse_config(
     config = values["config"].value
     if not isinstance(config, ConfigDict):
         raise UserError(f"{path}: get_config() must return a ConfigDict, not {config!r}")
+    configs.expand_paths(config)
     return config, values
 
 
-def _config_path(argv: list[str]) -> str:
-    """The path in --config=PATH[:variant] or --config PATH; UserError where there is none."""
-    for flag, following in zip(argv, [*argv[1:], ""], strict=True):
+def _config_path(argv: list[str]) -> tuple[str, list[str]]:
+    """The path in --config=PATH[:variant] or --config PATH, and argv with that path written out.
+
+    Raises UserError where there is none.
+    """
+    for number, flag in enumerate(argv):
         name, equals, value = flag.lstrip("-").partition("=")
         if flag.startswith("-") and name == "config":
-            path = (value if equals else following).partition(":")[0]
+            value = files.local(value if equals else "".join(argv[number + 1 : number + 2]))
+            path = value.partition(":")[0]
             if not os.path.isfile(path):
                 wrong = "is a folder" if os.path.isdir(path) else "does not exist"
                 raise UserError(f"config file '{path}' {wrong}")
-            return path
+            rest = argv[number + (1 if equals else 2) :]
+            return path, [*argv[:number], f"--config={value}", *rest]
     raise UserError("--config is missing, such as --config=configs/digits.py")
 
 

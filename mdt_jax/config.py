@@ -4,18 +4,29 @@ import math
 
 from ml_collections import ConfigDict
 
+from mdt_jax import files
 from mdt_jax.data import sources
 from mdt_jax.data.crops import CROPS
 from mdt_jax.diffusion.losses import LOSS_WEIGHTS
 from mdt_jax.errors import UserError
+from mdt_jax.interop import hub
 from mdt_jax.interop.inception_weights import WHERE
 from mdt_jax.models.masking import keep_length
 from mdt_jax.models.mdt import REMAT, VAE_FACTOR, input_shape
 from mdt_jax.options import SampleOptions
 from mdt_jax.parallel import mesh_shape
+from mdt_jax.precision import HIGHEST, PRECISIONS
 from mdt_jax.vae import VAE_SCALE
 
 OPTIMIZERS = ("adamw", "adan")
+# Fields that hold paths, and what understands them.
+PATHS = {
+    "data.path": files.local,
+    "vae.path": hub.on_disk,
+    "init.checkpoint": hub.on_disk,
+    "evaluation.reference": files.local,
+    "evaluation.inception": hub.on_disk,
+}
 
 
 def default() -> ConfigDict:
@@ -77,6 +88,7 @@ def default() -> ConfigDict:
                 steps=400_000,
                 seed=0,
                 dtype="float32",  # of matmuls and activations: float32 or bfloat16
+                precision=HIGHEST,  # of float32 matmuls on accelerators, the VAE's too
                 remat="none",  # what of each block the backward pass recomputes: none, dots, full
                 accumulate=1,  # parts of the batch that a step takes after each other
                 log_every=100,
@@ -144,6 +156,18 @@ def complete(stored: dict) -> ConfigDict:
     if isinstance(groups["train"]["remat"], bool):  # before there were policies
         groups["train"]["remat"] = "full" if groups["train"]["remat"] else "none"
     return ConfigDict(groups)
+
+
+def expand_paths(config: ConfigDict) -> None:
+    """Write out ~ in the fields that hold paths. Raises UserError where one holds a URL."""
+    for field, local in PATHS.items():
+        group, name = field.split(".")
+        fields = config.get(group)
+        if isinstance(fields, ConfigDict) and isinstance(fields.get(name), str):
+            try:
+                fields[name] = local(fields[name])
+            except UserError as error:
+                raise UserError(f"{field}: {error}") from None
 
 
 def _require(condition: bool, message: str) -> None:
@@ -358,6 +382,7 @@ def validate(config: ConfigDict, num_devices: int | None = None) -> None:
     _require(train.sample_every >= 0, f"train.sample_every is {train.sample_every}; 0 or more")
     _require(0 <= train.seed < 2**31, f"train.seed is {train.seed}; it must be in [0, 2^31)")
     _one_of("train.dtype", train.dtype, ("float32", "bfloat16"))
+    _one_of("train.precision", train.precision, PRECISIONS)
     _one_of("train.remat", train.remat, REMAT)
     SampleOptions.from_config(config).check(model.num_classes)
     _require(

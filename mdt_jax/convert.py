@@ -6,9 +6,10 @@ What is at --src says what network it is; the suffix of --dst says where it goes
 
 import pathlib
 
-from mdt_jax import cli, weights
+from mdt_jax import cli, locks, weights
 from mdt_jax.errors import UserError
 from mdt_jax.interop import torch_files
+from mdt_jax.train.checkpoints import check_path
 
 
 def parse(argv: list[str]):
@@ -19,9 +20,15 @@ def parse(argv: list[str]):
     add(
         "--src",
         required=True,
+        type=cli.on_disk,
         help="a workdir, a folder, .pt, .safetensors, or hf://OWNER/REPO/FILE",
     )
-    add("--dst", required=True, help="FILE.pt, FILE.safetensors, or a folder to be made")
+    add(
+        "--dst",
+        required=True,
+        type=cli.local,
+        help="FILE.pt, FILE.safetensors, or a folder to be made",
+    )
     add("--params", choices=weights.ITEMS, default="ema", help="which of a run's parameters")
     add("--decoder_layers", type=int, help="what MDT v1's files do not tell (default: 2)")
     return parser.parse_args(argv[1:])
@@ -34,6 +41,8 @@ def check_destination(dst: pathlib.Path) -> None:
             f"--dst={dst}: unknown suffix {dst.suffix!r}; use {', '.join(torch_files.SUFFIXES)}, "
             "or none for a folder"
         )
+    if not dst.suffix:
+        check_path(dst)
     if dst.exists():
         raise UserError(f"--dst={dst} exists already; nothing was written")
     if not dst.absolute().parent.is_dir():
@@ -45,8 +54,9 @@ def main(argv: list[str]) -> None:
     args = parse(argv)
     dst = pathlib.Path(args.dst)
     check_destination(dst)
-    found = weights.read(args.src, args.params, args.decoder_layers)
-    weights.save(dst, found)
+    with locks.held(locks.beside(dst), str(dst)):
+        found = weights.read(args.src, args.params, args.decoder_layers)
+        weights.save(dst, found)
     print(f"wrote {dst}: {weights.describe(found.model)}")
     for line in weights.not_told(found.model) if dst.suffix else ():
         print(f"what {dst.name} does not tell: {line}")

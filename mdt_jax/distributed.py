@@ -6,12 +6,13 @@ With one process all of this does nothing.
 import contextlib
 import itertools
 import os
+import pathlib
 import re
 import socket
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -20,7 +21,7 @@ from jax._src.distributed import global_state as _state  # its only home, as Orb
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mdt_jax import parallel
+from mdt_jax import locks, parallel
 from mdt_jax.errors import UserError
 
 _left = threading.Event()  # the processes have parted in peace
@@ -272,6 +273,21 @@ def everyone(yes: bool, what: str = "vote") -> bool:
 def of_first(value: str) -> str:
     """Process 0's value, in every process; all of them must ask."""
     return _exchange("of_first", value)[0] if several() else value
+
+
+@contextlib.contextmanager
+def alone(lock: pathlib.Path, what: str) -> Iterator[None]:
+    """`locks.held`, by the first process for all of them; each one raises where it is refused."""
+    with contextlib.ExitStack() as stack:
+        refused = ""
+        if is_first():
+            try:
+                stack.enter_context(locks.held(lock, what))
+            except UserError as error:
+                refused = str(error)
+        if refused := of_first(refused):
+            raise UserError(refused)
+        yield
 
 
 def fetch(array: jax.Array) -> np.ndarray:

@@ -130,14 +130,15 @@ def find_vae(
 
 
 def decoder(
-    model: MDT, vae: Vae | None
+    model: MDT, vae: Vae | None, precision: str
 ) -> tuple[Callable[[np.ndarray], np.ndarray], tuple[int, int, int]]:
     """(function from samples [n, h, w, c] to uint8 images [n, H, W, C]; an image's shape)."""
     if vae is None:
         return to_uint8, (*model.input_size, model.in_channels)
 
     def to_images(latents):
-        return to_uint8(decode(vae.network, vae.params, latents, scale=vae.scale))
+        images = decode(vae.network, vae.params, latents, scale=vae.scale, precision=precision)
+        return to_uint8(images)
 
     height, width = (vae.network.factor * side for side in model.input_size)
     return to_images, (height, width, 3)
@@ -178,7 +179,7 @@ class Drawer:
         self.config, self.model = config, model
         self.options = SampleOptions.from_config(config)
         self.vae = vae
-        self.to_images, self.shape = decoder(model, vae)
+        self.to_images, self.shape = decoder(model, vae, self.options.precision)
 
     def request(self, params, count: int) -> Request:
         labels = balanced_labels(count, self.model.num_classes)
@@ -192,8 +193,14 @@ class Drawer:
 def write_samples(asked: Request, sink: Sink, to_images: Callable, progress: bool = True) -> bool:
     """Draw what a sink has not got yet and give it to it; False where it has all.
 
-    Of several processes the first one writes, and says what is there.
+    Of several processes the first one writes, and says what is there. Raises UserError where
+    another run writes there.
     """
+    with distributed.alone(sink.lock, str(sink.out)):
+        return _write_samples(asked, sink, to_images, progress)
+
+
+def _write_samples(asked: Request, sink: Sink, to_images: Callable, progress: bool) -> bool:
     total, size = len(asked.labels), asked.batch_size
     starts = range(0, total, size)
     there = "all" if is_first() and sink.finished() else ""

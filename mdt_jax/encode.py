@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from mdt_jax import accelerators, cli, inputs, parallel, vae
+from mdt_jax import accelerators, cli, files, inputs, parallel, vae
 from mdt_jax import config as configs
 from mdt_jax.data import latents, pipeline, sources
 from mdt_jax.data.crops import Squares
@@ -61,7 +61,7 @@ def encoded(
     """
     mesh = parallel.local_mesh()
     size, split = EACH_DEVICE * mesh.size, parallel.split_batch(mesh)
-    encode = vae.encoder(found.network, mesh)
+    encode = vae.encoder(found.network, mesh, config.train.precision)
     params = jax.device_put(found.params, parallel.replicated(mesh))
     items = [part[i : i + size] for part in parts for i in range(0, len(part), size)]
     plan = [(each, np.ones(len(each))) for each in items]
@@ -104,6 +104,7 @@ def describe(config: ConfigDict, images: Squares, found: inputs.Vae, shard_image
         "vae": found.path,
         "vae_sha256": vae.sha256(found.params),
         "scale": config.vae.scale,
+        "precision": config.train.precision,
         "classes": images.classes if config.model.num_classes else [],
         "images_sha256": images.identity,
         "source": f"{data.name} {data.path}",
@@ -117,6 +118,15 @@ def make(config: ConfigDict, out: pathlib.Path, shard_images: int, part: tuple[i
     inputs.check_classes(name, len(images.classes), config.model.num_classes)
     found = load_vae(config)
     making = latents.Making(out, describe(config, images, found, shard_images))
+    with making.alone(part):
+        fill(making, config, images, found, part)
+
+
+def fill(
+    making: latents.Making, config: ConfigDict, images: Squares, found: inputs.Vae, part
+) -> None:
+    """Encode what is not yet encoded of one part; arguments as of `make`."""
+    out = making.folder
     if making.start():
         print(f"{out} is finished already; --verify reads all of it", file=sys.stderr)
         return
@@ -224,6 +234,7 @@ def main(argv: list[str]) -> None:
         "shard_images": (SHARD_IMAGES, "images in a shard, which is what a stop may cost"),
     }
     config, flags = cli.parse_config(argv, usage, optional)
+    out = pathlib.Path(files.local(flags.out))
     configs.validate(config)
     accelerators.warn_of_unused()
     if flags.shard_images < 1:
@@ -235,9 +246,9 @@ def main(argv: list[str]) -> None:
     elif not flags.out:
         raise UserError(f"--out is missing; {usage.splitlines()[0]}")
     elif flags.verify:
-        verify(config, pathlib.Path(flags.out))
+        verify(config, out)
     else:
-        make(config, pathlib.Path(flags.out), flags.shard_images, parse_part(flags.part))
+        make(config, out, flags.shard_images, parse_part(flags.part))
 
 
 if __name__ == "__main__":

@@ -3,3 +3,7 @@
 
 class UserError(ValueError):
     """Says in one line what was wrong, where, and what to do. Commands print it and exit with 2."""
+
+
+class DamagedError(UserError):
+    """A file of our own does not hold what was written to it."""

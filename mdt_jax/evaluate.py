@@ -18,6 +18,7 @@ from mdt_jax import (
     distributed,
     drawing,
     evaluation,
+    locks,
     references,
     vae,
     weights,
@@ -62,19 +63,36 @@ def parse(argv: list[str]):
         "npz, a folder, a .csv or .jsonl list, a .tar, tfds:NAME:SPLIT, or digits, mnist, …",
     )
     add = parser.add_argument
-    add("--samples", help="what to measure: an npz, or a folder of images")
-    add("--reference", help="real images: IMAGES, or an npz with mu, sigma, mu_s and sigma_s")
-    add("--inception", help="weights of FID's Inception: a file, a folder of convert, or hf://…")
+    add("--samples", type=cli.local, help="what to measure: an npz, or a folder of images")
+    add(
+        "--reference",
+        type=cli.local,
+        help="real images: IMAGES, or an npz with mu, sigma, mu_s and sigma_s",
+    )
+    add(
+        "--inception",
+        type=cli.on_disk,
+        help="weights of FID's Inception: a file, a folder of convert, or hf://…",
+    )
     add(
         "--features",
         help="inception (default), pixels or classifier, or several: pixels,classifier",
     )
     add("--num_samples", type=int, help="the first N of the images are measured")
     add("--image_size", type=int, help="image files are cut to this size, as for training")
-    add("--out", help="the JSON (default: beside the samples, or none), or the new reference")
-    add("--make_reference", metavar="IMAGES", help="write statistics of real images to --out")
-    add("--vae", help="measure what is lost in encoding and decoding --images")
-    add("--images", metavar="IMAGES", help="with --vae")
+    add(
+        "--out",
+        type=cli.local,
+        help="the JSON (default: beside the samples, or none), or the new reference",
+    )
+    add(
+        "--make_reference",
+        metavar="IMAGES",
+        type=cli.local,
+        help="write statistics of real images to --out",
+    )
+    add("--vae", type=cli.on_disk, help="measure what is lost in encoding and decoding --images")
+    add("--images", metavar="IMAGES", type=cli.local, help="with --vae")
     group = parser.add_argument_group("several processes")
     for name, (default, help_) in cli.PROCESSES.items():
         group.add_argument(f"--{name}", type=type(default), default=default, help=help_)
@@ -113,14 +131,15 @@ def evaluate(args) -> None:
         name: Parts(folder / name, {"of": settings[name], "by": settings["features"]})
         for name in (("samples", "reference") if features == ["inception"] else ())
     }
-    measured = evaluator.measure(samples, parts, progress=True)
-    if is_first():
-        print(f"{samples.path} against {reference.path}:")
-        write(out, measured, settings)
-        for each in parts.values():
-            each.remove()
-        with contextlib.suppress(OSError):
-            folder.rmdir()
+    with distributed.alone(locks.beside(out), str(out)):
+        measured = evaluator.measure(samples, parts, progress=True)
+        if is_first():
+            print(f"{samples.path} against {reference.path}:")
+            write(out, measured, settings)
+            for each in parts.values():
+                each.remove()
+            with contextlib.suppress(OSError):
+                folder.rmdir()
 
 
 def card_path(text: str) -> pathlib.Path:
@@ -165,11 +184,12 @@ def make_reference(args) -> None:
     drawing.check_writable(out)
     folder = out.with_name(f"{out.name}.features")
     parts = Parts(folder, {"of": about(images), "by": network.note})
-    found = find({"inception": network}, images, parts, progress=True)
-    if is_first():
-        references.save(out, found["inception"], references.sample_of(images))
-        parts.remove()
-        print(f"wrote the statistics of {len(images)} images to {out}")
+    with distributed.alone(locks.beside(out), str(out)):
+        found = find({"inception": network}, images, parts, progress=True)
+        if is_first():
+            references.save(out, found["inception"], references.sample_of(images))
+            parts.remove()
+            print(f"wrote the statistics of {len(images)} images to {out}")
 
 
 def evaluate_vae(args) -> None:
@@ -178,7 +198,6 @@ def evaluate_vae(args) -> None:
     images = open_images(args.images, args.image_size, num=args.num_samples)
     inception = evaluation.load_inception(args.inception) if args.inception else None
     out = card_path(args.out) if args.out else None
-    measured = evaluation.measure_vae(network, params, images, inception, progress=True)
     settings = {
         "vae": args.vae,
         "vae_sha256": vae.sha256(params),
@@ -187,11 +206,14 @@ def evaluate_vae(args) -> None:
         "images": about(images),
         "features": [inception.note] if inception else [],
     }
-    if is_first():
-        print(f"{images.path} through {args.vae}:")
-        write(out, measured, settings)
-        if inception is None:
-            print("no rFID: --inception=FILE was not given")
+    alone = distributed.alone(locks.beside(out), str(out)) if out else contextlib.nullcontext()
+    with alone:
+        measured = evaluation.measure_vae(network, params, images, inception, progress=True)
+        if is_first():
+            print(f"{images.path} through {args.vae}:")
+            write(out, measured, settings)
+            if inception is None:
+                print("no rFID: --inception=FILE was not given")
 
 
 def write(out: pathlib.Path | None, measured: dict, settings: dict) -> None:

@@ -9,8 +9,8 @@ import contextlib
 import dataclasses
 import json
 import pathlib
+import re
 import shutil
-import zipfile
 from collections.abc import Callable, Mapping
 from typing import cast
 
@@ -22,7 +22,7 @@ from mdt_jax import distributed, parallel
 from mdt_jax.data.image_sets import ImageSet
 from mdt_jax.data.images import to_float
 from mdt_jax.errors import UserError
-from mdt_jax.files import reason, save_arrays, whole
+from mdt_jax.files import passes, reason, save_arrays, whole
 from mdt_jax.measures import Gaussian, Moments
 from mdt_jax.models.inception import POOL, SPATIAL, Features, Inception
 from mdt_jax.progress import progress_bar
@@ -189,11 +189,16 @@ class Parts:
         return self.folder / f"{start:09d}.npz"
 
     def begin(self) -> set[int]:
-        """The first images of the slices that are there already, of these settings."""
-        with contextlib.suppress(OSError, ValueError):
-            if (self.folder / SETTINGS).read_text(encoding="utf-8") == self._note:
-                whole_ones = filter(zipfile.is_zipfile, self.folder.glob("*.npz"))
-                return {int(path.stem) for path in whole_ones}
+        """The first images of the slices that are there already and whole, of these settings.
+
+        Raises UserError or OSError where they cannot be read just now.
+        """
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            text = (self.folder / SETTINGS).read_text(encoding="utf-8", errors="replace")
+            if text == self._note:
+                names = [path.stem for path in self.folder.glob("*.npz")]
+                starts = {int(name) for name in names if re.fullmatch("[0-9]{9}", name)}
+                return {start for start in starts if self._is_whole(start)}
         self.remove()
         self.folder.mkdir(parents=True, exist_ok=True)
         with whole(self.folder / SETTINGS) as temporary:
@@ -203,15 +208,27 @@ class Parts:
     def save(self, start: int, found: dict[tuple[str, str], np.ndarray]) -> None:
         save_arrays(self._path(start), {"/".join(key): values for key, values in found.items()})
 
-    def load(self, start: int) -> dict[tuple[str, str], np.ndarray]:
-        path = self._path(start)
+    def _is_whole(self, start: int) -> bool:
         try:
-            with np.load(path) as arrays:
-                return {tuple(key.split("/")): values for key, values in arrays.items()}
+            return all(len(key) == 2 for key in self._read(start))
         except Exception as error:  # of many kinds, by what is damaged
-            raise UserError(
-                f"{path}, features of a run before, is damaged ({reason(error)}); remove it"
-            ) from None
+            if passes(error):
+                raise self._unreadable(start, error) from None
+            return False
+
+    def _read(self, start: int) -> dict[tuple[str, str], np.ndarray]:
+        with np.load(self._path(start)) as arrays:
+            return {tuple(key.split("/")): values for key, values in arrays.items()}
+
+    def load(self, start: int) -> dict[tuple[str, str], np.ndarray]:
+        """Those of a slice that `begin` has found. Raises UserError where they cannot be read."""
+        try:
+            return self._read(start)
+        except Exception as error:  # of many kinds, by what is damaged
+            raise self._unreadable(start, error) from None
+
+    def _unreadable(self, start: int, error: Exception) -> UserError:
+        return UserError(f"{self._path(start)} cannot be read: {reason(error)}")
 
     def remove(self) -> None:
         """A folder that is none of ours is left alone."""

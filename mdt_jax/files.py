@@ -1,15 +1,28 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all, and what is wrong where one cannot be read."""
 
 import contextlib
+import errno
+import json
 import os
 import pathlib
+import re
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from mdt_jax.errors import UserError
+from mdt_jax.errors import DamagedError, UserError
+
+# What keeps a sound file from being read at the moment.
+PASSING = (
+    errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.EIO, errno.ENOMEM, errno.EAGAIN,
+    errno.EBUSY, errno.ESTALE, errno.ETIMEDOUT, errno.ENODEV, errno.ENXIO, errno.ENOTCONN,
+    errno.EHOSTDOWN, errno.EHOSTUNREACH,
+)  # fmt: skip
+# The same as libraries say it that do not hand on the system's own words.
+SAID = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "can't start new thread", "bad_alloc")
 
 
 @contextlib.contextmanager
@@ -24,8 +37,10 @@ def whole(
     path = pathlib.Path(path)
     temporary = beside(path)
     try:
+        temporary.touch()
+        mode = stat.S_IMODE(temporary.stat().st_mode)
         yield temporary
-        os.chmod(temporary, 0o666 & ~_umask())  # some writers let nobody else read
+        os.chmod(temporary, mode)  # some writers replace the file by one that nobody else may read
         settle(temporary)
         os.replace(temporary, path)
     except (OSError, *failures) as error:
@@ -46,12 +61,6 @@ def settle(path: pathlib.Path) -> None:
     """Wait until a file is on the disk, so that a power cut cannot leave its name without it."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())
-
-
-def _umask() -> int:
-    mask = os.umask(0)  # it can only be read by being set
-    os.umask(mask)
-    return mask
 
 
 def beside(path: pathlib.Path) -> pathlib.Path:
@@ -82,7 +91,56 @@ def check_room(path: pathlib.Path, size: int) -> None:
 
 
 def _room(path: pathlib.Path) -> int | None:
+    """Free bytes on the disk of a folder, or of the one that a file is to be in; links followed."""
+    place = path.resolve()
     try:
-        return shutil.disk_usage(path.absolute().parent).free
+        return shutil.disk_usage(place if place.is_dir() else path.parent.resolve()).free
     except OSError:
         return None
+
+
+def passes(error: BaseException | None) -> bool:
+    """Whether reading raised this for want of access, open files or memory, or for a failing disk,
+    so that the file itself may be sound.
+    """
+    if error is None:
+        return False
+    parts = getattr(error, "exceptions", ())  # of an ExceptionGroup
+    text = str(error)
+    return (
+        isinstance(error, MemoryError)
+        or (isinstance(error, OSError) and error.errno in PASSING)
+        or any(words in text for words in (*SAID, *map(os.strerror, PASSING)))
+        or any(map(passes, parts))
+        or passes(error.__cause__ or error.__context__)
+    )
+
+
+def read_json(path: pathlib.Path) -> dict | None:
+    """A JSON object that we wrote, or None where there is no such file.
+
+    Raises DamagedError where it holds anything else, UserError where it cannot be read just now.
+    """
+    try:
+        found = json.loads(path.read_bytes().decode())
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {reason(error)}") from None
+    except (ValueError, RecursionError) as error:
+        raise DamagedError(f"{path} cannot be read: {reason(error)}") from None
+    if not isinstance(found, dict):
+        raise DamagedError(f"{path} is damaged, or was edited: it holds no JSON object")
+    return found
+
+
+def local(path: str) -> str:
+    """A path on this machine's file systems, ~ being the home folder.
+
+    Raises UserError for a URL.
+    """
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", path):
+        raise UserError(
+            f"{path} is a URL, and mdt_jax reads and writes local files; mount it, or copy it"
+        )
+    return os.path.expanduser(path)

@@ -29,10 +29,15 @@ def parse(argv: list[str]):
         description="Draw what a mask hides of an image, and leave the rest as it was.",
     )
     add = parser.add_argument
-    add("--image", required=True, help="the image to complete")
-    add("--mask", required=True, help="an image of the same size: white is hidden, black known")
+    add("--image", required=True, type=cli.local, help="the image to complete")
+    add(
+        "--mask",
+        required=True,
+        type=cli.local,
+        help="an image of the same size: white is hidden, black known",
+    )
     add("--label", help="its class, a number or a name; none for an unconditional model")
-    add("--out", required=True, help="out.png; for several completions a grid")
+    add("--out", required=True, type=cli.local, help="out.png; for several completions a grid")
     add("--num_samples", type=int, default=1, help="how many completions")
     add("--resize", action="store_true", help="cut and resize image and mask to the model's size")
     own = InpaintOptions()
@@ -100,7 +105,7 @@ def fitted(image, size: tuple[int, int], resize: bool, name: str) -> np.ndarray:
 
 
 def encoded(
-    image: np.ndarray, hidden: np.ndarray, vae: drawing.Vae
+    image: np.ndarray, hidden: np.ndarray, vae: drawing.Vae, precision: str
 ) -> tuple[np.ndarray, np.ndarray]:
     """Scaled latents [h, w, c] of what is known of an image, and which of them are hidden [h, w].
 
@@ -108,7 +113,7 @@ def encoded(
     any of its pixels is.
     """
     known = np.where(hidden[:, :, None], image[~hidden].mean(0).astype(np.uint8), image)
-    encode = encoder(vae.network, parallel.make_mesh(devices=jax.devices()[:1]))
+    encode = encoder(vae.network, parallel.make_mesh(devices=jax.devices()[:1]), precision)
     mean, _ = encode(vae.params, known[None])
     rows, columns = mean.shape[1:3]
     pixels = hidden.reshape(rows, vae.network.factor, columns, vae.network.factor)
@@ -158,7 +163,7 @@ def main(argv: list[str]) -> None:
     labels = np.full(args.num_samples, label)
     check_labels(labels, model.num_classes)
     found = drawing.find_vae(args.checkpoint, weights, args.vae, args.vae_scale)
-    to_images, (height, width, channels) = drawing.decoder(model, found)
+    to_images, (height, width, channels) = drawing.decoder(model, found, options.precision)
     size = (height, width)
     picture = open_picture(args.image, "--image")
     hidden = read_mask(args.mask, size, (picture.height, picture.width), args.resize)
@@ -168,7 +173,7 @@ def main(argv: list[str]) -> None:
 
     known, hidden_there = to_float(image), hidden
     if found is not None:
-        known, hidden_there = encoded(image, hidden, found)
+        known, hidden_there = encoded(image, hidden, found, options.precision)
     changes = {} if scales is None else {"guidance_scale": np.resize(scales, len(labels))}
     samples = inpaint(
         model, weights.params, np.stack([known] * len(labels)), hidden_there, labels, how=how,

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from mdt_jax import parallel, vae, weights
 from mdt_jax.data import latents, pipeline, sources
 from mdt_jax.data.pipeline import Source
+from mdt_jax.distributed import say
 from mdt_jax.errors import UserError
 from mdt_jax.models.autoencoder import AutoencoderKL
 from mdt_jax.models.mdt import VAE_CHANNELS, VAE_FACTOR
@@ -79,7 +80,10 @@ def check_classes(name: str, found: int, num_classes: int) -> None:
 
 
 def check_cache(cache: latents.Latents, config: ConfigDict, found: Vae) -> None:
-    """Raise UserError where latents were made with another VAE, scale or size than the config's."""
+    """Raise UserError where latents were made with another VAE, scale or size than the config's.
+
+    Another precision is a warning.
+    """
     made, hashed = cache.manifest, vae.sha256(found.params)
     compared = {
         "vae.scale": (made["scale"], config.vae.scale),
@@ -94,6 +98,12 @@ def check_cache(cache: latents.Latents, config: ConfigDict, found: Vae) -> None:
     other = [f"{name} {was}, not {now}" for name, (was, now) in compared.items() if was != now]
     if other:
         raise UserError(f"{cache.folder} was made with {'; '.join(other)}")
+    precision = made.get("precision", config.train.precision)
+    if precision != config.train.precision:
+        say(
+            f"warning: {cache.folder} was made with train.precision {precision}, not "
+            f"{config.train.precision}"
+        )
 
 
 def feed(
@@ -107,7 +117,7 @@ def feed(
     rows = parallel.local_rows(split, size)
     plan = pipeline.Shuffled(len(source), config.train.seed, size, rows, start)
     if found is not None:
-        encode = vae.encoder(found.network, mesh)
+        encode = vae.encoder(found.network, mesh, config.train.precision)
         params = parallel.put(found.params, parallel.replicated(mesh))
     for arrays in pipeline.batches(source, plan, config.data.workers, config.data.max_damaged):
         del arrays["damaged"]

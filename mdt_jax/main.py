@@ -1,7 +1,8 @@
 """Train: python -m mdt_jax.main --config=configs/digits.py --workdir=runs/digits
 
 Any field of the config can be set by a flag: --config.optim.lr=1e-3. The same command again goes
-on where the run stopped, to the same bits as if it had not stopped; SIGTERM and Ctrl-C save first.
+on where the run stopped, to the same bits as if it had not stopped (on a GPU with
+XLA_FLAGS=--xla_gpu_deterministic_ops=true); SIGTERM and Ctrl-C save first.
 """
 
 import contextlib
@@ -23,6 +24,7 @@ from mdt_jax import (
     costs,
     distributed,
     drawing,
+    files,
     inputs,
     parallel,
     references,
@@ -40,7 +42,7 @@ from mdt_jax.errors import UserError
 from mdt_jax.evaluation import BEST, Evaluator
 from mdt_jax.models.mdt import MDT
 from mdt_jax.progress import progress_bar
-from mdt_jax.train.checkpoints import Checkpoints, steps_in
+from mdt_jax.train.checkpoints import Checkpoints, check_path, steps_in
 from mdt_jax.train.optimizers import make_optimizer
 from mdt_jax.train.speed import Clock, Speed
 from mdt_jax.train.state import abstract_state, init_state
@@ -61,10 +63,20 @@ class Shown:
 def train(config: ConfigDict, workdir: pathlib.Path, show: Shown | None = None) -> bool:
     """The whole of a run: start or go on, train, sample, report.
 
-    Returns whether it came to its end; False where it was told to stop, and has saved.
+    Returns whether it came to its end; False where it was told to stop, and has saved. Raises
+    UserError for a user's mistake, and where another run is at work in the workdir.
     """
-    show = show or Shown()
+    with contextlib.ExitStack() as held:
+        return _train(config, workdir, show or Shown(), held)
+
+
+def _train(
+    config: ConfigDict, workdir: pathlib.Path, show: Shown, held: contextlib.ExitStack
+) -> bool:
+    """held: where the workdir's lock goes, which is let go last."""
     stop = StopSignal()
+    check_path(workdir)
+    folder.check_free(workdir)
     folder.agree_on_config(config)
     configs.validate(config, jax.device_count())
     mesh = parallel.make_mesh(config.mesh.data, config.mesh.fsdp)
@@ -92,6 +104,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, show: Shown | None = None) 
     folder.agree_on_start(workdir, about_data)
     taken = take_weights(config, model, init_key) if not steps_in(workdir) else None
     folder.make(workdir)
+    held.enter_context(folder.alone(workdir))
     checkpoints = Checkpoints(workdir, config.train.keep)
     restored = checkpoints.restore(
         abstract, lambda meta: folder.check_same_run(meta, config, workdir, about_data)
@@ -121,7 +134,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, show: Shown | None = None) 
     else:
         say(f"going on from step {start} in {workdir}")
     shown = (show.tensorboard, show.wandb) if is_first() else (False, "")
-    best = Checkpoints(workdir / "best", by_time=True)
+    best = Checkpoints(workdir / "best", keep=None)
     measured = folder.measured_steps(workdir, BEST, start)
     log = open_trackers(workdir, config.to_dict(), start, *shown)
     log += folder.begin(workdir, config, about_data["classes"], start)
@@ -154,7 +167,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, show: Shown | None = None) 
         contextlib.ExitStack() as opened,
         contextlib.closing(profile),
         contextlib.closing(batches),
-        progress_bar(steps, terminal, "training", "step", min(start, steps)) as bar,
+        progress_bar(steps, terminal, "training", "step", start) as bar,
     ):  # fmt: skip
         for tracker in log:
             opened.enter_context(contextlib.closing(tracker))
@@ -187,11 +200,11 @@ def train(config: ConfigDict, workdir: pathlib.Path, show: Shown | None = None) 
                     + ("" if good else " in another workdir")
                 )
 
-        def save(where=checkpoints, **more):
+        def save(by=checkpoints.save, **more):
             for tracker in log:
                 tracker.flush()  # or a crash would lose what the checkpoint is beyond
             times = {"seconds": clock.seconds(), "compile_seconds": compile_seconds}
-            where.save(state, {"config": config.to_dict(), **about_data, **times, **more})
+            by(state, {"config": config.to_dict(), **about_data, **times, **more})
 
         def draw_grid(step):
             every, path = config.train.sample_every, workdir / "samples" / f"{step:07d}.png"
@@ -212,8 +225,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, show: Shown | None = None) 
                 name = next(name for name in BEST if name in found)
                 better = found[name] < folder.least(best, config, name)
                 if better:
-                    save(best, measured=found)
-                    best.close()
+                    save(best.replace, measured=found)
                 for tracker in log:
                     tracker.write(step, found)
             said = ", ".join(f"{name} {value:.4g}" for name, value in found.items())
@@ -248,18 +260,18 @@ def train(config: ConfigDict, workdir: pathlib.Path, show: Shown | None = None) 
         finish_waiting()
         save()
         seconds = clock.seconds()
-        draw_grid(max(start, steps))
-        if evaluation_due(max(start, steps)):
-            evaluate(max(start, steps))
+        draw_grid(steps)
+        if evaluation_due(steps):
+            evaluate(steps)
         skipped = int(state.skipped)
 
-    stop.exit_at_once(max(start, steps))  # the state is saved: nothing below needs finishing
+    stop.exit_at_once(steps)  # the state is saved: nothing below needs finishing
     report = {
-        "steps": max(start, steps),
+        "steps": steps,
         "parameters": parameters,
         "seconds": round(seconds, 1),
         "compile_seconds": round(compile_seconds, 1),
-        "images_per_second": round(max(start, steps) * config.data.batch_size / seconds, 1),
+        "images_per_second": round(steps * config.data.batch_size / seconds, 1),
         "skipped": skipped,
     }
     if config.sample.num_samples:
@@ -362,11 +374,12 @@ def main(argv: list[str]) -> None:
     config, flags = cli.parse_config(
         argv, usage, optional, workdir="where checkpoints and results go"
     )
+    workdir = pathlib.Path(files.local(flags.workdir))
     processes: list[Any] = [flags[name].value for name in cli.PROCESSES]
     distributed.start(*processes)
     accelerators.warn_of_unused()
     show = Shown(flags.tensorboard, flags.wandb, flags.profile_steps)
-    train(config, pathlib.Path(flags.workdir), show)
+    train(config, workdir, show)
 
 
 if __name__ == "__main__":

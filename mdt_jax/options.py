@@ -12,6 +12,7 @@ from mdt_jax.diffusion import schedule as sch
 from mdt_jax.diffusion.guidance import WEIGHTS, no_nearer, within
 from mdt_jax.diffusion.samplers import SAMPLERS, Sampler, visited
 from mdt_jax.errors import UserError
+from mdt_jax.precision import HIGHEST, PRECISIONS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +23,7 @@ class SampleOptions:
     eta: DDIM's, in [0, 1]. guidance_low, guidance_high: shares of the diffusion's steps between
     which guidance acts; beyond them the conditional prediction is taken. guidance_skip_tolerance:
     it is also taken, at half the cost, where the weight differs from 1 by less than this.
+    precision: of float32 matmuls on accelerators, those of a VAE too: highest, high or default.
     """
 
     sampler: str = "ddpm"
@@ -36,13 +38,14 @@ class SampleOptions:
     guidance_high: float = 1.0
     guidance_skip_tolerance: float = 0.0
     diffusion_steps: int = 1000
+    precision: str = HIGHEST
 
     @classmethod
     def from_config(cls, config) -> "SampleOptions":
-        """From a config's `sample` and `diffusion` fields."""
-        names = {field.name for field in dataclasses.fields(cls)} - {"diffusion_steps"}
-        fields = {name: config.sample[name] for name in names}
-        return cls(**fields, diffusion_steps=config.diffusion.steps)
+        """From a config's `sample` and `diffusion` fields, and its precision."""
+        others = {"diffusion_steps": config.diffusion.steps, "precision": config.train.precision}
+        names = {field.name for field in dataclasses.fields(cls)} - set(others)
+        return cls(**{name: config.sample[name] for name in names}, **others)
 
     def check(self, num_classes: int) -> None:
         """Raise UserError, naming the option, for what cannot be sampled."""
@@ -51,7 +54,10 @@ class SampleOptions:
             wanted = {int: numbers.Integral, float: numbers.Real}.get(kind, kind)
             if not isinstance(value, wanted):
                 raise UserError(f"{field.name} is {value!r}; it must be of type {_name_of(kind)}")
-        known = {"sampler": SAMPLERS, "spacing": sch.SPACINGS, "guidance": WEIGHTS}
+        known = {
+            "sampler": SAMPLERS, "spacing": sch.SPACINGS, "guidance": WEIGHTS,
+            "precision": PRECISIONS,
+        }  # fmt: skip
         for name, choices in known.items():
             if getattr(self, name) not in choices:
                 raise UserError(

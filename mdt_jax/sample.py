@@ -11,7 +11,7 @@ import pathlib
 
 import numpy as np
 
-from mdt_jax import accelerators, allocator, cli, distributed, drawing, walks
+from mdt_jax import accelerators, allocator, cli, distributed, drawing, locks, walks
 from mdt_jax.data.images import save_animation, save_grid
 from mdt_jax.data.sample_files import Folder, Grid, Npz
 from mdt_jax.distributed import is_first, say
@@ -35,10 +35,16 @@ def parse(argv: list[str]):
         description="Draw samples from a run, a file or a released checkpoint.",
     )
     add = parser.add_argument
-    add("--out", required=True, help="grid.png, samples.npz, a folder, or with --show a .gif")
+    add(
+        "--out",
+        required=True,
+        type=cli.local,
+        help="grid.png, samples.npz, a folder, or with --show a .gif",
+    )
     add("--num_samples", type=int, help="default: as many as --labels, or 100 without")
     add(
         "--labels",
+        type=cli.local,
         help='classes, taken in turn: 0,1,2 or "golden retriever"; a .txt or .npy of one for each '
         "sample; random; balanced, all classes in turn (the default)",
     )
@@ -100,7 +106,7 @@ def main(argv: list[str]) -> None:
         args.labels, args.num_samples, model.num_classes, weights.classes, args.seed
     )
     vae = drawing.find_vae(args.checkpoint, weights, args.vae, args.vae_scale)
-    to_images, shape = drawing.decoder(model, vae)
+    to_images, shape = drawing.decoder(model, vae, options.precision)
     how = {"seed": args.seed, "batch_size": args.batch_size, "options": options}
     note = drawing.note_of(args.checkpoint, weights, options, scales, vae)
     note |= drawing.note_of_labels(labels, args.labels, args.seed, args.batch_size)
@@ -109,12 +115,13 @@ def main(argv: list[str]) -> None:
             raise UserError("--show takes one --guidance_scale")
         drawing.check_writable(out)
         frames = args.frames or 10
-        rows = WALKS[args.show](model, params, labels, frames=frames, progress=True, **how)
-        images = to_images(rows.reshape(-1, *rows.shape[2:])).reshape(*rows.shape[:2], *shape)
-        if is_first():
-            note |= {"show": args.show, "frames": frames}
-            save_walk(out, images, json.dumps(note, ensure_ascii=False))
-            print(f"wrote {len(rows)} rows of {frames} frames to {out}")
+        with distributed.alone(locks.beside(out), str(out)):
+            rows = WALKS[args.show](model, params, labels, frames=frames, progress=True, **how)
+            images = to_images(rows.reshape(-1, *rows.shape[2:])).reshape(*rows.shape[:2], *shape)
+            if is_first():
+                note |= {"show": args.show, "frames": frames}
+                save_walk(out, images, json.dumps(note, ensure_ascii=False))
+                print(f"wrote {len(rows)} rows of {frames} frames to {out}")
         return
     if scales is not None:
         how["guidance_scale"] = np.resize(scales, len(labels))

@@ -18,6 +18,7 @@ from mdt_jax.diffusion.samplers import State, sample
 from mdt_jax.errors import UserError
 from mdt_jax.models.mdt import MDT
 from mdt_jax.options import SampleOptions, check_labels, check_seed
+from mdt_jax.precision import of_products
 from mdt_jax.progress import progress_bar
 
 # Where the progress is shown, a batch is drawn in about so many pieces.
@@ -82,7 +83,8 @@ def network_of(
 
     def network(x, t, y) -> Any:  # Flax annotates `apply` with all that it may return
         ids = None if keep_ids is None else jnp.broadcast_to(keep_ids, (len(x), len(keep_ids)))
-        return model.apply({"params": stacked()}, x, t, y, keep_ids=ids)
+        with of_products(options.precision):
+            return model.apply({"params": stacked()}, x, t, y, keep_ids=ids)
 
     if not doubled:
         return functools.partial(network, y=labels)

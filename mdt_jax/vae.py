@@ -13,6 +13,7 @@ from mdt_jax import distributed, parallel
 from mdt_jax.data.images import to_float
 from mdt_jax.errors import UserError
 from mdt_jax.models.autoencoder import AutoencoderKL
+from mdt_jax.precision import HIGHEST, of_products
 from mdt_jax.progress import progress_bar
 
 # Stable Diffusion 1.x: one over the deviation of its VAE's latents.
@@ -40,11 +41,12 @@ def from_uint8(images: jax.Array) -> jax.Array:
     return jnp.asarray(to_float(np.arange(256, dtype=np.uint8)))[images]
 
 
-def encoder(vae: AutoencoderKL, mesh: Mesh) -> Callable:
+def encoder(vae: AutoencoderKL, mesh: Mesh, precision: str = HIGHEST) -> Callable:
     """A jitted function (params, images) → (mean, std) of the posteriors.
 
     images: [B, H, W, 3] uint8, split over the mesh, as [B, h, w, c] float32 mean and std are.
     Each device takes a slice of its images after the other, so that memory does not grow with B.
+    precision: of PRECISIONS.
     """
 
     def moments(params, images):
@@ -53,7 +55,8 @@ def encoder(vae: AutoencoderKL, mesh: Mesh) -> Callable:
         size = next(n for n in range(min(most, count), 0, -1) if count % n == 0)
 
         def one_slice(images):
-            return vae.apply({"params": params}, from_uint8(images), method="encode")
+            with of_products(precision):
+                return vae.apply({"params": params}, from_uint8(images), method="encode")
 
         slices = images.reshape(-1, size, *images.shape[1:])
         return jax.tree.map(
@@ -66,9 +69,10 @@ def encoder(vae: AutoencoderKL, mesh: Mesh) -> Callable:
     )
 
 
-@functools.partial(jax.jit, static_argnames=("vae",))
-def _decode_slice(vae: AutoencoderKL, params, latents):
-    return vae.apply({"params": params}, latents, method="decode")
+@functools.partial(jax.jit, static_argnames=("vae", "precision"))
+def _decode_slice(vae: AutoencoderKL, precision: str, params, latents):
+    with of_products(precision):
+        return vae.apply({"params": params}, latents, method="decode")
 
 
 def decode(
@@ -78,6 +82,7 @@ def decode(
     *,
     scale: float = VAE_SCALE,
     batch_size: int | None = None,
+    precision: str = HIGHEST,
     progress: bool = False,
 ) -> np.ndarray:
     """Latents [N, h, w, C] as a model draws them → images [N, H, W, 3] float32, about in [−1, 1].
@@ -85,6 +90,7 @@ def decode(
     scale: what the VAE's latents were multiplied by for training. batch_size: how many are decoded
     at a time, on all devices together; default: as many pixels as AT_ONCE images have on
     each device, so that many large images do not need all their memory at once. Compiles once.
+    precision: of PRECISIONS.
     Raises UserError where the VAE's latents have another number of channels.
     """
     if latents.shape[-1] != vae.latent_channels:
@@ -103,7 +109,8 @@ def decode(
         for start in range(0, len(latents), size):
             part = latents[start : start + size] / np.float32(scale)
             padded = np.pad(part, [(0, size - len(part)), (0, 0), (0, 0), (0, 0)])
-            out = _decode_slice(vae, params, parallel.put(padded, parallel.split_batch(mesh)))
+            padded = parallel.put(padded, parallel.split_batch(mesh))
+            out = _decode_slice(vae, precision, params, padded)
             images.append(distributed.fetch(out)[: len(part)])
             bar.update(len(part))
     return np.concatenate(images)

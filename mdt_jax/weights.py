@@ -126,9 +126,18 @@ def read(
         except (ArithmeticError, LookupError, TypeError, ValueError) as error:
             # Shapes that nobody thought of, in a file by the right names.
             raise UserError(f"{path}: its arrays do not fit together: {reason(error)}") from None
+    _check_finite(found.params, path)
     if wanted not in (None, kind := kind_of(found.model)):
         raise UserError(f"{path} holds {KINDS[kind].name}, not {KINDS[wanted].name}")
     return found
+
+
+def _check_finite(params: dict, path: str | os.PathLike) -> None:
+    """Raise UserError, naming the first array that is not, where parameters are not finite."""
+    for place, leaf in jax.tree_util.tree_leaves_with_path(params):
+        if not jnp.isfinite(leaf).all():
+            name = jax.tree_util.keystr(place, simple=True, separator="/")
+            raise UserError(f"{path}: {name} is not finite everywhere: the weights are damaged")
 
 
 def _from_published(

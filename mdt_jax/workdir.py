@@ -5,22 +5,32 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 from ml_collections import ConfigDict
 
 from mdt_jax import __version__, distributed, inputs
 from mdt_jax import config as configs
-from mdt_jax.errors import UserError
-from mdt_jax.files import whole
+from mdt_jax.data import sample_files
+from mdt_jax.errors import DamagedError, UserError
+from mdt_jax.files import read_json, whole
 from mdt_jax.train.checkpoints import Checkpoints, steps_in
 from mdt_jax.train.metrics import MetricsLog, read_steps
 from mdt_jax.train.trackers import Tracker
 
+LOCK = ".lock"
+
 
 def check_same_run(meta: dict, config: ConfigDict, workdir: pathlib.Path, about_data: dict) -> None:
-    """Raise UserError where a checkpoint is of another model; print what else has changed."""
+    """Raise UserError where a checkpoint is of another model, or further than the run is to go;
+    print what else has changed.
+    """
+    if meta["step"] > config.train.steps:
+        raise UserError(
+            f"{workdir} is trained to step {meta['step']} already, and train.steps is "
+            f"{config.train.steps}; set it to {meta['step']} or more, or choose another workdir"
+        )
     was, now = meta.get("classes", about_data["classes"]), about_data["classes"]
     if was != now:
         raise UserError(
@@ -56,9 +66,8 @@ def check_nothing_is_lost(workdir: pathlib.Path) -> None:
         return
     # The second save waits for the first, so after that a checkpoint must have been finished.
     try:
-        config = json.loads((workdir / "config.json").read_text())
-        every = config["train"]["checkpoint_every"]
-    except (OSError, ValueError, KeyError):
+        every = int(_stored(workdir / "config.json")["train"]["checkpoint_every"])
+    except (LookupError, TypeError, ValueError):
         every = 1
     if (workdir / "report.json").exists() or steps[-1] > 2 * every:
         raise UserError(
@@ -97,13 +106,26 @@ def begin(
 
 
 def is_reported(workdir: pathlib.Path, config: ConfigDict, step: int) -> bool:
-    """Whether report.json is of this config at this step."""
+    """Whether report.json is of this config at this step, and its samples can be read."""
+    report, stored = _stored(workdir / "report.json"), _stored(workdir / "config.json")
     try:
-        report = json.loads((workdir / "report.json").read_text())
-        stored = configs.complete(json.loads((workdir / "config.json").read_text()))
-        return report["steps"] == step and stored.to_dict() == config.to_dict()
-    except (OSError, ValueError, KeyError):
+        same = configs.complete(stored).to_dict() == config.to_dict()
+    except (AttributeError, LookupError, TypeError, ValueError):  # fields of other forms
         return False
+    if not (stored and same and report.get("steps") == step):
+        return False
+    if not (config.sample.num_samples and distributed.is_first()):
+        return True
+    return (workdir / "samples.png").exists() and sample_files.is_whole(workdir / "samples.npz")
+
+
+def _stored(path: pathlib.Path) -> dict:
+    """What a JSON of the run holds; {} where it is not there, or is damaged: it is written anew."""
+    try:
+        return read_json(path) or {}
+    except DamagedError as error:
+        distributed.say(f"{error}; it is written anew")
+        return {}
 
 
 def measured_steps(workdir: pathlib.Path, measures: Sequence[str], start: int) -> set[int]:
@@ -132,6 +154,20 @@ def least(best: Checkpoints, config: ConfigDict, name: str) -> float:
         if way(configs.complete(meta["config"]).to_dict()) == way(config.to_dict())
     ]
     return float(distributed.of_first(str(min(found, default=math.inf))))
+
+
+@contextlib.contextmanager
+def alone(workdir: pathlib.Path) -> Iterator[None]:
+    """Keep other runs out of a workdir that is there; UserError where one is at work in it."""
+    with distributed.alone(workdir / LOCK, f"workdir {workdir}"):
+        yield
+
+
+def check_free(workdir: pathlib.Path) -> None:
+    """Raise UserError where a run is at work in a workdir, which need not be there."""
+    if distributed.of_first("locked" if os.path.exists(workdir / LOCK) else ""):
+        with alone(workdir):
+            pass
 
 
 def make(workdir: pathlib.Path) -> None:

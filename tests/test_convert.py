@@ -66,6 +66,18 @@ def test_a_file_to_a_folder_and_back(version, suffix, files, monkeypatch):
     assert model == MODELS[version] and same(params, published_params(f"{version}_state"))
 
 
+def test_weights_that_are_not_finite_are_refused(files):
+    state = published_state("v1_state")
+    name = next(name for name in state if name.endswith("attn.qkv.weight"))
+    state[name] = np.where(np.arange(state[name].size) == 7, np.nan, state[name].ravel()).reshape(
+        state[name].shape
+    )
+    for suffix in (".pt", ".safetensors"):
+        torch_files.write(files / f"bad{suffix}", state)
+        with pytest.raises(UserError, match=r"bad\S+: \S*qkv/kernel is not finite everywhere"):
+            mdt_jax.load(files / f"bad{suffix}")
+
+
 @pytest.mark.parametrize("version", VERSIONS)
 def test_a_loaded_file_gives_the_recorded_numbers(version, files):
     model, params = mdt_jax.load(files / f"{version}.pt")

@@ -104,6 +104,16 @@ def encode_here(*arguments, expect=0):
     return run_here(encode.main, *arguments, expect=expect)
 
 
+def test_a_cache_tells_its_precision(place):
+    """Another one is a warning for training, and another cache for encoding."""
+    assert latents.load(place / "cache").manifest["precision"] == "highest"
+    flags = [*arguments(place), f"--out={place / 'cache'}", "--config.train.precision=default"]
+    said = encode_here(*flags, "--verify")
+    assert "cache was made with train.precision highest, not default" in said
+    assert "its precision is highest, not default" in encode_here(*flags, SHARDS, expect=2)
+    assert "warning" not in encode_here(*arguments(place), *flags[-2:-1], "--verify")
+
+
 def test_verify(place, tmp_path):
     def verify(folder, *more, expect=0):
         options = [*arguments(place), f"--out={folder}", "--verify", *more]

@@ -1,6 +1,7 @@
 """python -m mdt_jax.evaluate: measures, references, what goes on after a kill, and mistakes."""
 
 import functools
+import io
 import json
 import zipfile
 
@@ -68,6 +69,33 @@ def test_parts_of_other_images_are_not_taken(sets, tmp_path, monkeypatch):
     assert features.Parts(tmp_path / "parts", {"of": "others"}).begin() == {0}
     assert features.Parts(tmp_path / "parts", {"of": "these"}).begin() == set()
     assert not list((tmp_path / "parts").glob("*.npz"))
+
+
+def test_parts_that_are_damaged_are_computed_anew(tmp_path, monkeypatch):
+    def network(images):
+        return {"pool": images.reshape(len(images), -1).astype(np.float32)}
+
+    monkeypatch.setattr(features, "SLICE", 2)
+    images = image_sets.Arrays("x.npz", np.arange(24, dtype=np.uint8).reshape(6, 2, 2, 1))
+    parts = features.Parts(tmp_path / "parts", {"of": "these"})
+    wanted = features.find({"any": network}, images, parts)["any"].rows["pool"]
+    files = sorted((tmp_path / "parts").glob("*.npz"))
+    whole = files[1].read_bytes()
+    flipped = bytearray(whole)
+    flipped[160] ^= 1
+    numbers = io.BytesIO()
+    np.save(numbers, np.zeros(3))
+    other = io.BytesIO()
+    np.savez(other, pool=np.zeros((2, 4)))
+    bad = (b"", whole[:-9], bytes(flipped), numbers.getvalue(), other.getvalue())
+    for content in bad:
+        files[1].write_bytes(content)
+        assert parts.begin() == {0, 4}
+        found = features.find({"any": network}, images, parts)["any"].rows["pool"]
+        np.testing.assert_array_equal(found, wanted)
+        assert parts.begin() == {0, 2, 4}
+    (tmp_path / "parts" / "features.json").write_bytes(b"\xff")
+    assert parts.begin() == set()
 
 
 def test_a_folder_is_measured_as_the_npz(sets, tmp_path):

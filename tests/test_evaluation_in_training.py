@@ -77,6 +77,18 @@ def test_the_best_is_of_one_way_of_measuring(run, tmp_path):
     assert steps_in(tmp_path / "run" / "best") == [10]
 
 
+def test_the_best_while_the_clock_goes_back(tmp_path, monkeypatch):
+    import time
+
+    clock, figures = iter(range(10**6, 0, -1)), iter((3.0, 2.0, 1.0))
+    monkeypatch.setattr(time, "time", lambda: float(next(clock)))
+    monkeypatch.setattr(
+        evaluation.Evaluator, "measure", lambda *_, **__: {"frechet_distance": next(figures)}
+    )
+    train_here(*MEASURING, "--config.train.steps=6", f"--workdir={tmp_path}")
+    assert steps_in(tmp_path / "best") == [6]
+
+
 def test_it_does_not_change_the_training(run, tmp_path):
     without = [flag for flag in MEASURING if "evaluation" not in flag]
     train_here(*without, "--config.train.steps=6", f"--workdir={tmp_path}")

@@ -16,8 +16,10 @@ MODULES = sorted(p.relative_to(ROOT) for p in PACKAGE.rglob("*.py"))
 LEVELS = {
     "errors": 0,
     "files": 1,
+    "locks": 2,
     "accelerators": 1,
     "allocator": 1,
+    "precision": 1,
     "progress": 1,
     "models": 1,
     "diffusion": 2,
@@ -121,6 +123,17 @@ def test_flags_are_read_in_entry_points_only():
 def test_files_are_short():
     for path in MODULES:
         assert len((ROOT / path).read_text().splitlines()) <= 400, path
+
+
+def test_what_is_public_is_shown():
+    import pydoc
+
+    import mdt_jax
+
+    assert set(mdt_jax.__all__) <= set(dir(mdt_jax))
+    shown = pydoc.plain(pydoc.render_doc(mdt_jax))
+    for name in ("generate", "load", "trajectory"):
+        assert f"    {name}(" in shown, name
 
 
 def test_the_core_imports_with_its_seven_packages_alone():

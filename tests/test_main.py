@@ -7,6 +7,8 @@ import pytest
 
 import mdt_jax
 from mdt_jax import cli, main
+from mdt_jax.errors import UserError
+from mdt_jax.train.metrics import read_steps
 from tests.conftest import (
     SMOKE,
     exits_with_one_line,
@@ -72,6 +74,7 @@ def test_a_run_from_before_a_field_existed_goes_on(copy):
         for field in ("version", "side_layers", "relative_bias"):
             del stored["config"]["model"][field]
         del stored["config"]["vae"], stored["config"]["optim"]["name"], stored["format"]
+        del stored["sha256"]
         del stored["config"]["mesh"], stored["config"]["train"]["accumulate"]
         stored["config"]["train"]["remat"] = False
         meta.write_text(json.dumps(stored))
@@ -161,3 +164,56 @@ def test_checkpoints_keep_k(tmp_path):
     )  # fmt: skip
     assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["3", "4"]
     assert mdt_jax.load(workdir)[0].hidden_size == 16
+
+
+def test_steps_below_those_reached(copy):
+    before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+    printed = train_here(*SMOKE, f"--workdir={copy}", "--config.train.steps=3", expect=2)
+    assert printed.count("\n") == 1
+    assert f"{copy} is trained to step 4 already, and train.steps is 3; set it to 4 or more" in (
+        printed
+    )
+    assert before == {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+
+
+JSON = ["[]", "3", "{", "[" * 100_000, '{"train": []}', '{"model": 3}', "\udcff"]
+
+
+@pytest.mark.parametrize("name", ["config.json", "report.json"])
+@pytest.mark.parametrize("content", JSON)
+def test_what_is_of_another_form_is_written_anew(name, content, copy, monkeypatch):
+    before = json.loads((copy / name).read_text())
+    (copy / name).write_bytes(content.encode(errors="surrogateescape"))
+    monkeypatch.setattr(main, "sample_and_measure", lambda *_: {})
+    printed = train_here(*SMOKE, f"--workdir={copy}")
+    assert "going on from step 4" in printed and "Traceback" not in printed
+    assert set(json.loads((copy / name).read_text())) <= set(before)
+    assert content.startswith('{"') or f"{copy / name} " in printed
+
+
+def test_samples_that_were_lost_are_drawn_again(copy):
+    def cut():
+        path = copy / "samples.npz"
+        content = bytearray(path.read_bytes())
+        content[len(content) // 4] ^= 1
+        path.write_bytes(content)
+
+    before = np.load(copy / "samples.npz")["arr_0"]
+    for damage in (cut, (copy / "samples.npz").unlink, (copy / "samples.png").unlink):
+        damage()
+        assert "reported already" not in train_here(*SMOKE, f"--workdir={copy}")
+        np.testing.assert_array_equal(np.load(copy / "samples.npz")["arr_0"], before)
+        assert "reported already" in train_here(*SMOKE, f"--workdir={copy}")
+
+
+BAD_LINES = [
+    b"\xff\xfe\n", b'{"step": "3"}\n', b'{"step": null}\n', b'{"step": 1e400}\n', b"[]\n", b"7\n",
+    b'{"step": 1.5}\n', b'{"step": true}\n', b"[" * 100_000 + b"\n", b'{"loss": 1}\n', b"\n",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("line", BAD_LINES)
+def test_lines_that_are_none_of_metrics(line, tmp_path):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n' + line + b'{"step": 3}\n')
+    with pytest.raises(UserError, match=r"metrics\.jsonl, line 2 is no line of metrics"):
+        read_steps(tmp_path / "metrics.jsonl")

@@ -4,8 +4,9 @@ import sys
 
 import pytest
 
-from mdt_jax import info, main, sample
-from tests.conftest import SMOKE, exits_with_one_line
+from mdt_jax import convert, encode, evaluate, info, inpaint, main, sample
+from tests.conftest import ROOT, SMOKE, exits_with_one_line, run_here
+from tests.runs import DIGITS, SAMPLE
 
 VAE = ["--config.vae.path=vae", "--config.data.channels=3"]
 BAD_CONFIGS = {
@@ -259,3 +260,82 @@ def test_info_knows_the_same_mistakes(capsys, monkeypatch, in_root):
     printed = exits_with_one_line(info.main, argv, capsys, monkeypatch)
     assert "3 encoder blocks" in printed
     assert "--config is missing" in exits_with_one_line(info.main, [], capsys, monkeypatch)
+
+
+SMOKE_CONFIG = f"--config={ROOT}/configs/digits.py:smoke"
+URLS = {
+    "workdir": (main, [SMOKE_CONFIG, "--workdir=gs://b/x"]),
+    "workdir on the hub": (main, [SMOKE_CONFIG, "--workdir=hf://b/x"]),
+    "config": (main, ["--config=gs://b/x.py", "--workdir=run"]),
+    "config of two words": (info, ["--config", "https://b/x.py"]),
+    **{
+        field: (main, [SMOKE_CONFIG, "--workdir=run", f"--config.{field}=s3://b/x"])
+        for field in (
+            "data.path", "vae.path", "init.checkpoint", "evaluation.reference",
+            "evaluation.inception",
+        )
+    },
+    "a field of info": (info, [SMOKE_CONFIG, "--config.data.path=gs://b/x"]),
+    "latents": (encode, [SMOKE_CONFIG, "--out=gs://b/x"]),
+    "npz": (sample, [f"--checkpoint={DIGITS}", "--out=gs://b/x.npz"]),
+    "picture": (sample, [f"--checkpoint={DIGITS}", "--out=GS://b/x.png"]),
+    "folder": (sample, [f"--checkpoint={DIGITS}", "--out=file:///x/"]),
+    "labels": (sample, [f"--checkpoint={DIGITS}", "--out=x.npz", "--labels=gs://b/x.txt"]),
+    "checkpoint": (sample, ["--checkpoint=gs://b/x", "--out=x.npz"]),
+    "vae": (sample, [f"--checkpoint={DIGITS}", "--out=x.npz", "--vae=https://b/x"]),
+    "samples": (evaluate, ["--samples=gs://b/x.npz", "--reference=digits"]),
+    "reference": (evaluate, ["--samples=x.npz", "--reference=hf://b/x.npz"]),
+    "inception": (evaluate, ["--samples=x", "--reference=y", "--inception=gs://b/x"]),
+    "card": (evaluate, ["--samples=x", "--reference=y", "--out=gs://b/x.json"]),
+    "new reference": (evaluate, ["--make_reference=gs://b/x", "--out=x.npz"]),
+    "images": (evaluate, ["--vae=x", "--images=gs://b/x"]),
+    "a VAE": (evaluate, ["--vae=gs://b/x", "--images=x"]),
+    "source": (convert, ["--src=gs://b/x.pt", "--dst=x.pt"]),
+    "destination": (convert, [f"--src={DIGITS}", "--dst=gs://b/x.pt"]),
+    "image": (inpaint, ["--checkpoint=x", "--image=gs://b/x", "--mask=m", "--out=o.png"]),
+    "mask": (inpaint, ["--checkpoint=x", "--image=i", "--mask=gs://b/x", "--out=o.png"]),
+    "inpainted": (inpaint, ["--checkpoint=x", "--image=i", "--mask=m", "--out=gs://b/x.png"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", URLS)
+def test_urls_are_refused_at_once(name, tmp_path, capsys, monkeypatch, keep_signals):
+    monkeypatch.chdir(tmp_path)
+    command, argv = URLS[name]
+    line = exits_with_one_line(command.main, argv, capsys, monkeypatch)
+    assert "is a URL, and mdt_jax reads and writes local files" in line and "://" in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_home_folder(tmp_path, capsys, monkeypatch, keep_signals):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "labels.txt").write_text("3\n")
+    run_here(sample.main, *SAMPLE, "--labels=~/labels.txt", "--out=~/x.png", cwd=tmp_path)
+    assert (tmp_path / "home" / "x.png").is_file()
+    (tmp_path / "home" / "recipe.py").write_text((ROOT / "configs" / "digits.py").read_text())
+    argv = ["--config=~/recipe.py:smoke", "--workdir=~/run", "--config.init.checkpoint=~/no.pt"]
+    line = exits_with_one_line(main.main, argv, capsys, monkeypatch)
+    assert f"{tmp_path}/home/no.pt does not exist" in line
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+
+
+@pytest.mark.parametrize("name", ["lr[1e-4]", "a*b", "why?", "back\\slash", "runs[1]/x"])
+def test_folders_that_orbax_cannot_read_back(name, tmp_path, capsys, monkeypatch, keep_signals):
+    monkeypatch.chdir(tmp_path)
+    argv = [SMOKE_CONFIG, f"--workdir={name}"]
+    line = exits_with_one_line(main.main, argv, capsys, monkeypatch)
+    assert f"{tmp_path}/{name} has " in line and "choose another name" in line
+    argv = [f"--src={DIGITS}", f"--dst={name}"]
+    line = exits_with_one_line(convert.main, argv, capsys, monkeypatch)
+    assert "cannot be read back; choose another name" in line
+    assert list(tmp_path.iterdir()) == []
+    # The folder that one works in counts, too, and one that is there already says so.
+    (tmp_path / name).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / name)
+    line = exits_with_one_line(main.main, [SMOKE_CONFIG, "--workdir=run"], capsys, monkeypatch)
+    assert "choose another name, or rename the folder" in line
+    argv = ["--checkpoint=.", "--out=x.png"]
+    assert "or rename" in exits_with_one_line(sample.main, argv, capsys, monkeypatch)
+    assert not list((tmp_path / name).iterdir())

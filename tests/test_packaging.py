@@ -4,6 +4,7 @@ import ast
 import importlib.metadata
 import json
 import re
+import runpy
 import tomllib
 
 import pytest
@@ -52,6 +53,23 @@ def test_pythons_are_stated():
 def test_extras_for_devices_are_jaxs_own(extra):
     assert EXTRAS[extra] == [f"jax[{extra}]"]
     assert extra in importlib.metadata.metadata("jax").get_all("Provides-Extra")
+
+
+def test_what_launches_the_recipes_installs_what_they_need():
+    """Each ImageNet recipe takes its images from TFDS and its VAE from the hub, as safetensors."""
+    config = runpy.run_path(str(ROOT / "configs" / "xl2.py"))["get_config"]()
+    assert config.data.name == "tfds" and config.vae.path.startswith("hf://")
+    assert {"huggingface_hub", "safetensors"} <= set(PROJECT["dependencies"])
+    assert any(text.startswith("tensorflow-datasets") for text in EXTRAS["data"])
+    launch = ROOT / "launch"
+    told = [
+        *re.findall(r"EXTRAS=([\w,]+)", (launch / "Dockerfile").read_text()),
+        *re.findall(r"EXTRAS=([\w,]+)", (launch / "kubernetes" / "README.md").read_text()),
+        *re.findall(r"'\.\[([\w,]+)\]'\"", (launch / "tpu" / "pod.sh").read_text()),
+    ]
+    assert len(told) == 5
+    for extras in told:
+        assert "data" in extras.split(","), extras
 
 
 def test_pre_commit_runs_the_ruff_of_make_lint():

@@ -1,6 +1,9 @@
 """What mdt_jax.sample leaves on disk: as it comes, resumed, the same bytes whatever happened."""
 
+import errno
+import io
 import json
+import os
 import shutil
 import zipfile
 
@@ -40,7 +43,7 @@ def test_the_npz_is_what_adm_reads(tmp_path):
         note = json.loads(str(saved["note"]))
     assert note["uint8"] == "clip((x + 1)*127.5, 0, 255), truncated"
     assert (note["sampler"], note["num_steps"], note["labels"]) == ("ddim", 3, "7,1")
-    assert len(note["parameters_sha256"]) == 64
+    assert len(note["parameters_sha256"]) == 64 and note["precision"] == "highest"
     assert "finished already" in draw(
         "--num_samples=25", "--batch_size=10", "--labels=7,1", f"--out={out}"
     )
@@ -232,3 +235,129 @@ def test_scales_in_turn(tmp_path):
     draw("--guidance_scale=3", "--num_samples=4", "--labels=5", f"--out={tmp_path / 'b.npz'}")
     same = (saved["arr_0"] == np.load(tmp_path / "b.npz")["arr_0"]).all((1, 2, 3))
     assert same.tolist() == [False, True, False, True]
+
+
+def test_a_picture_that_was_emptied_is_drawn_again(tmp_path):
+    folder, flags = tmp_path / "pictures", ["--num_samples=6", "--batch_size=3"]
+    draw(*flags, f"--out={folder}")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    victim = folder / "4_000004.png"
+    whole = before[victim.name]
+    other = np.zeros((4, 4), np.uint8)
+    for content in (b"", whole[: len(whole) // 2], b"GIF89a", None):
+        if content is None:
+            Image.fromarray(other).save(victim)  # a picture of another size
+        else:
+            victim.write_bytes(content)
+        assert "finished already" not in draw(*flags, f"--out={folder}")
+        assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
+        assert "finished already" in draw(*flags, f"--out={folder}")
+
+
+def test_a_finished_npz_of_which_a_byte_changed_is_drawn_again(tmp_path):
+    out, flags = tmp_path / "a.npz", ["--num_samples=6", "--batch_size=3"]
+    draw(*flags, f"--out={out}")
+    whole = out.read_bytes()
+    damaged = bytearray(whole)
+    damaged[400] ^= 1  # among the pixels
+    out.write_bytes(damaged)
+    printed = draw(*flags, f"--out={out}")
+    assert f"{out} is damaged; it is drawn anew" in printed and out.read_bytes() == whole
+
+
+def parts_of(tmp_path) -> tuple[Npz, np.ndarray]:
+    sink = Npz(tmp_path / "a.npz", np.zeros(4, int), (2, 2, 1), {"seed": 1})
+    images = np.arange(16, dtype=np.uint8).reshape(4, 2, 2, 1)
+    sink.begin()
+    for start in (0, 2):
+        sink.write(start, images[start : start + 2])
+    return sink, images
+
+
+def npy(array) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+BAD_PARTS = {
+    "empty": lambda whole: b"",
+    "cut": lambda whole: whole[:-5],
+    "zeros": lambda whole: bytes(len(whole)),
+    "a bit": lambda whole: whole[:130] + bytes([whole[130] ^ 1]) + whole[131:],
+    "without its sum": lambda whole: npy(np.zeros((2, 2, 2, 1), np.uint8)),
+    "a zip": lambda whole: b"PK\x05\x06" + bytes(18),
+    "a header": lambda whole: b"\x93NUMPY\x01\x00\x10\x00{'descr': '|u1', (",
+    "brackets": lambda whole: b"\x93NUMPY\x01\x00\xff\xff" + b"(" * 0xFFFF,
+    "of 2^40 numbers": lambda whole: whole.replace(b"(2, 2, 2, 1)", b"(1 << 40,)  "),
+}
+
+
+@pytest.mark.parametrize("name", BAD_PARTS)
+def test_parts_that_changed(name, tmp_path):
+    """They count as missing, and never reach the file."""
+    sink, images = parts_of(tmp_path)
+    part = tmp_path / "a.npz.parts" / "000000002.npy"
+    whole = part.read_bytes()
+    part.write_bytes(BAD_PARTS[name](whole))
+    again = Npz(sink.out, sink.labels, sink.shape, {"seed": 1})
+    again.begin()
+    assert again.done(0, 2) and not again.done(2, 2)
+    with pytest.raises(UserError, match="000000002.npy has changed since it was written"):
+        sink.finish()
+    assert not sink.out.exists()
+    again.write(2, images[2:])
+    again.finish()
+    np.testing.assert_array_equal(np.load(sink.out)["arr_0"], images)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.npz"]
+
+
+def test_a_part_of_somebody_else_is_not_merged(tmp_path):
+    sink, images = parts_of(tmp_path)
+    (tmp_path / "a.npz.parts" / "000000001.npy").write_bytes(npy(images))
+    sink.finish()
+    np.testing.assert_array_equal(np.load(sink.out)["arr_0"], images)
+
+
+BAD_NOTES = {
+    "no text": npy(np.arange(3)),
+    "2^40 letters": npy(np.array("x")).replace(b"'<U1', ", b"'<U1099511627776', "),
+    "2^40 texts": npy(np.array("x")).replace(b"()", b"(1099511627776,)"),
+    "no letters": npy(np.array("x"))[:-4] + b"\xff\xff\xff\xff",
+    "cut": npy(np.array("xyz"))[:-4],
+    "brackets": b"\x93NUMPY\x01\x00\xff\xff" + b"(" * 0xFFFF,
+    "nothing": b"",
+}
+
+
+@pytest.mark.parametrize("name", BAD_NOTES)
+def test_notes_that_are_none(name, tmp_path):
+    sink, _ = parts_of(tmp_path)
+    with zipfile.ZipFile(sink.out, "w") as archive:
+        archive.writestr("note.npy", BAD_NOTES[name])
+    with pytest.raises(UserError, match=r"a\.npz is no file of samples"):
+        sink.finished()
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"[]", b"[" * 100_000, b'{"seed":  1}', b"3"])
+def test_settings_that_are_damaged(content, tmp_path):
+    sink, _ = parts_of(tmp_path)
+    (sink.folder / "settings.json").write_bytes(content)
+    with pytest.raises(UserError, match="holds samples of unknown settings"):
+        sink.begin()
+
+
+def test_what_cannot_be_read_just_now_is_left_alone(tmp_path, monkeypatch):
+    """Neither removed nor called something else."""
+    sink, _ = parts_of(tmp_path)
+    sink.finish()
+    other = Npz(sink.out, sink.labels, sink.shape, {"seed": 2})
+
+    def fail(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(zipfile, "ZipFile", fail)
+    for call in (sink.finished, other.finished, other.give_way):
+        with pytest.raises(UserError, match=r"a\.npz cannot be read just now: Input/output error"):
+            call()
+    assert sink.out.exists()

@@ -80,7 +80,7 @@ install() {
         python3 -m pip install --quiet --user uv
         cd mdt_jax
         python3 -m uv venv --quiet --allow-existing --python 3.12 .venv
-        python3 -m uv pip install --quiet --python .venv/bin/python -e '.[tpu]'"
+        python3 -m uv pip install --quiet --python .venv/bin/python -e '.[tpu,data]'"
 }
 
 # On each machine ~/mdt_jax has the log of its part, the process and, at the end, its exit code.

@@ -135,7 +135,7 @@ class Npz:
         each = int(np.prod(self.shape))
         try:
             with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as file:
-                _header(file)
+                sample_files.read_header(file)
                 begin = file.tell()
                 for start in range(0, len(self), size):
                     if start in done:
@@ -351,7 +351,7 @@ def open_arrays(path: str) -> dict[str, tuple[tuple[int, ...], bool, np.dtype]]:
             for name in archive.namelist():
                 if name.endswith(".npy"):
                     with archive.open(name) as file:
-                        found[name.removesuffix(".npy")] = _header(file)
+                        found[name.removesuffix(".npy")] = sample_files.read_header(file)
             return found
     except Exception as error:  # of many kinds, by what is damaged
         raise UserError(f"{path} could not be read: {reason(error)}") from None
@@ -372,21 +372,9 @@ def file_sha256(path: str | os.PathLike) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _header(file) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Read past the header of an npy. Raises ValueError."""
-    version = np.lib.format.read_magic(file)
-    read = {
-        (1, 0): np.lib.format.read_array_header_1_0,
-        (2, 0): np.lib.format.read_array_header_2_0,
-    }.get(version)
-    if read is None:
-        raise ValueError(f"version {version} of the format is not known")
-    return read(file)
-
-
 def _parsed(note: str | None) -> dict | None:
     try:
         found = json.loads(note or "null")
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None

@@ -16,9 +16,10 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
+from mdt_jax import locks
 from mdt_jax.data.pipeline import UNREADABLE
-from mdt_jax.errors import UserError
-from mdt_jax.files import beside, check_room, free, reason, settle, whole
+from mdt_jax.errors import DamagedError, UserError
+from mdt_jax.files import beside, check_room, free, read_json, reason, settle, whole
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -121,16 +122,6 @@ def load(path: str | os.PathLike, flip: bool = False) -> Latents:
     return Latents(folder, manifest, flip)
 
 
-def read_json(path: pathlib.Path) -> dict | None:
-    """Its content, or None where there is no such file; UserError where it is damaged."""
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {reason(error)}") from None
-
-
 def sums(moments: np.ndarray) -> dict[str, float]:
     """Of [n, 4, h, w, c]: "records", "sum" and "squares", of which `deviation` is made."""
     return {
@@ -180,11 +171,11 @@ def _manifest(folder: pathlib.Path) -> dict | None:
     manifest = read_json(folder / MANIFEST)
     if manifest is None:
         return None
-    if not isinstance(manifest, dict) or manifest.get("checksum") != _checksum(manifest):
+    if manifest.get("checksum") != _checksum(manifest):
         raise UserError(f"{folder / MANIFEST} is damaged, or was edited: encode anew")
-    if manifest["format"] != FORMAT:
+    if manifest.get("format") != FORMAT:
         raise UserError(
-            f"{folder} is of format {manifest['format']}, which this version cannot read"
+            f"{folder} is of format {manifest.get('format')}, which this version cannot read"
         )
     return manifest
 
@@ -192,7 +183,7 @@ def _manifest(folder: pathlib.Path) -> dict | None:
 def _is_there(folder: pathlib.Path, shard: dict) -> bool:
     try:
         return os.stat(folder / shard["file"]).st_size == shard["bytes"]
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
 
 
@@ -234,19 +225,41 @@ class Making:
         size = self.what["shard_images"]
         return np.arange(shard * size, min((shard + 1) * size, self.what["images"]))
 
+    def _make_folder(self) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except FileExistsError:
+            raise UserError(f"{self.folder} is a file, not a folder for latents") from None
+
+    @contextlib.contextmanager
+    def alone(self, part: tuple[int, int]) -> Iterator[None]:
+        """Keep others from writing one part of the shards: (which, of how many).
+
+        Raises UserError where another process writes it, or divides the shards otherwise.
+        """
+        self._make_folder()
+        which, count = part
+        ours = self.folder / f".part-{which + 1}-of-{count}.lock"
+        with locks.held(ours, f"part {which + 1} of {count} of {self.folder}"):
+            for path in self.folder.glob(".part-*.lock"):
+                if not path.name.endswith(f"-of-{count}.lock"):
+                    locks.check_free(path, str(self.folder))
+            yield
+
     def start(self) -> bool:
         """Make the folder, or go on in it; whether all is done already.
 
         Of a finished cache, shards that were lost are to be made again. Raises UserError where the
         folder holds something else.
         """
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except FileExistsError:
-            raise UserError(f"{self.folder} is a file, not a folder for latents") from None
+        self._make_folder()
         # In this order, since other hosts may start or finish meanwhile.
-        names = [path.name for path in self.folder.iterdir() if path.suffix != ".tmp"]
-        found = read_json(self.folder / UNFINISHED)
+        passing = (".tmp", ".lock")
+        names = [path.name for path in self.folder.iterdir() if path.suffix not in passing]
+        try:
+            found = read_json(self.folder / UNFINISHED)
+        except DamagedError as error:
+            raise UserError(f"{error}; remove {self.folder}, and encode anew") from None
         manifest = _manifest(self.folder)
         found = manifest or found
         if found is None:
@@ -254,6 +267,7 @@ class Making:
                 raise UserError(f"{self.folder} is neither empty nor a cache of latents")
             self._write(UNFINISHED, self.what)
             return False
+        found = {"precision": self.what.get("precision"), **found}  # older ones do not tell
         other = [k for k, v in self.what.items() if k not in self.told and found.get(k) != v]
         if other:
             was, now = (str(each.get(other[0]))[:100] for each in (found, self.what))
@@ -268,7 +282,7 @@ class Making:
             return True
         for number, shard in enumerate(manifest["shards"]):
             if _is_there(self.folder, shard):
-                self._write(self._sidecar(number), shard)
+                self._note(number, shard)
         self._write(UNFINISHED, self.what)
         (self.folder / MANIFEST).unlink(missing_ok=True)
         return False
@@ -277,9 +291,11 @@ class Making:
         """What was noted of a shard, if it is done."""
         try:
             noted = read_json(self.folder / self._sidecar(shard))
-            return noted if noted and _is_there(self.folder, noted) else None
-        except (UserError, KeyError, TypeError):  # no note of ours
+        except DamagedError:
             return None
+        if noted is None or noted.pop("checksum", "") != _checksum(noted):
+            return None
+        return noted if _is_there(self.folder, noted) else None
 
     def write(self, shard: int, batches: Iterable[dict[str, np.ndarray]]) -> None:
         """A shard, whole or not at all; UserError where the disk is full.
@@ -317,7 +333,10 @@ class Making:
                 os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
-        self._write(self._sidecar(shard), noted)
+        self._note(shard, noted)
+
+    def _note(self, shard: int, noted: dict) -> None:
+        self._write(self._sidecar(shard), {**noted, "checksum": _checksum(noted)})
 
     def finish(self) -> dict | None:
         """Write the manifest and return it; None where shards of another host are not done."""

@@ -4,22 +4,30 @@ What a file is of is kept beside it while it grows, and a run of other settings 
 """
 
 import contextlib
+import hashlib
 import io
 import json
 import os
 import pathlib
 import re
 import shutil
+import sys
 import zipfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 import numpy as np
 
+from mdt_jax import locks
 from mdt_jax.data.images import save_grid, save_image
 from mdt_jax.errors import UserError
-from mdt_jax.files import check_room, free, reason, settle, whole
+from mdt_jax.files import check_room, free, passes, reason, settle, whole
 
 SETTINGS = "settings.json"
+LOCK = ".lock"  # in a folder of samples
+SUM_BYTES = hashlib.sha256().digest_size
+MOST_NOTE = 1 << 24  # bytes of a note, generously
 
 
 class Sink(Protocol):
@@ -28,8 +36,20 @@ class Sink(Protocol):
     What a run before has written is kept, if it was of the same settings.
     """
 
+    @property
+    def out(self) -> pathlib.Path:
+        """What is written."""
+        ...
+
+    @property
+    def lock(self) -> pathlib.Path:
+        """The lock file that whoever writes there holds."""
+        ...
+
     def finished(self) -> bool:
-        """Whether all N are there already. May raise UserError where something else is."""
+        """Whether all N are there already, and can be read. May raise UserError where something
+        else is.
+        """
         ...
 
     def begin(self) -> None:
@@ -40,7 +60,7 @@ class Sink(Protocol):
         ...
 
     def done(self, start: int, count: int) -> bool:
-        """Whether all of the `count` images from number `start` on are written."""
+        """Whether all of the `count` images from number `start` on are written, and are whole."""
         ...
 
     def write(self, start: int, images: np.ndarray) -> None:
@@ -60,6 +80,8 @@ class Npz:
         self.out, self.labels, self.shape = out, np.asarray(labels, np.int64), shape
         self.note = json.dumps(note, ensure_ascii=False)
         self.folder = out.with_name(f"{out.name}.parts")
+        self.lock = locks.beside(out)
+        self._counts: dict[int, int] = {}  # images of each part that is there, by its first one
 
     def finished(self) -> bool:
         if not self.out.exists():
@@ -68,6 +90,9 @@ class Npz:
         if there != self.note:
             what = "is no file of samples" if there is None else _other(there, self.note)
             raise UserError(f"{self.out} {what}; remove it or choose another --out")
+        if not is_whole(self.out, (len(self.labels), *self.shape)):
+            print(f"{self.out} is damaged; it is drawn anew", file=sys.stderr)
+            return False
         if self.folder.exists():  # stopped while it was removed
             self._remove_parts()
         return True
@@ -90,15 +115,33 @@ class Npz:
     def _part(self, start: int) -> pathlib.Path:
         return self.folder / f"{start:09d}.npy"
 
+    def _read(self, start: int, count: int) -> np.ndarray | None:
+        """[count, H, W, C] uint8, of a part; None where it is not there, or is damaged."""
+        try:
+            content = self._part(start).read_bytes()
+        except FileNotFoundError:
+            return None
+        saved, digest = content[:-SUM_BYTES], content[-SUM_BYTES:]
+        if hashlib.sha256(saved).digest() != digest:
+            return None
+        part = np.load(io.BytesIO(saved))
+        there = part.shape == (count, *self.shape) and part.dtype == np.uint8
+        return part if there else None
+
     def done(self, start: int, count: int) -> bool:
-        with contextlib.suppress(OSError, EOFError, ValueError):
-            part = np.load(self._part(start), mmap_mode="r")
-            return part.shape == (count, *self.shape) and part.dtype == np.uint8
-        return False
+        if self._read(start, count) is None:
+            return False
+        self._counts[start] = count
+        return True
 
     def write(self, start: int, images: np.ndarray) -> None:
+        """An npy, and after it its SHA-256."""
+        saved = io.BytesIO()
+        np.save(saved, images)
         with whole(self._part(start)) as temporary, open(temporary, "wb") as file:
-            np.save(file, images)
+            file.write(saved.getvalue())
+            file.write(hashlib.sha256(saved.getvalue()).digest())
+        self._counts[start] = len(images)
 
     def finish(self) -> None:
         """Merge the parts: arr_0 uint8 [N, H, W, C], arr_1 int64 labels, note; then remove them."""
@@ -109,8 +152,8 @@ class Npz:
                     shape = (len(self.labels), *self.shape)
                     header = {"descr": "|u1", "fortran_order": False, "shape": shape}
                     np.lib.format.write_array_header_1_0(file, header)
-                    for part in self._parts():
-                        file.write(np.load(part).data)
+                    for part in self._images():
+                        file.write(part.data)
                 for name, array in (("arr_1", self.labels), ("note", np.array(self.note))):
                     saved = io.BytesIO()
                     np.save(saved, array)
@@ -119,6 +162,10 @@ class Npz:
             settle(merged)
             os.replace(merged, self.out)
             self._remove_parts()
+        except UserError:
+            with contextlib.suppress(OSError):
+                merged.unlink()
+            raise
         except OSError as error:
             with contextlib.suppress(OSError):
                 merged.unlink()
@@ -126,6 +173,21 @@ class Npz:
                 f"{self.out} could not be written: {reason(error)}{free(self.out)}; its parts are "
                 f"kept in {self.folder}, and the same command goes on"
             ) from None
+
+    def _images(self) -> Iterator[np.ndarray]:
+        """Those of each part, in order. Raises UserError where they are not those of all labels."""
+        total = 0
+        for start, count in sorted(self._counts.items()):
+            part = self._read(start, count)
+            if part is None or start != total:
+                raise UserError(
+                    f"{self._part(start)} has changed since it was written; the same command draws "
+                    "it anew"
+                )
+            total += count
+            yield part
+        if total != len(self.labels):
+            raise UserError(f"{self.folder} holds {total} of {len(self.labels)} samples")
 
     def _remove_parts(self) -> None:
         """The settings last: while they are there, it is known whose parts these are.
@@ -144,19 +206,61 @@ def _entry(archive: zipfile.ZipFile, name: str):
 
 
 def note_of(path: pathlib.Path) -> str | None:
-    """The note of an npz of samples; None where it is none, or is damaged."""
+    """The note of an npz of samples; None where it is none, or is damaged.
+
+    Raises UserError where the file cannot be read just now.
+    """
     try:
         with zipfile.ZipFile(path) as archive, archive.open("note.npy") as file:
-            return str(np.lib.format.read_array(file))
-    except (OSError, EOFError, LookupError, ValueError, zipfile.BadZipFile):
+            shape, _, dtype = read_header(file)
+            if shape or dtype.kind != "U" or not 0 < dtype.itemsize <= MOST_NOTE:
+                return None
+            note = str(np.frombuffer(file.read(dtype.itemsize), dtype)[0])
+            return None if file.read(1) else note
+    except Exception as error:  # of many kinds, by what is damaged
+        _check_readable(path, error)
         return None
+
+
+def _check_readable(path: pathlib.Path, error: Exception) -> None:
+    """Raise UserError where what was raised in reading a file does not say that it is damaged."""
+    if passes(error):
+        raise UserError(f"{path} cannot be read just now: {reason(error)}") from None
+
+
+def is_whole(path: pathlib.Path, shape: tuple[int, ...] | None = None) -> bool:
+    """Whether an npz of samples is there with all its bytes as they were written.
+
+    shape: of its images, where that is known. Raises UserError where it cannot be read just now.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            with archive.open("arr_0.npy") as file:
+                found, _, _ = read_header(file)
+            return shape in (None, found) and archive.testzip() is None
+    except Exception as error:  # of many kinds, by what is damaged
+        _check_readable(path, error)
+        return False
+
+
+def read_header(file) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """(shape, whether in Fortran's order, dtype) of an npy, read past. Raises ValueError."""
+    version = np.lib.format.read_magic(file)
+    read = {
+        (1, 0): np.lib.format.read_array_header_1_0,
+        (2, 0): np.lib.format.read_array_header_2_0,
+    }.get(version)
+    if read is None:
+        raise ValueError(f"version {version} of the format is not known")
+    return read(file)
 
 
 class Folder:
     """OUT/<label>_<number>.png, which a data set of folders reads with its labels."""
 
     def __init__(self, out: pathlib.Path, labels: np.ndarray, shape: tuple, note: dict):
-        self.out, self.labels = out, labels
+        self.out, self.labels, self.shape = out, labels, shape
+        self.lock = out / LOCK
         self.note = json.dumps(note, ensure_ascii=False)
         self.labelled = note["num_classes"] > 0
 
@@ -165,13 +269,32 @@ class Folder:
         return self.out / f"{label}{number:06d}.png"
 
     def finished(self) -> bool:
-        return settings_of(self.out) == self.note and self.done(0, len(self.labels))
+        numbers = range(len(self.labels))
+        return (
+            settings_of(self.out) == self.note
+            and all(self._path(number).exists() for number in numbers)
+            and self.done(0, len(numbers))
+        )
 
     def begin(self) -> None:
         _settle_in(self.out, self.note)
 
     def done(self, start: int, count: int) -> bool:
-        return all(self._path(number).is_file() for number in range(start, start + count))
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            return all(pool.map(self._is_there, range(start, start + count)))
+
+    def _is_there(self, number: int) -> bool:
+        """Whether a PNG can be read to its end, and is of the right size."""
+        from PIL import Image
+
+        try:
+            with Image.open(self._path(number), formats=("PNG",)) as image:
+                image.load()
+                bands = 1 if image.mode == "L" else 3 if image.mode == "RGB" else 0
+                return (image.height, image.width, bands) == self.shape
+        except Exception as error:  # of many kinds, by what is damaged
+            _check_readable(self._path(number), error)
+            return False
 
     def write(self, start: int, images: np.ndarray) -> None:
         for number, image in enumerate(images, start):
@@ -186,6 +309,7 @@ class Grid:
 
     def __init__(self, out: pathlib.Path, labels: np.ndarray, shape: tuple, note: dict):
         self.out, self.note = out, json.dumps(note, ensure_ascii=False)
+        self.lock = locks.beside(out)
         self.images = np.zeros((len(labels), *shape), np.uint8)
 
     def finished(self) -> bool:
@@ -205,19 +329,21 @@ class Grid:
 
 
 def settings_of(folder: pathlib.Path) -> str | None:
+    """The settings that a folder of samples is of, None where it has none; perhaps damaged."""
     try:
-        return (folder / SETTINGS).read_text(encoding="utf-8")
-    except (OSError, ValueError):
+        return (folder / SETTINGS).read_text(encoding="utf-8", errors="replace")
+    except (FileNotFoundError, NotADirectoryError):
         return None
 
 
 def _settle_in(folder: pathlib.Path, note: str) -> None:
     """Make a folder of samples with these settings, or find that it is one."""
     folder.mkdir(parents=True, exist_ok=True)
-    left = [path for path in folder.iterdir() if _was_left(path)]
+    found = [path for path in folder.iterdir() if path.name != LOCK]
+    left = [path for path in found if _was_left(path)]
     there = settings_of(folder)
     if there is None:
-        if len(list(folder.iterdir())) > len(left):
+        if len(found) > len(left):
             raise UserError(f"{folder} holds other files and no {SETTINGS}; choose another --out")
         with whole(folder / SETTINGS) as temporary:
             temporary.write_text(note, encoding="utf-8")
@@ -250,7 +376,7 @@ def _other(there: str, here: str) -> str:
     try:
         theirs, ours = json.loads(there), json.loads(here)
         names = [name for name in {**theirs, **ours} if theirs.get(name) != ours.get(name)]
-    except (ValueError, AttributeError):
-        return "holds samples of unknown settings"
-    what = f"{names[0]} is {theirs.get(names[0])} there and {ours.get(names[0])} here"
+        what = f"{names[0]} is {theirs.get(names[0])} there and {ours.get(names[0])} here"
+    except (AttributeError, LookupError, RecursionError, TypeError, ValueError):
+        return "holds samples of unknown settings: its note of them is damaged"
     return f"holds samples of other settings ({what})"

@@ -6,28 +6,31 @@ import re
 import time
 
 from mdt_jax.errors import UserError
-from mdt_jax.files import reason
+from mdt_jax.files import local, reason
 
 SCHEME = "hf://"
+
+
+def on_disk(path: str) -> str:
+    """A path as of `files.local`, or hf://… as it is. Raises UserError for another URL."""
+    return path if path.startswith(SCHEME) else local(path)
 
 
 def local_path(path: str) -> pathlib.Path:
     """The file itself, or for hf://OWNER/REPOSITORY/FILE where the hub's cache has it.
 
     Downloads what the cache lacks; HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE are honoured. Raises
-    UserError where the file cannot be had.
+    UserError where the file cannot be had, and for any other URL.
     """
     if not path.startswith(SCHEME):
-        return pathlib.Path(path)
+        return pathlib.Path(local(path))
     owner, _, rest = path.removeprefix(SCHEME).partition("/")
     repository, _, name = rest.partition("/")
     if not (owner and repository and name):
         raise UserError(f"{path}: write hf://OWNER/REPOSITORY/FILE")
-    try:
-        import huggingface_hub
-        from huggingface_hub import errors
-    except ImportError:
-        raise UserError("hf:// paths need huggingface_hub: pip install -e '.[weights]'") from None
+    import huggingface_hub
+    from huggingface_hub import errors
+
     started = time.time()
     huggingface_hub.logging.set_verbosity_error()  # else it tells of each retry, twice
     try:

@@ -1,6 +1,6 @@
 """PyTorch's weight files and safetensors as NumPy arrays, read without running what is in them."""
 
-import importlib
+import importlib.metadata
 import os
 import pathlib
 import pickle
@@ -8,6 +8,7 @@ import re
 import warnings
 import zipfile
 from collections.abc import Collection, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -16,6 +17,7 @@ from mdt_jax.files import reason, whole
 
 PICKLED = (".pt", ".pth", ".bin", ".ckpt")
 SUFFIXES = (*PICKLED, ".safetensors")
+SAFE_TORCH = (2, 6)  # the first whose weights_only=True runs nothing, whatever the file is
 
 
 def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
@@ -37,31 +39,55 @@ def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
 
 
 def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
-    safetensors = _package("safetensors.numpy")
+    import safetensors.numpy
+
     try:
-        return safetensors.load_file(path)
+        return safetensors.numpy.load_file(path)
     except Exception as error:  # of several kinds, by what is wrong with the file
         message = f"{path} is damaged or no safetensors file NumPy can hold: {reason(error)}"
         raise UserError(message) from None
 
 
-def _package(name: str):
-    """A module of the extra `weights`."""
+def _torch() -> Any:
+    """PyTorch; UserError where it is not installed, or so old that what it reads can run code."""
     try:
-        return importlib.import_module(name)
-    except ImportError:
-        raise UserError(f"weight files need {name}: pip install -e '.[weights]'") from None
+        version = importlib.metadata.version("torch")
+    except importlib.metadata.PackageNotFoundError:
+        raise UserError(f"{PICKLED[0]} files need PyTorch: pip install -e '.[weights]'") from None
+    if tuple(map(int, version.split(".")[:2])) < SAFE_TORCH:
+        needed = ".".join(map(str, SAFE_TORCH))
+        raise UserError(
+            f"PyTorch {version} can run code that a file of weights holds (CVE-2025-32434): "
+            f"install {needed} or newer, pip install 'torch>={needed}'"
+        )
+    import torch
+
+    return torch
+
+
+def _check_sums(path: pathlib.Path) -> None:
+    """Raise UserError where a part of a zipped file is not what its checksum says.
+
+    PyTorch itself does not look at them.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except Exception as error:  # of many kinds, by what is damaged
+        raise UserError(f"{path} is damaged or cut short: {reason(error)}") from None
+    if damaged is not None:
+        raise UserError(f"{path} is damaged: {damaged} in it does not have its checksum")
 
 
 def _read_pickled(path: pathlib.Path) -> dict[str, np.ndarray]:
-    torch = _package("torch")
+    torch, zipped = _torch(), zipfile.is_zipfile(path)
+    if zipped:
+        _check_sums(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             # Mapped, tensors are read when they are used; only the newer, zipped format can be.
-            content = torch.load(
-                path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
-            )
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except Exception as error:  # whatever the unpickler makes of bytes that are no pickle
         asked = re.search(r"GLOBAL (\S+)", str(error))
         if asked:
@@ -127,13 +153,12 @@ def write(path: str | os.PathLike, arrays: Mapping[str, np.ndarray]) -> None:
     """
     path = pathlib.Path(path)
     if path.suffix == ".safetensors":
-        safetensors = _package("safetensors.numpy")
-        from safetensors import SafetensorError
+        import safetensors.numpy
 
-        with whole(path, (SafetensorError,)) as temporary:
-            safetensors.save_file(dict(arrays), temporary)
+        with whole(path, (safetensors.SafetensorError,)) as temporary:
+            safetensors.numpy.save_file(dict(arrays), temporary)
     else:
-        torch = _package("torch")
+        torch = _torch()
         tensors = {
             name: torch.from_numpy(np.require(a, None, ["C", "W"])) for name, a in arrays.items()
         }

@@ -77,14 +77,16 @@ def contracted(grid: tuple[int, int], grad: jax.Array, where: Positions) -> jax.
     """The same as matmuls with matrices of zeros and ones, since accelerators add such a number of
     values into so few rows only slowly."""
     (height, width), heads = grid, grad.shape[1]
+    exact = "highest"  # sums, whatever the precision of products
     if where.ids is None:
         pairs = grad.sum(0)
     else:
         chosen = jax.nn.one_hot(where.ids, height * width, dtype=grad.dtype)  # [B, N, L]
-        rows = jnp.einsum("bhij,bjk->bhik", grad, chosen)
-        pairs = jnp.einsum("bhik,bil->hlk", rows, chosen)
+        rows = jnp.einsum("bhij,bjk->bhik", grad, chosen, precision=exact)
+        pairs = jnp.einsum("bhik,bil->hlk", rows, chosen, precision=exact)
     pairs = pairs.reshape(heads, height, width, height, width)
-    table = jnp.einsum("hyxvu,yvd,xue->deh", pairs, _differences(height), _differences(width))
+    of_axes = _differences(height), _differences(width)
+    table = jnp.einsum("hyxvu,yvd,xue->deh", pairs, *of_axes, precision=exact)
     unused = bias_rows(grid) - table.shape[0] * table.shape[1]
     return jnp.pad(table.reshape(-1, heads), ((0, unused), (0, 0))).astype(grad.dtype)
 

@@ -49,7 +49,7 @@ def _affine_backward(kept, grad):
     return (
         grad @ transposed(kernel.astype(x.dtype)),
         jnp.dot(transposed(x), grad, preferred_element_type=kernel.dtype),
-        jnp.dot(ones, grad, preferred_element_type=kernel.dtype),
+        jnp.dot(ones, grad, precision="highest", preferred_element_type=kernel.dtype),
     )
 
 

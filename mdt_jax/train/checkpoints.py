@@ -6,9 +6,12 @@ A step directory holds the items `params`, `ema`, `progress` (optimiser state an
 
 import contextlib
 import glob
+import hashlib
+import json
 import logging
 import os
 import pathlib
+import re
 import shutil
 import sys
 import time
@@ -21,12 +24,17 @@ import orbax.checkpoint as ocp
 
 from mdt_jax import distributed
 from mdt_jax.errors import UserError
-from mdt_jax.files import check_room, free, reason
+from mdt_jax.files import check_room, free, passes, reason
 from mdt_jax.train.state import TrainState
 
 FOLDER = "checkpoints"
 FORMAT = 1  # of a step folder; a newer one is not for this code
 ORBAX_FILES = 1_000_000  # bytes that a step takes besides its arrays, generously
+SUM = "sha256"  # in `meta`: of all else in it; so in every format, newer ones included
+STEP = re.compile("0|[1-9][0-9]*")  # what a step's folder is called
+
+# Files that Orbax itself leaves in a folder that it writes.
+ORBAX_MARKS = {"_CHECKPOINT_METADATA", "_METADATA", "_sharding", "manifest.ocdbt"}
 
 Read = TypeVar("Read")
 
@@ -52,7 +60,8 @@ def _steps(directory: pathlib.Path) -> list[int]:
     """Finished steps, newest first: unfinished ones still have a temporary name."""
     if not directory.is_dir():
         return []
-    return sorted((int(p.name) for p in directory.iterdir() if p.name.isdigit()), reverse=True)
+    names = [path.name for path in directory.iterdir()]
+    return sorted((int(name) for name in names if STEP.fullmatch(name)), reverse=True)
 
 
 def steps_in(workdir: str | os.PathLike) -> list[int]:
@@ -89,19 +98,70 @@ def _restore(folder: pathlib.Path, items: dict[str, Any]) -> dict[str, Any]:
     return restored
 
 
+def _digest(meta: dict) -> str:
+    """SHA-256 of a meta, but for the one that it holds."""
+    rest = {name: value for name, value in meta.items() if name != SUM}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
 def read_meta(folder: pathlib.Path) -> dict:
     """The JSON of a step folder: config, step, checksums and the times of the run.
 
-    Raises UserError where a newer mdt_jax has written it in a way that this one does not know.
+    Raises ValueError where it is not what was saved, and UserError where a newer mdt_jax has
+    written it in a way that this one does not know.
     """
     with _reader() as checkpointer:
         meta = checkpointer.restore(folder, ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+    if SUM in meta and meta[SUM] != _digest(meta):  # older ones have none
+        raise ValueError("its meta is not what was saved")
+    of_run = folder.parent.name == FOLDER and STEP.fullmatch(folder.name)
+    if of_run and int(folder.name) != meta["step"]:
+        raise ValueError(f"its meta is of step {meta['step']}")
     if meta.get("format", 1) > FORMAT:
         raise UserError(
             f"checkpoint {folder} is of format {meta['format']}, newer than the {FORMAT} that this "
             "mdt_jax knows: install a newer one"
         )
     return meta
+
+
+def check_readable(folder: pathlib.Path, error: Exception) -> None:
+    """Raise UserError where a step folder may be sound and only cannot be read just now.
+
+    error: what reading it raised. Orbax takes files that may not be opened for missing ones, so
+    each of them is tried.
+    """
+
+    def fail(why: OSError):
+        if passes(why):
+            raise why
+
+    try:
+        for place, _, names in os.walk(folder, onerror=fail):
+            for name in names:
+                with open(os.path.join(place, name), "rb") as file:
+                    while file.read(1 << 24):
+                        pass
+    except OSError as raised:
+        error = raised
+    if passes(error):
+        raise UserError(
+            f"checkpoint {folder} cannot be read just now: {reason(error)}; nothing was moved, the "
+            "same command tries again"
+        ) from None
+
+
+def check_path(path: str | os.PathLike) -> None:
+    """Raise UserError for a folder that Orbax could write but not read: it takes its path for a
+    pattern of names.
+    """
+    full = str(pathlib.Path(path).absolute())
+    found = [character for character in "*?[\\" if character in full]
+    if found:
+        raise UserError(
+            f"{full} has {' and '.join(found)} in its path, and checkpoints in such a folder "
+            "cannot be read back; choose another name, or rename the folder"
+        )
 
 
 def _newest_sound(
@@ -118,6 +178,7 @@ def _newest_sound(
         except UserError:
             raise
         except Exception as error:  # whatever Orbax makes of a damaged folder
+            check_readable(directory / str(step), error)
             damaged.append(step)
             print(
                 f"checkpoint {directory / str(step)} is damaged: {reason(error)}", file=sys.stderr
@@ -148,12 +209,11 @@ def _late_work_aside(unraisable) -> None:
 class Checkpoints:
     """Saves a run's state in the background, and finds the newest sound one to go on from.
 
-    keep: how many: those of the latest steps, or by_time, those that were saved last.
+    keep: how many, those of the latest steps; None: all.
     """
 
-    def __init__(self, workdir: str | os.PathLike, keep: int = 1, by_time: bool = False):
+    def __init__(self, workdir: str | os.PathLike, keep: int | None = 1):
         _quiet()
-        self._by_time = by_time
         self.directory = pathlib.Path(workdir).absolute() / FOLDER
         self._keep = keep
         self._manager = None
@@ -182,7 +242,8 @@ class Checkpoints:
         if items is None:
             return None
         for step in damaged:
-            aside = self.directory.parent / "damaged" / f"{step}-{time.time_ns()}"
+            # The folder of checkpoints may be a link to another disk.
+            aside = self.directory.resolve().parent / "damaged" / f"{step}-{time.time_ns()}"
             if distributed.is_first():
                 aside.parent.mkdir(exist_ok=True)
                 (self.directory / str(step)).rename(aside)
@@ -197,8 +258,7 @@ class Checkpoints:
         """
         if self._manager is None:
             options = ocp.CheckpointManagerOptions(
-                max_to_keep=self._keep, create=True, cleanup_tmp_directories=True,
-                best_fn=(lambda metrics: metrics["time"]) if self._by_time else None,
+                max_to_keep=self._keep, create=True, cleanup_tmp_directories=True
             )  # fmt: skip
             self._manager = ocp.CheckpointManager(self.directory, options=options)
         step = int(state.step)
@@ -208,20 +268,38 @@ class Checkpoints:
         checksums = {name: int(_checksum(tree)) for name, tree in items.items()}
         args = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
         about = {"format": FORMAT, "step": step, "checksums": checksums, **meta}
+        about[SUM] = _digest(about)
         manager, self._manager = self._manager, None  # nothing to wait for where this fails
         with _writing(self.directory, items):
             parts = ocp.args.Composite(meta=ocp.args.JsonSave(about), **args)
-            metrics = {"time": time.time()} if self._by_time else None
-            manager.save(step, args=parts, metrics=metrics, force=True)
+            manager.save(step, args=parts, force=True)
         self._manager = manager
+
+    def replace(self, state: TrainState, meta: dict) -> None:
+        """Save, wait until it is on disk, and remove all that was there before."""
+        step = int(state.step)
+        self.close()
+        self._remove(lambda there: there == step)
+        self.save(state, meta)
+        self.close()
+        self._remove(lambda there: there != step)
+
+    def _remove(self, chosen: Callable[[int], bool]) -> None:
+        if distributed.is_first():
+            for step in filter(chosen, _steps(self.directory)):
+                shutil.rmtree(self.directory / str(step))
+        distributed.everyone(True)  # wait for it
 
     def metas(self) -> list[dict]:
         """The meta of each finished step that can be read, the newest first."""
         self.close()
         found = []
         for step in _steps(self.directory):
-            with contextlib.suppress(Exception):  # whatever Orbax makes of a damaged folder
-                found.append(read_meta(self.directory / str(step)))
+            folder = self.directory / str(step)
+            try:
+                found.append(read_meta(folder))
+            except Exception as error:  # whatever Orbax makes of a damaged folder
+                check_readable(folder, error)
         return found
 
     def newest(self) -> pathlib.Path | None:
@@ -263,6 +341,7 @@ def load(path: str | os.PathLike, choose: Callable[[dict], tuple[str, dict]]) ->
         raise UserError(f"checkpoint '{path}' does not exist")
     if root.is_file():
         raise UserError(f"{path} is a file of no kind that holds weights, nor the folder of a run")
+    check_path(root)
 
     def read(folder: pathlib.Path):
         meta = read_meta(folder)
@@ -273,17 +352,32 @@ def load(path: str | os.PathLike, choose: Callable[[dict], tuple[str, dict]]) ->
         )
         return _restore(folder, {item: abstract})[item], meta
 
+    _check_is_ours(root)
     if is_saved(root):
         try:
             return read(root)
         except UserError:
             raise
         except Exception as error:
+            check_readable(root, error)
             raise UserError(f"checkpoint {path} is damaged: {reason(error)}") from None
     found, _ = _newest_sound(root / FOLDER if (root / FOLDER).is_dir() else root, read)
     if found is None:
         raise UserError(f"{path} holds no checkpoint: expected a workdir that was trained in")
     return found
+
+
+def _check_is_ours(root: pathlib.Path) -> None:
+    """Raise UserError for a folder, or one with steps, that another program wrote by Orbax."""
+    for folder in (root, *(root / str(step) for step in _steps(root))):
+        names = {path.name for path in folder.iterdir()}
+        if names & ORBAX_MARKS and not names & {"meta", "params", "ema", "progress"}:
+            items = sorted(name for name in names if "." not in name and name not in ORBAX_MARKS)
+            held = "arrays alone" if "_METADATA" in names else ", ".join(items[:3])
+            raise UserError(
+                f"{folder} is an Orbax checkpoint of another program: it holds {held}, not the "
+                "params, ema, progress and meta of a run"
+            )
 
 
 def is_saved(folder: str | os.PathLike) -> bool:
@@ -297,9 +391,11 @@ def save_folder(folder: str | os.PathLike, item: str, arrays: dict, meta: dict) 
     Raises UserError where it cannot be written, such as on a full disk.
     """
     _quiet()
+    check_path(folder)
     folder = pathlib.Path(folder).absolute()
     checksums = {item: int(_checksum(arrays))}
     meta = {"format": FORMAT, "step": 0, "checksums": checksums, **meta}
+    meta[SUM] = _digest(meta)
     args = {item: ocp.args.StandardSave(arrays), "meta": ocp.args.JsonSave(meta)}
     try:
         with _writing(folder, arrays), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as orbax:

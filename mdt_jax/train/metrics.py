@@ -9,16 +9,21 @@ from mdt_jax.errors import UserError
 
 def read_steps(path: str | os.PathLike) -> list[tuple[int, str]]:
     """(step, line) of every whole line; UserError for a line that is not one of ours."""
-    if not os.path.exists(path):
+    try:
+        with open(path, "rb") as file:
+            lines = [line for line in file if line.endswith(b"\n")]
+    except FileNotFoundError:
         return []
-    with open(path) as file:
-        lines = [line for line in file if line.endswith("\n")]
     steps = []
     for number, line in enumerate(lines, start=1):
         try:
-            steps.append((int(json.loads(line)["step"]), line))
-        except (ValueError, KeyError, TypeError):
+            text = line.decode()
+            step = json.loads(text)["step"]
+            if type(step) is not int:
+                raise TypeError(step)
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise UserError(f"{path}, line {number} is no line of metrics; take it out") from None
+        steps.append((step, text))
     return steps
 
 
@@ -31,7 +36,7 @@ class MetricsLog:
     def __init__(self, path: str | os.PathLike, step: int):
         kept = [line for number, line in read_steps(path) if number <= step]
         temporary = f"{path}.tmp"
-        with open(temporary, "w") as file:
+        with open(temporary, "w", encoding="utf-8", newline="") as file:
             file.writelines(kept)
         os.replace(temporary, path)
         self._file = open(path, "a")  # noqa: SIM115 (closed in close)

@@ -16,6 +16,7 @@ from mdt_jax.diffusion.losses import LOSS_WEIGHTS, diffusion_losses
 from mdt_jax.diffusion.schedule import extract, linear_schedule
 from mdt_jax.models import masking
 from mdt_jax.models.mdt import MDT
+from mdt_jax.precision import of_products
 from mdt_jax.train.state import TrainState
 from mdt_jax.vae import from_uint8
 
@@ -252,15 +253,14 @@ def make_train_step(
     return train_step
 
 
-def compile_step(
+def trace_step(
     config: ConfigDict,
     model: MDT,
     optimizer: optax.GradientTransformation,
     state: TrainState,
     mesh: Mesh,
-    compiler_options: dict | None = None,
-) -> jax.stages.Compiled:
-    """The step of a config, (state, batch, key) → (state, metrics), compiled without running it.
+) -> jax.stages.Traced:
+    """The step of a config, (state, batch, key) → (state, metrics).
 
     state: shapes with their shardings; it is donated. key: all of a run's draws come from it.
     """
@@ -283,4 +283,17 @@ def compile_step(
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole)
     lies = jax.tree.map(lambda leaf: leaf.sharding, state)
     jitted = jax.jit(step_with_draws, donate_argnums=0, out_shardings=(lies, whole))
-    return jitted.lower(state, batch, key).compile(compiler_options)
+    with of_products(config.train.precision):
+        return jitted.trace(state, batch, key)
+
+
+def compile_step(
+    config: ConfigDict,
+    model: MDT,
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    mesh: Mesh,
+    compiler_options: dict | None = None,
+) -> jax.stages.Compiled:
+    """`trace_step`'s, compiled without running it."""
+    return trace_step(config, model, optimizer, state, mesh).lower().compile(compiler_options)

@@ -11,6 +11,7 @@ import numpy as np
 
 from mdt_jax.distributed import say
 from mdt_jax.errors import UserError
+from mdt_jax.files import whole
 
 
 class Tracker(Protocol):
@@ -98,8 +99,9 @@ class Wandb:
             raise _missing("--wandb", "wandb") from None
         number = workdir / "wandb" / "run-id"
         number.parent.mkdir(exist_ok=True)
-        if not number.exists():
-            number.write_text(secrets.token_hex(8))
+        if not (number.exists() and number.read_bytes()):
+            with whole(number) as temporary:
+                temporary.write_text(secrets.token_hex(8))
         self._image = wandb.Image
         try:
             self._run = wandb.init(

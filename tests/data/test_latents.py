@@ -1,6 +1,8 @@
 """The latent cache on disk: written in shards, read at random, and every way it can be broken."""
 
+import errno
 import json
+import os
 import pickle
 
 import numpy as np
@@ -144,3 +146,48 @@ def test_other_folders(tmp_path):
         (tmp_path / "e" / "manifest.json").write_text(json.dumps(content))
         with pytest.raises(UserError, match="manifest.json is damaged, or was edited"):
             latents.load(tmp_path / "e")
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, "[]", "7", '{"a": 1}', "\udcff", ""])
+def test_a_manifest_of_another_form(content, tmp_path):
+    making = make(tmp_path / "c")
+    making.finish()
+    manifest = tmp_path / "c" / "manifest.json"
+    manifest.write_bytes(content.encode(errors="surrogateescape"))
+    for call in (making.start, lambda: latents.load(tmp_path / "c")):
+        with pytest.raises(UserError, match=r"c/manifest\.json (is damaged|cannot be read)"):
+            call()
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, "[]", "{}", "7", "\udcff", ""])
+def test_notes_of_another_form(content, tmp_path):
+    """A shard whose note is damaged is made again; what the cache is of cannot be guessed."""
+    making = make(tmp_path / "c")
+    notes = sorted((tmp_path / "c").glob("*.array_record.json"))
+    whole = notes[1].read_text()
+    bad = [content.encode(errors="surrogateescape"), whole.replace('"records": 8', '"records": 9')]
+    for each in bad:
+        notes[1].write_bytes(each if isinstance(each, bytes) else each.encode())
+        assert [making.done(n) is not None for n in range(3)] == [True, False, True]
+        assert making.finish() is None
+    making.write(1, batches(making.items(1)))
+    assert notes[1].read_text() == whole
+    (tmp_path / "c" / "unfinished.json").write_bytes(content.encode(errors="surrogateescape"))
+    with pytest.raises(UserError, match=r"unfinished\.json|holds another cache"):
+        making.start()
+
+
+def test_a_cache_that_cannot_be_looked_at_just_now_is_not_lost(tmp_path, monkeypatch):
+    making = make(tmp_path / "c")
+    making.finish()
+    before = {path.name: path.read_bytes() for path in (tmp_path / "c").iterdir()}
+
+    def stat(path, *_, **__):
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", stat)
+        for call in (making.start, lambda: latents.load(tmp_path / "c")):
+            with pytest.raises(OSError, match="Input/output error"):
+                call()
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "c").iterdir()}

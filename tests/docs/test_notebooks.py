@@ -4,6 +4,7 @@ import json
 import re
 import sys
 
+import numpy as np
 import pytest
 
 import mdt_jax
@@ -92,6 +93,28 @@ def test_with_released_weights(name, pictures, words, tmp_path, monkeypatch):
             monkeypatch.setenv(variable, value)
         text, drawn = execute(name, tmp_path, "RELEASED = True")
     assert all(word in text for word in words) and drawn == pictures
+
+
+def test_the_plot_is_over_steps_whatever_else_the_log_holds(tmp_path, monkeypatch):
+    """A run that logs each third step, and has measured its samples."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = ["full", "masked", *(f"full/q{q}" for q in range(1, 5))]
+    losses = {f"mse/{name}": 0.5 for name in names}
+    lines = [{"step": step, "loss": 1.0, **losses} for step in range(3, 31, 3)]
+    lines.insert(5, {"step": 15, "frechet_distance": 3.0})
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    cells = nbformat.read(ROOT / "notebooks" / "train_digits.ipynb", as_version=4).cells
+    (plot,) = (cell.source for cell in cells if "axes[0].plot" in cell.source)
+    figures = []
+    monkeypatch.setattr(plt, "show", lambda: figures.append(plt.gcf()))
+    exec(plot, {"WORKDIR": tmp_path, "json": json, "np": np, "plt": plt})
+    for axis in figures[0].axes:
+        assert all(list(line.get_xdata()) == list(range(3, 31, 3)) for line in axis.lines)
+    plt.close("all")
 
 
 COLAB = """

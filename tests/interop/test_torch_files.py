@@ -117,6 +117,7 @@ def test_what_is_no_file_of_weights(content, tmp_path):
 
 @pytest.mark.parametrize("new", [True, False])
 def test_a_byte_that_is_wrong_is_no_traceback(new, tmp_path):
+    """In a zipped file, whose parts have checksums, it changes no number either."""
     whole, path = tmp_path / "whole.pt", tmp_path / "flipped.pt"
     tensors = {name: torch.from_numpy(array) for name, array in ARRAYS.items()}
     torch.save(tensors, whole, _use_new_zipfile_serialization=new)
@@ -126,9 +127,28 @@ def test_a_byte_that_is_wrong_is_no_traceback(new, tmp_path):
         flipped[place] ^= 0x55
         path.write_bytes(flipped)
         try:
-            torch_files.read(path)
+            found = torch_files.read(path)
         except UserError as error:
             assert "\n" not in str(error)
+        else:
+            assert not new or all((found[name] == ARRAYS[name]).all() for name in ARRAYS), place
+
+
+def test_a_flipped_bit_of_a_tensor_is_noticed(tmp_path):
+    path = tmp_path / "w.pt"
+    torch_files.write(path, ARRAYS)
+    content = bytearray(path.read_bytes())
+    content[content.index(ARRAYS["a.weight"].tobytes()) + 5] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"w.pt is damaged: \S+ in it does not have its checksum"):
+        torch_files.read(path)
+
+
+def test_a_pytorch_that_runs_what_is_in_files_is_refused(tmp_path, monkeypatch):
+    torch_files.write(tmp_path / "w.pt", ARRAYS)
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "2.5.1+cu124")
+    with pytest.raises(UserError, match=r"PyTorch 2.5.1\+cu124 can run code .* 'torch>=2.6'"):
+        torch_files.read(tmp_path / "w.pt")
 
 
 @pytest.mark.parametrize(

@@ -1,18 +1,24 @@
 import contextlib
+import errno
 import gc
 import json
+import os
 import pathlib
 import shutil
 import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 import mdt_jax
 from mdt_jax.errors import UserError
+from mdt_jax.train.checkpoints import Checkpoints, read_meta, steps_in
 from mdt_jax.train.metrics import MetricsLog
+from mdt_jax.train.state import TrainState
 from mdt_jax.weights import load_weights
 from tests.conftest import ROOT, SMOKE, train_here
 from tests.models.common import apply
@@ -119,6 +125,22 @@ def test_paths_without_a_checkpoint(tmp_path):
         mdt_jax.load(file)
 
 
+def test_an_orbax_folder_of_another_program_is_not_called_damaged(tmp_path):
+    import orbax.checkpoint as ocp
+
+    tree, args = {"params": {"a": np.ones(3)}}, ocp.args.StandardSave
+    with ocp.CheckpointManager(tmp_path / "steps") as manager:
+        manager.save(1000, args=args(tree))
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "alone", tree)
+    for path, said in (
+        ("steps", "steps/1000 is an Orbax checkpoint of another program: it holds default"),
+        ("alone", "alone is an Orbax checkpoint of another program"),
+    ):
+        with pytest.raises(UserError, match=said):
+            mdt_jax.load(tmp_path / path)
+
+
 def test_metrics_log_drops_later_and_torn_lines(tmp_path):
     path = tmp_path / "metrics.jsonl"
     with contextlib.closing(MetricsLog(path, 0)) as log:
@@ -177,7 +199,159 @@ def test_a_crash_between_the_files_of_a_step_leaves_the_step_before(tmp_path):
 
 def test_a_checkpoint_of_a_newer_format(copy):
     for meta in copy.glob("checkpoints/*/meta/metadata"):
-        meta.write_text(json.dumps(json.loads(meta.read_text()) | {"format": 2}))
+        stored = json.loads(meta.read_text()) | {"format": 2}
+        del stored["sha256"]
+        meta.write_text(json.dumps(stored))
     printed = train_here(*SMOKE, f"--workdir={copy}", "--config.train.steps=6", expect=2)
     assert "is of format 2, newer than the 1 that this mdt_jax knows" in printed
     assert sorted(p.name for p in (copy / "checkpoints").iterdir()) == ["2", "4"]
+
+
+def small_state(step: int) -> TrainState:
+    leaf, zero = jnp.full((2, 3), float(step)), jnp.int32(0)
+    return TrainState(jnp.int32(step), {"a": leaf}, {"a": leaf}, {"m": leaf}, zero, zero)
+
+
+@pytest.fixture
+def saved(tmp_path) -> pathlib.Path:
+    """A workdir with the steps 2 and 4 of a state of a few numbers."""
+    with Checkpoints(tmp_path / "run", keep=5) as checkpoints:
+        for step in (2, 4):
+            checkpoints.save(small_state(step), {"config": {"a": 0.1, "b": ["ä"]}, "seconds": 1.5})
+    return tmp_path / "run"
+
+
+def restored(workdir) -> int:
+    abstract = jax.eval_shape(lambda: small_state(0))
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), abstract
+    )
+    state, meta = Checkpoints(workdir).restore(abstract, lambda meta: None)
+    assert int(state.step) == meta["step"] and (state.params["a"] == meta["step"]).all()
+    return meta["step"]
+
+
+def test_a_flipped_bit_of_the_meta_is_no_other_step(saved):
+    """Each one either is noticed or changes no value."""
+    folder = saved / "checkpoints" / "4"
+    file, whole = folder / "meta" / "metadata", read_meta(folder)
+    content, noticed = file.read_bytes(), 0
+    at = content.index(b'"step"')
+    for number, bit in [(n, b) for n in range(at, at + 10) for b in range(8)] + [
+        (n, n % 8) for n in range(0, len(content), 7)
+    ]:
+        changed = bytearray(content)
+        changed[number] ^= 1 << bit
+        file.write_bytes(changed)
+        try:
+            found = read_meta(folder)
+        except Exception:  # of many kinds
+            noticed += 1
+        else:
+            assert {name: found.get(name) for name in whole if name != "sha256"} == {
+                name: value for name, value in whole.items() if name != "sha256"
+            }
+    assert noticed > 100
+    file.write_bytes(content.replace(b'"step": 4', b'"step": 5').replace(b'"step":4', b'"step":5'))
+    assert restored(saved) == 2
+    (aside,) = (saved / "damaged").iterdir()
+    assert aside.name.startswith("4-") and steps_in(saved) == [2]
+
+
+def test_a_meta_of_before_there_were_checksums_of_it(saved):
+    """It is read, unless it says to be of another step than its folder."""
+    for step, says in (("2", 2), ("4", 5)):
+        file = saved / "checkpoints" / step / "meta" / "metadata"
+        meta = json.loads(file.read_text()) | {"step": says}
+        del meta["sha256"]
+        file.write_text(json.dumps(meta))
+    assert restored(saved) == 2
+
+
+def test_other_things_among_the_checkpoints(saved):
+    """Names that Python takes for digits, or for another writing of a number, are no steps."""
+    for name in ("²", "٣", "007", "4.bak", "step_9", "notes"):
+        (saved / "checkpoints" / name).mkdir()
+    (saved / "checkpoints" / "³").touch()
+    assert steps_in(saved) == [4, 2] and restored(saved) == 4
+    with Checkpoints(saved, keep=2) as checkpoints:
+        checkpoints.save(small_state(6), {})
+    assert steps_in(saved) == [6, 4] and restored(saved) == 6
+    assert (saved / "checkpoints" / "²").is_dir()
+
+
+NOT_NOW = [
+    PermissionError(errno.EACCES, os.strerror(errno.EACCES)),
+    OSError(errno.EMFILE, os.strerror(errno.EMFILE)),
+    OSError(errno.EIO, os.strerror(errno.EIO)),
+    MemoryError("Unable to allocate"),
+    ValueError(f"Error opening zarr: [OS error 12: ENOMEM {os.strerror(errno.ENOMEM)}]"),
+    RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes."),
+]
+
+
+@pytest.mark.parametrize("error", NOT_NOW, ids=lambda error: str(error)[:30])
+def test_what_cannot_be_read_just_now_is_not_set_aside(error, saved, monkeypatch):
+    restore = ocp.Checkpointer.restore
+
+    def fail(checkpointer, folder, args):
+        if folder.name == "4" and "params" in args:
+            raise error
+        return restore(checkpointer, folder, args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ocp.Checkpointer, "restore", fail)
+        with pytest.raises(UserError, match="checkpoints/4 cannot be read just now: .*nothing was"):
+            restored(saved)
+    assert not (saved / "damaged").exists() and restored(saved) == 4
+
+
+def test_a_file_that_cannot_be_opened_is_not_missing(saved, monkeypatch):
+    """Orbax says only that it finds no such item."""
+    shutil.move(saved / "checkpoints" / "4" / "ema", saved / "ema")
+
+    def walk(folder, onerror):
+        onerror(PermissionError(errno.EACCES, os.strerror(errno.EACCES), "ema"))
+        yield from ()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "walk", walk)
+        with pytest.raises(UserError, match="cannot be read just now: Permission denied"):
+            restored(saved)
+    assert not (saved / "damaged").exists()
+    assert restored(saved) == 2
+
+
+def test_the_best_replaces_whatever_was_there(tmp_path, monkeypatch):
+    """By no clock and no number of a step; also the same step measured anew."""
+    import time
+
+    clock = iter(range(10**6, 0, -1000))
+    monkeypatch.setattr(time, "time", lambda: float(next(clock)))
+    with Checkpoints(tmp_path, keep=None) as best:
+        for step, value in ((4, 3.0), (6, 2.0), (2, 1.0), (2, 0.5)):
+            best.replace(small_state(step), {"measured": {"fid": value}})
+            assert steps_in(tmp_path) == [step]
+            assert best.metas()[0]["measured"] == {"fid": value}
+
+
+def test_the_best_that_cannot_be_read_just_now_is_no_damaged_one(tmp_path, monkeypatch):
+    with Checkpoints(tmp_path, keep=None) as best:
+        best.replace(small_state(4), {"measured": {"fid": 1.0}})
+
+        def fail(*_, **__):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+        monkeypatch.setattr(ocp.Checkpointer, "restore", fail)
+        with pytest.raises(UserError, match="cannot be read just now: Input/output error"):
+            best.metas()
+
+
+def test_checkpoints_on_another_disk(saved, tmp_path):
+    """By a link: what is damaged is set aside on that disk."""
+    shutil.move(saved / "checkpoints", tmp_path / "disk" / "checkpoints")
+    (saved / "checkpoints").symlink_to(tmp_path / "disk" / "checkpoints")
+    damage_item(saved / "checkpoints" / "4")
+    assert restored(saved) == 2
+    assert len(list((tmp_path / "disk" / "damaged").iterdir())) == 1

@@ -1,0 +1,84 @@
+"""Files written whole, the room for them, and what is told of those that cannot be read."""
+
+import errno
+import os
+import shutil
+import stat
+from types import SimpleNamespace
+
+import pytest
+
+from mdt_jax import files
+from mdt_jax.errors import DamagedError, UserError
+
+
+def test_the_umask_is_never_changed(tmp_path, monkeypatch):
+    """Not even for a moment: other threads write meanwhile."""
+    before = os.umask(0o027)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "umask", lambda _: pytest.fail("the umask is set"))
+        with files.whole(tmp_path / "a") as temporary:  # as writers do that let nobody else read
+            temporary.unlink()
+            os.close(os.open(temporary, os.O_CREAT | os.O_WRONLY, 0o600))
+    os.umask(before)
+    assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o640
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_room_is_measured_where_a_link_leads(tmp_path, monkeypatch):
+    for name in ("small", "large"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "small" / "checkpoints").symlink_to(tmp_path / "large")
+
+    def disk_usage(path):
+        return SimpleNamespace(free=10**9 if "large" in str(os.path.realpath(path)) else 10)
+
+    monkeypatch.setattr(shutil, "disk_usage", disk_usage)
+    files.check_room(tmp_path / "small" / "checkpoints", 10**6)
+    files.check_room(tmp_path / "small" / "checkpoints" / "a.npz", 10**6)
+    with pytest.raises(UserError, match="takes 1.0 MB, and 0.0 MB are free"):
+        files.check_room(tmp_path / "small" / "a.npz", 10**6)
+
+
+@pytest.mark.parametrize(
+    "content", [b"\xff\xfe{}", b"", b"{", b"[]", b"3", b'"a"', b"[" * 10**5, b'{"a": ' * 10**5]
+)
+def test_json_that_is_damaged(content, tmp_path):
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(DamagedError, match=r"a\.json") as error:
+        files.read_json(tmp_path / "a.json")
+    assert "\n" not in str(error.value)
+
+
+def test_json(tmp_path):
+    assert files.read_json(tmp_path / "a.json") is None
+    (tmp_path / "a.json").write_text('{"ä": 1}', encoding="utf-8")
+    assert files.read_json(tmp_path / "a.json") == {"ä": 1}
+    with pytest.raises(UserError, match="cannot be read: Is a directory") as error:
+        files.read_json(tmp_path)
+    assert not isinstance(error.value, DamagedError)
+
+
+def test_what_passes():
+    for number in (errno.EACCES, errno.EMFILE, errno.EIO, errno.ENOMEM, errno.ESTALE):
+        assert files.passes(OSError(number, os.strerror(number)))
+        assert files.passes(ValueError(f'opening "x": [OS error {number}: {os.strerror(number)}]'))
+        try:
+            try:
+                raise OSError(number, "x")
+            except OSError as error:
+                raise ValueError("no such item") from error
+        except ValueError as error:
+            assert files.passes(error)
+    assert files.passes(MemoryError())
+    for error in (FileNotFoundError(errno.ENOENT, "x"), ValueError("bad bits"), EOFError()):
+        assert not files.passes(error)
+
+
+def test_paths_of_this_machine(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ada")
+    assert files.local("~/runs") == "/home/ada/runs" and files.local("a/~b") == "a/~b"
+    assert files.local("tfds:mnist:test") == "tfds:mnist:test" and files.local("") == ""
+    for url in ("gs://b/x", "S3://b", "file:///x", "hdfs+x://y", "https://z", "hf://o/r/f"):
+        with pytest.raises(UserError, match=f"{url.replace('+', '.')} is a URL"):
+            files.local(url)
