@@ -165,7 +165,7 @@ def _norm_groups(path: pathlib.Path) -> int | None:
     """What diffusers' config.json beside a VAE's file says of its norms, if there is one."""
     try:
         return int(json.loads(path.with_name("config.json").read_text())["norm_num_groups"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 
