@@ -202,7 +202,8 @@ class Evaluator:
             report["sfid"] = frechet(found.gaussians["spatial"], theirs["spatial"])
         else:
             self._warn(f"{self.reference.path} has no mu_s and sigma_s: there is no sFID")
-        report["inception_score"] = inception_score(found.rows["logits"])
+        logits, pixels = (found.rows[name] for name in ("logits", "pixels"))
+        report["inception_score"] = inception_score(logits, pixels)
         if real is not None:
             features = real.rows["pool"], found.rows["pool"]
             steps = comparisons(*map(len, features))

@@ -81,6 +81,24 @@ def test_a_folder_is_measured_as_the_npz(sets, tmp_path):
     assert_equal(measured(tmp_path / "pictures.json"), measured(sets / "card.json"))
 
 
+def test_the_inception_score_of_a_folder_is_that_of_the_npz(sets, tmp_path, monkeypatch):
+    """The folder is in another order, and is measured in slices of another size."""
+    several = functools.partial(measures.inception_score, split=5)
+    monkeypatch.setattr(evaluation, "inception_score", several)
+    samples = np.load(sets / "samples.npz")
+    (tmp_path / "pictures").mkdir()
+    for n, image in enumerate(samples["arr_0"]):
+        Image.fromarray(image).save(tmp_path / "pictures" / f"{samples['arr_1'][n]}_{n:06}.png")
+    scores = []
+    for path, size in ((sets / "samples.npz", 512), (tmp_path / "pictures", 4)):
+        monkeypatch.setattr(features, "SLICE", size)
+        out = tmp_path / f"{size}.json"
+        run_here(evaluate.main, *flags(sets, samples=path, out=out))
+        scores.append(measured(out)["inception_score"])
+    assert scores[0] == pytest.approx(scores[1], rel=1e-9)
+    assert scores[0] != pytest.approx(measured(sets / "card.json")["inception_score"], rel=1e-6)
+
+
 def test_a_reference_is_made_as_adms_are(sets, tmp_path, monkeypatch):
     out = tmp_path / "reference.npz"
     run_here(
