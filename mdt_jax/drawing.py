@@ -16,7 +16,7 @@ from mdt_jax.data.image_sets import Slices
 from mdt_jax.data.images import UINT8_RULE, to_uint8
 from mdt_jax.data.sample_files import Sink
 from mdt_jax.distributed import is_first
-from mdt_jax.errors import UserError
+from mdt_jax.errors import NotFiniteError, UserError
 from mdt_jax.files import beside, reason
 from mdt_jax.models.autoencoder import AutoencoderKL
 from mdt_jax.models.mdt import MDT
@@ -129,15 +129,19 @@ def find_vae(
     return Vae(path, scale, vae, params)
 
 
-def decoder(
-    model: MDT, vae: Vae | None
-) -> tuple[Callable[[np.ndarray], np.ndarray], tuple[int, int, int]]:
-    """(function from samples [n, h, w, c] to uint8 images [n, H, W, C]; an image's shape)."""
-    if vae is None:
-        return to_uint8, (*model.input_size, model.in_channels)
+def decoder(model: MDT, vae: Vae | None) -> tuple[Callable[..., np.ndarray], tuple[int, int, int]]:
+    """(function from samples [n, h, w, c] to uint8 images [n, H, W, C]; an image's shape).
 
-    def to_images(latents):
-        return to_uint8(decode(vae.network, vae.params, latents, scale=vae.scale))
+    Its second argument is the number of the first sample, for messages. It raises NotFiniteError.
+    """
+    if vae is None:
+        return lambda samples, first=0: to_uint8(samples), (*model.input_size, model.in_channels)
+
+    def to_images(latents, first=0):
+        def name(i):
+            return f"sample {first + i}"
+
+        return to_uint8(decode(vae.network, vae.params, latents, scale=vae.scale, name=name))
 
     height, width = (vae.network.factor * side for side in model.input_size)
     return to_images, (height, width, 3)
@@ -151,7 +155,7 @@ class Drawn:
     """
 
     request: Request
-    to_images: Callable[[np.ndarray], np.ndarray]
+    to_images: Callable[..., np.ndarray]
     shape: tuple[int, int, int]
     path = "the samples"
 
@@ -168,7 +172,7 @@ class Drawn:
     def slices(self, size: int = 0, done: Collection[int] = ()) -> Slices:
         """The batches of the request; their size is its own."""
         for start, seen in self.request.batches(done=done):
-            yield start, self.to_images(seen[-1])
+            yield start, self.to_images(seen[-1], start)
 
 
 class Drawer:
@@ -192,7 +196,8 @@ class Drawer:
 def write_samples(asked: Request, sink: Sink, to_images: Callable, progress: bool = True) -> bool:
     """Draw what a sink has not got yet and give it to it; False where it has all.
 
-    Of several processes the first one writes, and says what is there.
+    Of several processes the first one writes, and says what is there. Raises NotFiniteError; of the
+    batch with the first sample that is not finite, nothing is written.
     """
     total, size = len(asked.labels), asked.batch_size
     starts = range(0, total, size)
@@ -204,10 +209,15 @@ def write_samples(asked: Request, sink: Sink, to_images: Callable, progress: boo
     if there == "all":
         return False
     done = {int(start) for start in there.split()}
-    for start, seen in asked.batches(progress=progress, done=done):
-        images = to_images(seen[-1])
+    try:
+        for start, seen in asked.batches(progress=progress, done=done):
+            images = to_images(seen[-1], start)
+            if is_first():
+                sink.write(start, images)
+    except NotFiniteError:
         if is_first():
-            sink.write(start, images)
+            sink.give_up()
+        raise
     if is_first():
         sink.finish()
     return True

@@ -274,7 +274,10 @@ class Reconstructed:
             padded = np.pad(images, [(0, -len(images) % self._mesh.size), (0, 0), (0, 0), (0, 0)])
             mean, _ = encode(self._params, parallel.put(padded, split))
             latents = distributed.fetch(mean)[: len(images)]
-            back = to_uint8(vae.decode(self._network, self._params, latents, scale=1.0))
+            back = to_uint8(vae.decode(
+                self._network, self._params, latents, scale=1.0,
+                name=lambda i, at=start: self._images.name(at + i),
+            ))  # fmt: skip
             self.psnr.append(psnr(images, back))
             self.ssim.append(ssim(images, back))
             yield start, back

@@ -19,6 +19,7 @@ from mdt_jax.models.mdt import MDT, init_params
 from mdt_jax.options import SampleOptions
 from tests.conftest import ROOT, exits_with_one_line, run_here
 from tests.small_data import VAE, write_vae
+from tests.test_sampling import with_a_broken_class
 
 DIGITS = str(ROOT / "tests" / "digits.safetensors")
 OPTIONS = dict(num_steps=50, guidance_scale=2.0, seed=0)
@@ -149,6 +150,16 @@ def test_what_cannot_be_inpainted(digits, changes, message):
     given = dict(images=np.zeros((1, 8, 8, 1)), hidden=HALVES["right"], labels=[1]) | changes
     with pytest.raises(UserError, match=message):
         fill(*digits, **given)
+
+
+def test_a_completion_that_is_not_finite_is_an_error(digits, pictures):
+    model, params = digits
+    given = to_float(pictures[0][:3]), HALVES["right"]
+    with pytest.raises(UserError, match="sample 2 holds NaN or infinity"):
+        fill(
+            model, with_a_broken_class(params, 7), *given, [0, 1, 7], batch_size=2,
+            how=InpaintOptions("side_interpolater"), num_steps=2,
+        )  # fmt: skip
 
 
 def test_each_completion_has_its_own_guidance_scale(digits, pictures):

@@ -9,14 +9,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import mdt_jax
 from mdt_jax import sample, weights
 from mdt_jax.data import sources
 from mdt_jax.data.sample_files import Npz
 from mdt_jax.errors import UserError
 from mdt_jax.models.mdt import MDT, init_params
 from tests.conftest import exits_with_one_line, run_here
-from tests.runs import SAMPLE
-from tests.small_data import write_vae
+from tests.models.common import random_params
+from tests.runs import DIGITS, SAMPLE
+from tests.small_data import VAE, write_vae
+from tests.test_sampling import with_a_broken_class
 
 
 def draw(*flags: str) -> str:
@@ -172,6 +175,42 @@ def test_latents_are_decoded_batch_by_batch(tmp_path):
     assert a["arr_0"].shape == (5, 64, 64, 3)
     assert np.abs(a["arr_0"].astype(int) - b["arr_0"]).max() <= 1
     assert json.loads(str(a["note"]))["vae"] == str(tmp_path / "vae")
+
+
+@pytest.mark.parametrize("out", ["a.png", "a.npz", "a/", "a.gif"])
+def test_samples_that_are_not_finite_are_not_written(out, tmp_path):
+    model, params = mdt_jax.load(DIGITS)
+    broken = jax.tree.map(lambda leaf: leaf * np.float32(np.nan), params)
+    weights.save(tmp_path / "broken", weights.Weights(model, broken))
+    argv = [f"--checkpoint={tmp_path / 'broken'}", "--num_steps=2", "--num_samples=3"]
+    argv += [f"--out={tmp_path}/new/{out}"] + ["--show=noise"] * (out == "a.gif")
+    printed = run_here(sample.main, *argv, "--batch_size=2", expect=2)
+    assert printed.splitlines()[-1].startswith("error: sample 0 holds NaN or infinity")
+    assert list((tmp_path / "new").glob("*")) == []
+
+
+def test_batches_before_one_that_is_not_finite_are_kept(tmp_path):
+    model, params = mdt_jax.load(DIGITS)
+    weights.save(tmp_path / "broken", weights.Weights(model, with_a_broken_class(params, 3)))
+    argv = [f"--checkpoint={tmp_path / 'broken'}", "--num_steps=2", "--num_samples=6"]
+    argv += [f"--out={tmp_path}/a.npz", "--batch_size=2"]
+    printed = run_here(sample.main, *argv, expect=2)
+    assert printed.splitlines()[-1].startswith("error: sample 3 holds NaN or infinity")
+    parts = sorted(path.name for path in (tmp_path / "a.npz.parts").iterdir())
+    assert parts == ["000000000.npy", "settings.json"] and not (tmp_path / "a.npz").exists()
+
+
+def test_images_that_a_vae_decodes_to_nan_are_not_written(tmp_path):
+    model = MDT(input_size=(8, 8), in_channels=4, hidden_size=16, depth=2, num_heads=2,
+                decoder_layers=1, num_classes=3)  # fmt: skip
+    weights.save(tmp_path / "mdt", weights.Weights(model, init_params(model, jax.random.key(0))))
+    broken = jax.tree.map(lambda leaf: leaf * np.float32(np.inf), random_params(VAE))
+    weights.save(tmp_path / "vae", weights.Weights(VAE, broken))
+    argv = [f"--checkpoint={tmp_path / 'mdt'}", f"--vae={tmp_path / 'vae'}", "--num_steps=2"]
+    argv += ["--num_samples=2", f"--out={tmp_path / 'a.npz'}"]
+    printed = run_here(sample.main, *argv, expect=2)
+    assert "error: sample 0, decoded by the VAE, holds NaN or infinity" in printed
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mdt", "vae"]
 
 
 def test_labels(tmp_path):

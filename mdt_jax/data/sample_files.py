@@ -51,6 +51,10 @@ class Sink(Protocol):
         """To be called when all N are written. Raises UserError where the file cannot be."""
         ...
 
+    def give_up(self) -> None:
+        """To be called where no more samples come: remove what `begin` made, if nothing is in."""
+        ...
+
 
 class Npz:
     """OUT.npz, made from a shard for each batch in OUT.npz.parts."""
@@ -127,6 +131,10 @@ class Npz:
                 f"kept in {self.folder}, and the same command goes on"
             ) from None
 
+    def give_up(self) -> None:
+        if not self._parts():
+            self._remove_parts()
+
     def _remove_parts(self) -> None:
         """The settings last: while they are there, it is known whose parts these are.
 
@@ -180,6 +188,12 @@ class Folder:
     def finish(self) -> None:
         """All of them are in place."""
 
+    def give_up(self) -> None:
+        if not any(self.out.glob("*.png")):
+            (self.out / SETTINGS).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                self.out.rmdir()
+
 
 class Grid:
     """OUT.png, one picture of all, enlarged where they are small."""
@@ -199,6 +213,9 @@ class Grid:
 
     def write(self, start: int, images: np.ndarray) -> None:
         self.images[start : start + len(images)] = images
+
+    def give_up(self) -> None:
+        """Nothing was made."""
 
     def finish(self) -> None:
         save_grid(str(self.out), self.images, note=self.note)
