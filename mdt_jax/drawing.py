@@ -11,7 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from mdt_jax import __version__, distributed
-from mdt_jax.data.classes import imagenet_label, imagenet_names
+from mdt_jax.data.classes import parse_label, says_which
 from mdt_jax.data.image_sets import Slices
 from mdt_jax.data.images import UINT8_RULE, to_uint8
 from mdt_jax.data.sample_files import Sink
@@ -76,6 +76,7 @@ def note_of(
         "parameters_sha256": sha256(weights.params),
         "network": describe(weights.model),
         "num_classes": weights.model.num_classes,
+        **({"classes": list(weights.classes)} if weights.classes else {}),
         "dtype": jnp.dtype(weights.model.dtype).name,
         **dataclasses.asdict(options),
         **({} if scales is None else {"guidance_scale": scales}),
@@ -158,6 +159,7 @@ class Drawn:
     to_images: Callable[..., np.ndarray]
     shape: tuple[int, int, int]
     path = "the samples"
+    classes = ()
 
     def __len__(self) -> int:
         return len(self.request.labels)
@@ -230,18 +232,27 @@ def parse_labels(
     classes: Sequence[str] = (),
     seed: int = 0,
 ) -> np.ndarray:
-    """`num_samples` labels: those of the text in turn, of a file, random ones, or all in turn."""
+    """`num_samples` labels: those of the text in turn, of a file, random ones, or all in turn.
+
+    classes: the run's own names. Raises UserError, also for a name that says something else, too.
+    """
     count = 100 if num_samples is None else num_samples
+    from_file = text is not None and text.endswith((".txt", ".npy")) and not says_which(text)
+    if text in classes and (from_file or text in ("balanced", "random")):
+        raise UserError(
+            f"--labels={text} is a class of the run, and says where labels come from, too; "
+            f"--labels=name:{text} is the class"
+        )
     if text is None or (text == "balanced" and num_classes):
         return balanced_labels(count, num_classes)
     if not num_classes:
         raise UserError("--labels was given, but the model is unconditional")
     if text == "random":
         return random_labels(count, num_classes, seed)
-    if from_file := text.endswith((".txt", ".npy")):
+    if from_file:
         labels = read_labels(text, num_classes, classes)
     else:
-        parts = text.split(",")
+        parts = [text] if text in classes else text.split(",")
         labels = [
             parse_label(part.strip(), num_classes, classes, f"--labels={text}") for part in parts
         ]
@@ -275,23 +286,6 @@ def read_labels(path: str, num_classes: int, classes: Sequence[str]) -> list[int
     if not labels:
         raise UserError(f"--labels={path} holds no labels")
     return labels
-
-
-def parse_label(part: str, num_classes: int, classes: Sequence[str], where: str) -> int:
-    """A class number, or a name: the run's own, or for a thousand classes ImageNet's.
-
-    where: what a message begins with.
-    """
-    try:
-        return int(part)
-    except ValueError:
-        if part in classes:
-            return classes.index(part)
-        if part and num_classes == len(imagenet_names()):
-            return imagenet_label(part)
-        names = [name for name in classes if not name.isdigit()]
-        hint = f", nor a class of the run such as {names[0]}" if part and names else ""
-        raise UserError(f"{where}: {part!r} is no class number such as 3{hint}") from None
 
 
 def check_writable(out: pathlib.Path) -> None:

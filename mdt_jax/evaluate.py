@@ -96,7 +96,7 @@ def evaluate(args) -> None:
     """Samples against a reference."""
     features = (args.features or "inception").split(",")
     labelled = "classifier" in features
-    samples = open_images(args.samples, args.image_size, labelled, args.num_samples)
+    samples = open_images(args.samples, args.image_size, labelled, args.num_samples, drawn=True)
     reference = references.load(args.reference, args.image_size, labelled)
     evaluator = evaluation.Evaluator(reference, features, args.inception or "")
     evaluator.check(samples)

@@ -267,6 +267,8 @@ def test_the_command_on_latents(tmp_path):
         (["--guidance_skip_tolerance=0.1"], None, "saves nothing here"),
         (["--label=3,5"], None, "--label=3,5: '3,5' is no class number"),
         (["--label=random"], None, "'random' is no class number"),
+        (["--label="], None, "--label=: '' is no class number"),
+        (["--label=1.5"], None, "'1.5' is no class number"),
         (["--guidance_scale=1,,2"], None, "'1,,2' is no number, nor several as 1,2,4"),
         (["--num_resamples=2", "--num_steps=10"], None, "leaves no room for jumps of 10"),
         (["--num_samples=0"], None, "--num_samples=0 must be positive"),

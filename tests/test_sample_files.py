@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 import mdt_jax
-from mdt_jax import sample, weights
+from mdt_jax import drawing, sample, weights
 from mdt_jax.data import sources
 from mdt_jax.data.sample_files import Npz
 from mdt_jax.errors import UserError
@@ -229,6 +229,40 @@ def test_labels(tmp_path):
     assert random_ones == drawn("--labels=random", "--num_samples=40", "--batch_size=7")
     assert random_ones[:9] == drawn("--labels=random", "--num_samples=9")
     assert len(set(random_ones)) > 5
+
+
+def test_names_are_looked_up_among_the_runs_own(tmp_path, capsys, monkeypatch):
+    model = MDT(input_size=(4, 4), in_channels=1, hidden_size=16, depth=2, num_heads=2,
+                decoder_layers=1, num_classes=3)  # fmt: skip
+    found = weights.Weights(model, init_params(model, jax.random.key(0)), classes=("1", "2", "3"))
+    weights.save(tmp_path / "run", found)
+    argv = [f"--checkpoint={tmp_path / 'run'}", "--num_steps=2", "--guidance_scale=1"]
+    argv += [f"--out={tmp_path / 'a.npz'}"]
+    line = exits_with_one_line(sample.main, [*argv, "--labels=1"], capsys, monkeypatch)
+    assert "--labels=1: '1' may be class 0 by its name '1' or class 1 by its number" in line
+    (tmp_path / "l.txt").write_text("3\n2\n")
+    from_file = [*argv, f"--labels={tmp_path / 'l.txt'}"]
+    line = exits_with_one_line(sample.main, from_file, capsys, monkeypatch)
+    assert "l.txt, line 2: '2' may be class 1 by its name" in line
+    run_here(sample.main, *argv, "--labels=3,name:1,number:1")
+    with np.load(tmp_path / "a.npz") as saved:
+        assert saved["arr_1"].tolist() == [2, 0, 1]
+        assert json.loads(str(saved["note"]))["classes"] == ["1", "2", "3"]
+
+
+def test_names_that_say_where_labels_come_from(tmp_path):
+    classes = ("a.txt", "cat, tabby", "random", "pure random")
+
+    def labels(text):
+        return drawing.parse_labels(text, None, 4, classes).tolist()
+
+    assert labels("cat, tabby") == [1] and labels("pure random") == [3]
+    assert labels("name:a.txt") == [0] and labels("name:random,name:a.txt") == [2, 0]
+    np.save(tmp_path / "l.npy", np.array([2, 1]))
+    assert labels(str(tmp_path / "l.npy")) == [2, 1]
+    for text in ("random", "a.txt"):
+        with pytest.raises(UserError, match=f"--labels=name:{text} is the class"):
+            labels(text)
 
 
 def test_what_is_wrong_with_labels(tmp_path, capsys, monkeypatch):
