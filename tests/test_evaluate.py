@@ -1,6 +1,7 @@
 """python -m mdt_jax.evaluate: measures, references, what goes on after a kill, and mistakes."""
 
 import functools
+import io
 import json
 import zipfile
 
@@ -9,7 +10,21 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mdt_jax import evaluate, evaluation, features, measures, references, sample, weights
+from mdt_jax import (
+    cli,
+    convert,
+    encode,
+    evaluate,
+    evaluation,
+    features,
+    info,
+    inpaint,
+    main,
+    measures,
+    references,
+    sample,
+    weights,
+)
 from mdt_jax.data import image_sets, sample_files, sources
 from mdt_jax.errors import UserError
 from mdt_jax.measures import precision_recall
@@ -71,14 +86,14 @@ def test_parts_of_other_images_are_not_taken(sets, tmp_path, monkeypatch):
 
 
 def test_a_folder_is_measured_as_the_npz(sets, tmp_path):
-    """And without any flag the card lies beside it."""
     for n, image in enumerate(np.load(sets / "samples.npz")["arr_0"]):
         path = tmp_path / "pictures" / f"{n:02}.png"
         path.parent.mkdir(exist_ok=True)
         Image.fromarray(image).save(path)
-    printed = run_here(evaluate.main, *flags(sets, samples=f"{tmp_path}/pictures/"))
+    out = tmp_path / "card.json"
+    printed = run_here(evaluate.main, *flags(sets, samples=f"{tmp_path}/pictures/", out=out))
     assert "rank 13 in 2048 dimensions" in printed and "FID" in printed
-    assert_equal(measured(tmp_path / "pictures.json"), measured(sets / "card.json"))
+    assert_equal(measured(out), measured(sets / "card.json"))
 
 
 def test_samples_in_a_folder_are_in_the_order_of_the_npz(tmp_path):
@@ -92,6 +107,81 @@ def test_samples_in_a_folder_are_in_the_order_of_the_npz(tmp_path):
     )
     np.testing.assert_array_equal(npz.take(np.arange(5)), folder.take(np.arange(5)))
     assert npz.labels.tolist() == folder.labels.tolist() == [7, 1, 2, 7, 1]
+
+
+def test_no_card_is_written_beside_a_data_set(tmp_path):
+    import tarfile
+
+    grey_folders(tmp_path / "classes", ["cat", "dog"])
+    grey_folders(tmp_path / "flat", [""])
+    (tmp_path / "flat" / "settings.json").write_text('{"of": "another program"}')
+    (tmp_path / "list.csv").write_text("classes/cat/0.png,cat\nclasses/dog/0.png,dog\n")
+    with tarfile.open(tmp_path / "set.tar", "w") as archive:
+        archive.add(tmp_path / "classes", "classes")
+    image_sets.open_images(str(tmp_path / "set.tar"))  # now there is its index
+    real = np.random.RandomState(0).randint(0, 256, (9, 4, 4, 1), np.uint8)
+    np.savez(tmp_path / "real.npz", arr_0=real)
+    np.savez(tmp_path / "digits.npz", arr_0=sources.load("digits")[1].images)
+    before = sorted(tmp_path.rglob("*"))
+    for name in ("classes", "classes/", "flat", "list.csv", "set.tar", "digits"):
+        samples = name if name == "digits" else f"{tmp_path}/{name}"
+        real = tmp_path / ("digits.npz" if name == "digits" else "real.npz")
+        printed = run_here(
+            evaluate.main, f"--samples={samples}", f"--reference={real}", "--features=pixels",
+            cwd=tmp_path,
+        )  # fmt: skip
+        assert "distance" in printed and "no card with the settings: --out=FILE.json" in printed
+        assert sorted(tmp_path.rglob("*")) == before
+    run_here(
+        evaluate.main, f"--samples={tmp_path}/classes", f"--reference={tmp_path}/real.npz",
+        "--features=pixels", f"--out={tmp_path}/card.json",
+    )  # fmt: skip
+    assert measured(tmp_path / "card.json")["num_samples"] == 10
+
+
+def test_the_card_lies_beside_samples(tmp_path):
+    for out, card in (("a.npz", "a.npz.json"), ("b/", "b.json")):
+        few = ["--num_samples=4", "--num_steps=2", f"--checkpoint={DIGITS}"]
+        run_here(sample.main, *few, f"--out={tmp_path}/{out}")
+        run_here(
+            evaluate.main, f"--samples={tmp_path}/{out}", "--reference=digits", "--features=pixels"
+        )
+        assert measured(tmp_path / card)["num_samples"] == 4
+
+
+class Closed(io.TextIOBase):
+    """A terminal that is gone."""
+
+    def write(self, text):
+        raise OSError("closed")
+
+
+def test_the_card_is_written_whatever_becomes_of_the_terminal(tmp_path, monkeypatch):
+    np.savez(tmp_path / "a.npz", arr_0=sources.load("digits")[1].images)
+    argv = [f"--samples={tmp_path}/a.npz", "--reference=digits", "--features=pixels"]
+    ascii_alone = io.TextIOWrapper(io.BytesIO(), "ascii", write_through=True)
+    for number, terminal in enumerate((ascii_alone, Closed())):
+        card = tmp_path / f"{number}.json"
+        monkeypatch.setattr("sys.argv", ["command", *argv, f"--out={card}"])
+        monkeypatch.setattr("sys.stdout", terminal)
+        if terminal is ascii_alone:
+            cli.run(evaluate.main)
+        else:
+            with pytest.raises(SystemExit):
+                cli.run(evaluate.main)
+        assert measured(card)["frechet_distance"] >= 0
+    printed = ascii_alone.buffer.getvalue().decode("ascii")
+    assert "Fr\\xe9chet distance" in printed
+
+
+@pytest.mark.parametrize("command", [sample, evaluate, inpaint, convert, info, main, encode])
+def test_help_on_a_terminal_of_ascii(command, monkeypatch):
+    terminal = io.TextIOWrapper(io.BytesIO(), "ascii", write_through=True)
+    monkeypatch.setattr("sys.argv", ["command", "--help"])
+    monkeypatch.setattr("sys.stdout", terminal)
+    with pytest.raises(SystemExit) as exit_:
+        cli.run(command.main)
+    assert exit_.value.code == 0 and b"usage" in terminal.buffer.getvalue()
 
 
 def test_the_inception_score_of_a_folder_is_that_of_the_npz(sets, tmp_path, monkeypatch):
