@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import io
 import math
 import os
 import re
@@ -29,6 +30,7 @@ def run(main: Callable[[list[str]], None]) -> None:
     has several processes, the others hear why this one left.
     """
     keep_compilations()
+    _print_anywhere()
     try:
         main(sys.argv)
         distributed.part()
@@ -48,6 +50,13 @@ def run(main: Callable[[list[str]], None]) -> None:
             traceback.print_exc()
             _exit(1, f"{type(error).__name__}: {error}")
         raise
+
+
+def _print_anywhere() -> None:
+    """Characters that a terminal's encoding lacks are printed as escapes, not raised as errors."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _exit(code: str | int, reason: str) -> None:

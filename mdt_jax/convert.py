@@ -58,7 +58,10 @@ def main(argv: list[str]) -> None:
         found = weights.read(args.src, args.params, args.decoder_layers)
         weights.save(dst, found)
     print(f"wrote {dst}: {weights.describe(found.model)}")
-    for line in weights.not_told(found.model) if dst.suffix else ():
+    untold = weights.not_told(found.model) if dst.suffix else []
+    if found.classes and dst.suffix in torch_files.PICKLED:
+        untold.append("the names of its classes, which a .safetensors or a folder keeps")
+    for line in untold:
         print(f"what {dst.name} does not tell: {line}")
 
 

@@ -11,12 +11,12 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from mdt_jax import __version__, distributed
-from mdt_jax.data.classes import imagenet_label, imagenet_names
+from mdt_jax.data.classes import parse_label, says_which
 from mdt_jax.data.image_sets import Slices
 from mdt_jax.data.images import UINT8_RULE, to_uint8
 from mdt_jax.data.sample_files import Sink
 from mdt_jax.distributed import is_first
-from mdt_jax.errors import UserError
+from mdt_jax.errors import NotFiniteError, UserError
 from mdt_jax.files import beside, reason
 from mdt_jax.models.autoencoder import AutoencoderKL
 from mdt_jax.models.mdt import MDT
@@ -76,6 +76,7 @@ def note_of(
         "parameters_sha256": sha256(weights.params),
         "network": describe(weights.model),
         "num_classes": weights.model.num_classes,
+        **({"classes": list(weights.classes)} if weights.classes else {}),
         "dtype": jnp.dtype(weights.model.dtype).name,
         **dataclasses.asdict(options),
         **({} if scales is None else {"guidance_scale": scales}),
@@ -131,13 +132,21 @@ def find_vae(
 
 def decoder(
     model: MDT, vae: Vae | None, precision: str
-) -> tuple[Callable[[np.ndarray], np.ndarray], tuple[int, int, int]]:
-    """(function from samples [n, h, w, c] to uint8 images [n, H, W, C]; an image's shape)."""
-    if vae is None:
-        return to_uint8, (*model.input_size, model.in_channels)
+) -> tuple[Callable[..., np.ndarray], tuple[int, int, int]]:
+    """(function from samples [n, h, w, c] to uint8 images [n, H, W, C]; an image's shape).
 
-    def to_images(latents):
-        images = decode(vae.network, vae.params, latents, scale=vae.scale, precision=precision)
+    Its second argument is the number of the first sample, for messages. It raises NotFiniteError.
+    """
+    if vae is None:
+        return lambda samples, first=0: to_uint8(samples), (*model.input_size, model.in_channels)
+
+    def to_images(latents, first=0):
+        def name(i):
+            return f"sample {first + i}"
+
+        images = decode(
+            vae.network, vae.params, latents, scale=vae.scale, precision=precision, name=name
+        )
         return to_uint8(images)
 
     height, width = (vae.network.factor * side for side in model.input_size)
@@ -152,9 +161,10 @@ class Drawn:
     """
 
     request: Request
-    to_images: Callable[[np.ndarray], np.ndarray]
+    to_images: Callable[..., np.ndarray]
     shape: tuple[int, int, int]
     path = "the samples"
+    classes = ()
 
     def __len__(self) -> int:
         return len(self.request.labels)
@@ -169,7 +179,7 @@ class Drawn:
     def slices(self, size: int = 0, done: Collection[int] = ()) -> Slices:
         """The batches of the request; their size is its own."""
         for start, seen in self.request.batches(done=done):
-            yield start, self.to_images(seen[-1])
+            yield start, self.to_images(seen[-1], start)
 
 
 class Drawer:
@@ -194,7 +204,8 @@ def write_samples(asked: Request, sink: Sink, to_images: Callable, progress: boo
     """Draw what a sink has not got yet and give it to it; False where it has all.
 
     Of several processes the first one writes, and says what is there. Raises UserError where
-    another run writes there.
+    another run writes there, and NotFiniteError: of the batch with the first sample that is not
+    finite, nothing is written.
     """
     with distributed.alone(sink.lock, str(sink.out)):
         return _write_samples(asked, sink, to_images, progress)
@@ -211,10 +222,15 @@ def _write_samples(asked: Request, sink: Sink, to_images: Callable, progress: bo
     if there == "all":
         return False
     done = {int(start) for start in there.split()}
-    for start, seen in asked.batches(progress=progress, done=done):
-        images = to_images(seen[-1])
+    try:
+        for start, seen in asked.batches(progress=progress, done=done):
+            images = to_images(seen[-1], start)
+            if is_first():
+                sink.write(start, images)
+    except NotFiniteError:
         if is_first():
-            sink.write(start, images)
+            sink.give_up()
+        raise
     if is_first():
         sink.finish()
     return True
@@ -227,18 +243,27 @@ def parse_labels(
     classes: Sequence[str] = (),
     seed: int = 0,
 ) -> np.ndarray:
-    """`num_samples` labels: those of the text in turn, of a file, random ones, or all in turn."""
+    """`num_samples` labels: those of the text in turn, of a file, random ones, or all in turn.
+
+    classes: the run's own names. Raises UserError, also for a name that says something else, too.
+    """
     count = 100 if num_samples is None else num_samples
+    from_file = text is not None and text.endswith((".txt", ".npy")) and not says_which(text)
+    if text in classes and (from_file or text in ("balanced", "random")):
+        raise UserError(
+            f"--labels={text} is a class of the run, and says where labels come from, too; "
+            f"--labels=name:{text} is the class"
+        )
     if text is None or (text == "balanced" and num_classes):
         return balanced_labels(count, num_classes)
     if not num_classes:
         raise UserError("--labels was given, but the model is unconditional")
     if text == "random":
         return random_labels(count, num_classes, seed)
-    if from_file := text.endswith((".txt", ".npy")):
+    if from_file:
         labels = read_labels(text, num_classes, classes)
     else:
-        parts = text.split(",")
+        parts = [text] if text in classes else text.split(",")
         labels = [
             parse_label(part.strip(), num_classes, classes, f"--labels={text}") for part in parts
         ]
@@ -272,23 +297,6 @@ def read_labels(path: str, num_classes: int, classes: Sequence[str]) -> list[int
     if not labels:
         raise UserError(f"--labels={path} holds no labels")
     return labels
-
-
-def parse_label(part: str, num_classes: int, classes: Sequence[str], where: str) -> int:
-    """A class number, or a name: the run's own, or for a thousand classes ImageNet's.
-
-    where: what a message begins with.
-    """
-    try:
-        return int(part)
-    except ValueError:
-        if part in classes:
-            return classes.index(part)
-        if part and num_classes == len(imagenet_names()):
-            return imagenet_label(part)
-        names = [name for name in classes if not name.isdigit()]
-        hint = f", nor a class of the run such as {names[0]}" if part and names else ""
-        raise UserError(f"{where}: {part!r} is no class number such as 3{hint}") from None
 
 
 def check_writable(out: pathlib.Path) -> None:

@@ -1,4 +1,4 @@
-"""The error for what a user can put right."""
+"""The errors for what a user can put right."""
 
 
 class UserError(ValueError):
@@ -7,3 +7,7 @@ class UserError(ValueError):
 
 class DamagedError(UserError):
     """A file of our own does not hold what was written to it."""
+
+
+class NotFiniteError(UserError):
+    """Samples hold NaN or infinity. A run in training goes on without them."""

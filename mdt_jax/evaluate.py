@@ -2,7 +2,8 @@
 --inception=pt_inception-2015-12-05-6726825d.pth
 
 FID, sFID, Inception Score, precision and recall as ADM's evaluator defines them, in a table and,
-with all settings, in a JSON beside the samples. The same command goes on where it was stopped.
+with all settings, in a card: a JSON beside an npz or a folder that mdt_jax.sample wrote, or where
+--out says. The same command goes on where it was stopped.
 Also: --make_reference=IMAGES --out=reference.npz; --vae=VAE --images=IMAGES: what a VAE loses.
 """
 
@@ -83,7 +84,8 @@ def parse(argv: list[str]):
     add(
         "--out",
         type=cli.local,
-        help="the JSON (default: beside the samples, or none), or the new reference",
+        help="the JSON (default: beside an npz or a folder of mdt_jax.sample, else none), or the "
+        "new reference",
     )
     add(
         "--make_reference",
@@ -114,11 +116,11 @@ def evaluate(args) -> None:
     """Samples against a reference."""
     features = (args.features or "inception").split(",")
     labelled = "classifier" in features
-    samples = open_images(args.samples, args.image_size, labelled, args.num_samples)
+    samples = open_images(args.samples, args.image_size, labelled, args.num_samples, drawn=True)
     reference = references.load(args.reference, args.image_size, labelled)
     evaluator = evaluation.Evaluator(reference, features, args.inception or "")
     evaluator.check(samples)
-    out = card_path(args.out or f"{args.samples.rstrip('/')}.json")
+    out = card_path(args.out or default_card(samples))
     settings = {
         "samples": about(samples),
         "reference": about_reference(reference),
@@ -126,24 +128,35 @@ def evaluate(args) -> None:
         "neighbours": evaluation.NEIGHBOURS,
     }
     distributed.agree({name: json.dumps(value) for name, value in settings.items()})
-    folder = out.with_name(f"{out.name}.features")
-    parts = {
-        name: Parts(folder / name, {"of": settings[name], "by": settings["features"]})
-        for name in (("samples", "reference") if features == ["inception"] else ())
-    }
-    with distributed.alone(locks.beside(out), str(out)):
+    parts = {}
+    if out is not None and features == ["inception"]:
+        folder = out.with_name(f"{out.name}.features")
+        parts = {
+            name: Parts(folder / name, {"of": settings[name], "by": settings["features"]})
+            for name in ("samples", "reference")
+        }
+    with alone_at(out):
         measured = evaluator.measure(samples, parts, progress=True)
         if is_first():
-            print(f"{samples.path} against {reference.path}:")
             write(out, measured, settings)
             for each in parts.values():
                 each.remove()
-            with contextlib.suppress(OSError):
-                folder.rmdir()
+                with contextlib.suppress(OSError):
+                    each.folder.parent.rmdir()
+            show(f"{samples.path} against {reference.path}:", measured, out)
 
 
-def card_path(text: str) -> pathlib.Path:
+def default_card(samples: StoredSet) -> str | None:
+    """Beside an npz, and beside what `mdt_jax.sample` wrote; other folders may be data sets."""
+    if not samples.path.endswith(".npz") and samples.note is None:
+        return None
+    return f"{samples.path.rstrip('/')}.json"
+
+
+def card_path(text: str | None) -> pathlib.Path | None:
     """Where the JSON goes; UserError where it cannot be written or would be of another kind."""
+    if text is None:
+        return None
     out = pathlib.Path(text)
     if out.suffix != ".json":
         raise UserError(f"--out={out}: unknown suffix {out.suffix!r}; use .json")
@@ -197,7 +210,7 @@ def evaluate_vae(args) -> None:
     network, params = weights.load_vae(args.vae)
     images = open_images(args.images, args.image_size, num=args.num_samples)
     inception = evaluation.load_inception(args.inception) if args.inception else None
-    out = card_path(args.out) if args.out else None
+    out = card_path(args.out)
     settings = {
         "vae": args.vae,
         "vae_sha256": vae.sha256(params),
@@ -206,30 +219,44 @@ def evaluate_vae(args) -> None:
         "images": about(images),
         "features": [inception.note] if inception else [],
     }
-    alone = distributed.alone(locks.beside(out), str(out)) if out else contextlib.nullcontext()
-    with alone:
+    with alone_at(out):
         measured = evaluation.measure_vae(network, params, images, inception, progress=True)
         if is_first():
-            print(f"{images.path} through {args.vae}:")
             write(out, measured, settings)
+            show(f"{images.path} through {args.vae}:", measured, out)
             if inception is None:
                 print("no rFID: --inception=FILE was not given")
 
 
+def alone_at(out: pathlib.Path | None) -> contextlib.AbstractContextManager:
+    """Nobody else measures into this card."""
+    if out is None:
+        return contextlib.nullcontext()
+    return distributed.alone(locks.beside(out), str(out))
+
+
 def write(out: pathlib.Path | None, measured: dict, settings: dict) -> None:
-    """A table on the screen, and a JSON with the settings."""
+    """The card, before anything is printed: a terminal may be closed by now."""
+    if out is None:
+        return
+    finite = {n: v if math.isfinite(v) else None for n, v in measured.items()}
+    card = {"mdt_jax": __version__, "measured": finite, **settings}
+    with whole(out) as temporary:
+        temporary.write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
+
+
+def show(title: str, measured: dict, out: pathlib.Path | None) -> None:
+    """A table on the screen."""
+    print(title)
     for name, value in measured.items():
         if name in NAMES:
             print(f"{NAMES[name]:>30}  {value:.4f}")
     count = measured.get("num_samples", measured.get("num_images"))
     print(f"{'images':>30}  {count}")
     if out is None:
-        return
-    finite = {n: v if math.isfinite(v) else None for n, v in measured.items()}
-    card = {"mdt_jax": __version__, "measured": finite, **settings}
-    with whole(out) as temporary:
-        temporary.write_text(json.dumps(card, indent=1, ensure_ascii=False) + "\n")
-    print(f"wrote these and all settings to {out}")
+        print("no card with the settings: --out=FILE.json was not given")
+    else:
+        print(f"wrote these and all settings to {out}")
 
 
 def main(argv: list[str]) -> None:

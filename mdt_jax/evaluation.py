@@ -8,6 +8,7 @@ import numpy as np
 
 from mdt_jax import distributed, parallel, references, vae, weights
 from mdt_jax.data import image_sets, sources
+from mdt_jax.data.classes import correspond
 from mdt_jax.data.image_sets import ImageSet, Slices, StoredSet
 from mdt_jax.data.images import to_uint8
 from mdt_jax.distributed import say
@@ -149,7 +150,8 @@ class Evaluator:
         if "pixels" in found:
             report |= self._by_pixels(found["pixels"], real["pixels"])
         if "classifier" in found:
-            right = found["classifier"].rows["classes"] == samples.labels
+            asked = self._asked(samples)
+            right = found["classifier"].rows["classes"] == asked
             report["class_agreement"] = float(np.mean(right))
             report["classifier_accuracy"] = self._accuracy
         return json.loads(distributed.of_first(json.dumps(report)))
@@ -172,12 +174,25 @@ class Evaluator:
         if "classifier" in self.networks:
             if samples.labels is None:
                 raise UserError(f"{samples.path} has no labels, which class agreement needs")
-            strange = set(np.unique(samples.labels).tolist()) - set(self._labels.tolist())
-            if strange:
-                raise UserError(
-                    f"{samples.path} has the label {min(strange, key=str)!r}, which no image of "
-                    f"{self.reference.path} has"
-                )
+            self._asked(samples)
+
+    def _asked(self, samples: ImageSet) -> np.ndarray:
+        """The classes of samples as the reference numbers them, [N]. Raises UserError."""
+        real = self._images_for("classifier")
+        labels, ours = np.asarray(samples.labels).tolist(), samples.classes
+        known = self._labels.tolist()
+        try:
+            there = correspond(set(labels), ours, known, real.classes)
+        except UserError as error:
+            raise UserError(f"{samples.path} against {real.path}: {error}") from None
+        strange = {label for label in labels if there.get(label) not in known}
+        if strange:
+            label = min(strange)
+            raise UserError(
+                f"{samples.path} has the label {ours[label] if ours else label!r}, which no image "
+                f"of {self.reference.path} has"
+            )
+        return np.array([there[label] for label in labels])
 
     def _by_pixels(self, found: Found, of_real: Found) -> dict[str, float]:
         real = of_real.gaussians["pool"]
@@ -202,7 +217,8 @@ class Evaluator:
             report["sfid"] = frechet(found.gaussians["spatial"], theirs["spatial"])
         else:
             self._warn(f"{self.reference.path} has no mu_s and sigma_s: there is no sFID")
-        report["inception_score"] = inception_score(found.rows["logits"])
+        logits, pixels = (found.rows[name] for name in ("logits", "pixels"))
+        report["inception_score"] = inception_score(logits, pixels)
         if real is not None:
             features = real.rows["pool"], found.rows["pool"]
             steps = comparisons(*map(len, features))
@@ -241,7 +257,7 @@ class Reconstructed:
     psnr, ssim: of the images that were read, [n] in parts.
     """
 
-    labels, note = None, None
+    labels, classes, note = None, (), None
 
     def __init__(self, network: AutoencoderKL, params: dict, images: ImageSet):
         """Raises UserError where the images are of a size that cannot be measured."""
@@ -273,7 +289,10 @@ class Reconstructed:
             padded = np.pad(images, [(0, -len(images) % self._mesh.size), (0, 0), (0, 0), (0, 0)])
             mean, _ = encode(self._params, parallel.put(padded, split))
             latents = distributed.fetch(mean)[: len(images)]
-            back = to_uint8(vae.decode(self._network, self._params, latents, scale=1.0))
+            back = to_uint8(vae.decode(
+                self._network, self._params, latents, scale=1.0,
+                name=lambda i, at=start: self._images.name(at + i),
+            ))  # fmt: skip
             self.psnr.append(psnr(images, back))
             self.ssim.append(ssim(images, back))
             yield start, back

@@ -2,11 +2,13 @@
 
 A feature network has a `note`, its settings, and takes images [n, H, W, C] uint8 to a dict of
 arrays of n rows: "pool" and "spatial" [n, D] float32, whose distributions are compared, "logits"
-[n, classes], and "classes" [n], what it reads the images as.
+[n, classes], "pixels" [n, 32] uint8, a hash of each image's, and "classes" [n], what it reads the
+images as.
 """
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import pathlib
 import re
@@ -35,12 +37,16 @@ SETTINGS = "features.json"
 
 
 class InceptionFeatures:
-    """FID's Inception on all devices, in float32: "pool" of 2048, "spatial" of 2023, "logits"."""
+    """FID's Inception on all devices, in float32: "pool" of 2048, "spatial" of 2023, "logits".
+
+    And "pixels", the SHA-256 of each image, by which the Inception Score splits images.
+    """
 
     def __init__(self, network: Inception, params: dict, note: dict):
         mesh = parallel.make_mesh()
         self.sizes = {"pool": POOL, "spatial": SPATIAL}
-        self.note = {"features": "inception", **note}
+        splits = "of at most 5,000 images, dealt in the order of their pixels' SHA-256"
+        self.note = {"features": "inception", **note, "inception_score_splits": splits}
         self._params = parallel.put(params, parallel.replicated(mesh))
         self._split, self._size = parallel.split_batch(mesh), EACH_DEVICE * mesh.size
 
@@ -62,9 +68,10 @@ class InceptionFeatures:
             padded = np.pad(part, [(0, self._size - len(part)), (0, 0), (0, 0), (0, 0)])
             started.append(self._run(self._params, parallel.put(padded, self._split)))
         found = [jax.tree.map(distributed.fetch, out) for out in started]
+        hashes = [hashlib.sha256(image.tobytes()).digest() for image in images]
         return {
             name: np.concatenate([out[name] for out in found])[: len(images)] for name in found[0]
-        }
+        } | {"pixels": np.frombuffer(b"".join(hashes), np.uint8).reshape(len(images), -1)}
 
 
 class PixelFeatures:

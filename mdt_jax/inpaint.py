@@ -12,12 +12,13 @@ import jax
 import numpy as np
 
 from mdt_jax import accelerators, allocator, cli, drawing, parallel
+from mdt_jax.data.classes import parse_label
 from mdt_jax.data.crops import center_crop, to_rgb
 from mdt_jax.data.images import save_grid, save_image, to_float
 from mdt_jax.errors import UserError
 from mdt_jax.files import reason
 from mdt_jax.inpainting import MODES, InpaintOptions, check_hidden, inpaint
-from mdt_jax.options import check_labels, check_seed
+from mdt_jax.options import check_seed
 from mdt_jax.vae import encoder
 
 
@@ -158,10 +159,10 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--label is missing: one of {model.num_classes} classes")
     if not model.num_classes and args.label is not None:
         raise UserError("--label was given, but the model is unconditional")
-    label, where = args.label or "0", f"--label={args.label}"
-    label = drawing.parse_label(label, model.num_classes, weights.classes, where)
+    where, label = f"--label={args.label}", 0
+    if args.label is not None:
+        label = parse_label(args.label.strip(), model.num_classes, weights.classes, where)
     labels = np.full(args.num_samples, label)
-    check_labels(labels, model.num_classes)
     found = drawing.find_vae(args.checkpoint, weights, args.vae, args.vae_scale)
     to_images, (height, width, channels) = drawing.decoder(model, found, options.precision)
     size = (height, width)

@@ -11,7 +11,7 @@ from mdt_jax import distributed, parallel
 from mdt_jax.diffusion.inpainting import inpaint_steps, resampling_walk
 from mdt_jax.errors import UserError
 from mdt_jax.models.mdt import MDT
-from mdt_jax.options import SampleOptions
+from mdt_jax.options import SampleOptions, check_finite
 from mdt_jax.progress import progress_bar
 from mdt_jax.sampling import draw, in_pieces, network_of, pieces, request, stretches
 
@@ -184,4 +184,5 @@ def inpaint(
 
             *_, x = in_pieces(run, _first_noise(model, key, inputs[0], 0), cut, bar.update)
             drawn.append(distributed.fetch(x)[:count])
+            check_finite(drawn[-1], lambda i, rows=rows: f"sample {asked.numbers[rows[i]]}")
     return np.where(hidden[None, :, :, None], np.concatenate(drawn), images)

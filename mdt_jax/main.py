@@ -38,7 +38,7 @@ from mdt_jax.data.latents import Latents
 from mdt_jax.data.pipeline import Source
 from mdt_jax.data.sample_files import Npz
 from mdt_jax.distributed import is_first, say
-from mdt_jax.errors import UserError
+from mdt_jax.errors import NotFiniteError, UserError
 from mdt_jax.evaluation import BEST, Evaluator
 from mdt_jax.models.mdt import MDT
 from mdt_jax.progress import progress_bar
@@ -209,10 +209,10 @@ def _train(
         def draw_grid(step):
             every, path = config.train.sample_every, workdir / "samples" / f"{step:07d}.png"
             if every and step and step % every == 0 and distributed.everyone(not path.exists()):
-                with clock.paused():
+                with clock.paused(), going_on_without(f"no samples are drawn at step {step}"):
                     save_sample_grid(path, drawer, state.ema)
-                for tracker in log:
-                    tracker.image(step, path)
+                    for tracker in log:
+                        tracker.image(step, path)
 
         def evaluate(step):
             """Measure samples, and keep the state if none was better; it is saved already."""
@@ -220,7 +220,8 @@ def _train(
                 return
             asked = config.evaluation.num_samples
             stopped = f"stopped while step {step} was measured, saved; the same command goes on"
-            with clock.paused(), stop.leaving_at_once(stopped):
+            without = going_on_without(f"step {step} is not measured")
+            with clock.paused(), stop.leaving_at_once(stopped), without:
                 found = evaluator.measure(drawer.samples(state.ema, asked))
                 name = next(name for name in BEST if name in found)
                 better = found[name] < folder.least(best, config, name)
@@ -228,8 +229,8 @@ def _train(
                     save(best.replace, measured=found)
                 for tracker in log:
                     tracker.write(step, found)
-            said = ", ".join(f"{name} {value:.4g}" for name, value in found.items())
-            say(f"step {step}: {said}{'; the best so far' if better else ''}")
+                said = ", ".join(f"{name} {value:.4g}" for name, value in found.items())
+                say(f"step {step}: {said}{'; the best so far' if better else ''}")
 
         def evaluation_due(step):
             every = config.evaluation.every
@@ -322,6 +323,15 @@ def open_evaluator(
     return Evaluator(reference, features, asked.inception)
 
 
+@contextlib.contextmanager
+def going_on_without(what: str):
+    """Say it where samples are not finite: an EMA of bad steps may still come right."""
+    try:
+        yield
+    except NotFiniteError as error:
+        say(f"warning: {what}: {error}")
+
+
 def save_sample_grid(path: pathlib.Path, drawer: drawing.Drawer, params) -> None:
     """A PNG of one batch of samples."""
     _, images = next(drawer.samples(params, drawer.config.sample.batch_size).slices())
@@ -337,7 +347,10 @@ def sample_and_measure(
     classes: list[str],
     evaluator: Evaluator | None,
 ) -> dict:
-    """Write samples.npz and samples.png; returns how good they are, where that can be told."""
+    """Write samples.npz and samples.png; returns how good they are, where that can be told.
+
+    Raises NotFiniteError.
+    """
     started, config, out = time.perf_counter(), drawer.config, workdir / "samples.npz"
     asked = drawer.request(state.ema, config.sample.num_samples)
     of = weights.Weights(drawer.model, state.ema, config, "ema", tuple(classes), int(state.step))

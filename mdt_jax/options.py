@@ -2,7 +2,7 @@
 
 import dataclasses
 import numbers
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ import numpy as np
 from mdt_jax.diffusion import schedule as sch
 from mdt_jax.diffusion.guidance import WEIGHTS, no_nearer, within
 from mdt_jax.diffusion.samplers import SAMPLERS, Sampler, visited
-from mdt_jax.errors import UserError
+from mdt_jax.errors import NotFiniteError, UserError
 from mdt_jax.precision import HIGHEST, PRECISIONS
 
 
@@ -160,6 +160,16 @@ def check_labels(labels: Sequence[int] | np.ndarray, num_classes: int) -> None:
             raise UserError(f"label {label!r} is not a whole number")
         if num_classes and not 0 <= int(label) < num_classes:
             raise UserError(f"label {label} is outside the classes 0 to {num_classes - 1}")
+
+
+def check_finite(samples: np.ndarray, name: Callable[[int], str]) -> None:
+    """Raise NotFiniteError for samples [N, …] with NaN or infinity; name(i) names the first."""
+    finite = np.isfinite(samples).all(tuple(range(1, samples.ndim)))
+    if not finite.all():
+        raise NotFiniteError(
+            f"{name(int(finite.argmin()))} holds NaN or infinity: the weights are damaged or their "
+            "run diverged; where they are sound, a smaller guidance_scale or float32 helps"
+        )
 
 
 def check_seed(seed: int) -> None:

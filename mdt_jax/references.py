@@ -73,7 +73,7 @@ def _count(path: str) -> int:
 
 def of_split(path: str, training: sources.Images, held_out: sources.Images) -> Reference:
     """The held-out part of a set that a model is trained on."""
-    images = image_sets.Arrays(path, held_out.images, held_out.labels)
+    images = image_sets.Arrays(path, held_out.images, held_out.labels, held_out.classes)
     return Reference(path, {}, images, training)
 
 

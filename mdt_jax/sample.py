@@ -45,8 +45,9 @@ def parse(argv: list[str]):
     add(
         "--labels",
         type=cli.local,
-        help='classes, taken in turn: 0,1,2 or "golden retriever"; a .txt or .npy of one for each '
-        "sample; random; balanced, all classes in turn (the default)",
+        help='classes, taken in turn: 0,1,2 or "golden retriever" (name:1 or number:1 where 1 may '
+        "be either); a .txt or .npy of one for each sample; random; balanced, all classes in turn "
+        "(the default)",
     )
     add(
         "--show",

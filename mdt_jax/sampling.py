@@ -17,7 +17,7 @@ from mdt_jax.diffusion.guidance import guide
 from mdt_jax.diffusion.samplers import State, sample
 from mdt_jax.errors import UserError
 from mdt_jax.models.mdt import MDT
-from mdt_jax.options import SampleOptions, check_labels, check_seed
+from mdt_jax.options import SampleOptions, check_finite, check_labels, check_seed
 from mdt_jax.precision import of_products
 from mdt_jax.progress import progress_bar
 
@@ -192,7 +192,8 @@ class Request:
 
         frames: 0: the samples [n, H, W, C]; else so many predictions of them on the way, each
         [n, H, W, C], the last one being the samples. done: the first samples of batches that are
-        not drawn; the same in every process.
+        not drawn; the same in every process. Raises NotFiniteError before a batch with NaN or
+        infinity is handed on.
         """
         mesh, params, key = self.on_devices()
         doubled = self.options.guided_evaluations(self.scales).tolist()
@@ -213,8 +214,10 @@ class Request:
                 for state in in_pieces(run, first, cut, bar.update):
                     if frames:
                         seen.append(distributed.fetch(state.x0))
-                seen = [*seen[:-1], distributed.fetch(state.x)]
-                yield start, [array[:count] for array in seen]
+                seen = [a[:count] for a in (*seen[:-1], distributed.fetch(state.x))]
+                for array in seen:
+                    check_finite(array, lambda i, rows=rows: f"sample {self.numbers[rows[i]]}")
+                yield start, seen
 
     def on_devices(self) -> tuple[Mesh, dict, jax.Array]:
         """(mesh, parameters, key), as they lie on the devices."""
@@ -331,7 +334,8 @@ def generate(
     sampler="ddim". guidance_scale may also be N numbers, one for each sample.
     Returns [N, H, W, C] float32, what the model was trained on: pixels in about [−1, 1], not
     clipped (`mdt_jax.to_uint8` makes images of them). `model.clone(dtype=jnp.bfloat16)` computes in
-    bfloat16. Raises UserError for options and labels that make no sense.
+    bfloat16. Raises UserError for options and labels that make no sense, and for samples that
+    are not finite.
     """
     asked = request(
         model, params, labels, seed=seed, batch_size=batch_size, options=options,

@@ -13,6 +13,7 @@ from mdt_jax import distributed, parallel
 from mdt_jax.data.images import to_float
 from mdt_jax.errors import UserError
 from mdt_jax.models.autoencoder import AutoencoderKL
+from mdt_jax.options import check_finite
 from mdt_jax.precision import HIGHEST, of_products
 from mdt_jax.progress import progress_bar
 
@@ -84,14 +85,15 @@ def decode(
     batch_size: int | None = None,
     precision: str = HIGHEST,
     progress: bool = False,
+    name: Callable[[int], str] = "sample {}".format,
 ) -> np.ndarray:
     """Latents [N, h, w, C] as a model draws them → images [N, H, W, 3] float32, about in [−1, 1].
 
     scale: what the VAE's latents were multiplied by for training. batch_size: how many are decoded
     at a time, on all devices together; default: as many pixels as AT_ONCE images have on
     each device, so that many large images do not need all their memory at once. Compiles once.
-    precision: of PRECISIONS.
-    Raises UserError where the VAE's latents have another number of channels.
+    precision: of PRECISIONS. name: what a message calls image i. Raises UserError where the VAE's
+    latents have another number of channels, and where an image is not finite.
     """
     if latents.shape[-1] != vae.latent_channels:
         raise UserError(
@@ -112,5 +114,6 @@ def decode(
             padded = parallel.put(padded, parallel.split_batch(mesh))
             out = _decode_slice(vae, precision, params, padded)
             images.append(distributed.fetch(out)[: len(part)])
+            check_finite(images[-1], lambda i, at=start: f"{name(at + i)}, decoded by the VAE,")
             bar.update(len(part))
     return np.concatenate(images)

@@ -120,6 +120,9 @@ def read(
             found = _from_published(torch_files.read(local), decoder_layers, wanted, local)
             # Now the file is let go. Saving would make one more copy of NumPy's arrays.
             found = found._replace(params=jax.tree.map(jnp.asarray, found.params))
+            classes = torch_files.read_classes(local)
+            if isinstance(found.model, MDT) and len(classes) == found.model.num_classes:
+                found = found._replace(classes=classes)
         except UserError as error:
             name = "" if str(error).startswith(str(local)) else f"{path}: "
             raise UserError(f"{name}{error}") from None
@@ -259,7 +262,7 @@ def save(path: str | os.PathLike, weights: Weights) -> None:
     """
     path, kind, model = pathlib.Path(path), kind_of(weights.model), weights.model
     if path.suffix in torch_files.SUFFIXES:
-        torch_files.write(path, KINDS[kind].to_published(model, weights.params))
+        torch_files.write(path, KINDS[kind].to_published(model, weights.params), weights.classes)
         return
     config = weights.config
     if config is not None and _fields(MDT.from_config(config)) == _fields(model):

@@ -10,8 +10,22 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mdt_jax import evaluate, evaluation, features, measures, references, sample, weights
-from mdt_jax.data import image_sets, sources
+from mdt_jax import (
+    cli,
+    convert,
+    encode,
+    evaluate,
+    evaluation,
+    features,
+    info,
+    inpaint,
+    main,
+    measures,
+    references,
+    sample,
+    weights,
+)
+from mdt_jax.data import image_sets, sample_files, sources
 from mdt_jax.errors import UserError
 from mdt_jax.measures import precision_recall
 from tests.conftest import exits_with_one_line, run_here
@@ -99,14 +113,117 @@ def test_parts_that_are_damaged_are_computed_anew(tmp_path, monkeypatch):
 
 
 def test_a_folder_is_measured_as_the_npz(sets, tmp_path):
-    """And without any flag the card lies beside it."""
     for n, image in enumerate(np.load(sets / "samples.npz")["arr_0"]):
         path = tmp_path / "pictures" / f"{n:02}.png"
         path.parent.mkdir(exist_ok=True)
         Image.fromarray(image).save(path)
-    printed = run_here(evaluate.main, *flags(sets, samples=f"{tmp_path}/pictures/"))
+    out = tmp_path / "card.json"
+    printed = run_here(evaluate.main, *flags(sets, samples=f"{tmp_path}/pictures/", out=out))
     assert "rank 5 in 2048 dimensions" in printed and "FID" in printed
-    assert_equal(measured(tmp_path / "pictures.json"), measured(sets / "card.json"))
+    assert_equal(measured(out), measured(sets / "card.json"))
+
+
+def test_samples_in_a_folder_are_in_the_order_of_the_npz(tmp_path):
+    """So that the first N are the same, though the files are named by their labels."""
+    few = ["--num_samples=12", "--num_steps=2", "--labels=7,1,2", f"--checkpoint={DIGITS}"]
+    for out in ("a.npz", "a/"):
+        run_here(sample.main, *few, f"--out={tmp_path}/{out}")
+    npz, folder = (
+        image_sets.open_images(f"{tmp_path}/{out}", labelled=True, num=5, drawn=True)
+        for out in ("a.npz", "a")
+    )
+    np.testing.assert_array_equal(npz.take(np.arange(5)), folder.take(np.arange(5)))
+    assert npz.labels.tolist() == folder.labels.tolist() == [7, 1, 2, 7, 1]
+
+
+def test_no_card_is_written_beside_a_data_set(tmp_path):
+    import tarfile
+
+    grey_folders(tmp_path / "classes", ["cat", "dog"])
+    grey_folders(tmp_path / "flat", [""])
+    (tmp_path / "flat" / "settings.json").write_text('{"of": "another program"}')
+    (tmp_path / "list.csv").write_text("classes/cat/0.png,cat\nclasses/dog/0.png,dog\n")
+    with tarfile.open(tmp_path / "set.tar", "w") as archive:
+        archive.add(tmp_path / "classes", "classes")
+    image_sets.open_images(str(tmp_path / "set.tar"))  # now there is its index
+    real = np.random.RandomState(0).randint(0, 256, (9, 4, 4, 1), np.uint8)
+    np.savez(tmp_path / "real.npz", arr_0=real)
+    np.savez(tmp_path / "digits.npz", arr_0=sources.load("digits")[1].images)
+    before = sorted(tmp_path.rglob("*"))
+    for name in ("classes", "classes/", "flat", "list.csv", "set.tar", "digits"):
+        samples = name if name == "digits" else f"{tmp_path}/{name}"
+        real = tmp_path / ("digits.npz" if name == "digits" else "real.npz")
+        printed = run_here(
+            evaluate.main, f"--samples={samples}", f"--reference={real}", "--features=pixels",
+            cwd=tmp_path,
+        )  # fmt: skip
+        assert "distance" in printed and "no card with the settings: --out=FILE.json" in printed
+        assert sorted(tmp_path.rglob("*")) == before
+    run_here(
+        evaluate.main, f"--samples={tmp_path}/classes", f"--reference={tmp_path}/real.npz",
+        "--features=pixels", f"--out={tmp_path}/card.json",
+    )  # fmt: skip
+    assert measured(tmp_path / "card.json")["num_samples"] == 10
+
+
+def test_the_card_lies_beside_samples(tmp_path):
+    for out, card in (("a.npz", "a.npz.json"), ("b/", "b.json")):
+        few = ["--num_samples=4", "--num_steps=2", f"--checkpoint={DIGITS}"]
+        run_here(sample.main, *few, f"--out={tmp_path}/{out}")
+        run_here(
+            evaluate.main, f"--samples={tmp_path}/{out}", "--reference=digits", "--features=pixels"
+        )
+        assert measured(tmp_path / card)["num_samples"] == 4
+
+
+class Closed(io.TextIOBase):
+    """A terminal that is gone."""
+
+    def write(self, text):
+        raise OSError("closed")
+
+
+def test_the_card_is_written_whatever_becomes_of_the_terminal(tmp_path, monkeypatch):
+    np.savez(tmp_path / "a.npz", arr_0=sources.load("digits")[1].images)
+    argv = [f"--samples={tmp_path}/a.npz", "--reference=digits", "--features=pixels"]
+    ascii_alone = io.TextIOWrapper(io.BytesIO(), "ascii", write_through=True)
+    for number, terminal in enumerate((ascii_alone, Closed())):
+        card = tmp_path / f"{number}.json"
+        monkeypatch.setattr("sys.argv", ["command", *argv, f"--out={card}"])
+        monkeypatch.setattr("sys.stdout", terminal)
+        if terminal is ascii_alone:
+            cli.run(evaluate.main)
+        else:
+            with pytest.raises(SystemExit):
+                cli.run(evaluate.main)
+        assert measured(card)["frechet_distance"] >= 0
+    printed = ascii_alone.buffer.getvalue().decode("ascii")
+    assert "Fr\\xe9chet distance" in printed
+
+
+@pytest.mark.parametrize("command", [sample, evaluate, inpaint, convert, info, main, encode])
+def test_help_on_a_terminal_of_ascii(command, monkeypatch):
+    terminal = io.TextIOWrapper(io.BytesIO(), "ascii", write_through=True)
+    monkeypatch.setattr("sys.argv", ["command", "--help"])
+    monkeypatch.setattr("sys.stdout", terminal)
+    with pytest.raises(SystemExit) as exit_:
+        cli.run(command.main)
+    assert exit_.value.code == 0 and b"usage" in terminal.buffer.getvalue()
+
+
+def test_the_inception_score_of_a_folder_is_that_of_the_npz(sets, tmp_path, monkeypatch):
+    """The folder is in another order, and is measured in slices of another size."""
+    saved, network = np.load(sets / "samples.npz"), evaluation.load_inception(f"{sets}/fid.pth")
+    for n, image in enumerate(saved["arr_0"]):
+        Image.fromarray(image).save(tmp_path / f"{saved['arr_1'][n]}_{n:02}.png")
+    scores = []
+    for path, size in ((sets / "samples.npz", 512), (tmp_path, 4)):
+        monkeypatch.setattr(features, "SLICE", size)
+        images = image_sets.open_images(str(path), drawn=True)
+        rows = features.find({"inception": network}, images)["inception"].rows
+        scores.append(measures.inception_score(rows["logits"], rows["pixels"], split=5))
+    assert scores[0] == pytest.approx(scores[1], rel=1e-9)
+    assert scores[0] != pytest.approx(measured(sets / "card.json")["inception_score"], rel=1e-6)
 
 
 def test_a_reference_is_made_as_adms_are(sets, tmp_path, monkeypatch):
@@ -444,6 +561,63 @@ def test_the_hash_of_a_tar_is_of_its_pixels(tmp_path):
     assert len(hashes) == 2
 
 
+def agreement(samples, reference, folder) -> float:
+    run_here(
+        evaluate.main, f"--samples={samples}", f"--reference={reference}", "--features=classifier",
+        f"--out={folder}/card.json",
+    )  # fmt: skip
+    return measured(folder / "card.json")["class_agreement"]
+
+
+def grey_folders(folder, names) -> np.ndarray:
+    """Five grey pictures in a folder for each class, no two classes alike; those of each class."""
+    pictures = []
+    for number, name in enumerate(names):
+        (folder / name).mkdir(parents=True)
+        pictures += [np.full((4, 4, 1), 25 * number + n, np.uint8) for n in range(5)]
+        for n in range(5):
+            Image.fromarray(pictures[n - 5][..., 0]).save(folder / name / f"{n}.png")
+    return np.stack(pictures).reshape(-1, 5, 4, 4, 1)
+
+
+@pytest.mark.parametrize("names", [["cat", "dog", "horse"], ["1", "2", "3"], ["01", "2", "x"]])
+def test_samples_with_the_names_of_their_classes(names, tmp_path):
+    """As mdt_jax.sample writes them: numbers, and the names in the note."""
+    real = grey_folders(tmp_path / "real", names)
+    labels = np.array([2, 1, 1, 2])
+    images, note = real[labels, [0, 1, 2, 3]], {"mdt_jax": "0"}
+    for sink, out in ((sample_files.Npz, "a.npz"), (sample_files.Folder, "a")):
+        written = sink(
+            tmp_path / out, labels, (4, 4, 1), {**note, "num_classes": 3, "classes": names}
+        )  # fmt: skip
+        written.begin()
+        written.write(0, images)
+        written.finish()
+        assert agreement(tmp_path / out, tmp_path / "real", tmp_path) == 1
+    # Names decide, not numbers: here class 0 is what the reference calls its class 2.
+    other = sample_files.Npz(
+        tmp_path / "b.npz", labels - 1, (4, 4, 1), {**note, "classes": names[1:]}
+    )
+    other.begin()
+    other.write(0, images)
+    other.finish()
+    assert agreement(tmp_path / "b.npz", tmp_path / "real", tmp_path) == 1
+
+
+def test_samples_that_tell_numbers_alone(tmp_path):
+    """Numbers are places among the reference's classes, also where these are named 1, 2, …"""
+    for kind in (["cat", "dog", "horse"], ["1", "2", "3"]):
+        real = grey_folders(tmp_path / kind[0], kind)
+        labels = np.array([2, 1, 1, 2])
+        np.savez(tmp_path / "a.npz", arr_0=real[labels, 0], arr_1=labels)
+        assert agreement(tmp_path / "a.npz", tmp_path / kind[0], tmp_path) == 1
+        drawn = tmp_path / f"{kind[0]} drawn"
+        drawn.mkdir()
+        for n, label in enumerate(labels):
+            Image.fromarray(real[label, n, ..., 0]).save(drawn / f"{label}_{n:06}.png")
+        assert agreement(drawn, tmp_path / kind[0], tmp_path) == 1
+
+
 def test_labels_are_compared_by_name(tmp_path):
     for folder, names in (("real", ("cat", "dog", "horse")), ("drawn", ("dog", "horse"))):
         for name in names:
@@ -451,11 +625,7 @@ def test_labels_are_compared_by_name(tmp_path):
             for n in range(5):
                 grey = np.full((4, 4), 20 * ord(name[0]) % 256 + n, np.uint8)
                 Image.fromarray(grey).save(tmp_path / folder / name / f"{n}.png")
-    run_here(
-        evaluate.main, f"--samples={tmp_path}/drawn", f"--reference={tmp_path}/real",
-        "--features=classifier",
-    )  # fmt: skip
-    assert measured(tmp_path / "drawn.json")["class_agreement"] == 1
+    assert agreement(tmp_path / "drawn", tmp_path / "real", tmp_path) == 1
 
 
 def test_parts_that_are_damaged_are_made_anew(tmp_path):

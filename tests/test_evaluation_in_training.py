@@ -2,11 +2,12 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
 import mdt_jax
-from mdt_jax import evaluation, main
+from mdt_jax import evaluation, main, weights
 from mdt_jax.data import sources
 from mdt_jax.options import balanced_labels
 from mdt_jax.train.checkpoints import steps_in
@@ -149,6 +150,24 @@ def test_by_inception_against_a_file(tmp_path):
     for name in ("fid", "sfid", "inception_score", "precision", "recall"):
         assert found[name] == pytest.approx(report[name], rel=1e-9)
     assert steps_in(tmp_path / "run" / "best") == [2]
+
+
+def test_samples_that_are_not_finite_do_not_end_a_run(trained, tmp_path):
+    """Its grids and measurements are left out; its last samples are asked for, and an error."""
+    model, params = mdt_jax.load(trained)
+    broken = jax.tree.map(lambda leaf: leaf * np.float32(np.nan), params)
+    weights.save(tmp_path / "broken", weights.Weights(model, broken))
+    flags = [flag for flag in MEASURING if "sample_every" not in flag]
+    flags += ["--config.train.sample_every=2", "--config.train.steps=3"]
+    flags += [f"--config.init.checkpoint={tmp_path}/broken", f"--workdir={tmp_path}/run"]
+    printed = train_here(*flags)
+    assert "warning: no samples are drawn at step 2: sample 0 holds NaN" in printed
+    assert "warning: step 2 is not measured: sample 0 holds NaN" in printed
+    assert list((tmp_path / "run" / "samples").glob("*")) == []
+    assert json.loads((tmp_path / "run" / "report.json").read_text())["steps"] == 3
+    last = train_here(*flags, "--config.sample.num_samples=4", expect=2)
+    assert "error: sample 0 holds NaN or infinity" in last
+    assert not list((tmp_path / "run").glob("samples*"))
 
 
 VAE = ["--config.vae.path=vae", "--config.data.channels=3", "--config.data.name=folder"]

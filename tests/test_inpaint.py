@@ -19,6 +19,7 @@ from mdt_jax.models.mdt import MDT, init_params
 from mdt_jax.options import SampleOptions
 from tests.conftest import ROOT, exits_with_one_line, run_here
 from tests.small_data import VAE, write_vae
+from tests.test_sampling import with_a_broken_class
 
 DIGITS = str(ROOT / "tests" / "digits.safetensors")
 OPTIONS = dict(num_steps=50, guidance_scale=2.0, seed=0)
@@ -151,6 +152,16 @@ def test_what_cannot_be_inpainted(digits, changes, message):
         fill(*digits, **given)
 
 
+def test_a_completion_that_is_not_finite_is_an_error(digits, pictures):
+    model, params = digits
+    given = to_float(pictures[0][:3]), HALVES["right"]
+    with pytest.raises(UserError, match="sample 2 holds NaN or infinity"):
+        fill(
+            model, with_a_broken_class(params, 7), *given, [0, 1, 7], batch_size=2,
+            how=InpaintOptions("side_interpolater"), num_steps=2,
+        )  # fmt: skip
+
+
 def test_each_completion_has_its_own_guidance_scale(digits, pictures):
     images, labels, _ = pictures
     base = SampleOptions(num_steps=12, guidance_scale=1.0, sampler="ddim")
@@ -256,6 +267,8 @@ def test_the_command_on_latents(tmp_path):
         (["--guidance_skip_tolerance=0.1"], None, "saves nothing here"),
         (["--label=3,5"], None, "--label=3,5: '3,5' is no class number"),
         (["--label=random"], None, "'random' is no class number"),
+        (["--label="], None, "--label=: '' is no class number"),
+        (["--label=1.5"], None, "'1.5' is no class number"),
         (["--guidance_scale=1,,2"], None, "'1,,2' is no number, nor several as 1,2,4"),
         (["--num_resamples=2", "--num_steps=10"], None, "leaves no room for jumps of 10"),
         (["--num_samples=0"], None, "--num_samples=0 must be positive"),

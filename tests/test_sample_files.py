@@ -12,14 +12,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mdt_jax import sample, weights
+import mdt_jax
+from mdt_jax import drawing, sample, weights
 from mdt_jax.data import sources
 from mdt_jax.data.sample_files import Npz
 from mdt_jax.errors import UserError
 from mdt_jax.models.mdt import MDT, init_params
 from tests.conftest import exits_with_one_line, run_here
-from tests.runs import SAMPLE
-from tests.small_data import write_vae
+from tests.models.common import random_params
+from tests.runs import DIGITS, SAMPLE
+from tests.small_data import VAE, write_vae
+from tests.test_sampling import with_a_broken_class
 
 
 def draw(*flags: str) -> str:
@@ -177,6 +180,42 @@ def test_latents_are_decoded_batch_by_batch(tmp_path):
     assert json.loads(str(a["note"]))["vae"] == str(tmp_path / "vae")
 
 
+@pytest.mark.parametrize("out", ["a.png", "a.npz", "a/", "a.gif"])
+def test_samples_that_are_not_finite_are_not_written(out, tmp_path):
+    model, params = mdt_jax.load(DIGITS)
+    broken = jax.tree.map(lambda leaf: leaf * np.float32(np.nan), params)
+    weights.save(tmp_path / "broken", weights.Weights(model, broken))
+    argv = [f"--checkpoint={tmp_path / 'broken'}", "--num_steps=2", "--num_samples=3"]
+    argv += [f"--out={tmp_path}/new/{out}"] + ["--show=noise"] * (out == "a.gif")
+    printed = run_here(sample.main, *argv, "--batch_size=2", expect=2)
+    assert printed.splitlines()[-1].startswith("error: sample 0 holds NaN or infinity")
+    assert list((tmp_path / "new").glob("*")) == []
+
+
+def test_batches_before_one_that_is_not_finite_are_kept(tmp_path):
+    model, params = mdt_jax.load(DIGITS)
+    weights.save(tmp_path / "broken", weights.Weights(model, with_a_broken_class(params, 3)))
+    argv = [f"--checkpoint={tmp_path / 'broken'}", "--num_steps=2", "--num_samples=6"]
+    argv += [f"--out={tmp_path}/a.npz", "--batch_size=2"]
+    printed = run_here(sample.main, *argv, expect=2)
+    assert printed.splitlines()[-1].startswith("error: sample 3 holds NaN or infinity")
+    parts = sorted(path.name for path in (tmp_path / "a.npz.parts").iterdir())
+    assert parts == ["000000000.npy", "settings.json"] and not (tmp_path / "a.npz").exists()
+
+
+def test_images_that_a_vae_decodes_to_nan_are_not_written(tmp_path):
+    model = MDT(input_size=(8, 8), in_channels=4, hidden_size=16, depth=2, num_heads=2,
+                decoder_layers=1, num_classes=3)  # fmt: skip
+    weights.save(tmp_path / "mdt", weights.Weights(model, init_params(model, jax.random.key(0))))
+    broken = jax.tree.map(lambda leaf: leaf * np.float32(np.inf), random_params(VAE))
+    weights.save(tmp_path / "vae", weights.Weights(VAE, broken))
+    argv = [f"--checkpoint={tmp_path / 'mdt'}", f"--vae={tmp_path / 'vae'}", "--num_steps=2"]
+    argv += ["--num_samples=2", f"--out={tmp_path / 'a.npz'}"]
+    printed = run_here(sample.main, *argv, expect=2)
+    assert "error: sample 0, decoded by the VAE, holds NaN or infinity" in printed
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mdt", "vae"]
+
+
 def test_labels(tmp_path):
     def drawn(*flags):
         (tmp_path / "labels.npz").unlink(missing_ok=True)
@@ -193,6 +232,40 @@ def test_labels(tmp_path):
     assert random_ones == drawn("--labels=random", "--num_samples=40", "--batch_size=7")
     assert random_ones[:9] == drawn("--labels=random", "--num_samples=9")
     assert len(set(random_ones)) > 5
+
+
+def test_names_are_looked_up_among_the_runs_own(tmp_path, capsys, monkeypatch):
+    model = MDT(input_size=(4, 4), in_channels=1, hidden_size=16, depth=2, num_heads=2,
+                decoder_layers=1, num_classes=3)  # fmt: skip
+    found = weights.Weights(model, init_params(model, jax.random.key(0)), classes=("1", "2", "3"))
+    weights.save(tmp_path / "run", found)
+    argv = [f"--checkpoint={tmp_path / 'run'}", "--num_steps=2", "--guidance_scale=1"]
+    argv += [f"--out={tmp_path / 'a.npz'}"]
+    line = exits_with_one_line(sample.main, [*argv, "--labels=1"], capsys, monkeypatch)
+    assert "--labels=1: '1' may be class 0 by its name '1' or class 1 by its number" in line
+    (tmp_path / "l.txt").write_text("3\n2\n")
+    from_file = [*argv, f"--labels={tmp_path / 'l.txt'}"]
+    line = exits_with_one_line(sample.main, from_file, capsys, monkeypatch)
+    assert "l.txt, line 2: '2' may be class 1 by its name" in line
+    run_here(sample.main, *argv, "--labels=3,name:1,number:1")
+    with np.load(tmp_path / "a.npz") as saved:
+        assert saved["arr_1"].tolist() == [2, 0, 1]
+        assert json.loads(str(saved["note"]))["classes"] == ["1", "2", "3"]
+
+
+def test_names_that_say_where_labels_come_from(tmp_path):
+    classes = ("a.txt", "cat, tabby", "random", "pure random")
+
+    def labels(text):
+        return drawing.parse_labels(text, None, 4, classes).tolist()
+
+    assert labels("cat, tabby") == [1] and labels("pure random") == [3]
+    assert labels("name:a.txt") == [0] and labels("name:random,name:a.txt") == [2, 0]
+    np.save(tmp_path / "l.npy", np.array([2, 1]))
+    assert labels(str(tmp_path / "l.npy")) == [2, 1]
+    for text in ("random", "a.txt"):
+        with pytest.raises(UserError, match=f"--labels=name:{text} is the class"):
+            labels(text)
 
 
 def test_what_is_wrong_with_labels(tmp_path, capsys, monkeypatch):

@@ -12,7 +12,7 @@ from PIL import Image
 
 import mdt_jax
 from mdt_jax import sampling
-from mdt_jax.errors import UserError
+from mdt_jax.errors import NotFiniteError, UserError
 from mdt_jax.models.mdt import MDT, init_params
 from mdt_jax.options import SampleOptions, random_labels
 from tests.conftest import ROOT, XLA_FLAGS, run_command
@@ -186,6 +186,29 @@ def test_what_cannot_be_sampled(labels, changes, message):
                 decoder_layers=1, num_classes=10)  # fmt: skip
     with pytest.raises(UserError, match=re.escape(message)):
         mdt_jax.generate(model, {}, labels, **changes)
+
+
+def with_a_broken_class(params, label: int) -> dict:
+    """The parameters with NaN in the embedding of one class."""
+    table = np.array(params["label_embed"]["table"]["embedding"])
+    table[label] = np.nan
+    return {**params, "label_embed": {"table": {"embedding": table}}}
+
+
+def test_the_first_sample_that_is_not_finite_is_named(lively):
+    model, params = lively
+    broken, how = with_a_broken_class(params, 7), dict(num_steps=2, guidance_scale=2.0)
+    with pytest.raises(NotFiniteError, match="sample 5 holds NaN or infinity: the weights are"):
+        mdt_jax.generate(model, broken, [0, 1, 2, 3, 4, 7, 7], batch_size=2, **how)
+    assert np.isfinite(mdt_jax.generate(model, broken, [0, 1], **how)).all()
+    with pytest.raises(NotFiniteError, match="sample 40 holds"):
+        mdt_jax.generate(model, broken, [0, 7], numbers=[3, 40], **how)
+    with pytest.raises(NotFiniteError, match="sample 1 holds"):
+        mdt_jax.trajectory(model, broken, [0, 7], frames=2, **how)
+    with pytest.raises(NotFiniteError, match="sample 1 holds"):
+        mdt_jax.interpolate_noise(model, broken, [0, 7], frames=2, **how)
+    with pytest.raises(NotFiniteError, match="sample 1 holds"):
+        mdt_jax.interpolate_classes(model, broken, [0, 1, 7], frames=2, **how)
 
 
 def test_no_labels_no_samples(trained):

@@ -3,11 +3,10 @@
 import contextlib
 import dataclasses
 import hashlib
-import json
 import os
 import pathlib
 import zipfile
-from collections.abc import Collection, Generator, Iterable
+from collections.abc import Collection, Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
@@ -36,7 +35,12 @@ class ImageSet(Protocol):
 
     @property
     def labels(self) -> np.ndarray | None:
-        """[N], whole numbers or names; None where they are not known."""
+        """[N], numbers of classes; None where they are not known."""
+        ...
+
+    @property
+    def classes(self) -> Sequence[str]:
+        """What the set calls class 0, 1, …; empty where it has numbers alone."""
         ...
 
     def __len__(self) -> int: ...
@@ -79,6 +83,7 @@ class Arrays:
     path: str
     images: np.ndarray
     labels: np.ndarray | None = None
+    classes: Sequence[str] = ()
     note = None
 
     def __len__(self) -> int:
@@ -115,6 +120,7 @@ class Npz:
     num: int
     shape: tuple[int, int, int]
     labels: np.ndarray | None = None
+    classes: Sequence[str] = ()
 
     def __len__(self) -> int:
         return self.num
@@ -126,7 +132,7 @@ class Npz:
 
     @property
     def note(self) -> dict | None:
-        return _parsed(sample_files.note_of(pathlib.Path(self.path)))
+        return sample_files.parsed(sample_files.note_of(pathlib.Path(self.path)))
 
     def name(self, i: int) -> str:
         return f"{self.path}, image {i}"
@@ -172,6 +178,7 @@ class Files:
     shape: tuple[int, int, int]
     size: int | None = None
     labels: np.ndarray | None = None
+    classes: Sequence[str] = ()
 
     def __len__(self) -> int:
         return self.num
@@ -192,7 +199,7 @@ class Files:
 
     @property
     def note(self) -> dict | None:
-        return _parsed(sample_files.settings_of(pathlib.Path(self.path)))
+        return sample_files.parsed(sample_files.settings_of(pathlib.Path(self.path)))
 
     def name(self, i: int) -> str:
         return self.files.name(i)
@@ -228,22 +235,27 @@ class Files:
 
 
 def open_images(
-    path: str, image_size: int | None = None, labelled: bool = False, num: int | None = None
+    path: str,
+    image_size: int | None = None,
+    labelled: bool = False,
+    num: int | None = None,
+    drawn: bool = False,
 ) -> StoredSet:
     """Images of an npz (arr_0), a folder, a list (.csv, .jsonl), a .tar, tfds:NAME[:SPLIT], or the
     held-out part of a packaged set (digits, mnist, …).
 
     image_size: to which image files are cut. labelled: whether files must tell their labels, too.
-    num: how many there must be, of which the first ones are taken; None: all. Raises UserError for
-    anything else.
+    num: how many there must be, of which the first ones are taken; None: all. drawn: whether they
+    are samples, so that LABEL_NUMBER.png tells the number of a class, not a name, and stands in the
+    order of NUMBER. Raises UserError for anything else.
     """
     if path.endswith(".npz"):
         images = _open_npz(path, labelled)
     elif path in sources.PACKAGED:
         held_out = sources.load(path)[1]
-        images = Arrays(path, held_out.images, held_out.labels)
+        images = Arrays(path, held_out.images, held_out.labels, held_out.classes)
     else:
-        images = _open_files(path, image_size, labelled)
+        images = _open_files(path, image_size, labelled, drawn)
     if image_size is not None and images.shape[:2] != (image_size, image_size):
         raise UserError(
             f"{path} has images of {images.shape[0]}×{images.shape[1]}; --image_size={image_size} "
@@ -257,7 +269,7 @@ def open_images(
         raise UserError(f"{path} has {len(images)} images, fewer than the {num} asked for")
     labels = None if images.labels is None else images.labels[:num]
     if isinstance(images, Arrays):
-        return Arrays(path, images.images[:num], labels)
+        return Arrays(path, images.images[:num], labels, images.classes)
     return dataclasses.replace(images, num=num, labels=labels)
 
 
@@ -283,10 +295,11 @@ def _open_npz(path: str, labelled: bool) -> Npz:
             f"{path}: {shape[0]} images, but arr_1 is {labels.dtype} of shape "
             f"{list(labels.shape)}; labels are whole numbers [N]"
         )
-    return Npz(path, shape[0], shape[1:], labels)
+    images = Npz(path, shape[0], shape[1:], labels)
+    return dataclasses.replace(images, classes=sample_files.classes_in(images.note, labels))
 
 
-def _open_files(path: str, size: int | None, labelled: bool) -> Files:
+def _open_files(path: str, size: int | None, labelled: bool, drawn: bool) -> Files:
     try:
         if path.startswith("tfds:"):
             name, _, split = path.removeprefix("tfds:").partition(":")
@@ -295,22 +308,24 @@ def _open_files(path: str, size: int | None, labelled: bool) -> Files:
             files = tars.load(path)
         else:
             files = folders.load(path, None if labelled else 0)
+            files = sample_files.in_order(files) if drawn else files
     except UserError as error:
         raise UserError(str(error).removeprefix("data.path ")) from None
     labels = None
     if labelled and files.classes:
-        numbers = all(name.isascii() and name.isdigit() for name in files.classes)
-        names = np.array([int(n) for n in files.classes] if numbers else files.classes)
         if isinstance(files, tfds_sets.Prepared):  # which tells them with each image only
-            labels = names[[files.read(i)[1] for i in range(len(files))]]
+            labels = np.array([files.read(i)[1] for i in range(len(files))])
         else:
-            labels = names[files.labels]
+            labels = files.labels
     grey = all(_is_grey(files, i) for i in range(len(files)))  # seldom looks at more than one
     first = _read_image(files, 0, size, grey)
-    images = Files(path, files, len(files), first.shape, size, labels)
+    images = Files(path, files, len(files), first.shape, size, labels, files.classes)
     if size is None:
         images.check_sizes()
-    return images
+    if labels is None or not isinstance(files, folders.Files):
+        return images
+    labels, classes = sample_files.labels_in(files.paths, labels, files.classes, images.note, drawn)
+    return dataclasses.replace(images, labels=labels, classes=classes)
 
 
 @contextlib.contextmanager
@@ -370,11 +385,3 @@ def file_sha256(path: str | os.PathLike) -> str:
     """Of a file, hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _parsed(note: str | None) -> dict | None:
-    try:
-        found = json.loads(note or "null")
-    except (ValueError, RecursionError):
-        return None
-    return found if isinstance(found, dict) else None

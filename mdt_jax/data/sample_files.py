@@ -5,6 +5,7 @@ What a file is of is kept beside it while it grows, and a run of other settings 
 
 import contextlib
 import hashlib
+import dataclasses
 import io
 import json
 import os
@@ -15,11 +16,13 @@ import sys
 import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
 
 from mdt_jax import locks
+from mdt_jax.data.folders import Files
 from mdt_jax.data.images import save_grid, save_image
 from mdt_jax.errors import UserError
 from mdt_jax.files import check_room, free, passes, reason, settle, whole
@@ -69,6 +72,10 @@ class Sink(Protocol):
 
     def finish(self) -> None:
         """To be called when all N are written. Raises UserError where the file cannot be."""
+        ...
+
+    def give_up(self) -> None:
+        """To be called where no more samples come: remove what `begin` made, if nothing is in."""
         ...
 
 
@@ -189,6 +196,10 @@ class Npz:
         if total != len(self.labels):
             raise UserError(f"{self.folder} holds {total} of {len(self.labels)} samples")
 
+    def give_up(self) -> None:
+        if not self._parts():
+            self._remove_parts()
+
     def _remove_parts(self) -> None:
         """The settings last: while they are there, it is known whose parts these are.
 
@@ -303,6 +314,12 @@ class Folder:
     def finish(self) -> None:
         """All of them are in place."""
 
+    def give_up(self) -> None:
+        if not any(self.out.glob("*.png")):
+            (self.out / SETTINGS).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                self.out.rmdir()
+
 
 class Grid:
     """OUT.png, one picture of all, enlarged where they are small."""
@@ -324,6 +341,9 @@ class Grid:
     def write(self, start: int, images: np.ndarray) -> None:
         self.images[start : start + len(images)] = images
 
+    def give_up(self) -> None:
+        """Nothing was made."""
+
     def finish(self) -> None:
         save_grid(str(self.out), self.images, note=self.note)
 
@@ -334,6 +354,53 @@ def settings_of(folder: pathlib.Path) -> str | None:
         return (folder / SETTINGS).read_text(encoding="utf-8", errors="replace")
     except (FileNotFoundError, NotADirectoryError):
         return None
+
+
+def parsed(note: str | None) -> dict | None:
+    """How samples came about, by name; None where it is no note of `mdt_jax.sample`."""
+    try:
+        found = json.loads(note or "null")
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) and "mdt_jax" in found else None
+
+
+def in_order(files: Files) -> Files:
+    """Samples that are all [LABEL_]NUMBER.png in the order in which they were drawn, as in an npz.
+
+    By name they are in the order of their labels.
+    """
+    numbers = [re.fullmatch(r"(?:[0-9]+_)?([0-9]{6,})\.png", path) for path in files.paths]
+    keys = [int(found[1]) for found in numbers if found]
+    if len(keys) < len(files):
+        return files
+    order = np.argsort(keys, kind="stable")
+    paths = [files.paths[n] for n in order]
+    return dataclasses.replace(files, paths=paths, labels=files.labels[order])
+
+
+def labels_in(
+    paths: Sequence[str], labels: np.ndarray, classes: Sequence[str], note: dict | None, drawn: bool
+) -> tuple[np.ndarray, Sequence[str]]:
+    """(labels, names of the classes) of image files, read as a data set's are: those of samples.
+
+    note: what lies beside them; drawn: whether they are samples in any case. In the file names of
+    samples, LABEL_NUMBER.png, is the number of a class, which is a name in those of a data set.
+    """
+    flat = not any("/" in path for path in paths)
+    numbers = flat and all(name.isascii() and name.isdigit() for name in classes)
+    if not numbers or not (drawn or note):
+        return labels, classes
+    labels = np.array([int(name) for name in classes])[labels]
+    return labels, classes_in(note, labels)
+
+
+def classes_in(note: dict | None, labels: np.ndarray) -> list[str]:
+    """The names of the classes in a note; none where it does not name the class of each label."""
+    names = (note or {}).get("classes")
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        return []
+    return names if labels.min() >= 0 and labels.max() < len(names) else []
 
 
 def _settle_in(folder: pathlib.Path, note: str) -> None:

@@ -1,13 +1,14 @@
 """PyTorch's weight files and safetensors as NumPy arrays, read without running what is in them."""
 
 import importlib.metadata
+import json
 import os
 import pathlib
 import pickle
 import re
 import warnings
 import zipfile
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from mdt_jax.files import reason, whole
 PICKLED = (".pt", ".pth", ".bin", ".ckpt")
 SUFFIXES = (*PICKLED, ".safetensors")
 SAFE_TORCH = (2, 6)  # the first whose weights_only=True runs nothing, whatever the file is
+CLASSES = "classes"  # the key of their names, as JSON, among the metadata of a .safetensors
 
 
 def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
@@ -146,17 +148,37 @@ def check_names(expected: Collection[str], found: Collection[str], what: str) ->
         raise UserError(f"these are not the weights of {what}: {'; '.join(said)}")
 
 
-def write(path: str | os.PathLike, arrays: Mapping[str, np.ndarray]) -> None:
+def read_classes(path: str | os.PathLike) -> tuple[str, ...]:
+    """The names of classes that `write` left in a .safetensors; none where there are none."""
+    if pathlib.Path(path).suffix != ".safetensors":
+        return ()
+    import safetensors
+
+    with safetensors.safe_open(path, framework="numpy") as file:
+        note = (file.metadata() or {}).get(CLASSES, "null")
+    try:
+        classes = json.loads(note)
+    except (ValueError, RecursionError):  # somebody else's note of that name
+        return ()
+    named = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
+    return tuple(classes) if named else ()
+
+
+def write(
+    path: str | os.PathLike, arrays: Mapping[str, np.ndarray], classes: Sequence[str] = ()
+) -> None:
     """Write arrays by name in the format of the suffix; whole or not at all.
 
-    Raises UserError where it cannot be written, such as on a full disk.
+    classes: their names, which a .safetensors keeps; the others have no place for them. Raises
+    UserError where it cannot be written, such as on a full disk.
     """
     path = pathlib.Path(path)
     if path.suffix == ".safetensors":
         import safetensors.numpy
 
         with whole(path, (safetensors.SafetensorError,)) as temporary:
-            safetensors.numpy.save_file(dict(arrays), temporary)
+            note = {CLASSES: json.dumps(classes)} if classes else None
+            safetensors.numpy.save_file(dict(arrays), temporary, metadata=note)
     else:
         torch = _torch()
         tensors = {

@@ -60,7 +60,8 @@ from mdt_jax.data import image_sets
 images = image_sets.open_images(f"tfds:{folder}/tiny_shapes/1.0.0:train[:4]", labelled=True)
 values = images.take(range(4))[:, 0, 0, 0] // 20
 assert images.shape == (9, 7, 3) and len(images) == len(set(values.tolist())) == 4
-assert images.labels.tolist() == [["square", "circle"][value % 2] for value in values]
+named = [images.classes[label] for label in images.labels]
+assert named == [["square", "circle"][value % 2] for value in values]
 import os
 os.mkdir(f"{folder}/empty")
 for name, split, message in (
