@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from mdt_jax import __version__, distributed, inputs
 from mdt_jax import config as configs
-from mdt_jax.data import sample_files
+from mdt_jax.data import sample_notes
 from mdt_jax.errors import DamagedError, UserError
 from mdt_jax.files import read_json, whole
 from mdt_jax.train.checkpoints import Checkpoints, steps_in
@@ -116,7 +116,7 @@ def is_reported(workdir: pathlib.Path, config: ConfigDict, step: int) -> bool:
         return False
     if not (config.sample.num_samples and distributed.is_first()):
         return True
-    return (workdir / "samples.png").exists() and sample_files.is_whole(workdir / "samples.npz")
+    return (workdir / "samples.png").exists() and sample_notes.is_whole(workdir / "samples.npz")
 
 
 def _stored(path: pathlib.Path) -> dict:

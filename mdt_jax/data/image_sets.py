@@ -12,7 +12,7 @@ from typing import Protocol
 
 import numpy as np
 
-from mdt_jax.data import folders, sample_files, sources, tars, tfds_sets
+from mdt_jax.data import folders, sample_notes, sources, tars, tfds_sets
 from mdt_jax.data.crops import ImageFiles, center_crop, to_rgb
 from mdt_jax.errors import UserError
 from mdt_jax.files import reason
@@ -132,7 +132,7 @@ class Npz:
 
     @property
     def note(self) -> dict | None:
-        return sample_files.parsed(sample_files.note_of(pathlib.Path(self.path)))
+        return sample_notes.parsed(sample_notes.note_of(pathlib.Path(self.path)))
 
     def name(self, i: int) -> str:
         return f"{self.path}, image {i}"
@@ -141,7 +141,7 @@ class Npz:
         each = int(np.prod(self.shape))
         try:
             with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as file:
-                sample_files.read_header(file)
+                sample_notes.read_header(file)
                 begin = file.tell()
                 for start in range(0, len(self), size):
                     if start in done:
@@ -199,7 +199,7 @@ class Files:
 
     @property
     def note(self) -> dict | None:
-        return sample_files.parsed(sample_files.settings_of(pathlib.Path(self.path)))
+        return sample_notes.parsed(sample_notes.settings_of(pathlib.Path(self.path)))
 
     def name(self, i: int) -> str:
         return self.files.name(i)
@@ -296,7 +296,7 @@ def _open_npz(path: str, labelled: bool) -> Npz:
             f"{list(labels.shape)}; labels are whole numbers [N]"
         )
     images = Npz(path, shape[0], shape[1:], labels)
-    return dataclasses.replace(images, classes=sample_files.classes_in(images.note, labels))
+    return dataclasses.replace(images, classes=sample_notes.classes_in(images.note, labels))
 
 
 def _open_files(path: str, size: int | None, labelled: bool, drawn: bool) -> Files:
@@ -308,7 +308,7 @@ def _open_files(path: str, size: int | None, labelled: bool, drawn: bool) -> Fil
             files = tars.load(path)
         else:
             files = folders.load(path, None if labelled else 0)
-            files = sample_files.in_order(files) if drawn else files
+            files = sample_notes.in_order(files) if drawn else files
     except UserError as error:
         raise UserError(str(error).removeprefix("data.path ")) from None
     labels = None
@@ -324,7 +324,7 @@ def _open_files(path: str, size: int | None, labelled: bool, drawn: bool) -> Fil
         images.check_sizes()
     if labels is None or not isinstance(files, folders.Files):
         return images
-    labels, classes = sample_files.labels_in(files.paths, labels, files.classes, images.note, drawn)
+    labels, classes = sample_notes.labels_in(files.paths, labels, files.classes, images.note, drawn)
     return dataclasses.replace(images, labels=labels, classes=classes)
 
 
@@ -366,7 +366,7 @@ def open_arrays(path: str) -> dict[str, tuple[tuple[int, ...], bool, np.dtype]]:
             for name in archive.namelist():
                 if name.endswith(".npy"):
                     with archive.open(name) as file:
-                        found[name.removesuffix(".npy")] = sample_files.read_header(file)
+                        found[name.removesuffix(".npy")] = sample_notes.read_header(file)
             return found
     except Exception as error:  # of many kinds, by what is damaged
         raise UserError(f"{path} could not be read: {reason(error)}") from None
