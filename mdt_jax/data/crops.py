@@ -7,16 +7,19 @@ short side is at least twice the target, resize bicubically, cut out. EXIF is le
 import dataclasses
 import hashlib
 import os
+from collections.abc import Callable
 from typing import BinaryIO, Protocol
 
 import numpy as np
 
+from mdt_jax.data import pictures
 from mdt_jax.data.pipeline import UNREADABLE
 from mdt_jax.files import reason
 
 BOX, BICUBIC = 4, 3  # Pillow's own numbers
 CROPS = ("center", "random")
 STAND_INS = 100  # images after a damaged one that are tried in its place
+ENLARGED = 2**24  # the most pixels that a long picture is enlarged to before it is cut
 
 
 def to_rgb(image):
@@ -40,9 +43,7 @@ def to_rgb(image):
 
 def center_crop(image, size: int) -> np.ndarray:
     """A PIL.Image → its middle, uint8 [size, size] or [size, size, channels]."""
-    array = np.asarray(_shrink(image, size))
-    top, left = (array.shape[0] - size) // 2, (array.shape[1] - size) // 2
-    return array[top : top + size, left : left + size]
+    return _square(image, size, size, lambda most: most // 2)
 
 
 def random_crop(
@@ -53,17 +54,30 @@ def random_crop(
     The square is `smallest` to `largest` of the image's short side.
     """
     least, most = int(np.ceil(size / largest)), int(np.ceil(size / smallest))
-    array = np.asarray(_shrink(image, int(random.integers(least, most + 1))))
-    top, left = (int(random.integers(side - size + 1)) for side in array.shape[:2])
-    return array[top : top + size, left : left + size]
+    short = int(random.integers(least, most + 1))
+    return _square(image, short, size, lambda most: int(random.integers(most + 1)))
 
 
-def _shrink(image, size: int):
-    """Resized so that the short side is `size`."""
-    while min(image.size) >= 2 * size:
+def _square(image, short: int, size: int, place: Callable[[int], int]) -> np.ndarray:
+    """A square of `size` out of the image whose short side is resized to `short`.
+
+    place: the most that the square may begin at → what it begins at, first from the top, then from
+    the left.
+    """
+    while min(image.size) >= 2 * short:
         image = image.resize(tuple(side // 2 for side in image.size), resample=BOX)
-    scale = size / min(image.size)
-    return image.resize(tuple(round(side * scale) for side in image.size), resample=BICUBIC)
+    scale = short / min(image.size)
+    width, height = (round(side * scale) for side in image.size)
+    top, left = place(height - size), place(width - size)
+    if width * height <= max(ENLARGED, 4 * short**2):
+        array = np.asarray(image.resize((width, height), resample=BICUBIC))
+        return array[top : top + size, left : left + size]
+    # A long picture would take gigabytes. Pixels may differ from those of the way above: Pillow's
+    # box is float32, and it may take the axes, between which it rounds, in another order.
+    across, down = image.width / width, image.height / height  # pixels of the file for one of ours
+    right, bottom = min((left + size) * across, image.width), min((top + size) * down, image.height)
+    box = (left * across, top * down, right, bottom)
+    return np.asarray(image.resize((size, size), resample=BICUBIC, box=box))
 
 
 class ImageFiles(Protocol):
@@ -155,9 +169,7 @@ class Squares:
         return {"images": images, "labels": labels, "damaged": damaged}
 
     def _square(self, file, u: float) -> np.ndarray:
-        from PIL import Image
-
-        with Image.open(file) as image:
+        with pictures.opened(file) as image:
             image = to_rgb(image) if self.channels == 3 else to_rgb(image).convert("L")
         if self.crop == "center":
             array = center_crop(image, self.size)

@@ -13,7 +13,7 @@ from typing import Protocol
 
 import numpy as np
 
-from mdt_jax.data import folders, sample_files, sources, tars, tfds_sets
+from mdt_jax.data import folders, pictures, sample_files, sources, tars, tfds_sets
 from mdt_jax.data.crops import ImageFiles, center_crop, to_rgb
 from mdt_jax.errors import UserError
 from mdt_jax.files import reason
@@ -315,11 +315,9 @@ def _open_files(path: str, size: int | None, labelled: bool) -> Files:
 
 @contextlib.contextmanager
 def _opened(files: ImageFiles, i: int):
-    """A PIL.Image. Raises UserError for whatever Pillow's readers raise on a damaged file."""
-    from PIL import Image
-
+    """A PIL.Image. Raises UserError for what cannot be read, or is too large."""
     try:
-        with Image.open(files.read(i)[0]) as image:
+        with pictures.opened(files.read(i)[0]) as image:
             yield image
     except UserError:
         raise
