@@ -22,7 +22,7 @@ from mdt_jax import (
     vae,
     weights,
 )
-from mdt_jax.data.image_sets import StoredSet, open_arrays, open_images
+from mdt_jax.data.image_sets import Files, StoredSet, open_arrays, open_images
 from mdt_jax.data.images import UINT8_RULE
 from mdt_jax.distributed import is_first
 from mdt_jax.errors import UserError
@@ -108,6 +108,7 @@ def evaluate(args) -> None:
         "neighbours": evaluation.NEIGHBOURS,
     }
     distributed.agree({name: json.dumps(value) for name, value in settings.items()})
+    say_found(samples, reference.images)
     folder = out.with_name(f"{out.name}.features")
     parts = {
         name: Parts(folder / name, {"of": settings[name], "by": settings["features"]})
@@ -121,6 +122,13 @@ def evaluate(args) -> None:
             each.remove()
         with contextlib.suppress(OSError):
             folder.rmdir()
+
+
+def say_found(*sets: StoredSet | None) -> None:
+    """Say what image files there are, and what is left out."""
+    for images in sets:
+        if isinstance(images, Files):
+            distributed.say(images.found)
 
 
 def card_path(text: str) -> pathlib.Path:
@@ -163,6 +171,7 @@ def make_reference(args) -> None:
         raise UserError(f"{images.path} has one image; statistics need two at least")
     network = evaluation.load_inception(args.inception or "")
     drawing.check_writable(out)
+    say_found(images)
     folder = out.with_name(f"{out.name}.features")
     parts = Parts(folder, {"of": about(images), "by": network.note})
     found = find({"inception": network}, images, parts, progress=True)
@@ -179,6 +188,7 @@ def evaluate_vae(args) -> None:
     inception = evaluation.load_inception(args.inception) if args.inception else None
     out = card_path(args.out) if args.out else None
     measured = evaluation.measure_vae(network, params, images, inception, progress=True)
+    say_found(images)
     settings = {
         "vae": args.vae,
         "vae_sha256": vae.sha256(params),

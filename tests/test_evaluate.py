@@ -76,8 +76,11 @@ def test_a_folder_is_measured_as_the_npz(sets, tmp_path):
         path = tmp_path / "pictures" / f"{n:02}.png"
         path.parent.mkdir(exist_ok=True)
         Image.fromarray(image).save(path)
+    (tmp_path / "pictures" / "1.avif").touch()
     printed = run_here(evaluate.main, *flags(sets, samples=f"{tmp_path}/pictures/"))
     assert "rank 13 in 2048 dimensions" in printed and "FID" in printed
+    said = "/pictures/: 14 images without classes; left out: unknown suffix .avif: 1 (1.avif)"
+    assert said in printed
     assert_equal(measured(tmp_path / "pictures.json"), measured(sets / "card.json"))
 
 

@@ -217,6 +217,24 @@ BAD_DATA = {
 }
 
 
+def test_what_is_found_is_said_and_the_advice_is_right(place, tmp_path):
+    argv = [*arguments(place, "folder", "folder"), *NO_SAMPLES]
+    workdir = f"--workdir={tmp_path / 'run'}"
+    printed = train_here(*argv, workdir, "--config.model.num_classes=2", expect=2)
+    assert f"folder {place}/folder: 24 images of 3 classes, from 8 (2) to 8 (2) each" in printed
+    assert printed.splitlines()[-1].endswith("; set it to 3, or to 0 to train without classes")
+    shutil.copytree(place / "folder", tmp_path / "other")
+    for path in (tmp_path / "other" / "10").iterdir():
+        path.rename(path.with_suffix(".jfif"))
+    argv += [f"--config.data.path={tmp_path / 'other'}"]
+    of_encode = run_here(encode.main, *argv, f"--out={tmp_path / 'cache'}", expect=2)
+    for printed in (train_here(*argv, workdir, expect=2), of_encode):
+        first, last = printed.splitlines()[0], printed.splitlines()[-1]
+        assert "unknown suffix .jfif: 8 (such as 10/002.jfif)" in first
+        assert "has 2 classes, but model.num_classes is 3; see whether what is left out (" in last
+        assert "folder without images: 1 (10)) holds the others, or set it to 2, or to 0" in last
+
+
 @pytest.mark.parametrize("name", BAD_DATA)
 def test_bad_data(name, place, tmp_path, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))

@@ -89,6 +89,16 @@ class ImageFiles(Protocol):
         ...
 
     @property
+    def found(self) -> str:
+        """How many images of how many classes there are, and what is left out."""
+        ...
+
+    @property
+    def left_out(self) -> str:
+        """What else lies there, in a line; empty where nothing does."""
+        ...
+
+    @property
     def contents(self) -> str:
         """What tells it from other sets, such as a list of all images and labels."""
         ...

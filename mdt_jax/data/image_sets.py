@@ -191,6 +191,11 @@ class Files:
         return digest.hexdigest()
 
     @property
+    def found(self) -> str:
+        """What they are and what is left out, in a line."""
+        return f"{self.path}: {self.files.found}"
+
+    @property
     def note(self) -> dict | None:
         return _parsed(sample_files.settings_of(pathlib.Path(self.path)))
 
