@@ -68,8 +68,11 @@ def open_data(config: ConfigDict) -> tuple[Source, sources.Images | None]:
 
 
 def say_found(name: str, source: Squares) -> str:
-    """Say once what a set holds; returns what it leaves out."""
-    distributed.say(f"{name}: {source.files.found}")
+    """Say once what a set holds, and what its images lose; returns what it leaves out."""
+    if distributed.is_first():
+        distributed.say(f"{name}: {source.files.found}")
+        for line in source.losses():
+            distributed.say(f"warning: {name}: {line}")
     return source.files.left_out
 
 

@@ -6,6 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from mdt_jax import convert, encode, sample, weights
 from mdt_jax.models.autoencoder import AutoencoderKL
@@ -233,6 +234,29 @@ def test_what_is_found_is_said_and_the_advice_is_right(place, tmp_path):
         assert "unknown suffix .jfif: 8 (such as 10/002.jfif)" in first
         assert "has 2 classes, but model.num_classes is 3; see whether what is left out (" in last
         assert "folder without images: 1 (10)) holds the others, or set it to 2, or to 0" in last
+
+
+def test_what_images_lose_is_said(place, tmp_path):
+    """The digits' recipe with a folder of photographs."""
+    photographs = tmp_path / "photographs"
+    for n in range(4):
+        path = photographs / "ab"[n % 2] / f"{n}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (90, 64), (200, 50 * n, 0)).save(path)
+    argv = [
+        "--config=configs/digits.py:smoke", "--config.data.name=folder",
+        f"--config.data.path={photographs}", "--config.data.batch_size=8",
+        f"--workdir={tmp_path / 'run'}",
+    ]  # fmt: skip
+    printed = train_here(*argv, expect=2)  # there are four: nothing is trained
+    name = f"warning: folder {photographs}: "
+    assert f"{name}4 of 4 images looked at are in colour and become grey" in printed
+    assert f"{name}images are shrunk 8 times: the short side of most is about 64 pixels" in printed
+    printed = train_here(*argv, "--config.data.channels=3", "--config.data.image_size=32", expect=2)
+    assert "warning: folder" not in printed
+    for path in photographs.glob("*/*.png"):
+        Image.new("RGB", (9, 8), (50, 50, 50)).save(path)  # grey, though stored in colour
+    assert "warning: folder" not in train_here(*argv, expect=2)
 
 
 @pytest.mark.parametrize("name", BAD_DATA)

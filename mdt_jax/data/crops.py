@@ -19,6 +19,8 @@ from mdt_jax.files import reason
 BOX, BICUBIC = 4, 3  # Pillow's own numbers
 CROPS = ("center", "random")
 STAND_INS = 100  # images after a damaged one that are tried in its place
+LOOKED_AT = 16  # images of a set, for `Squares.losses`
+GREY, SHRUNK = 16, 4  # more levels between channels are a colour; so many times is much
 ENLARGED = 2**24  # the most pixels that a long picture is enlarged to before it is cut
 
 
@@ -145,6 +147,34 @@ class Squares:
     def name(self, i: int) -> str:
         """For messages."""
         return self.files.name(i)
+
+    def losses(self) -> list[str]:
+        """What becomes of the images that may not be meant: those that are looked at lose colour or
+        much of their size. Empty where they do not.
+        """
+        sides, coloured = [], 0
+        for i in np.unique(np.linspace(0, len(self) - 1, LOOKED_AT).astype(int)).tolist():
+            try:
+                with pictures.opened(self.files.read(i)[0]) as image:
+                    sides.append(min(image.size))
+                    if self.channels == 1:
+                        small = np.asarray(to_rgb(image).resize((16, 16))).astype(int)
+                        coloured += int(np.ptp(small, axis=-1).max() > GREY)
+            except Exception:  # it is damaged, which is said when it is its turn
+                continue
+        lost = []
+        if coloured:
+            lost.append(
+                f"{coloured} of {len(sides)} images looked at are in colour and become grey, since "
+                "data.channels is 1"
+            )
+        short = float(np.median(sides)) if sides else 0
+        if short >= SHRUNK * self.size:
+            lost.append(
+                f"images are shrunk {short / self.size:.0f} times: the short side of most is about "
+                f"{short:.0f} pixels, and data.image_size is {self.size}"
+            )
+        return lost
 
     def why(self, i: int) -> str:
         """What is wrong with an image."""
