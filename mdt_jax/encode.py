@@ -115,7 +115,8 @@ def make(config: ConfigDict, out: pathlib.Path, shard_images: int, part: tuple[i
     """Encode what is not yet encoded of one part of the shards; part: (which, of how many)."""
     images = open_images(config)
     name = f"{config.data.name} {config.data.path}"
-    inputs.check_classes(name, len(images.classes), config.model.num_classes)
+    left_out = inputs.say_found(name, images)
+    inputs.check_classes(name, len(images.classes), config.model.num_classes, left_out)
     found = load_vae(config)
     making = latents.Making(out, describe(config, images, found, shard_images))
     with making.alone(part):

@@ -24,7 +24,7 @@ from mdt_jax import (
     vae,
     weights,
 )
-from mdt_jax.data.image_sets import StoredSet, open_arrays, open_images
+from mdt_jax.data.image_sets import Files, StoredSet, open_arrays, open_images
 from mdt_jax.data.images import UINT8_RULE
 from mdt_jax.distributed import is_first
 from mdt_jax.errors import UserError
@@ -128,6 +128,7 @@ def evaluate(args) -> None:
         "neighbours": evaluation.NEIGHBOURS,
     }
     distributed.agree({name: json.dumps(value) for name, value in settings.items()})
+    say_found(samples, reference.images)
     parts = {}
     if out is not None and features == ["inception"]:
         folder = out.with_name(f"{out.name}.features")
@@ -144,6 +145,13 @@ def evaluate(args) -> None:
                 with contextlib.suppress(OSError):
                     each.folder.parent.rmdir()
             show(f"{samples.path} against {reference.path}:", measured, out)
+
+
+def say_found(*sets: StoredSet | None) -> None:
+    """Say what image files there are, and what is left out."""
+    for images in sets:
+        if isinstance(images, Files):
+            distributed.say(images.found)
 
 
 def default_card(samples: StoredSet) -> str | None:
@@ -195,6 +203,7 @@ def make_reference(args) -> None:
         raise UserError(f"{images.path} has one image; statistics need two at least")
     network = evaluation.load_inception(args.inception or "")
     drawing.check_writable(out)
+    say_found(images)
     folder = out.with_name(f"{out.name}.features")
     parts = Parts(folder, {"of": about(images), "by": network.note})
     with distributed.alone(locks.beside(out), str(out)):
@@ -211,6 +220,7 @@ def evaluate_vae(args) -> None:
     images = open_images(args.images, args.image_size, num=args.num_samples)
     inception = evaluation.load_inception(args.inception) if args.inception else None
     out = card_path(args.out)
+    say_found(images)
     settings = {
         "vae": args.vae,
         "vae_sha256": vae.sha256(params),

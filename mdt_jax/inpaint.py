@@ -2,7 +2,8 @@
 --label=3 --out=out.png
 
 Draws what the mask hides (white: hidden, black: known) and leaves every other pixel as it was. The
-sampler is ddpm or ddim. How the picture came about is kept inside.
+image and the mask are turned as their EXIF says. The sampler is ddpm or ddim. How the picture came
+about is kept inside.
 """
 
 import json
@@ -15,6 +16,7 @@ from mdt_jax import accelerators, allocator, cli, drawing, parallel
 from mdt_jax.data.classes import parse_label
 from mdt_jax.data.crops import center_crop, to_rgb
 from mdt_jax.data.images import save_grid, save_image, to_float
+from mdt_jax.data.pictures import opened
 from mdt_jax.errors import UserError
 from mdt_jax.files import reason
 from mdt_jax.inpainting import MODES, InpaintOptions, check_hidden, inpaint
@@ -35,7 +37,7 @@ def parse(argv: list[str]):
         "--mask",
         required=True,
         type=cli.local,
-        help="an image of the same size: white is hidden, black known",
+        help="as large: white is hidden; black or transparent is known",
     )
     add("--label", help="its class, a number or a name; none for an unconditional model")
     add("--out", required=True, type=cli.local, help="out.png; for several completions a grid")
@@ -60,34 +62,59 @@ def parse(argv: list[str]):
 
 
 def open_picture(path: str, flag: str):
-    """A PIL.Image of mode RGB; UserError where there is none."""
-    from PIL import Image
+    """A PIL.Image, decoded and turned as its EXIF says. Raises UserError where there is none."""
+    from PIL import ImageOps
 
     try:
-        with Image.open(path) as image:
-            return to_rgb(image)
+        with opened(path) as image:
+            return ImageOps.exif_transpose(image)
     except Exception as error:  # whatever Pillow's readers raise on a damaged file
         raise UserError(f"{flag}={path} could not be read: {reason(error)}") from None
 
 
-def read_image(path: str, size: tuple[int, int], channels: int, resize: bool) -> np.ndarray:
-    """[H, W, C] uint8, of the size (H, W) or, if `resize`, cut to it. Raises UserError."""
-    image = open_picture(path, "--image")
-    pixels = fitted(image.convert("L") if channels == 1 else image, size, resize, f"--image={path}")
-    return pixels.reshape(*size, channels)
+def read_pair(
+    image_path: str, mask_path: str, shape: tuple[int, int, int], resize: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """(image [H, W, C] uint8, hidden [H, W] bool) of the shape (H, W, C); UserError else.
 
-
-def read_mask(path: str, size: tuple[int, int], of: tuple[int, int], resize: bool) -> np.ndarray:
-    """[H, W] bool, true where hidden. of: (H, W) of the image's file. Raises UserError."""
-    mask = open_picture(path, "--mask").convert("L")
-    if (mask.height, mask.width) != of:
-        if not resize:
+    Both are turned as their EXIF says, which is how programs that draw masks show them, and if
+    `resize` cut and resized alike. Of a mask with alpha what is transparent is black, hence known.
+    """
+    height, width, channels = shape
+    image, mask = open_picture(image_path, "--image"), open_picture(mask_path, "--mask")
+    try:
+        image, mask = to_rgb(image), to_rgb(over_black(mask)).convert("L")
+    except ValueError as error:
+        raise UserError(f"--image={image_path}, --mask={mask_path}: {reason(error)}") from None
+    if mask.size != image.size:
+        fits = scaled_alike(mask.size, image.size)
+        if not (resize and fits):
             raise UserError(
-                f"--mask={path} is {mask.height}×{mask.width}, but the image is {of[0]}×{of[1]}; "
-                "--resize makes them fit"
+                f"--mask={mask_path} is {mask.height}×{mask.width}, but the image is "
+                f"{image.height}×{image.width}; --resize "
+                + ("makes them fit" if fits else "takes masks of the image's proportions only")
             )
-        mask = mask.resize((of[1], of[0]))
-    return fitted(mask, size, resize, f"--mask={path}") > 127
+        mask = mask.resize(image.size)
+    hidden = fitted(mask, shape[:2], resize, f"--mask={mask_path}") > 127
+    image = image.convert("L") if channels == 1 else image
+    pixels = fitted(image, shape[:2], resize, f"--image={image_path}")
+    return pixels.reshape(height, width, channels), hidden
+
+
+def over_black(mask):
+    """A PIL.Image laid over black where it is transparent; as it is where it has no alpha."""
+    from PIL import Image
+
+    if "A" not in mask.getbands() and "transparency" not in mask.info:
+        return mask
+    mask = mask.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", mask.size, (0, 0, 0, 255)), mask)
+
+
+def scaled_alike(mask: tuple[int, int], image: tuple[int, int]) -> bool:
+    """Whether a mask of (W, H) has an image's proportions, but for what rounding changes."""
+    (width, height), (wide, high) = sorted((mask, image))
+    return abs(high * width / wide - height) < 1
 
 
 def fitted(image, size: tuple[int, int], resize: bool, name: str) -> np.ndarray:
@@ -125,6 +152,11 @@ def encoded(
             "that leaves larger parts"
         )
     return np.asarray(mean[0]) * np.float32(vae.scale), hidden_there
+
+
+def share(hidden: np.ndarray) -> str:
+    """How much of a mask is hidden."""
+    return f"{100 * hidden.mean():.3g} %"
 
 
 def inpaint_options(args) -> InpaintOptions:
@@ -165,16 +197,16 @@ def main(argv: list[str]) -> None:
     labels = np.full(args.num_samples, label)
     found = drawing.find_vae(args.checkpoint, weights, args.vae, args.vae_scale)
     to_images, (height, width, channels) = drawing.decoder(model, found, options.precision)
-    size = (height, width)
-    picture = open_picture(args.image, "--image")
-    hidden = read_mask(args.mask, size, (picture.height, picture.width), args.resize)
-    check_hidden(hidden, size, f"--mask={args.mask} (white is hidden, black known)")
-    image = read_image(args.image, size, channels, args.resize)
+    image, hidden = read_pair(args.image, args.mask, (height, width, channels), args.resize)
+    check_hidden(hidden, (height, width), f"--mask={args.mask} (white is hidden, black known)")
     drawing.check_writable(out)
 
     known, hidden_there = to_float(image), hidden
+    said = f"{args.mask} hides {share(hidden)} of the pixels"
     if found is not None:
         known, hidden_there = encoded(image, hidden, found, options.precision)
+        said += f", {share(hidden_there)} of the latents"
+    print(said)
     changes = {} if scales is None else {"guidance_scale": np.resize(scales, len(labels))}
     samples = inpaint(
         model, weights.params, np.stack([known] * len(labels)), hidden_there, labels, how=how,

@@ -7,8 +7,9 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from mdt_jax import parallel, vae, weights
+from mdt_jax import distributed, parallel, vae, weights
 from mdt_jax.data import latents, pipeline, sources
+from mdt_jax.data.crops import Squares
 from mdt_jax.data.pipeline import Source
 from mdt_jax.distributed import say
 from mdt_jax.errors import UserError
@@ -58,25 +59,40 @@ def open_data(config: ConfigDict) -> tuple[Source, sources.Images | None]:
     else:
         source = sources.stored(data, config.model.num_classes)
     name = f"{data.name} {data.path}".strip()
+    left_out = say_found(name, source) if isinstance(source, Squares) else ""
     if len(source) < data.batch_size:
         raise UserError(
             f"{name} holds {len(source)} images, fewer than data.batch_size {data.batch_size}"
         )
-    check_classes(name, len(source.classes), config.model.num_classes)
+    check_classes(name, len(source.classes), config.model.num_classes, left_out)
     return source, held_out
 
 
-def check_classes(name: str, found: int, num_classes: int) -> None:
-    """Raise UserError where a set does not have the classes that a config is for."""
+def say_found(name: str, source: Squares) -> str:
+    """Say once what a set holds, and what its images lose; returns what it leaves out."""
+    if distributed.is_first():
+        distributed.say(f"{name}: {source.files.found}")
+        for line in source.losses():
+            distributed.say(f"warning: {name}: {line}")
+    return source.files.left_out
+
+
+def check_classes(name: str, found: int, num_classes: int, left_out: str = "") -> None:
+    """Raise UserError where a set does not have the classes that a config is for.
+
+    left_out: what the set leaves out, among which classes may be that are missing.
+    """
     if num_classes == 0 or found == num_classes > 1:
         return
     if found < 2:
         what = "one class: there is nothing to tell apart" if found else "no labels"
-        raise UserError(f"{name} has {what}; set model.num_classes to 0 to train without classes")
-    raise UserError(
-        f"{name} has {found} classes, but model.num_classes is {num_classes}; set it to {found}, "
-        "or to 0 to train without classes"
-    )
+        advice = "set model.num_classes to 0 to train without classes"
+    else:
+        what = f"{found} classes, but model.num_classes is {num_classes}"
+        advice = f"set it to {found}, or to 0 to train without classes"
+    if left_out and found < num_classes:
+        advice = f"see whether what is left out ({left_out}) holds the others, or {advice}"
+    raise UserError(f"{name} has {what}; {advice}")
 
 
 def check_cache(cache: latents.Latents, config: ConfigDict, found: Vae) -> None:

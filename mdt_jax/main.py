@@ -312,6 +312,8 @@ def open_evaluator(
     else:
         return None
     size, images = config.data.image_size, reference.images
+    if isinstance(images, image_sets.Files):
+        say(f"evaluation.reference {images.found}")
     if images is not None and images.shape != (size, size, config.data.channels):
         there = "×".join(map(str, images.shape))
         raise UserError(

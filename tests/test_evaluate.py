@@ -117,9 +117,12 @@ def test_a_folder_is_measured_as_the_npz(sets, tmp_path):
         path = tmp_path / "pictures" / f"{n:02}.png"
         path.parent.mkdir(exist_ok=True)
         Image.fromarray(image).save(path)
+    (tmp_path / "pictures" / "1.avif").touch()
     out = tmp_path / "card.json"
     printed = run_here(evaluate.main, *flags(sets, samples=f"{tmp_path}/pictures/", out=out))
     assert "rank 5 in 2048 dimensions" in printed and "FID" in printed
+    said = "/pictures/: 6 images without classes; left out: unknown suffix .avif: 1 (1.avif)"
+    assert said in printed
     assert_equal(measured(out), measured(sets / "card.json"))
 
 

@@ -199,7 +199,8 @@ def command(files, *flags: str) -> list[str]:
 @pytest.mark.parametrize("mode", HOWS)
 def test_the_command_leaves_known_pixels(files, mode):
     again = ["--num_resamples=2"] if mode == "repaint" else []
-    run_here(inpaint.main, *command(files, f"--mode={mode}", *again))
+    printed = run_here(inpaint.main, *command(files, f"--mode={mode}", *again))
+    assert "mask.png hides 50 % of the pixels" in printed
     before, after = (np.asarray(Image.open(files / name)) for name in ("in.png", "out.png"))
     assert after.shape == (8, 8) and after.dtype == np.uint8
     np.testing.assert_array_equal(after[:, :4], before[:, :4])
@@ -216,6 +217,8 @@ def test_the_command_resizes_when_asked_to(files, capsys, monkeypatch):
     )
     line = exits_with_one_line(inpaint.main, command(files), capsys, monkeypatch)
     assert "mask.png is 8×8, but the image is 30×40; --resize" in line
+    line = exits_with_one_line(inpaint.main, command(files, "--resize"), capsys, monkeypatch)
+    assert "--resize takes masks of the image's proportions only" in line  # it is not stretched
     mask = np.zeros((30, 40), np.uint8)
     mask[:, 20:] = 255
     Image.fromarray(mask).save(files / "mask.png")
@@ -223,6 +226,67 @@ def test_the_command_resizes_when_asked_to(files, capsys, monkeypatch):
     assert "mask.png is 30×40, but the model draws 8×8; --resize" in line
     run_here(inpaint.main, *command(files, "--resize", "--num_resamples=1"))
     assert Image.open(files / "out.png").size == (8, 8)
+
+
+def read_pair(files, resize=True):
+    paths = str(files / "in.png"), str(files / "mask.png")
+    return inpaint.read_pair(*paths, (8, 8, 1), resize)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_picture_and_mask_are_turned_alike(files, orientation):
+    """The mask is drawn over the picture as viewers show it."""
+    shown = np.zeros((64, 64), np.uint8)
+    shown[:32, :48] = 200
+    hidden = shown > 0
+    # What a camera stores that viewers show like this.
+    undo = {
+        2: lambda x: x[:, ::-1], 3: lambda x: x[::-1, ::-1], 4: lambda x: x[::-1], 5: np.transpose,
+        6: lambda x: np.rot90(x, 1), 7: lambda x: x[::-1, ::-1].T, 8: lambda x: np.rot90(x, -1),
+    }.get(orientation, np.array)  # fmt: skip
+    exif = Image.Exif()
+    exif[0x112] = orientation
+    stored = Image.fromarray(np.ascontiguousarray(undo(shown)))
+    stored.save(files / "in.png", exif=exif)
+    Image.fromarray(hidden).save(files / "mask.png")
+    image, found = read_pair(files)
+    np.testing.assert_array_equal(found, hidden[::8, ::8])
+    assert image[found].min() > 190 and image[~found].max() < 10
+    stored.save(files / "mask.png", exif=exif)
+    np.testing.assert_array_equal(read_pair(files)[1], found)
+
+
+def test_a_mask_of_any_kind(files):
+    """White on black as every mode has it; what is transparent is known."""
+    hidden = HALVES["right"]
+    grey = Image.fromarray(hidden.astype(np.uint8) * 255)
+    colours = Image.fromarray(np.where(hidden, 1, 0).astype(np.uint8)).convert("P")
+    colours.putpalette([0, 0, 0, 255, 255, 255])
+    strokes = Image.new("RGBA", (8, 8), (255, 255, 255, 0))  # white, painted on nothing
+    strokes.paste((255, 255, 255, 255), (4, 0, 8, 8))
+    nothing = colours.copy()
+    nothing.putpalette([255, 255, 255, 255, 255, 255])
+    forms = {
+        "1": grey.convert("1"), "L": grey, "LA": grey.convert("LA"), "P": colours,
+        "RGB": grey.convert("RGB"), "RGBA": grey.convert("RGBA"), "strokes": strokes,
+        "LA strokes": strokes.convert("LA"),
+        "16 bits": Image.fromarray(hidden.astype(np.uint16) * 65535),
+    }  # fmt: skip
+    for form, mask in forms.items():
+        mask.save(files / "mask.png")
+        np.testing.assert_array_equal(read_pair(files, resize=False)[1], hidden, form)
+    nothing.save(files / "mask.png", transparency=0)
+    np.testing.assert_array_equal(read_pair(files, resize=False)[1], hidden, "tRNS")
+
+
+def test_a_smaller_mask_of_the_same_proportions(files):
+    Image.fromarray(np.zeros((30, 60), np.uint8)).save(files / "in.png")
+    mask = np.zeros((15, 30), np.uint8)
+    mask[:, 15:] = 255
+    Image.fromarray(mask).save(files / "mask.png")
+    np.testing.assert_array_equal(read_pair(files)[1], HALVES["right"])
+    assert inpaint.scaled_alike((33, 22), (100, 67)) and inpaint.scaled_alike((100, 67), (33, 22))
+    assert not inpaint.scaled_alike((64, 64), (64, 60))
 
 
 def test_the_command_on_latents(tmp_path):

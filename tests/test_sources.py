@@ -6,6 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from mdt_jax import convert, encode, sample, weights
 from mdt_jax.models.autoencoder import AutoencoderKL
@@ -215,6 +216,47 @@ BAD_DATA = {
     "other VAE": (["--config.vae.path=PLACE/wide"], "has latents of 4 channels at 1/2 of the size"),
     "damaged": (["--config.data.path=PLACE/spoilt"], "jpg cannot be read: Truncated File"),
 }
+
+
+def test_what_is_found_is_said_and_the_advice_is_right(place, tmp_path):
+    argv = [*arguments(place, "folder", "folder"), *NO_SAMPLES]
+    workdir = f"--workdir={tmp_path / 'run'}"
+    printed = train_here(*argv, workdir, "--config.model.num_classes=2", expect=2)
+    assert f"folder {place}/folder: 24 images of 3 classes, from 8 (2) to 8 (2) each" in printed
+    assert printed.splitlines()[-1].endswith("; set it to 3, or to 0 to train without classes")
+    shutil.copytree(place / "folder", tmp_path / "other")
+    for path in (tmp_path / "other" / "10").iterdir():
+        path.rename(path.with_suffix(".jfif"))
+    argv += [f"--config.data.path={tmp_path / 'other'}"]
+    of_encode = run_here(encode.main, *argv, f"--out={tmp_path / 'cache'}", expect=2)
+    for printed in (train_here(*argv, workdir, expect=2), of_encode):
+        first, last = printed.splitlines()[0], printed.splitlines()[-1]
+        assert "unknown suffix .jfif: 8 (such as 10/002.jfif)" in first
+        assert "has 2 classes, but model.num_classes is 3; see whether what is left out (" in last
+        assert "folder without images: 1 (10)) holds the others, or set it to 2, or to 0" in last
+
+
+def test_what_images_lose_is_said(place, tmp_path):
+    """The digits' recipe with a folder of photographs."""
+    photographs = tmp_path / "photographs"
+    for n in range(4):
+        path = photographs / "ab"[n % 2] / f"{n}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (90, 64), (200, 50 * n, 0)).save(path)
+    argv = [
+        "--config=configs/digits.py:smoke", "--config.data.name=folder",
+        f"--config.data.path={photographs}", "--config.data.batch_size=8",
+        f"--workdir={tmp_path / 'run'}",
+    ]  # fmt: skip
+    printed = train_here(*argv, expect=2)  # there are four: nothing is trained
+    name = f"warning: folder {photographs}: "
+    assert f"{name}4 of 4 images looked at are in colour and become grey" in printed
+    assert f"{name}images are shrunk 8 times: the short side of most is about 64 pixels" in printed
+    printed = train_here(*argv, "--config.data.channels=3", "--config.data.image_size=32", expect=2)
+    assert "warning: folder" not in printed
+    for path in photographs.glob("*/*.png"):
+        Image.new("RGB", (9, 8), (50, 50, 50)).save(path)  # grey, though stored in colour
+    assert "warning: folder" not in train_here(*argv, expect=2)
 
 
 @pytest.mark.parametrize("name", BAD_DATA)

@@ -7,16 +7,21 @@ short side is at least twice the target, resize bicubically, cut out. EXIF is le
 import dataclasses
 import hashlib
 import os
+from collections.abc import Callable
 from typing import BinaryIO, Protocol
 
 import numpy as np
 
+from mdt_jax.data import pictures
 from mdt_jax.data.pipeline import UNREADABLE
 from mdt_jax.files import reason
 
 BOX, BICUBIC = 4, 3  # Pillow's own numbers
 CROPS = ("center", "random")
 STAND_INS = 100  # images after a damaged one that are tried in its place
+LOOKED_AT = 16  # images of a set, for `Squares.losses`
+GREY, SHRUNK = 16, 4  # more levels between channels are a colour; so many times is much
+ENLARGED = 2**24  # the most pixels that a long picture is enlarged to before it is cut
 
 
 def to_rgb(image):
@@ -40,9 +45,7 @@ def to_rgb(image):
 
 def center_crop(image, size: int) -> np.ndarray:
     """A PIL.Image → its middle, uint8 [size, size] or [size, size, channels]."""
-    array = np.asarray(_shrink(image, size))
-    top, left = (array.shape[0] - size) // 2, (array.shape[1] - size) // 2
-    return array[top : top + size, left : left + size]
+    return _square(image, size, size, lambda most: most // 2)
 
 
 def random_crop(
@@ -53,17 +56,30 @@ def random_crop(
     The square is `smallest` to `largest` of the image's short side.
     """
     least, most = int(np.ceil(size / largest)), int(np.ceil(size / smallest))
-    array = np.asarray(_shrink(image, int(random.integers(least, most + 1))))
-    top, left = (int(random.integers(side - size + 1)) for side in array.shape[:2])
-    return array[top : top + size, left : left + size]
+    short = int(random.integers(least, most + 1))
+    return _square(image, short, size, lambda most: int(random.integers(most + 1)))
 
 
-def _shrink(image, size: int):
-    """Resized so that the short side is `size`."""
-    while min(image.size) >= 2 * size:
+def _square(image, short: int, size: int, place: Callable[[int], int]) -> np.ndarray:
+    """A square of `size` out of the image whose short side is resized to `short`.
+
+    place: the most that the square may begin at → what it begins at, first from the top, then from
+    the left.
+    """
+    while min(image.size) >= 2 * short:
         image = image.resize(tuple(side // 2 for side in image.size), resample=BOX)
-    scale = size / min(image.size)
-    return image.resize(tuple(round(side * scale) for side in image.size), resample=BICUBIC)
+    scale = short / min(image.size)
+    width, height = (round(side * scale) for side in image.size)
+    top, left = place(height - size), place(width - size)
+    if width * height <= max(ENLARGED, 4 * short**2):
+        array = np.asarray(image.resize((width, height), resample=BICUBIC))
+        return array[top : top + size, left : left + size]
+    # A long picture would take gigabytes. Pixels may differ from those of the way above: Pillow's
+    # box is float32, and it may take the axes, between which it rounds, in another order.
+    across, down = image.width / width, image.height / height  # pixels of the file for one of ours
+    right, bottom = min((left + size) * across, image.width), min((top + size) * down, image.height)
+    box = (left * across, top * down, right, bottom)
+    return np.asarray(image.resize((size, size), resample=BICUBIC, box=box))
 
 
 class ImageFiles(Protocol):
@@ -72,6 +88,16 @@ class ImageFiles(Protocol):
     @property
     def classes(self) -> list[str]:
         """The names of the labels 0, 1, …; empty without labels."""
+        ...
+
+    @property
+    def found(self) -> str:
+        """How many images of how many classes there are, and what is left out."""
+        ...
+
+    @property
+    def left_out(self) -> str:
+        """What else lies there, in a line; empty where nothing does."""
         ...
 
     @property
@@ -122,6 +148,34 @@ class Squares:
         """For messages."""
         return self.files.name(i)
 
+    def losses(self) -> list[str]:
+        """What becomes of the images that may not be meant: those that are looked at lose colour or
+        much of their size. Empty where they do not.
+        """
+        sides, coloured = [], 0
+        for i in np.unique(np.linspace(0, len(self) - 1, LOOKED_AT).astype(int)).tolist():
+            try:
+                with pictures.opened(self.files.read(i)[0]) as image:
+                    sides.append(min(image.size))
+                    if self.channels == 1:
+                        small = np.asarray(to_rgb(image).resize((16, 16))).astype(int)
+                        coloured += int(np.ptp(small, axis=-1).max() > GREY)
+            except Exception:  # it is damaged, which is said when it is its turn
+                continue
+        lost = []
+        if coloured:
+            lost.append(
+                f"{coloured} of {len(sides)} images looked at are in colour and become grey, since "
+                "data.channels is 1"
+            )
+        short = float(np.median(sides)) if sides else 0
+        if short >= SHRUNK * self.size:
+            lost.append(
+                f"images are shrunk {short / self.size:.0f} times: the short side of most is about "
+                f"{short:.0f} pixels, and data.image_size is {self.size}"
+            )
+        return lost
+
     def why(self, i: int) -> str:
         """What is wrong with an image."""
         try:
@@ -155,9 +209,7 @@ class Squares:
         return {"images": images, "labels": labels, "damaged": damaged}
 
     def _square(self, file, u: float) -> np.ndarray:
-        from PIL import Image
-
-        with Image.open(file) as image:
+        with pictures.opened(file) as image:
             image = to_rgb(image) if self.channels == 3 else to_rgb(image).convert("L")
         if self.crop == "center":
             array = center_crop(image, self.size)

@@ -1,4 +1,4 @@
-"""Images in folders: a folder a class, ClassID_ImgID names, a CSV or JSONL of path and label."""
+"""Images in folders: a folder a class, ClassID_ImgID names, lists of path and label."""
 
 import csv
 import dataclasses
@@ -6,12 +6,18 @@ import json
 import os
 import pathlib
 import re
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
+from mdt_jax.data.found import LeftOut, describe, holder, splits
+from mdt_jax.data.pictures import SUFFIXES
 from mdt_jax.errors import UserError
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff")
+LISTS = (".csv", ".jsonl")
+HEADERS = ("path", "file", "filename", "file_name")  # of a CSV's first field
+STYLEGAN = "dataset.json"  # where StyleGAN and EDM keep the labels of a folder
+DEEPEST = 32  # folders within each other
 
 
 def class_order(names: set[str]) -> list[str]:
@@ -23,12 +29,16 @@ def class_order(names: set[str]) -> list[str]:
 
 @dataclasses.dataclass(frozen=True)
 class Files:
-    """Image files below a folder. labels: [N] int32; classes: their names, none without labels."""
+    """Image files below a folder. labels: [N] int32; classes: their names, none without labels.
+
+    left_out: what else lies there, as of `LeftOut`.
+    """
 
     root: pathlib.Path
     paths: list[str]
     labels: np.ndarray
     classes: list[str]
+    left_out: str = ""
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -36,6 +46,11 @@ class Files:
     def name(self, i: int) -> str:
         """For messages."""
         return str(self.root / self.paths[i])
+
+    @property
+    def found(self) -> str:
+        """How many images of how many classes there are, and what is left out."""
+        return describe(len(self), self.labels, self.classes, self.left_out)
 
     @property
     def contents(self) -> str:
@@ -51,36 +66,58 @@ def load(path: str, num_classes: int | None = None) -> Files:
     """The images that `path` names.
 
     A folder: each folder in it is a class, of all images below that; where there are none but
-    images themselves, ClassID_ImgID.jpg gives the class, and names without "_" have none.
+    images themselves, ClassID_ImgID.jpg gives the class, and names without "_" have none. A folder
+    with the dataset.json of StyleGAN and EDM has the labels that this gives.
     A .csv of path,label (with or without that header) or a .jsonl of {"path": …, "label": …}: paths
     are taken from the file's folder, and labels may be names or numbers; without them there are no
     classes. num_classes: how many are expected; 0: they are left aside. Numbers in a list count
     from 0 to num_classes − 1, or from 1 to num_classes. Raises UserError where there is no image, a
-    label is missing or out of range, or a path leaves the folder.
+    label is missing or out of range, a path leaves the folder, folders lie more than DEEPEST deep,
+    or those of train and val (or test, …) would be taken for classes.
     """
-    place = pathlib.Path(path)
-    if os.path.isfile(place) and place.suffix in (".csv", ".jsonl"):
-        root, pairs = place.parent, _listed(place)
-    elif os.path.isdir(place):
-        root, pairs = place, _found(place, num_classes != 0)
-    else:
-        what = "is no folder, .csv or .jsonl" if os.path.exists(place) else "does not exist"
-        raise UserError(f"data.path {path} {what}")
+    place, left_out = pathlib.Path(path), LeftOut()
+    root, listed, pairs = _pairs(place, num_classes, left_out)
     if not pairs:
-        raise UserError(f"data.path {path} holds no images ({', '.join(SUFFIXES)})")
+        more = f"; left out: {left_out}" if str(left_out) else ""
+        raise UserError(f"data.path {path} holds no images ({', '.join(SUFFIXES)}){more}")
     paths = [image for image, _ in pairs]
     names = {label for _, label in pairs if label is not None} if num_classes != 0 else set()
     if not names:
-        return Files(root, paths, np.zeros(len(pairs), np.int32), [])
+        return Files(root, paths, np.zeros(len(pairs), np.int32), [], str(left_out))
     bare = [image for image, label in pairs if label is None]
     if bare:
         raise UserError(f"{path}: {bare[0]} has no label, but others have")
     classes = class_order(names)
-    if root != place and num_classes:
-        classes = _numbered(place, pairs, num_classes) or classes
+    if listed and num_classes:
+        classes = _numbered(listed, pairs, num_classes) or classes
     numbers = {name: number for number, name in enumerate(classes)}
     labels = np.array([numbers[label] for _, label in pairs if label is not None], np.int32)
-    return Files(root, paths, labels, classes)
+    return Files(root, paths, labels, classes, str(left_out))
+
+
+def _pairs(
+    place: pathlib.Path, num_classes: int | None, left_out: LeftOut
+) -> tuple[pathlib.Path, pathlib.Path | None, list[tuple[str, str | None]]]:
+    """(the folder, the list that names its images, if one does, their paths and labels)."""
+    is_folder = os.path.isdir(place)
+    stylegan = place / STYLEGAN if is_folder and num_classes != 0 else place
+    labels = None
+    if stylegan.name == STYLEGAN and os.path.isfile(stylegan):
+        labels = _stylegan_labels(stylegan)
+    if labels:
+        root, pairs = stylegan.parent, _listed(stylegan, _stylegan_lines(labels))
+        _count_unlisted(root, {image for image, _ in pairs}, left_out)
+        return root, stylegan, pairs
+    if labels is not None:
+        root = stylegan.parent
+        return root, None, [(image, None) for image in _images(root, left_out)]
+    if os.path.isfile(place) and place.suffix in LISTS:
+        lines = _csv_lines(place) if place.suffix == ".csv" else _json_lines(place)
+        return place.parent, place, _listed(place, lines)
+    if is_folder:
+        return place, None, _found(place, num_classes != 0, left_out)
+    what = f"is no folder, {' or '.join(LISTS)}" if os.path.exists(place) else "does not exist"
+    raise UserError(f"data.path {place} {what}")
 
 
 def _numbered(
@@ -106,34 +143,71 @@ def _numbered(
     )
 
 
-def _found(root: pathlib.Path, labelled: bool) -> list[tuple[str, str | None]]:
+def _found(root: pathlib.Path, labelled: bool, left_out: LeftOut) -> list[tuple[str, str | None]]:
     """(path below root, class) of every image, in an order that no file system changes."""
-    paths = _images(root)
+    paths = _images(root, left_out)
     inside = [path for path in paths if "/" in path]
     if inside and len(inside) < len(paths) and labelled:
         bare = next(path for path in paths if "/" not in path)
         raise UserError(f"{root} holds both folders of images and images without one, as {bare}")
+    holding = {os.path.dirname(path) for path in paths}
+    if found := splits(holding):
+        folder, names = found
+        raise UserError(
+            f"{root / folder} is divided into {', '.join(names)}, which are no classes: give one "
+            f"of them, such as {root / folder / names[0]}"
+        )
+    if labelled and (below := holder(holding)):
+        raise UserError(
+            f"{root} holds the folder {below.split('/')[0]} alone: where the folders in "
+            f"{root / below} are the classes, give this path"
+        )
     if inside:
         return [(path, path.split("/")[0]) for path in paths]
     return [(path, class_of(path)) for path in paths]
 
 
-def _images(folder: str | os.PathLike, below: str = "", above: tuple[str, ...] = ()) -> list[str]:
+def _images(
+    folder: str | os.PathLike, left_out: LeftOut, below: str = "", above: tuple[str, ...] = ()
+) -> list[str]:
     """The paths of all images in a folder, then in those in it; links lead nowhere in circles."""
     real = os.path.realpath(folder)
     if real in above:
+        left_out.add("link to a folder above", below.rstrip("/"))
         return []
+    if len(above) > DEEPEST:
+        raise UserError(f"{folder}: folders lie more than {DEEPEST} deep in each other")
+    paths, inside = [], []
     with os.scandir(folder) as found:
-        entries = sorted((e for e in found if e.name[0] != "."), key=lambda entry: entry.name)
-    inside = [entry for entry in entries if entry.is_dir()]
-    paths = [
-        f"{below}{entry.name}"
-        for entry in entries
-        if entry.name.lower().endswith(SUFFIXES) and not entry.is_dir()
-    ]
+        entries = sorted(found, key=lambda entry: entry.name)
+    for entry in entries:
+        name, link = f"{below}{entry.name}", entry.is_symlink()
+        if entry.name[0] == ".":
+            left_out.add("hidden", name)
+        elif os.path.isdir(entry.path) if link else entry.is_dir():
+            inside.append(entry)
+        elif not (os.path.isfile(entry.path) if link else entry.is_file()):
+            dangling = link and not os.path.exists(entry.path)
+            left_out.add("broken link" if dangling else "no regular file", name)
+        elif entry.name.lower().endswith(SUFFIXES):
+            paths.append(name)
+        elif not below and entry.name.endswith(LISTS):
+            left_out.add("list, which is read where data.path names it", name)
+        else:
+            left_out.add_unknown(name)
     for entry in inside:
-        paths += _images(entry.path, f"{below}{entry.name}/", (*above, real))
+        there = _images(entry.path, left_out, f"{below}{entry.name}/", (*above, real))
+        if not there and not below:
+            left_out.add("folder without images", entry.name)
+        paths += there
     return paths
+
+
+def _count_unlisted(root: pathlib.Path, listed: set[str], left_out: LeftOut) -> None:
+    """Note the images below a folder that its list does not name."""
+    unlisted = [path for path in _images(root, LeftOut()) if path not in listed]
+    if unlisted:
+        left_out.add(f"image without a label in {STYLEGAN}", unlisted[0], len(unlisted))
 
 
 def class_of(path: str) -> str | None:
@@ -142,13 +216,14 @@ def class_of(path: str) -> str | None:
     return head if underscore and head else None
 
 
-def _listed(file: pathlib.Path) -> list[tuple[str, str | None]]:
-    """The lines of a CSV or JSONL, each checked."""
-    read = _csv_lines if file.suffix == ".csv" else _json_lines
+def _listed(
+    file: pathlib.Path, lines: Iterable[tuple[int, str, str | None]]
+) -> list[tuple[str, str | None]]:
+    """(path, label) of each line (its number, path, label) of a list, each checked."""
     labels: dict[str, str | None] = {}
     pairs = []
     try:
-        for number, path, label in read(file):
+        for number, path, label in lines:
             where = f"{file}, line {number}"
             if not path:
                 raise UserError(f"{where}: no path")
@@ -171,7 +246,7 @@ def _csv_lines(file: pathlib.Path):
     with open(file, newline="", encoding="utf-8-sig") as lines:
         rows = csv.reader(lines)
         for n, row in enumerate(rows):
-            if not row or (n == 0 and row[0].strip().lower() in ("path", "file", "filename")):
+            if not row or (n == 0 and row[0].strip().lower() in HEADERS):
                 continue
             number = rows.line_num
             if len(row) > 2:
@@ -199,3 +274,28 @@ def _json_lines(file: pathlib.Path):
             if not isinstance(path, str) or not known:
                 raise UserError(f"{file}, line {number}: path is text, label text or a number")
             yield number, path, None if label is None else str(label).strip()
+
+
+def _stylegan_labels(file: pathlib.Path) -> list | None:
+    """The labels in a dataset.json, [path, number] each: none where StyleGAN had none.
+
+    None where it is another program's file. Raises UserError where it is damaged.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError):
+        raise UserError(f"{file} is no JSON: mend or remove it") from None
+    if not isinstance(content, dict) or "labels" not in content:
+        return None
+    labels = content["labels"]
+    if labels is None:
+        return []
+    for entry in labels if isinstance(labels, list) else [labels]:
+        if not isinstance(entry, list) or [type(part) for part in entry] != [str, int]:
+            raise UserError(f'{file}: "labels" is no list of [path, number], but has {entry!r:.80}')
+    return labels
+
+
+def _stylegan_lines(labels: list) -> Iterator[tuple[int, str, str | None]]:
+    for number, (path, label) in enumerate(labels, start=1):
+        yield number, path.replace("\\", "/"), str(label)

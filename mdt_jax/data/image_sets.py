@@ -12,7 +12,7 @@ from typing import Protocol
 
 import numpy as np
 
-from mdt_jax.data import folders, sample_notes, sources, tars, tfds_sets
+from mdt_jax.data import folders, pictures, sample_notes, sources, tars, tfds_sets
 from mdt_jax.data.crops import ImageFiles, center_crop, to_rgb
 from mdt_jax.errors import UserError
 from mdt_jax.files import reason
@@ -198,6 +198,11 @@ class Files:
         return digest.hexdigest()
 
     @property
+    def found(self) -> str:
+        """What they are and what is left out, in a line."""
+        return f"{self.path}: {self.files.found}"
+
+    @property
     def note(self) -> dict | None:
         return sample_notes.parsed(sample_notes.settings_of(pathlib.Path(self.path)))
 
@@ -330,11 +335,9 @@ def _open_files(path: str, size: int | None, labelled: bool, drawn: bool) -> Fil
 
 @contextlib.contextmanager
 def _opened(files: ImageFiles, i: int):
-    """A PIL.Image. Raises UserError for whatever Pillow's readers raise on a damaged file."""
-    from PIL import Image
-
+    """A PIL.Image. Raises UserError for what cannot be read, or is too large."""
     try:
-        with Image.open(files.read(i)[0]) as image:
+        with pictures.opened(files.read(i)[0]) as image:
             yield image
     except UserError:
         raise

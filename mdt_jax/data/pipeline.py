@@ -205,16 +205,17 @@ def _explained(iterator: Iterator) -> Iterator:
 
 
 def _look_at(source: Source, item: int, known: set[int], max_damaged: int) -> None:
-    """Say that an item is damaged, once; UserError where that is one too many."""
+    """Say that an item is left out, once; UserError where that is one too many."""
     if item <= UNREADABLE:
         item = UNREADABLE - item
         raise UserError(f"{source.name(item)} cannot be read: {source.why(item)}")
     if item < 0 or item in known:
         return
     known.add(item)
-    say(f"{source.name(item)} is damaged and left out: {source.why(item)}")
+    why = source.why(item)
+    say(f"{source.name(item)} is left out: {why}")
     if len(known) > max_damaged:
         raise UserError(
-            f"{len(known)} damaged images, the last {source.name(item)}; data.max_damaged is "
-            f"{max_damaged}"
+            f"images that cannot be read: {len(known)}, the last {source.name(item)}: {why}; "
+            f"data.max_damaged is {max_damaged}"
         )

@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mdt_jax.data.found import describe
 from mdt_jax.errors import UserError
 from mdt_jax.files import reason
 
@@ -21,6 +22,7 @@ class Prepared:
     records: Sequence[Mapping[str, Any]]
     image: str
     classes: list[str]
+    left_out = ""
 
     def __len__(self) -> int:
         return len(self.records)
@@ -28,6 +30,11 @@ class Prepared:
     def name(self, i: int) -> str:
         """For messages."""
         return f"{self.title}, record {i}"
+
+    @property
+    def found(self) -> str:
+        """How many images of how many classes there are."""
+        return describe(len(self), None, self.classes, self.left_out)
 
     @property
     def contents(self) -> str:

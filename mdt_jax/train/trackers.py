@@ -9,6 +9,7 @@ from typing import Protocol
 import jax
 import numpy as np
 
+from mdt_jax.data.pictures import opened
 from mdt_jax.distributed import say
 from mdt_jax.errors import UserError
 from mdt_jax.files import whole
@@ -59,9 +60,8 @@ def _missing(flag: str, package: str) -> UserError:
 
 
 def _picture(path: pathlib.Path) -> np.ndarray:
-    from PIL import Image
-
-    return np.asarray(Image.open(path).convert("RGB"))
+    with opened(path) as image:
+        return np.asarray(image.convert("RGB"))
 
 
 class TensorBoard:

@@ -35,6 +35,44 @@ def test_center_crop(width, height):
     np.testing.assert_array_equal(out, reference(image, 32))
 
 
+@pytest.mark.parametrize("width, height", [(1, 513), (700, 3), (17, 300), (2, 2), (40, 150)])
+def test_a_long_picture_is_cut_before_it_is_enlarged(width, height, monkeypatch):
+    y, x, channel = np.indices((height, width, 3))  # smooth: Pillow rounds and clips between axes
+    waves = 128 + 100 * np.sin(y / 5 + channel) * np.cos(x / 7)
+    image = Image.fromarray(waves.astype(np.uint8))
+    whole = crops.center_crop(image, 32).astype(int)
+    random = crops.random_crop(image, 32, np.random.default_rng(3)).astype(int)
+    monkeypatch.setattr(crops, "ENLARGED", 0)
+    monkeypatch.setattr(Image.Image, "resize", watched := Watched(Image.Image.resize))
+    assert np.abs(crops.center_crop(image, 32) - whole).max() <= 1
+    cut = crops.random_crop(image, 32, np.random.default_rng(3))
+    assert np.abs(cut - random).max() <= 1
+    assert watched.most <= 4 * 40**2  # the random crop is out of up to 40
+
+
+class Watched:
+    """PIL's resize, and the most pixels that it was asked for."""
+
+    def __init__(self, resize):
+        self.resize, self.most = resize, 0
+
+    def __get__(self, image, _):
+        def resize(size, **options):
+            self.most = max(self.most, size[0] * size[1])
+            return self.resize(image, size, **options)
+
+        return resize
+
+
+@pytest.mark.parametrize("crop", [crops.center_crop, crops.random_crop])
+def test_the_memory_of_a_long_picture(crop, monkeypatch):
+    monkeypatch.setattr(Image.Image, "resize", watched := Watched(Image.Image.resize))
+    random = [np.random.default_rng(0)] * (crop is crops.random_crop)
+    for size in ((1, 4000), (65_535, 1)):
+        assert crop(Image.new("RGB", size, (9, 8, 7)), 256, *random).tolist()[255][0] == [9, 8, 7]
+    assert watched.most < 2**24
+
+
 def test_a_random_crop_is_a_square_from_anywhere():
     row = np.broadcast_to(np.arange(256, dtype=np.uint8)[None, :, None], (128, 256, 3))
     image = Image.fromarray(np.ascontiguousarray(row))

@@ -169,6 +169,145 @@ def test_lists_that_are_wrong(name, text, message, tmp_path):
         folders.load(tmp_path / name)
 
 
+def test_what_is_found_and_what_is_left_out_is_said(tmp_path):
+    for name in ("a/1.png", "a/2.png", "b/1.png", "b/.thumbs/1.png", ".DS_Store.png"):
+        picture(tmp_path / name)
+    for name in ("a/1.avif", "a/2.AVIF", "a/README", "c/1.jfif", "labels.csv"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "a" / "up").symlink_to(tmp_path)
+    (tmp_path / "b" / "gone.png").symlink_to(tmp_path / "none.png")
+    (tmp_path / "b" / "itself.png").symlink_to(tmp_path / "b" / "itself.png")
+    found = folders.load(tmp_path)
+    assert found.found.startswith("3 images of 2 classes, from 1 (b) to 2 (a) each; left out: ")
+    for said in (
+        "unknown suffix .avif: 2 (such as a/1.avif)", "unknown suffix .jfif: 1 (c/1.jfif)",
+        "hidden: 2 (such as .DS_Store.png)", "broken link: 2 (such as b/gone.png)",
+        "link to a folder above: 1 (a/up)", "no suffix: 1 (a/README)",
+        "list, which is read where data.path names it: 1 (labels.csv)",
+    ):  # fmt: skip
+        assert said in found.left_out
+    assert found.left_out.endswith("folder without images: 1 (c)")
+    for n in range(30):
+        (tmp_path / "a" / f"log.{n:02}").touch()
+    assert folders.load(tmp_path).left_out.endswith("; other kinds: 26")
+    assert folders.load(tmp_path / "b").found.startswith("1 image without classes; left out: ")
+    (tmp_path / "l.csv").write_text("a/1.png,3\na/2.png,3\nb/1.png,0\n")
+    said = folders.load(tmp_path / "l.csv", num_classes=4).found
+    assert said == "3 images of 4 classes, from 0 (1) to 2 (3) each, 2 without images"
+    with pytest.raises(UserError, match=r"holds no images \(.*\); left out: unknown suffix .jfif"):
+        folders.load(tmp_path / "c")
+
+
+def test_only_regular_files_are_read(tmp_path):
+    picture(tmp_path / "a" / "1.png")
+    os.mkfifo(tmp_path / "a" / "x.png")
+    (tmp_path / "a" / "zero.png").symlink_to("/dev/zero")
+    found = folders.load(tmp_path)
+    assert found.paths == ["a/1.png"]
+    assert found.left_out == "no regular file: 2 (such as a/x.png)"
+
+
+def test_folders_are_not_followed_for_ever(tmp_path):
+    picture(tmp_path / "/".join("d" * folders.DEEPEST) / "1.png")
+    assert len(folders.load(tmp_path, num_classes=0)) == 1
+    picture(tmp_path / "/".join("d" * (folders.DEEPEST + 1)) / "1.png")
+    with pytest.raises(UserError, match="folders lie more than 32 deep in each other"):
+        folders.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "names, given",
+    [
+        (["train/cat", "val/cat", "train/dog"], "train"),
+        (["train", "test"], "train"),
+        (["Validation/a", "Training/a"], "Training"),
+        (["valid/a", "test/a"], "test"),
+        (["train2017", "val2017", "extra"], "train2017"),
+        (["imagenet/train/a", "imagenet/val/a"], "imagenet/train"),
+        (["a/b/train/x", "a/b/testing/x", "c/x"], "a/b/train"),
+    ],
+)
+def test_train_and_val_are_no_classes(names, given, tmp_path):
+    for name in names:
+        picture(tmp_path / name / "1.png")
+    for num_classes in (None, 0, 2):
+        with pytest.raises(UserError, match=f"no classes: give one of them, .* {tmp_path}/{given}"):
+            folders.load(tmp_path, num_classes)
+
+
+def test_what_is_no_division_of_a_set(tmp_path):
+    for name in (
+        "train",
+        "bus",
+        "trainer",
+        "value",
+        "tester",
+        "evaluate",
+    ):  # a vehicle among others
+        picture(tmp_path / name / "1.png")
+    assert len(folders.load(tmp_path).classes) == 6
+
+
+def test_the_folder_of_the_classes_is_named(tmp_path):
+    for name in ("cat", "dog"):
+        picture(tmp_path / "set" / "train" / name / "1.png")
+    line = f"the folder set alone: where the folders in {tmp_path}/set/train are the classes, give"
+    with pytest.raises(UserError, match=line):
+        folders.load(tmp_path, 2)
+    assert folders.load(tmp_path / "set" / "train").classes == ["cat", "dog"]
+    assert len(folders.load(tmp_path, 0)) == 2
+
+
+def stylegan(folder, content):
+    for n in range(4):
+        picture(folder / f"{n // 2:05}" / f"img{n:08}.png")
+    (folder / "dataset.json").write_text(content)
+    return [f"{n // 2:05}/img{n:08}.png" for n in range(4)]
+
+
+def test_the_labels_of_stylegan_and_edm(tmp_path):
+    paths = stylegan(tmp_path, "")
+    labels = [[path, n % 3] for n, path in enumerate(paths)]
+    (tmp_path / "dataset.json").write_text(json.dumps({"labels": labels}))
+    for path in (tmp_path, tmp_path / "dataset.json"):
+        found = folders.load(path, num_classes=3)
+        assert found.paths == paths and found.labels.tolist() == [0, 1, 2, 0]
+        assert found.classes == ["0", "1", "2"] and found.left_out == ""
+        assert folders.load(path, 5).classes == list("01234")
+        with pytest.raises(UserError, match="label 2 of 00001/img00000002.png is out of range"):
+            folders.load(path, 2)
+    assert folders.load(tmp_path, num_classes=0).classes == []
+    (tmp_path / "dataset.json").write_text(json.dumps({"labels": labels[1:]}))
+    found = folders.load(tmp_path, num_classes=3)
+    assert len(found) == 3 and "image without a label in dataset.json: 1 (00000/" in found.left_out
+    (tmp_path / "dataset.json").write_text('{"labels": null}')
+    found = folders.load(tmp_path, num_classes=3)
+    assert found.paths == paths and found.classes == []  # the folders are shards, not classes
+    (tmp_path / "dataset.json").write_text('{"images": []}')  # another program's
+    found = folders.load(tmp_path)
+    assert (
+        found.classes == ["00000", "00001"] and "suffix .json: 1 (dataset.json)" in found.left_out
+    )
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ('{"labels": [["00000/img00000000.png"', "is no JSON"),
+        pytest.param("[" * 100_000, "is no JSON", id="nested"),
+        ('{"labels": [["00000/img00000000.png", [0, 1]]]}', "is no list of .path, number"),
+        ('{"labels": {"a": 1}}', "is no list of .path, number"),
+        ('{"labels": [["00000/none.png", 1]]}', "00000/none.png does not exist"),
+        ('{"labels": [["../x.png", 1]]}', "../x.png leaves"),
+    ],
+)
+def test_a_dataset_json_that_is_damaged(content, message, tmp_path):
+    stylegan(tmp_path, content)
+    with pytest.raises(UserError, match=message):
+        folders.load(tmp_path, 3)
+
+
 def test_nothing_there(tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         folders.load(tmp_path / "none")

@@ -117,15 +117,25 @@ def test_damaged_images_are_named_counted_and_replaced(tmp_path, capfd):
         found = [next(stream) for _ in range(6)]
         stream.close()
         printed = capfd.readouterr().err
-        assert printed.count("is damaged and left out") == 2  # each is named once
-        assert f"{folder}/2/000.jpg is damaged and left out: cannot identify image" in printed
-        assert f"{folder}/9/001.jpg is damaged and left out: " in printed
+        assert printed.count("is left out") == 2  # each is named once
+        assert f"{folder}/2/000.jpg is left out: cannot identify image" in printed
+        assert f"{folder}/9/001.jpg is left out: " in printed
         for batch in found:
             assert all(image.any() for image in batch["images"])
         stream = pipeline.batches(source, plan, workers, max_damaged=1)
-        with pytest.raises(UserError, match="2 damaged images, the last .*; data.max_damaged is 1"):
+        with pytest.raises(UserError, match="read: 2, the last .*; data.max_damaged is 1"):
             [next(stream) for _ in range(6)]
         capfd.readouterr()
+
+
+def test_a_picture_that_is_too_long_is_not_called_damaged(tmp_path, capfd):
+    Image.new("L", (500_000, 1)).save(tmp_path / "0.png")
+    Image.new("L", (20, 20)).save(tmp_path / "1.png")
+    source, plan = Squares(folders.load(tmp_path), size=8), [(np.arange(2), np.ones(2))]
+    with pytest.raises(UserError, match="read: 1, the last .*0.png: it is too long: 1×500000"):
+        next(pipeline.batches(source, plan))
+    assert "damaged" not in capfd.readouterr().err
+    next(pipeline.batches(source, plan, max_damaged=1))
 
 
 def test_where_no_image_can_be_read(tmp_path):
