@@ -6,7 +6,7 @@ What is at --src says what network it is; the suffix of --dst says where it goes
 
 import pathlib
 
-from mdt_jax import cli, weights
+from mdt_jax import accelerators, cli, weights
 from mdt_jax.errors import UserError
 from mdt_jax.interop import torch_files
 
@@ -45,10 +45,11 @@ def main(argv: list[str]) -> None:
     args = parse(argv)
     dst = pathlib.Path(args.dst)
     check_destination(dst)
+    accelerators.start()
     found = weights.read(args.src, args.params, args.decoder_layers)
     weights.save(dst, found)
     print(f"wrote {dst}: {weights.describe(found.model)}")
-    for line in weights.not_told(found.model) if dst.suffix else ():
+    for line in weights.not_told(found) if dst.suffix else ():
         print(f"what {dst.name} does not tell: {line}")
 
 

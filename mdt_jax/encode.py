@@ -28,7 +28,6 @@ from mdt_jax.progress import progress_bar
 SHARD_IMAGES = 2048
 EACH_DEVICE = 16  # images in a batch; the VAE takes a few of them at a time
 MEASURED = 4096  # images that tell a VAE's scale
-USUAL = (2 / 3, 3 / 2)  # deviation of scaled latents: Stable Diffusion's of ImageNet have 0.91
 NO_VAE = "vae.path is identity: there is nothing to encode with"
 
 
@@ -116,6 +115,7 @@ def make(config: ConfigDict, out: pathlib.Path, shard_images: int, part: tuple[i
     name = f"{config.data.name} {config.data.path}"
     inputs.check_classes(name, len(images.classes), config.model.num_classes)
     found = load_vae(config)
+    inputs.check_scale(config)
     making = latents.Making(out, describe(config, images, found, shard_images))
     if making.start():
         print(f"{out} is finished already; --verify reads all of it", file=sys.stderr)
@@ -137,7 +137,7 @@ def make(config: ConfigDict, out: pathlib.Path, shard_images: int, part: tuple[i
     count = sum(len(shard["damaged"]) for shard in manifest["shards"])
     print(
         f"{out}: {len(images) - count} images in {making.num_shards} shards, {count} damaged left "
-        f"out; {said_of_scale(manifest['latent_std'], config.vae.scale)}"
+        f"out; {inputs.describe_scale(manifest['latent_std'], config.vae.scale)}"
     )
 
 
@@ -160,14 +160,11 @@ def parse_part(text: str) -> tuple[int, int]:
     return int(numbers[1]) - 1, int(numbers[2])
 
 
-def said_of_scale(std: float, scale: float) -> str:
-    return f"latents have a deviation of {std:.4f}, times vae.scale {scale:g} is {std * scale:.3f}"
-
-
 def verify(config: ConfigDict, out: pathlib.Path) -> None:
     """Read a finished cache; UserError for the first thing that is wrong with it."""
     cache = latents.load(out)
     inputs.check_cache(cache, config, load_vae(config))
+    inputs.check_scale(config)
     shards, damaged = [], []
     with progress_bar(len(cache), True, "verifying", "image") as bar:
         for number, shard in enumerate(cache.manifest["shards"]):
@@ -182,11 +179,9 @@ def verify(config: ConfigDict, out: pathlib.Path) -> None:
     if counted != made["images"]:
         raise UserError(f"{out} accounts for {counted} of {made['images']} images")
     std = latents.deviation(shards, made["latents"])
-    said = said_of_scale(std, config.vae.scale)
-    if not USUAL[0] < std * config.vae.scale < USUAL[1]:
-        raise UserError(
-            f"{out}: {said}, which should be about 1; measure vae.scale with --estimate_scale"
-        )
+    if doubt := inputs.doubt_scale(std, config.vae.scale):
+        raise UserError(f"{out}: {doubt}")
+    said = inputs.describe_scale(std, config.vae.scale)
     print(f"{out} is sound: {len(cache)} images in {len(shards)} shards; {said}")
 
 
@@ -224,8 +219,8 @@ def main(argv: list[str]) -> None:
         "shard_images": (SHARD_IMAGES, "images in a shard, which is what a stop may cost"),
     }
     config, flags = cli.parse_config(argv, usage, optional)
+    accelerators.start()
     configs.validate(config)
-    accelerators.warn_of_unused()
     if flags.shard_images < 1:
         raise UserError(f"--shard_images={flags.shard_images}; it must be at least 1")
     if flags.estimate_scale and flags.verify:

@@ -142,7 +142,7 @@ def main(argv: list[str]) -> None:
     if args.guidance_skip_tolerance:
         raise UserError("--guidance_skip_tolerance saves nothing here; it is for mdt_jax.sample")
     check_seed(args.seed)
-    accelerators.warn_of_unused()
+    accelerators.start()
     weights, options, scales = drawing.load(
         args.checkpoint, args.decoder_layers, args.dtype, vars(args)
     )
@@ -158,7 +158,7 @@ def main(argv: list[str]) -> None:
     labels = np.full(args.num_samples, label)
     check_labels(labels, model.num_classes)
     found = drawing.find_vae(args.checkpoint, weights, args.vae, args.vae_scale)
-    to_images, (height, width, channels) = drawing.decoder(model, found)
+    to_images, (height, width, channels) = drawing.decoder(model, found, args.batch_size)
     size = (height, width)
     picture = open_picture(args.image, "--image")
     hidden = read_mask(args.mask, size, (picture.height, picture.width), args.resize)
