@@ -1,10 +1,12 @@
-"""Accelerators that a machine has and JAX does not use."""
+"""JAX's devices: those that are asked for are there, and those that are there are used."""
 
 import glob
 import shutil
 import sys
 
 import jax
+
+from mdt_jax.errors import UserError
 
 # (kind, pattern of its device files, program of its driver, our extra that makes JAX use it)
 KINDS = (
@@ -13,13 +15,21 @@ KINDS = (
 )
 
 
-def warn_of_unused() -> None:
-    """Print a line to stderr for each kind that is visible while JAX has only CPUs.
+def start() -> None:
+    """Start JAX's devices, before anything is read or written.
 
-    Starts JAX's devices. Prints nothing where the user has chosen the platforms, for example with
-    JAX_PLATFORMS=cpu.
+    Prints a line to stderr for each kind that is visible while JAX has only CPUs, unless the user
+    has chosen the platforms, for example with JAX_PLATFORMS=cpu. Raises UserError where JAX cannot
+    start what was chosen.
     """
-    if jax.config.values["jax_platforms"] or jax.default_backend() != "cpu":
+    chosen = jax.config.values["jax_platforms"]
+    try:
+        platform = jax.default_backend()
+    except Exception as error:  # RuntimeError, or what a plugin raises
+        asked = f"{chosen}, which JAX_PLATFORMS asks for" if chosen else "its devices"
+        hint = "; without JAX_PLATFORMS it takes what there is" if chosen else ""
+        raise UserError(f"JAX cannot start {asked}: {str(error)[:300]}{hint}") from None
+    if chosen or platform != "cpu":
         return
     for kind, devices, program, extra in KINDS:
         place = min(glob.glob(devices), default=None) or (program and shutil.which(program))

@@ -158,7 +158,7 @@ def add_sampling_flags(parser: Parser) -> None:
         type=on_disk,
         help="a file, a folder or hf://OWNER/REPOSITORY; default: the run's own",
     )
-    add("--vae_scale", type=float, help=f"of a file's latents (default: {VAE_SCALE})")
+    add("--vae_scale", type=float, help=f"of a file's latents (default: the VAE's, or {VAE_SCALE})")
     add("--decoder_layers", type=int, help="of an MDT v1 file, which does not tell (default: 2)")
     group = parser.add_argument_group("overriding the checkpoint's own settings")
     add = group.add_argument

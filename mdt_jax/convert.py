@@ -6,7 +6,7 @@ What is at --src says what network it is; the suffix of --dst says where it goes
 
 import pathlib
 
-from mdt_jax import cli, locks, weights
+from mdt_jax import accelerators, cli, locks, weights
 from mdt_jax.errors import UserError
 from mdt_jax.interop import torch_files
 from mdt_jax.train.checkpoints import check_path
@@ -54,14 +54,12 @@ def main(argv: list[str]) -> None:
     args = parse(argv)
     dst = pathlib.Path(args.dst)
     check_destination(dst)
+    accelerators.start()
     with locks.held(locks.beside(dst), str(dst)):
         found = weights.read(args.src, args.params, args.decoder_layers)
         weights.save(dst, found)
-    print(f"wrote {dst}: {weights.describe(found.model)}")
-    untold = weights.not_told(found.model) if dst.suffix else []
-    if found.classes and dst.suffix in torch_files.PICKLED:
-        untold.append("the names of its classes, which a .safetensors or a folder keeps")
-    for line in untold:
+        print(f"wrote {dst}: {weights.describe(found.model)}")
+    for line in weights.not_told(found) if dst.suffix else []:
         print(f"what {dst.name} does not tell: {line}")
 
 

@@ -10,7 +10,7 @@ import jax.extend.core
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from mdt_jax import parallel
+from mdt_jax import keys, parallel
 from mdt_jax.errors import UserError
 from mdt_jax.models.masking import keep_length
 from mdt_jax.models.mdt import MDT, init_params
@@ -40,7 +40,7 @@ def peak_flops(device_kind: str) -> float | None:
 
 def parameter_counts(model: MDT) -> tuple[int, int]:
     """(all parameters, those that sampling needs)."""
-    shapes = jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0))
+    shapes = jax.eval_shape(lambda key: init_params(model, key), keys.key(0))
     sizes = {name: sum(a.size for a in jax.tree.leaves(part)) for name, part in shapes.items()}
     total = sum(sizes.values())
     return total, total - sum(sizes.get(name, 0) for name in TRAINING_ONLY)
@@ -76,7 +76,7 @@ def _macs(jaxpr: jax.extend.core.Jaxpr) -> int:
 
 def pass_macs(model: MDT, kept: int | None = None) -> int:
     """Multiply-accumulates of one image's forward pass; kept: tokens the masked pass keeps."""
-    params = jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0))
+    params = jax.eval_shape(lambda key: init_params(model, key), keys.key(0))
     x = jax.ShapeDtypeStruct((1, *model.input_size, model.in_channels), jnp.float32)
     number = jax.ShapeDtypeStruct((1,), jnp.int32)
     ids = None if kept is None else jax.ShapeDtypeStruct((1, kept), jnp.int32)

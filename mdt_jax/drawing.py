@@ -6,6 +6,7 @@ import pathlib
 from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
@@ -22,8 +23,9 @@ from mdt_jax.models.autoencoder import AutoencoderKL
 from mdt_jax.models.mdt import MDT
 from mdt_jax.options import SampleOptions, balanced_labels, check_labels, random_labels
 from mdt_jax.sampling import Request, request
-from mdt_jax.vae import VAE_SCALE, decode, sha256
+from mdt_jax.vae import VAE_SCALE, at_once, decode, sha256
 from mdt_jax.weights import Weights, describe, load_vae, load_weights
+from mdt_jax.weights import vae_scale as read_scale
 
 PIXELS = "identity"
 
@@ -103,9 +105,11 @@ def find_vae(
 ) -> Vae | None:
     """The VAE that goes with a model of latents; None for a model of pixels.
 
-    path: where it lies; None: where the run's config says. Raises UserError.
+    path: where it lies; None: where the run's config says. vae_scale: what latents are multiplied
+    by; None: as the run was trained, or for a file's as the VAE's folder says, else VAE_SCALE.
+    Raises UserError, also where a scale that is given, the run's and the folder's differ.
     """
-    model, config = weights.model, weights.config
+    model, config, given = weights.model, weights.config, path
     path = path or (config.vae.path if config is not None else None)
     if path == PIXELS and model.in_channels not in (1, 3):
         raise UserError(f"--vae={PIXELS}, but {model.in_channels} channels are no picture's")
@@ -118,38 +122,49 @@ def find_vae(
             f"{checkpoint} draws latents of {model.in_channels} channels; to make pictures of "
             "them say --vae=hf://stabilityai/sd-vae-ft-mse, or where the VAE lies"
         )
-    scale = config.vae.scale if config is not None else vae_scale or VAE_SCALE
-    if vae_scale not in (None, scale):
-        raise UserError(f"--vae_scale={vae_scale}, but {checkpoint} was trained with {scale}")
+    trained = config.vae.scale if config is not None else None
+    if trained is not None and vae_scale not in (None, trained):
+        raise UserError(f"--vae_scale={vae_scale}, but {checkpoint} was trained with {trained}")
     vae, params = load_vae(path)
     if vae.latent_channels != model.in_channels:
         raise UserError(
             f"the latents of {path} have {vae.latent_channels} channels, but the model draws "
             f"{model.in_channels}"
         )
+    # A run with its own VAE draws latents as it was trained, whatever is said beside that VAE.
+    said = read_scale(path) if given is not None or trained is None else None
+    scale = trained or vae_scale or said or VAE_SCALE
+    if said not in (None, scale):
+        asked = f"{checkpoint} was trained with" if trained else "--vae_scale is"
+        raise UserError(f"the scaling_factor of --vae={path} is {said}, but {asked} {scale}")
     return Vae(path, scale, vae, params)
 
 
 def decoder(
-    model: MDT, vae: Vae | None, precision: str
+    model: MDT, vae: Vae | None, batch_size: int, precision: str
 ) -> tuple[Callable[..., np.ndarray], tuple[int, int, int]]:
     """(function from samples [n, h, w, c] to uint8 images [n, H, W, C]; an image's shape).
 
-    Its second argument is the number of the first sample, for messages. It raises NotFiniteError.
+    batch_size: how many samples a batch has, which is also the most that are decoded at a time.
+    The function's second argument is the number of the first sample, for messages. It raises
+    NotFiniteError.
     """
     if vae is None:
         return lambda samples, first=0: to_uint8(samples), (*model.input_size, model.in_channels)
+
+    height, width = (vae.network.factor * side for side in model.input_size)
+    size = min(batch_size, at_once(height, width) * jax.device_count())
 
     def to_images(latents, first=0):
         def name(i):
             return f"sample {first + i}"
 
         images = decode(
-            vae.network, vae.params, latents, scale=vae.scale, precision=precision, name=name
-        )
+            vae.network, vae.params, latents, scale=vae.scale, batch_size=size,
+            precision=precision, name=name,
+        )  # fmt: skip
         return to_uint8(images)
 
-    height, width = (vae.network.factor * side for side in model.input_size)
     return to_images, (height, width, 3)
 
 
@@ -189,7 +204,9 @@ class Drawer:
         self.config, self.model = config, model
         self.options = SampleOptions.from_config(config)
         self.vae = vae
-        self.to_images, self.shape = decoder(model, vae, self.options.precision)
+        self.to_images, self.shape = decoder(
+            model, vae, config.sample.batch_size, self.options.precision
+        )
 
     def request(self, params, count: int) -> Request:
         labels = balanced_labels(count, self.model.num_classes)

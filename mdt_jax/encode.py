@@ -28,7 +28,6 @@ from mdt_jax.progress import progress_bar
 SHARD_IMAGES = 2048
 EACH_DEVICE = 16  # images in a batch; the VAE takes a few of them at a time
 MEASURED = 4096  # images that tell a VAE's scale
-USUAL = (2 / 3, 3 / 2)  # deviation of scaled latents: Stable Diffusion's of ImageNet have 0.91
 NO_VAE = "vae.path is identity: there is nothing to encode with"
 
 
@@ -118,6 +117,7 @@ def make(config: ConfigDict, out: pathlib.Path, shard_images: int, part: tuple[i
     left_out = inputs.say_found(name, images)
     inputs.check_classes(name, len(images.classes), config.model.num_classes, left_out)
     found = load_vae(config)
+    inputs.check_scale(config)
     making = latents.Making(out, describe(config, images, found, shard_images))
     with making.alone(part):
         fill(making, config, images, found, part)
@@ -148,7 +148,7 @@ def fill(
     count = sum(len(shard["damaged"]) for shard in manifest["shards"])
     print(
         f"{out}: {len(images) - count} images in {making.num_shards} shards, {count} damaged left "
-        f"out; {said_of_scale(manifest['latent_std'], config.vae.scale)}"
+        f"out; {inputs.describe_scale(manifest['latent_std'], config.vae.scale)}"
     )
 
 
@@ -171,14 +171,11 @@ def parse_part(text: str) -> tuple[int, int]:
     return int(numbers[1]) - 1, int(numbers[2])
 
 
-def said_of_scale(std: float, scale: float) -> str:
-    return f"latents have a deviation of {std:.4f}, times vae.scale {scale:g} is {std * scale:.3f}"
-
-
 def verify(config: ConfigDict, out: pathlib.Path) -> None:
     """Read a finished cache; UserError for the first thing that is wrong with it."""
     cache = latents.load(out)
     inputs.check_cache(cache, config, load_vae(config))
+    inputs.check_scale(config)
     shards, damaged = [], []
     with progress_bar(len(cache), True, "verifying", "image") as bar:
         for number, shard in enumerate(cache.manifest["shards"]):
@@ -193,11 +190,9 @@ def verify(config: ConfigDict, out: pathlib.Path) -> None:
     if counted != made["images"]:
         raise UserError(f"{out} accounts for {counted} of {made['images']} images")
     std = latents.deviation(shards, made["latents"])
-    said = said_of_scale(std, config.vae.scale)
-    if not USUAL[0] < std * config.vae.scale < USUAL[1]:
-        raise UserError(
-            f"{out}: {said}, which should be about 1; measure vae.scale with --estimate_scale"
-        )
+    if doubt := inputs.doubt_scale(std, config.vae.scale):
+        raise UserError(f"{out}: {doubt}")
+    said = inputs.describe_scale(std, config.vae.scale)
     print(f"{out} is sound: {len(cache)} images in {len(shards)} shards; {said}")
 
 
@@ -235,9 +230,9 @@ def main(argv: list[str]) -> None:
         "shard_images": (SHARD_IMAGES, "images in a shard, which is what a stop may cost"),
     }
     config, flags = cli.parse_config(argv, usage, optional)
+    accelerators.start()
     out = pathlib.Path(files.local(flags.out))
     configs.validate(config)
-    accelerators.warn_of_unused()
     if flags.shard_images < 1:
         raise UserError(f"--shard_images={flags.shard_images}; it must be at least 1")
     if flags.estimate_scale and flags.verify:

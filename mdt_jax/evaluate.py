@@ -273,7 +273,7 @@ def main(argv: list[str]) -> None:
     """Parse the flags, and do what they say."""
     args, way = parse(argv)
     distributed.start(*(getattr(args, name) for name in cli.PROCESSES))
-    accelerators.warn_of_unused()
+    accelerators.start()
     {"samples": evaluate, "make_reference": make_reference, "vae": evaluate_vae}[way](args)
 
 

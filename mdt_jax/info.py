@@ -59,7 +59,7 @@ def main(argv: list[str]) -> None:
         "Fields and defaults: mdt_jax/config.py"
     )
     config, _ = cli.parse_config(argv, usage)
-    accelerators.warn_of_unused()
+    accelerators.start()
     configs.validate(config, jax.device_count())
     print("compiling a training step, to see what it needs …", file=sys.stderr)
     for name, text in report(config).items():

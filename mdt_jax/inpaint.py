@@ -180,7 +180,7 @@ def main(argv: list[str]) -> None:
     if args.guidance_skip_tolerance:
         raise UserError("--guidance_skip_tolerance saves nothing here; it is for mdt_jax.sample")
     check_seed(args.seed)
-    accelerators.warn_of_unused()
+    accelerators.start()
     weights, options, scales = drawing.load(
         args.checkpoint, args.decoder_layers, args.dtype, vars(args)
     )
@@ -196,7 +196,9 @@ def main(argv: list[str]) -> None:
         label = parse_label(args.label.strip(), model.num_classes, weights.classes, where)
     labels = np.full(args.num_samples, label)
     found = drawing.find_vae(args.checkpoint, weights, args.vae, args.vae_scale)
-    to_images, (height, width, channels) = drawing.decoder(model, found, options.precision)
+    to_images, (height, width, channels) = drawing.decoder(
+        model, found, args.batch_size, options.precision
+    )
     image, hidden = read_pair(args.image, args.mask, (height, width, channels), args.resize)
     check_hidden(hidden, (height, width), f"--mask={args.mask} (white is hidden, black known)")
     drawing.check_writable(out)

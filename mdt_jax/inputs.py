@@ -41,6 +41,19 @@ def load_vae(config: ConfigDict) -> Vae | None:
     return Vae(config.vae.path, *weights.load_vae(config.vae.path))
 
 
+def check_scale(config: ConfigDict) -> None:
+    """Raise UserError where the folder of a config's VAE says another scale than vae.scale."""
+    if config.vae.path == "identity":
+        return
+    said = weights.vae_scale(config.vae.path)
+    if said not in (None, config.vae.scale):
+        raise UserError(
+            f"vae.scale is {config.vae.scale}, but the scaling_factor of {config.vae.path} is "
+            f"{said}: set vae.scale to it, or to train with your own take scaling_factor out of "
+            "the VAE's config.json"
+        )
+
+
 def open_data(config: ConfigDict) -> tuple[Source, sources.Images | None]:
     """The training images or latents of a config, and of a packaged set the held-out images.
 
@@ -96,13 +109,13 @@ def check_classes(name: str, found: int, num_classes: int, left_out: str = "") -
 
 
 def check_cache(cache: latents.Latents, config: ConfigDict, found: Vae) -> None:
-    """Raise UserError where latents were made with another VAE, scale or size than the config's.
+    """Raise UserError where latents were made with another VAE or size than the config's.
 
-    Another precision is a warning.
+    The scale may be another: latents are multiplied when they are read. Another precision is a
+    warning.
     """
     made, hashed = cache.manifest, vae.sha256(found.params)
     compared = {
-        "vae.scale": (made["scale"], config.vae.scale),
         "data.image_size": (made["image_size"], config.data.image_size),
         "vae.path": (
             f"{made['vae']} (SHA-256 {made['vae_sha256'][:12]})",
@@ -120,6 +133,24 @@ def check_cache(cache: latents.Latents, config: ConfigDict, found: Vae) -> None:
             f"warning: {cache.folder} was made with train.precision {precision}, not "
             f"{config.train.precision}"
         )
+
+
+USUAL = (2 / 3, 3 / 2)  # deviation of scaled latents: Stable Diffusion's of ImageNet have 0.91
+
+
+def doubt_scale(std: float, scale: float) -> str:
+    """ "", or what is unusual about latents of a deviation that are multiplied by a scale."""
+    if USUAL[0] < std * scale < USUAL[1]:
+        return ""
+    return (
+        f"{describe_scale(std, scale)}, which should be about 1; measure vae.scale with "
+        "--estimate_scale of mdt_jax.encode"
+    )
+
+
+def describe_scale(std: float, scale: float) -> str:
+    """A scale in a few words."""
+    return f"latents have a deviation of {std:.4f}, times vae.scale {scale:g} is {std * scale:.3f}"
 
 
 def feed(

@@ -26,6 +26,7 @@ from mdt_jax import (
     drawing,
     files,
     inputs,
+    keys,
     parallel,
     references,
     weights,
@@ -83,8 +84,11 @@ def _train(
     profile = Profile(show.profile_steps, workdir / "profile")
     data, held_out = inputs.open_data(config)
     vae = inputs.load_vae(config)
+    inputs.check_scale(config)
     if isinstance(data, Latents) and vae is not None:  # a config of latents has a VAE
         inputs.check_cache(data, config, vae)
+        if doubt := inputs.doubt_scale(data.manifest["latent_std"], config.vae.scale):
+            say(f"warning: {data.folder}: {doubt}")
     evaluator = open_evaluator(config, data, held_out)
     about_data = {
         "classes": data.classes if config.model.num_classes else [],
@@ -98,7 +102,7 @@ def _train(
     parameters = sum(leaf.size for leaf in jax.tree.leaves(abstract.params))
 
     # Start, from other weights if asked, or go on from the newest sound checkpoint.
-    make_keys = jax.jit(lambda: jax.random.split(jax.random.key(config.train.seed)),
+    make_keys = jax.jit(lambda: jax.random.split(keys.key(config.train.seed)),
                         out_shardings=parallel.replicated(mesh))  # fmt: skip
     seed_key, init_key = make_keys()
     folder.agree_on_start(workdir, about_data)
@@ -392,7 +396,7 @@ def main(argv: list[str]) -> None:
     workdir = pathlib.Path(files.local(flags.workdir))
     processes: list[Any] = [flags[name].value for name in cli.PROCESSES]
     distributed.start(*processes)
-    accelerators.warn_of_unused()
+    accelerators.start()
     show = Shown(flags.tensorboard, flags.wandb, flags.profile_steps)
     train(config, workdir, show)
 

@@ -98,7 +98,7 @@ def main(argv: list[str]) -> None:
     cli.check_positive(args, "num_samples", "batch_size", "vae_scale", "frames")
     check_seed(args.seed)
     distributed.start(*(getattr(args, name) for name in cli.PROCESSES))
-    accelerators.warn_of_unused()
+    accelerators.start()
     weights, options, scales = drawing.load(
         args.checkpoint, args.decoder_layers, args.dtype, vars(args)
     )
@@ -107,7 +107,7 @@ def main(argv: list[str]) -> None:
         args.labels, args.num_samples, model.num_classes, weights.classes, args.seed
     )
     vae = drawing.find_vae(args.checkpoint, weights, args.vae, args.vae_scale)
-    to_images, shape = drawing.decoder(model, vae, options.precision)
+    to_images, shape = drawing.decoder(model, vae, args.batch_size, options.precision)
     how = {"seed": args.seed, "batch_size": args.batch_size, "options": options}
     note = drawing.note_of(args.checkpoint, weights, options, scales, vae)
     note |= drawing.note_of_labels(labels, args.labels, args.seed, args.batch_size)

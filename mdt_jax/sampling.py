@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from mdt_jax import distributed, parallel
+from mdt_jax import distributed, keys, parallel
 from mdt_jax.diffusion.guidance import guide
 from mdt_jax.diffusion.samplers import State, sample
 from mdt_jax.errors import UserError
@@ -223,7 +223,7 @@ class Request:
         """(mesh, parameters, key), as they lie on the devices."""
         mesh = parallel.mesh_of(self.params)
         whole = parallel.replicated(mesh)
-        key = jax.jit(jax.random.key, out_shardings=whole)(self.seed)
+        key = jax.jit(keys.key, out_shardings=whole)(self.seed)
         return mesh, parallel.put(self.params, whole), key
 
     def traced_options(self) -> SampleOptions:

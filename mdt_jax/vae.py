@@ -20,8 +20,13 @@ from mdt_jax.progress import progress_bar
 # Stable Diffusion 1.x: one over the deviation of its VAE's latents.
 VAE_SCALE = 0.18215
 
-# Images of 256×256 that a device takes at once, or as many pixels of others.
-AT_ONCE = 8
+
+def at_once(height: int, width: int) -> int:
+    """How many images a device takes at a time: eight of 256×256, or as many pixels of others.
+
+    So memory does not grow with their number.
+    """
+    return max(1, 8 * 256**2 // (height * width))
 
 
 def sha256(params: dict) -> str:
@@ -52,8 +57,8 @@ def encoder(vae: AutoencoderKL, mesh: Mesh, precision: str = HIGHEST) -> Callabl
 
     def moments(params, images):
         count, height, width, _ = images.shape
-        most = max(1, AT_ONCE * 256**2 // (height * width))
-        size = next(n for n in range(min(most, count), 0, -1) if count % n == 0)
+        most = min(at_once(height, width), count)
+        size = next(n for n in range(most, 0, -1) if count % n == 0)
 
         def one_slice(images):
             with of_products(precision):
@@ -90,10 +95,10 @@ def decode(
     """Latents [N, h, w, C] as a model draws them → images [N, H, W, 3] float32, about in [−1, 1].
 
     scale: what the VAE's latents were multiplied by for training. batch_size: how many are decoded
-    at a time, on all devices together; default: as many pixels as AT_ONCE images have on
-    each device, so that many large images do not need all their memory at once. Compiles once.
-    precision: of PRECISIONS. name: what a message calls image i. Raises UserError where the VAE's
-    latents have another number of channels, and where an image is not finite.
+    at a time, on all devices together; default: `at_once` on each. What is left for the last batch
+    is padded, so that any number of latents takes one program. precision: of PRECISIONS. name: what
+    a message calls image i. Raises UserError where the VAE's latents have another number of
+    channels, and where an image is not finite.
     """
     if latents.shape[-1] != vae.latent_channels:
         raise UserError(
@@ -104,8 +109,8 @@ def decode(
     mesh = parallel.make_mesh()
     params = parallel.put(params, parallel.replicated(mesh))
     if batch_size is None:
-        batch_size = max(1, AT_ONCE * 256**2 // (height * width)) * mesh.size
-    size = -(-min(batch_size, max(len(latents), 1)) // mesh.size) * mesh.size
+        batch_size = at_once(height, width) * mesh.size
+    size = -(-batch_size // mesh.size) * mesh.size
     images = [np.zeros((0, height, width, 3), np.float32)]
     with progress_bar(len(latents), progress, "decoding", "image") as bar:
         for start in range(0, len(latents), size):

@@ -1,6 +1,8 @@
 """Networks and their parameters from wherever they lie, and to where others can read them."""
 
+import contextlib
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -14,6 +16,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from mdt_jax import config as configs
+from mdt_jax import keys
 from mdt_jax.errors import UserError
 from mdt_jax.files import reason
 from mdt_jax.interop import hub, inception_weights, mdt_weights, torch_files, vae_weights
@@ -37,7 +40,7 @@ class Weights(NamedTuple, Generic[SomeNetwork]):
 
     config: of the run they come from, if any. item: which of a run's parameters they are, one of
     ITEMS; None where it is not known, as of a file. classes: their names in the run's data, if
-    known. step: of the run, if known.
+    known. step: of the run, if known. latents: of a VAE, as `vae_weights.about_latents` has it.
     """
 
     model: SomeNetwork
@@ -46,6 +49,7 @@ class Weights(NamedTuple, Generic[SomeNetwork]):
     item: str | None = None
     classes: tuple[str, ...] = ()
     step: int | None = None
+    latents: dict | None = None
 
 
 class _Kind(NamedTuple):
@@ -61,7 +65,7 @@ KINDS = {
     "mdt": _Kind(
         MDT,
         "an MDT",
-        lambda model: jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0)),
+        lambda model: jax.eval_shape(lambda key: init_params(model, key), keys.key(0)),
         mdt_weights.published_from_params,
     ),
     "vae": _Kind(AutoencoderKL, "a VAE", vae_weights.shapes, vae_weights.to_published),
@@ -150,8 +154,11 @@ def _from_published(
     path: pathlib.Path,
 ) -> Weights:
     """The kind is read from the names; where they tell nothing it is tried as what is wanted."""
+    latents = None
     if vae_weights.is_vae(state) or wanted == "vae":
-        model, params = vae_weights.from_published(state, _norm_groups(path))
+        told = vae_weights.read_config(path)
+        model, params = vae_weights.from_published(state, vae_weights.norm_groups(told))
+        latents = vae_weights.about_latents(told)
     elif inception_weights.is_inception(state) or (
         wanted == "inception" and "pos_embed" not in state
     ):
@@ -161,15 +168,7 @@ def _from_published(
         params = mdt_weights.params_from_published(state, model)
     if decoder_layers is not None and not isinstance(model, MDT):
         raise UserError(f"decoder_layers is for MDT; this is {KINDS[kind_of(model)].name}")
-    return Weights(model, params)
-
-
-def _norm_groups(path: pathlib.Path) -> int | None:
-    """What diffusers' config.json beside a VAE's file says of its norms, if there is one."""
-    try:
-        return int(json.loads(path.with_name("config.json").read_text())["norm_num_groups"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return None
+    return Weights(model, params, latents=latents)
 
 
 def _read_folder(path: pathlib.Path, params: str) -> Weights:
@@ -192,7 +191,7 @@ def _read_folder(path: pathlib.Path, params: str) -> Weights:
     config = configs.complete(meta["config"]) if "config" in meta else None
     item = meta["item"] if _ONLY in meta["checksums"] else params
     classes, step = tuple(meta.get("classes", ())), meta["step"] or None
-    return Weights(network(meta), arrays, config, item, classes, step)
+    return Weights(network(meta), arrays, config, item, classes, step, meta.get("latents"))
 
 
 def load_weights(
@@ -244,14 +243,46 @@ def load_vae(path: str | os.PathLike) -> tuple[AutoencoderKL, dict]:
     diffusers or of `convert`, or hf://OWNER/REPOSITORY[/FILE]. Raises UserError where there is
     none.
     """
-    path = str(path)
-    if path.startswith(hub.SCHEME) and path.removeprefix(hub.SCHEME).count("/") == 1:
-        path = f"{path}/{VAE_FILES[0]}"
-    files = [os.path.join(path, name) for name in VAE_FILES]
-    found = next((file for file in files if os.path.isfile(file)), path)
+    path, found = str(path), _vae_file(str(path))
     if found == path and os.path.isdir(path) and not checkpoints.is_saved(path):
         raise UserError(f"{path} holds no VAE: expected {' or '.join(VAE_FILES)}")
     return read(found, wanted="vae")[:2]
+
+
+def vae_scale(path: str | os.PathLike) -> float | None:
+    """What the latents of a VAE are multiplied by, as its folder says: scaling_factor in diffusers'
+    config.json, which `convert` keeps.
+
+    path: as in `load_vae`, which can read it. Returns None where it does not say. Raises UserError
+    where it says more than a scale.
+    """
+    found = hub.local_path(_vae_file(str(path)))
+    try:
+        if found.is_dir():
+            latents = checkpoints.read_meta(found).get("latents") or {}
+        else:
+            latents = vae_weights.about_latents(vae_weights.read_config(found))
+        return vae_weights.scaling_factor(latents)
+    except UserError as error:
+        raise UserError(f"the VAE {path}: {error}") from None
+
+
+def _vae_file(path: str) -> str:
+    """The file in a folder or repository of diffusers; else the path as it is."""
+    if path.startswith(hub.SCHEME):
+        if path.removeprefix(hub.SCHEME).count("/") == 1:
+            path = f"{path}/{VAE_FILES[0]}"
+        _fetch_config(path.rpartition("/")[0])
+        return path
+    files = [os.path.join(path, name) for name in VAE_FILES]
+    return next((file for file in files if os.path.isfile(file)), path)
+
+
+@functools.cache
+def _fetch_config(folder: str) -> None:
+    """Bring config.json beside the file of a folder on the hub, if it has one."""
+    with contextlib.suppress(UserError):  # what else is wrong is told of the file itself
+        hub.local_path(f"{folder}/config.json")
 
 
 def save(path: str | os.PathLike, weights: Weights) -> None:
@@ -270,20 +301,26 @@ def save(path: str | os.PathLike, weights: Weights) -> None:
     else:
         meta = {"model": {"kind": kind, **_fields(model)}}
     meta |= {"item": weights.item, "classes": weights.classes, "step": weights.step}
+    if weights.latents:
+        meta["latents"] = weights.latents
     checkpoints.save_folder(path, _ONLY, weights.params, meta)
 
 
-def not_told(model: Network) -> list[str]:
-    """What a published file of this network does not tell, for whoever reads it."""
-    said = []
+def not_told(weights: Weights) -> list[str]:
+    """What a published file of a network does not tell, for whoever reads it."""
+    said, model = [], weights.model
     if isinstance(model, MDT):
         if model.version == "v1" and model.decoder_layers != mdt_weights.DECODER_LAYERS:
             said.append(f"to be read with decoder_layers={model.decoder_layers}")
         for field in ("masked_shortcut", "asymmetric"):
             if not getattr(model, field):
                 said.append(f"that {field} was False, which concerns the masked pass alone")
-    elif isinstance(model, AutoencoderKL) and model.groups != min(32, *model.channels):
-        said.append(f'to be read beside a config.json of {{"norm_num_groups": {model.groups}}}')
+    elif isinstance(model, AutoencoderKL):
+        told: dict[str, object] = dict(weights.latents or {})
+        if model.groups != min(32, *model.channels):
+            told["norm_num_groups"] = model.groups
+        if told:
+            said.append(f"to be read beside a config.json of {json.dumps(told)}")
     return said
 
 

@@ -1,7 +1,9 @@
 import jax
 import pytest
 
-from mdt_jax import accelerators
+from mdt_jax import accelerators, convert
+from tests.conftest import exits_with_one_line
+from tests.runs import DIGITS
 
 
 @pytest.fixture
@@ -21,7 +23,7 @@ def machine(tmp_path, monkeypatch):
 
 
 def test_nothing_is_said_of_a_machine_with_cpus_only(machine, capsys):
-    accelerators.warn_of_unused()
+    accelerators.start()
     assert capsys.readouterr() == ("", "")
 
 
@@ -36,7 +38,7 @@ def test_nothing_is_said_of_a_machine_with_cpus_only(machine, capsys):
 def test_a_device_that_jax_does_not_use_is_said_once(name, kind, extra, machine, capsys):
     (machine / name).touch(0o755)
     (machine / "nvidiactl").touch()  # the driver alone is no device
-    accelerators.warn_of_unused()
+    accelerators.start()
     assert capsys.readouterr().err == (
         f"warning: this machine has {kind} ({machine / name}), but JAX finds only CPUs; to use "
         f"it: pip install -e '.[{extra}]'\n"
@@ -46,12 +48,27 @@ def test_a_device_that_jax_does_not_use_is_said_once(name, kind, extra, machine,
 def test_a_user_who_chose_the_cpu_hears_nothing(machine, capsys):
     (machine / "nvidia0").touch()
     jax.config.update("jax_platforms", "cpu")
-    accelerators.warn_of_unused()
+    accelerators.start()
     assert capsys.readouterr().err == ""
 
 
 def test_nothing_is_said_where_jax_uses_it(machine, capsys, monkeypatch):
     (machine / "nvidia0").touch()
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    accelerators.warn_of_unused()
+    accelerators.start()
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "chosen, named", [("cuda", "cuda, which JAX_PLATFORMS asks for"), (None, "its devices")]
+)
+def test_what_jax_cannot_start_is_one_line(chosen, named, machine, capsys, monkeypatch):
+    def fail():
+        raise RuntimeError(f"Unable to initialize backend {chosen!r}:\nno such plugin")
+
+    jax.config.update("jax_platforms", chosen)
+    monkeypatch.setattr(jax, "default_backend", fail)
+    argv = [f"--src={DIGITS}", f"--dst={machine / 'a.pt'}"]
+    line = exits_with_one_line(convert.main, argv, capsys, monkeypatch)
+    assert f"JAX cannot start {named}: Unable to initialize" in line
+    assert list(machine.iterdir()) == []

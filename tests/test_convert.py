@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 import mdt_jax
+from mdt_jax import config as configs
 from mdt_jax import convert, drawing, sample, weights
 from mdt_jax.data.classes import imagenet_label
 from mdt_jax.errors import UserError
@@ -17,7 +18,7 @@ from mdt_jax.models.autoencoder import AutoencoderKL
 from mdt_jax.models.inception import Inception
 from mdt_jax.models.mdt import MDT
 from mdt_jax.models.resize import resize_grid
-from mdt_jax.vae import decode
+from mdt_jax.vae import _decode_slice, decode
 from tests.conftest import FULL_COMPILE, exits_with_one_line
 from tests.models.common import random_params
 from tests.published import (
@@ -165,6 +166,30 @@ def test_pictures_from_a_file_of_latents(latent_model, tmp_path, monkeypatch):
     )
 
 
+def test_the_scale_of_a_files_latents(latent_model, tmp_path, monkeypatch, capsys):
+    """The VAE's folder says it, also after `convert`; a flag that differs is refused."""
+    folder, _, vae, params = latent_model
+    weights.save(tmp_path / weights.VAE_FILES[0], weights.Weights(vae, params))
+    (tmp_path / "config.json").write_text(json.dumps({"scaling_factor": 0.13025}))
+    run(convert, monkeypatch, f"--src={tmp_path / weights.VAE_FILES[0]}", f"--dst={tmp_path}/saved")
+    run(convert, monkeypatch, f"--src={tmp_path}/saved", f"--dst={tmp_path}/vae.bin")
+    assert 'beside a config.json of {"scaling_factor": 0.13025}' in capsys.readouterr().out
+    model = weights.load_weights(folder / "mdt.pt")
+    of_run = model._replace(config=configs.default())
+    for path in (tmp_path, tmp_path / "saved", tmp_path / weights.VAE_FILES[0]):
+        assert drawing.find_vae("mdt.pt", model, str(path)).scale == 0.13025
+        assert drawing.find_vae("mdt.pt", model, str(path), 0.13025).scale == 0.13025
+        with pytest.raises(UserError, match=r"is 0\.13025, but --vae_scale is 0\.18215"):
+            drawing.find_vae("mdt.pt", model, str(path), 0.18215)
+        with pytest.raises(UserError, match=r"is 0\.13025, but run was trained with 0\.18215"):
+            drawing.find_vae("run", of_run, str(path))
+    of_run.config.vae.path = str(tmp_path)  # what a run was trained with, it is drawn with
+    assert drawing.find_vae("run", of_run).scale == 0.18215
+    (tmp_path / "config.json").unlink()
+    assert drawing.find_vae("mdt.pt", model, str(tmp_path)).scale == 0.18215
+    assert drawing.find_vae("mdt.pt", model, str(tmp_path), 0.5).scale == 0.5
+
+
 BAD_LATENTS = {
     "no VAE": ([], "draws latents of 4 channels; to make pictures of them say --vae="),
     "no such VAE": (["--vae=nothing"], "'nothing' does not exist"),
@@ -299,10 +324,26 @@ def test_a_resized_run_is_kept_as_what_it_is(trained, tmp_path):
 def test_decoding_in_slices_is_decoding_at_once(latent_model):
     _, _, vae, params = latent_model
     latents = np.random.default_rng(0).normal(size=(5, 4, 2, 4)).astype(np.float32)
-    whole = decode(vae, params, latents)
-    np.testing.assert_allclose(decode(vae, params, latents, batch_size=2), whole, atol=1e-5)
-    np.testing.assert_allclose(decode(vae, params, latents, scale=0.5),
-                               decode(vae, params, latents * 0.18215 / 0.5), atol=1e-4)  # fmt: skip
-    assert decode(vae, params, latents[:0]).shape == (0, 8, 4, 3)
+    run = functools.partial(decode, vae, params, batch_size=2)
+    whole = run(latents, batch_size=5)
+    np.testing.assert_allclose(run(latents), whole, atol=1e-5)
+    np.testing.assert_allclose(run(latents, scale=0.5), run(latents * 0.18215 / 0.5), atol=1e-4)
+    assert run(latents[:0]).shape == (0, 8, 4, 3)
     with pytest.raises(UserError, match="latents have 4 channels, but the model draws 3"):
         decode(vae, params, latents[..., :3])
+
+
+def test_any_number_of_latents_is_decoded_by_one_program(latent_model):
+    _, model, vae, params = latent_model
+    latents = np.random.default_rng(0).normal(size=(20, *model.input_size, 4)).astype(np.float32)
+    alone = jax.jit(functools.partial(vae.apply, method="decode"))
+    expected = mdt_jax.to_uint8(alone({"params": params}, latents / 0.5)).astype(int)
+    to_images, _ = drawing.decoder(model, drawing.Vae("vae", 0.5, vae, params), batch_size=12)
+    before = _decode_slice._cache_size()
+    for count in (20, 3, 5, 7):
+        np.testing.assert_allclose(to_images(latents[:count]), expected[:count], atol=1)
+    assert _decode_slice._cache_size() == before + 1
+    # Without a batch size, too: as many latents as a device takes at once.
+    few, more = (decode(vae, params, latents[:count], scale=0.5) for count in (2, 20))
+    np.testing.assert_array_equal(few, more[:2])
+    assert _decode_slice._cache_size() == before + 2

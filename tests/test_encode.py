@@ -20,6 +20,11 @@ from tests.conftest import (
     train_here,
 )
 from tests.encoding import IMAGES, SCALE, SHARDS, arguments, content, make_place
+from tests.small_data import write_vae
+
+ONE_STEP = [
+    "--config.train.steps=1", "--config.train.sample_every=0", "--config.sample.num_samples=0"
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -136,16 +141,12 @@ def test_verify(place, tmp_path):
     assert content(copy) == content(place / "cache")
     # A scale that is far from one over the deviation.
     said = verify(copy, "--config.vae.scale=0.18215", expect=2)
-    assert f"was made with vae.scale {SCALE}, not 0.18215" in said
+    assert "which should be about 1; measure vae.scale with --estimate_scale" in said
+    assert "is sound" in verify(copy, f"--config.vae.scale={1.1 * SCALE}")
     manifest = json.loads((copy / "manifest.json").read_text())
     (copy / "manifest.json").write_text(json.dumps({**manifest, "scale": 0.18215}))
     assert "manifest.json is damaged, or was edited: encode anew" in verify(copy, expect=2)
-    (copy / "manifest.json").unlink()
-    argv = [*arguments(place), f"--out={tmp_path / 'unscaled'}", "--config.vae.scale=0.18215"]
-    encode_here(*argv)
-    said = encode_here(*argv, "--verify", expect=2)
-    assert "which should be about 1; measure vae.scale with --estimate_scale" in said
-    said = encode_here(*argv, "--verify", "--estimate_scale", expect=2)
+    said = verify(copy, "--estimate_scale", expect=2)
     assert "--estimate_scale and --verify are two things" in said
 
 
@@ -199,7 +200,6 @@ BAD_ENCODING = {
         ["--out=CACHE", SHARDS, "--config.vae.path=OTHER"],
         "holds another cache: its vae",
     ),
-    "another scale": (["--out=CACHE", SHARDS, "--config.vae.scale=1"], "its scale is 1.02, not 1"),
     "other shards": (["--out=CACHE"], "its shard_images is 4, not 2048"),
     "out is a file": (["--out=CACHE/manifest.json"], "is a file, not a folder for latents"),
 }
@@ -231,7 +231,6 @@ BAD_TRAINING = {
          "--config.sample.num_samples=0"],
         "was made with vae.path",
     ),
-    "another scale": (["--config.vae.scale=0.5"], "was made with vae.scale 1.02, not 0.5"),
     "another size": (["--config.data.image_size=64"], "with data.image_size 32, not 64"),
     "classes": (["--config.model.num_classes=4"], "has 3 classes"),
     "no cache": (["--config.data.path=EMPTY"], "holds no manifest.json"),
@@ -246,6 +245,64 @@ def test_bad_training(name, place, tmp_path, capsys, monkeypatch, in_root, keep_
     argv += [places(text, place, tmp_path) for text in more]
     assert message in exits_with_one_line(main.main, argv, capsys, monkeypatch)
     assert not (tmp_path / "out").exists()
+
+
+def test_another_scale_takes_the_same_cache(place, tmp_path):
+    """Latents are multiplied when they are read; a scale that leaves them far from 1 is told."""
+    argv = [*arguments(place), f"--out={place / 'cache'}", SHARDS, "--config.vae.scale=0.5"]
+    before = content(place / "cache")
+    assert "finished already" in encode_here(*argv) and content(place / "cache") == before
+    for scale, told in ((0.5, True), (1.1, False)):
+        printed = train_here(
+            *arguments(place, "latents", "cache"), f"--config.vae.scale={scale}", *ONE_STEP,
+            f"--workdir={tmp_path / str(scale)}",
+        )  # fmt: skip
+        assert ("warning: " in printed) == told
+        assert ("times vae.scale 0.5 is 0." in printed) == told
+
+
+# What a VAE's folder says → the scale that a config must have, or what is said against it.
+FOLDERS = {
+    "nothing": ({"norm_num_groups": 4}, "any"),
+    "scale": ({"scaling_factor": 0.13025}, 0.13025),
+    "neutral": ({"scaling_factor": 1, "shift_factor": None, "latents_mean": [0, 0, 0, 0],
+                 "latents_std": [1.0] * 4}, 1),
+    "shift": ({"shift_factor": 0.1}, "shift_factor is 0.1, but here latents are multiplied by one"),
+    "means": ({"latents_mean": [0, 0, 0.5, 0]}, "latents_mean is [0, 0, 0.5, 0], but"),
+    "deviations": ({"latents_std": [1, 1, 1, 2]}, "latents_std is [1, 1, 1, 2], but"),
+    "words": ({"scaling_factor": "0.2"}, "scaling_factor is 0.2; it must be a positive number"),
+    "nan": ({"scaling_factor": float("nan")}, "scaling_factor is nan; it must be a positive"),
+    "object": ({"latents_mean": {"a": 1}}, "latents_mean is {'a': 1}, which is no number"),
+    "list": ([1], "config.json is no config of a VAE"),
+    "damaged": ("{", "config.json cannot be read: "),
+    "groups": ({"norm_num_groups": "4"}, "norm_num_groups in its config.json is '4'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_the_scale_that_a_vaes_folder_says(name, place, tmp_path, monkeypatch):
+    told, expected = FOLDERS[name]
+    folder = tmp_path / "vae"
+    folder.mkdir()
+    write_vae(folder / weights.VAE_FILES[0])
+    if isinstance(told, dict):
+        told = {"norm_num_groups": 4, **told}
+    (folder / "config.json").write_text(told if isinstance(told, str) else json.dumps(told))
+    argv = [*arguments(place), f"--config.vae.path={folder}"]
+    run = [*argv, *ONE_STEP, f"--workdir={tmp_path / 'run'}"]
+    encoding = [*argv, f"--out={tmp_path / 'cache'}"]
+    if expected == "any":
+        train_here(*run)
+        return
+    said = expected
+    if not isinstance(expected, str):
+        said = f"is {expected}: set vae.scale to it, or to train with your own take scaling_factor"
+    for printed in (train_here(*run, expect=2), encode_here(*encoding, expect=2)):
+        assert printed.startswith("error: ") and printed.count("\n") == 1 and said in printed
+    assert not (tmp_path / "run").exists() and not (tmp_path / "cache").exists()
+    if not isinstance(expected, str):
+        train_here(*run, f"--config.vae.scale={float(expected)}")
+        assert "vae.scale: " in encode_here(*argv, "--estimate_scale")
 
 
 def test_half_a_cache_is_no_cache(place, tmp_path):

@@ -2,6 +2,7 @@
 
 import ast
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -17,6 +18,7 @@ LEVELS = {
     "errors": 0,
     "files": 1,
     "locks": 2,
+    "keys": 1,
     "accelerators": 1,
     "allocator": 1,
     "precision": 1,
@@ -110,6 +112,13 @@ def test_private_jax_is_in_one_module():
     for path in sorted(path.relative_to(ROOT) for path in ours):
         private = [name for name in imports(path, everywhere=True) if name.startswith("jax._src")]
         assert not private or path.name in ("distributed.py", "test_packaging.py"), path
+
+
+def test_keys_are_made_in_one_module():
+    """Where the generator is named, so that JAX_DEFAULT_PRNG_IMPL changes no number."""
+    for path in MODULES:
+        text = (ROOT / path).read_text()
+        assert path.stem == "keys" or not re.search(r"random\.(key\b|PRNGKey)", text), path
 
 
 def test_flags_are_read_in_entry_points_only():

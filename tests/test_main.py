@@ -2,6 +2,7 @@ import json
 import pathlib
 import shutil
 
+import jax
 import numpy as np
 import pytest
 
@@ -42,6 +43,14 @@ def test_a_finished_run(trained):
     assert np.bincount(saved["arr_1"]).tolist() == [2] * 10
     config = json.loads((trained / "config.json").read_text())
     assert config["model"]["hidden_size"] == 16 and config["train"]["steps"] == 4
+
+
+def test_training_does_not_depend_on_jaxs_default_generator(trained, tmp_path):
+    argv = [*SMOKE, "--config.train.steps=1", "--config.sample.num_samples=0"]
+    with jax.default_prng_impl("rbg"):
+        train_here(*argv, f"--workdir={tmp_path / 'run'}")
+    ours, theirs = (json.loads(lines_of(workdir)[0]) for workdir in (tmp_path / "run", trained))
+    assert (ours["loss"], ours["grad_norm"]) == (theirs["loss"], theirs["grad_norm"])
 
 
 @pytest.fixture

@@ -61,6 +61,12 @@ def test_samples_do_not_depend_on_the_batch_size(lively, reference, batch_size):
     assert np.abs(reference[0] - reference[10]).max() > 0.1, "same label, another sample"
 
 
+def test_samples_do_not_depend_on_jaxs_default_generator(lively, reference):
+    with jax.default_prng_impl("rbg"):
+        samples = mdt_jax.generate(*lively, LABELS, batch_size=7, **OPTIONS)
+    assert_same_samples(samples, reference)
+
+
 def test_samples_do_not_depend_on_the_number_of_devices(trained, reference, tmp_path):
     flags = f"{XLA_FLAGS} --xla_force_host_platform_device_count=8"
     process = subprocess.run(

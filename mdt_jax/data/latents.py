@@ -208,13 +208,14 @@ class Making:
     """A cache in the making, which any number of hosts can fill at once.
 
     what: all that it is of, `images`, `shard_images` and `latents` among it; `told` are the parts
-    that only say where things lay. A shard is done when the JSON beside it is there; it is always
-    the same images' and so always the same bytes.
+    that change no byte: where things lay, and the scale, by which no latents are multiplied here.
+    A shard is done when the JSON beside it is there; it is always the same images' and so always
+    the same bytes.
     """
 
     folder: pathlib.Path
     what: dict
-    told = ("source", "vae")
+    told = ("source", "vae", "scale")
 
     @property
     def num_shards(self) -> int:

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from mdt_jax import keys
 from mdt_jax.errors import UserError
 from mdt_jax.interop.torch_files import check_names
 from mdt_jax.models.attention import relative_index
@@ -178,7 +179,7 @@ def _flat(tree: dict) -> dict[str, Any]:
 
 def _expected(model: MDT) -> dict[str, tuple[int, ...]]:
     """Shapes of everything the published model of this shape holds."""
-    shapes = jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0))
+    shapes = jax.eval_shape(lambda key: init_params(model, key), keys.key(0))
     flat = _flat(shapes)
     expected = {}
     for pair in _pairs(model):
@@ -206,7 +207,7 @@ def _check(state: Mapping[str, np.ndarray], model: MDT) -> None:
 
 def params_from_published(state: Mapping[str, np.ndarray], model: MDT) -> dict:
     """The parameters of `model`, from a state_dict that `model_from_published` has accepted."""
-    shapes = jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0))
+    shapes = jax.eval_shape(lambda key: init_params(model, key), keys.key(0))
     flat = {path: np.empty(leaf.shape, leaf.dtype) for path, leaf in _flat(shapes).items()}
     for pair in _pairs(model):
         place = flat[pair.path] if pair.layer is None else flat[pair.path][pair.layer]

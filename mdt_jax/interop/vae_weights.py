@@ -1,5 +1,8 @@
 """Weights of Stable Diffusion's VAE, in diffusers' layout (both namings) or CompVis's, as ours."""
 
+import json
+import math
+import pathlib
 import re
 from collections.abc import Mapping
 from typing import Any, cast
@@ -9,7 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from mdt_jax import keys
 from mdt_jax.errors import UserError
+from mdt_jax.files import reason
 from mdt_jax.interop.torch_files import check_names, from_torch, to_torch
 from mdt_jax.models.autoencoder import AutoencoderKL
 
@@ -30,6 +35,65 @@ _RENAMED = [
     (r"\.attentions\.0\.(value|v)\.", ".attentions.0.to_v."),
     (r"\.attentions\.0\.(proj_attn|proj_out)\.", ".attentions.0.to_out.0."),
 ]
+
+
+# What diffusers' config.json says of latents, and what leaves them as they are. In full a model is
+# trained on scaling_factor · (latents − latents_mean − shift_factor) / latents_std.
+LATENTS = {"scaling_factor": None, "shift_factor": 0, "latents_mean": 0, "latents_std": 1}
+
+
+def read_config(file: pathlib.Path) -> dict:
+    """diffusers' config.json beside a VAE's file; {} where there is none.
+
+    Raises UserError where it cannot be read.
+    """
+    path = file.with_name("config.json")
+    try:
+        config = json.loads(path.read_text())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read: {reason(error)}") from None
+    if not isinstance(config, dict):
+        raise UserError(f"{path} is no config of a VAE: it must be a JSON object")
+    return config
+
+
+def norm_groups(config: dict) -> int | None:
+    """Of a `read_config`, if it says so. Raises UserError."""
+    groups = config.get("norm_num_groups")
+    if groups is not None and (type(groups) is not int or groups < 1):
+        raise UserError(f"norm_num_groups in its config.json is {groups!r}; a whole number from 1")
+    return groups
+
+
+def about_latents(config: dict) -> dict:
+    """The fields of a `read_config` that say what is done to latents; empty where nothing is."""
+    return {name: config[name] for name in LATENTS if config.get(name) is not None}
+
+
+def scaling_factor(latents: dict) -> float | None:
+    """What latents are multiplied by, as `about_latents` has it; None where it does not say.
+
+    Raises UserError where it is no positive number, or latents are shifted or divided, too.
+    """
+    for name, value in latents.items():
+        try:
+            values = np.asarray(value, np.float64)
+        except (TypeError, ValueError):
+            raise UserError(f"{name} is {str(value)[:100]}, which is no number") from None
+        neutral = LATENTS[name]
+        if neutral is not None and (values != neutral).any():
+            raise UserError(
+                f"{name} is {str(value)[:100]}, but here latents are multiplied by one number and "
+                f"not changed otherwise; to do without it take {name} out of the VAE's config.json"
+            )
+    factor = latents.get("scaling_factor")
+    if factor is None:
+        return None
+    if isinstance(factor, (bool, str, list)) or not 0 < factor < math.inf:
+        raise UserError(f"scaling_factor is {str(factor)[:100]}; it must be a positive number")
+    return float(factor)
 
 
 def is_vae(state: Mapping[str, np.ndarray]) -> bool:
@@ -69,7 +133,7 @@ def _name(path: str) -> str:
 def shapes(model: AutoencoderKL) -> dict:
     """The parameters of `model` as shapes."""
     images = jnp.zeros((1, model.factor, model.factor, 3))
-    return jax.eval_shape(lambda: model.init(jax.random.key(0), images)["params"])
+    return jax.eval_shape(lambda: model.init(keys.key(0), images)["params"])
 
 
 def from_published(

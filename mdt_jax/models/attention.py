@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mdt_jax.models.gradients import with_backward
 from mdt_jax.models.layers import Linear, transposed
 
 
@@ -48,23 +49,26 @@ def positions(grid: tuple[int, int], ids: jax.Array | None = None) -> Positions:
     return Positions(index[ids[:, :, None], ids[:, None, :]], ids)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def bias_at(table: jax.Array, where: Positions, grid: tuple[int, int]) -> jax.Array:
     """table: [rows, heads] → the bias of all pairs of tokens, [1 or B, heads, N, N]."""
-    return jnp.moveaxis(table[where.index], -1, 1)
+    return _bias_of(grid)(table, where)
 
 
-def _bias_forward(table, where, grid):
-    return bias_at(table, where, grid), where
-
-
-def _bias_backward(grid, where, grad):
+@functools.cache
+def _bias_of(grid: tuple[int, int]):
     add = functools.partial(scattered, grid), functools.partial(contracted, grid)
-    table = jax.lax.platform_dependent(grad, where, cpu=add[0], default=add[1])
-    return table, jax.tree.map(lambda ids: np.zeros(ids.shape, jax.dtypes.float0), where)
+
+    def backward(where, grad):
+        return (jax.lax.platform_dependent(grad, where, cpu=add[0], default=add[1]),)
+
+    # The lookup is linear in the table.
+    return with_backward(lambda *args: (_looked_up(*args), args[1]),
+                         lambda where, d_table: _looked_up(d_table, where),
+                         backward, inputs=1)  # fmt: skip
 
 
-bias_at.defvjp(_bias_forward, _bias_backward)
+def _looked_up(table, where):
+    return jnp.moveaxis(table[where.index], -1, 1)
 
 
 def scattered(grid: tuple[int, int], grad: jax.Array, where: Positions) -> jax.Array:
@@ -97,13 +101,12 @@ def _differences(size: int) -> np.ndarray:
     return np.eye(2 * size - 1, dtype=np.float32)[i[:, None] - i + size - 1]
 
 
-@jax.custom_vjp
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None) -> jax.Array:
     """softmax(q·kᵀ / √d + bias)·v, [B, heads, N, d] like q, k and v.
 
-    bias: float32, of a shape that broadcasts to [B, heads, N, N]; the softmax is float32.
+    bias: float32, of any shape that broadcasts to [B, heads, N, N]; the softmax is float32.
     """
-    return _attend_forward(q, k, v, bias)[0]
+    return _attend(q, k, v, bias)
 
 
 def _attend_forward(q, k, v, bias):
@@ -115,6 +118,17 @@ def _attend_forward(q, k, v, bias):
     return weights @ v, (q, k, v, bias, weights)
 
 
+def _attend_tangent(kept, dq, dk, dv, d_bias):
+    q, k, v, _, weights = kept
+    both = [jnp.matmul(a, b.mT, preferred_element_type=jnp.float32) for a, b in ((dq, k), (q, dk))]
+    d_logits = (both[0] + both[1]) * q.shape[-1] ** -0.5
+    if d_bias is not None:
+        d_logits = d_logits + d_bias
+    w32 = weights.astype(jnp.float32)
+    d_weights = w32 * (d_logits - (w32 * d_logits).sum(-1, keepdims=True))
+    return d_weights.astype(v.dtype) @ v + weights @ dv
+
+
 def _attend_backward(kept, grad):
     q, k, v, bias, weights = kept
     d_weights = jnp.matmul(grad, transposed(v), preferred_element_type=jnp.float32)
@@ -122,13 +136,13 @@ def _attend_backward(kept, grad):
     d_logits = w32 * (d_weights - (w32 * d_weights).sum(-1, keepdims=True))
     d_bias = None
     if bias is not None:
-        summed = [i for i in range(4) if bias.shape[i] == 1 != d_logits.shape[i]]
-        d_bias = d_logits.sum(summed, keepdims=True)
+        spread = functools.partial(jnp.broadcast_to, shape=d_logits.shape)
+        (d_bias,) = jax.linear_transpose(spread, bias)(d_logits)
     d_scaled = (d_logits * q.shape[-1] ** -0.5).astype(q.dtype)
     return d_scaled @ k, transposed(d_scaled) @ q, transposed(weights) @ grad, d_bias
 
 
-attend.defvjp(_attend_forward, _attend_backward)
+_attend = with_backward(_attend_forward, _attend_tangent, _attend_backward)
 
 
 class Attention(nn.Module):

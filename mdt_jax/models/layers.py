@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
 
+from mdt_jax.models.gradients import with_backward
+
 LINEAR = "linear"
 
 
@@ -33,14 +35,18 @@ class Linear(nn.Module):
         return out.reshape(*x.shape[:-1], self.features)
 
 
-@jax.custom_vjp
 def affine(x: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
     """x [N, D]·kernel [D, E] + bias [E], in x's dtype; parameters are float32."""
-    return x @ kernel.astype(x.dtype) + bias.astype(x.dtype)
+    return _affine(x, kernel, bias)
 
 
 def _affine_forward(x, kernel, bias):
-    return affine(x, kernel, bias), (x, kernel)
+    return x @ kernel.astype(x.dtype) + bias.astype(x.dtype), (x, kernel)
+
+
+def _affine_tangent(kept, dx, d_kernel, d_bias):
+    x, kernel = kept
+    return dx @ kernel.astype(x.dtype) + x @ d_kernel.astype(x.dtype) + d_bias.astype(x.dtype)
 
 
 def _affine_backward(kept, grad):
@@ -53,7 +59,7 @@ def _affine_backward(kept, grad):
     )
 
 
-affine.defvjp(_affine_forward, _affine_backward)
+_affine = with_backward(_affine_forward, _affine_tangent, _affine_backward)
 
 
 def transposed(x: jax.Array) -> jax.Array:
@@ -94,23 +100,23 @@ def add_gated(x: jax.Array, gate: jax.Array, y: jax.Array) -> jax.Array:
     return (x32 + gate * y).astype(x.dtype)
 
 
-@jax.custom_vjp
 def summed(x: jax.Array) -> jax.Array:
     """x, whose gradient is one array before it goes on.
 
     In blocks that are laid out one by one XLA would fuse the sum along the residual stream into
     each block anew, from the gradients of all blocks behind it.
     """
-    return x
+    return _summed(x)
 
 
-summed.defvjp(lambda x: (x, None), lambda _, grad: (jax.lax.optimization_barrier(grad),))
+_summed = with_backward(
+    lambda x: (x, None), lambda _, dx: dx, lambda _, grad: (jax.lax.optimization_barrier(grad),)
+)
 
 
-@jax.custom_vjp
 def gelu(x: jax.Array) -> jax.Array:
     """GELU in its tanh form (Hendrycks & Gimpel 2016, arXiv 1606.08415)."""
-    return _gelu_forward(x)[0]
+    return _gelu(x)
 
 
 def _gelu_forward(x):
@@ -119,12 +125,13 @@ def _gelu_forward(x):
     return (0.5 * x32 * (1 + tanh)).astype(x.dtype), x
 
 
-def _gelu_backward(x, grad):
+def _gelu_tangent(x, dx):
     x32 = x.astype(jnp.float32)
     tanh = jnp.tanh(_SQRT * (x32 + _CUBE * x32**3))
     slope = 0.5 * (1 + tanh) + 0.5 * x32 * (1 - tanh * tanh) * _SQRT * (1 + 3 * _CUBE * x32 * x32)
-    return ((grad.astype(jnp.float32) * slope).astype(x.dtype),)
+    return (dx.astype(jnp.float32) * slope).astype(x.dtype)
 
 
 _SQRT, _CUBE = (2 / jnp.pi) ** 0.5, 0.044715
-gelu.defvjp(_gelu_forward, _gelu_backward)
+# Elementwise, so that forward and backward are the same.
+_gelu = with_backward(_gelu_forward, _gelu_tangent, lambda x, grad: (_gelu_tangent(x, grad),))

@@ -158,7 +158,8 @@ class MDT(nn.Module):
         embeddings are trained.
     asymmetric: False lets the masked pass decode the kept tokens alone, and put the
         side-interpolater after the decoder.
-    dtype: of matmuls and activations; parameters, conditioning, softmax and norms stay float32.
+    dtype: of matmuls and activations, and so of the modulations that each block makes of the
+        conditioning; parameters, the conditioning itself, softmax and norms stay float32.
     remat: what the backward pass recomputes of each block, see `REMAT`.
     gather: where devices share the parameters, the function of a tree of them that brings them
         together: block by block, and again in the backward pass.

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from mdt_jax import parallel
+from mdt_jax import keys, parallel
 from mdt_jax.models.mdt import MDT, init_params
 
 
@@ -41,7 +41,7 @@ def init_state(model: MDT, optimizer: optax.GradientTransformation, key: jax.Arr
 
 def abstract_state(model: MDT, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """The shapes, dtypes and shardings of a state on a mesh; nothing is computed."""
-    shapes = jax.eval_shape(lambda key: init_state(model, optimizer, key), jax.random.key(0))
+    shapes = jax.eval_shape(lambda key: init_state(model, optimizer, key), keys.key(0))
 
     def lying(leaf):
         sharding = parallel.sharded(mesh, leaf.shape)

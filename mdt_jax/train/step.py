@@ -11,7 +11,7 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from mdt_jax import parallel
+from mdt_jax import keys, parallel
 from mdt_jax.diffusion.losses import LOSS_WEIGHTS, diffusion_losses
 from mdt_jax.diffusion.schedule import extract, linear_schedule
 from mdt_jax.models import masking
@@ -55,17 +55,17 @@ class Draws(NamedTuple):
 
 def draw(key: jax.Array, step: jax.Array, model: MDT, batch: int, diffusion_steps: int) -> Draws:
     """The draws of `step`: a pure function of (key, step), the same on any number of devices."""
-    keys = jax.random.split(jax.random.fold_in(key, step), 8)
+    each = jax.random.split(jax.random.fold_in(key, step), 8)
     shape = (batch, *model.input_size, model.in_channels)
     return Draws(
-        t=jax.random.randint(keys[0], (batch,), 0, diffusion_steps),
-        noise_full=jax.random.normal(keys[1], shape),
-        noise_masked=jax.random.normal(keys[2], shape),
-        drop_full=jax.random.bernoulli(keys[3], LABEL_DROPOUT, (batch,)),
-        drop_masked=jax.random.bernoulli(keys[4], LABEL_DROPOUT, (batch,)),
-        mask_noise=jax.random.uniform(keys[5], (batch, model.num_tokens)),
-        ratio_u=jax.random.uniform(keys[6]),
-        posterior=jax.random.normal(keys[7], shape),
+        t=jax.random.randint(each[0], (batch,), 0, diffusion_steps),
+        noise_full=jax.random.normal(each[1], shape),
+        noise_masked=jax.random.normal(each[2], shape),
+        drop_full=jax.random.bernoulli(each[3], LABEL_DROPOUT, (batch,)),
+        drop_masked=jax.random.bernoulli(each[4], LABEL_DROPOUT, (batch,)),
+        mask_noise=jax.random.uniform(each[5], (batch, model.num_tokens)),
+        ratio_u=jax.random.uniform(each[6]),
+        posterior=jax.random.normal(each[7], shape),
     )
 
 
@@ -279,7 +279,7 @@ def trace_step(
 
     whole = parallel.replicated(mesh)
     batch = batch_shapes(config, model, parallel.split_batch(mesh))
-    key = jax.eval_shape(jax.random.key, 0)
+    key = jax.eval_shape(keys.key, 0)
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole)
     lies = jax.tree.map(lambda leaf: leaf.sharding, state)
     jitted = jax.jit(step_with_draws, donate_argnums=0, out_shardings=(lies, whole))

@@ -102,28 +102,96 @@ def test_matrices_are_laid_out_anew_on_a_cpu_alone():
         np.testing.assert_array_equal(layers.transposed(x), x.mT)
 
 
+def pushed(function, inputs, tangents):
+    """The output's tangent."""
+    return jax.jit(lambda *both: jax.jvp(function, both[: len(inputs)], both[len(inputs) :])[1])(
+        *inputs, *tangents
+    )
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_forward_derivatives_are_the_plain_ones(dtype):
+    """Of each function with a backward pass of its own, and under vmap."""
+    where = positions((3, 4), jnp.array([[3, 0, 7], [1, 11, 4]]))
+    functions = {
+        affine: (plain_affine, [(48, 32), (32, 24), (24,)]),
+        gelu: (functools.partial(nn.gelu, approximate=True), [(6, 40)]),
+        layers.summed: (lambda x: x, [(6, 40)]),
+        attend: (plain_attention, [*[(2, 3, 7, 16)] * 3, (3, 1, 7)]),
+        lambda table: bias_at(table, where, (3, 4)): (
+            lambda table: jnp.moveaxis(table[where.index], -1, 1), [(bias_rows((3, 4)), 2)]
+        ),
+    }  # fmt: skip
+    for ours, (plain, shapes) in functions.items():
+        exact = [normal(*shape, key=i) for i, shape in enumerate(shapes)]
+        moves = [normal(*shape, key=9 + i) for i, shape in enumerate(shapes)]
+        # Parameters and biases stay float32.
+        kinds = [dtype] * min(3, len(shapes)) + [jnp.float32] * (len(shapes) - 3)
+        if ours is affine:
+            kinds[1:] = [jnp.float32] * 2
+        inputs, tangents = (
+            [each.astype(kind) for each, kind in zip(both, kinds, strict=True)]
+            for both in (exact, moves)
+        )
+        expected = pushed(plain, exact, moves)
+        limit = 1e-5 if dtype == jnp.float32 else 0.02
+        got = pushed(ours, inputs, tangents)
+        assert got.dtype == jax.eval_shape(ours, *inputs).dtype
+        assert relative_error(got, expected) < limit
+        # Several tangents at once, as jacfwd has them; the gradient of a mapped function.
+        several = [jnp.stack([each, -2 * each]) for each in tangents]
+        push = functools.partial(pushed, ours, inputs)
+        both = jax.vmap(lambda *moves, push=push: push(moves))(*several)
+        assert relative_error(both[1], -2 * expected) < limit
+        if dtype == jnp.float32:
+            stacked = [jnp.stack([each, 0.5 * each]) for each in inputs]
+            mapped = gradients(jax.vmap(ours), *stacked)
+            for a, b in zip(mapped, gradients(jax.vmap(plain), *stacked), strict=True):
+                assert relative_error(a, b) < 1e-5
+            twice = [
+                jax.grad(lambda x, f=f, rest=exact[1:], t=moves: jnp.sin(
+                    pushed(f, (x, *rest), t)).sum())(exact[0])
+                for f in (ours, plain)
+            ]  # fmt: skip
+            assert relative_error(twice[0] + 1, twice[1] + 1) < 1e-5
+
+
 def plain_attention(q, k, v, bias=None):
-    """The library's, whose tokens come before heads."""
+    """The library's, whose tokens come before heads, and whose bias has all axes."""
     q, k, v = (jnp.moveaxis(each, 1, 2) for each in (q, k, v))
+    if bias is not None:
+        bias = bias.reshape(*[1] * (4 - bias.ndim), *bias.shape)
     return jnp.moveaxis(jax.nn.dot_product_attention(q, k, v, bias=bias), 2, 1)
 
 
-@pytest.mark.parametrize("tokens", [7, 80])  # laid out anew, and as they lie
-@pytest.mark.parametrize("bias", [None, (1, 3), (2, 3), (1, 1)], ids=str)
+RANKS = ["", "k", "1k", "q1", "qk", "3qk", "31k", "13qk", "23qk", "11qk", "2111"]
+
+
+@pytest.mark.parametrize("tokens, bias", [  # laid out anew, and as they lie
+    *[(7, bias) for bias in (None, *RANKS)], (80, None), (80, "13qk"), (80, "23qk"),
+])  # fmt: skip
 def test_attention_and_its_gradients_are_the_plain_ones(tokens, bias):
+    """bias: its axes, of which q and k are as long as there are tokens."""
     inputs = [normal(2, 3, tokens, 16, key=i) for i in range(3)]
-    if bias:
-        unseen = jnp.where(jnp.arange(tokens) < tokens - 2, 0, UNSEEN)
-        inputs.append(normal(*bias, tokens, tokens, key=3) + unseen)
-    ours = attend if bias else functools.partial(attend, bias=None)
+    if bias is not None:
+        shape = [tokens if axis in "qk" else int(axis) for axis in bias]
+        inputs.append(normal(*shape, key=3))
+    if bias and bias[-1] == "k":
+        inputs[3] += jnp.where(jnp.arange(tokens) < tokens - 2, 0, UNSEEN)
+    ours = functools.partial(attend, bias=None) if bias is None else attend
     assert relative_error(ours(*inputs), plain_attention(*inputs)) < 1e-6
     expected = gradients(plain_attention, *inputs)
-    for got, want in zip(gradients(ours, *inputs), expected, strict=True):
-        assert got.shape == want.shape and relative_error(got, want) < 1e-5
+    # What is added to all logits of a query alike changes nothing: the gradient is 0.
+    without = [False] * 3 + [bias in ("", "q1", "2111")] * (len(inputs) - 3)
+    for got, want, no in zip(gradients(ours, *inputs), expected, without, strict=True):
+        assert got.shape == want.shape
+        assert jnp.abs(got).max() < 1e-5 if no else relative_error(got, want) < 1e-5
     rounded = [each.astype(jnp.bfloat16) for each in inputs[:3]] + inputs[3:]
     assert ours(*rounded).dtype == jnp.bfloat16
-    for given, got, want in zip(rounded, gradients(ours, *rounded), expected, strict=True):
-        assert got.dtype == given.dtype and relative_error(got, want) < 0.02
+    for given, got, want, no in zip(
+        rounded, gradients(ours, *rounded), expected, without, strict=True
+    ):
+        assert got.dtype == given.dtype and (no or relative_error(got, want) < 0.02)
 
 
 def test_a_residual_streams_gradient_is_summed_once():

@@ -12,7 +12,13 @@ from tests.hub_server import serve
 
 pytest.importorskip("huggingface_hub")
 WEIGHTS = bytes(range(256)) * 1000
-FILES = {"/someone/model/resolve/main/weights.pt": WEIGHTS}
+VAE = "diffusion_pytorch_model.safetensors"
+FILES = {
+    "/someone/model/resolve/main/weights.pt": WEIGHTS,
+    f"/someone/vae/resolve/main/{VAE}": WEIGHTS,
+    "/someone/vae/resolve/main/config.json": b'{"scaling_factor": 0.13025}',
+    f"/someone/bare/resolve/main/{VAE}": WEIGHTS,
+}
 
 
 @pytest.fixture
@@ -21,11 +27,12 @@ def server():
         yield server
 
 
-def start(path, home, **environment):
-    """A process that looks for the file and prints where it is."""
+def start(path, home, function="interop.hub.local_path", **environment):
+    """A process that looks for the file and prints where it is, or what else a function says."""
+    module, _, name = function.rpartition(".")
     code = (
-        "from mdt_jax import cli; from mdt_jax.interop.hub import local_path; "
-        f"cli.run(lambda _: print(local_path({path!r})))"
+        f"from mdt_jax import cli; from mdt_jax.{module} import {name}; "
+        f"cli.run(lambda _: print({name}({path!r})))"
     )
     return subprocess.Popen(
         [sys.executable, "-c", code],
@@ -71,6 +78,16 @@ def test_download_then_cache_then_offline(server, ask):
     assert len(server.requests) == asked
     # No server at all: what is in the cache still serves.
     assert ask("hf://someone/model/weights.pt", HF_ENDPOINT="http://127.0.0.1:9") == (0, path)
+
+
+def test_a_vaes_config_comes_with_it(ask):
+    for path, scale in (
+        ("hf://someone/vae", "0.13025"), (f"hf://someone/vae/{VAE}", "0.13025"),
+        ("hf://someone/bare", "None"),
+    ):  # fmt: skip
+        assert ask(path, function="weights.vae_scale") == (0, scale)
+    offline = {"HF_HUB_OFFLINE": "1"}
+    assert ask("hf://someone/vae", function="weights.vae_scale", **offline) == (0, "0.13025")
 
 
 @pytest.mark.parametrize(

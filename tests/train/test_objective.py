@@ -70,21 +70,27 @@ def test_a_larger_ratio_shows_the_encoder_less():
         assert f"f32[8,2,{kept},{kept}]" in text
 
 
-def test_a_drawn_ratio_is_the_same_ratio_fixed(params):
+@pytest.mark.parametrize("version, relative_bias, asymmetric", [
+    ("v1", True, True), ("v2", False, True), ("v1", False, False),
+])  # fmt: skip
+def test_a_drawn_ratio_is_the_same_ratio_fixed(version, relative_bias, asymmetric):
     """Loss and gradient both: nothing comes from the tokens beyond the length drawn."""
+    changes = dict(relative_bias=relative_bias, asymmetric=asymmetric, version=version)
+    model = MODEL.clone(depth=3 if version == "v2" else 2, **changes)
+    params = random_params(model)
     drawn = Objective(ratio=0.3, ratio_max=0.7, passes="masked", loss_on="masked")
     lengths = set()
     for u, fixed in ((0.0, 0.3), (0.99, 0.696)):
         draws = DRAWS._replace(ratio_u=jnp.float32(u))
-        (loss, metrics), gradient = program(drawn)(params, draws)
+        (loss, metrics), gradient = program(drawn, model)(params, draws)
         lengths.add(int(metrics["kept"]))
         objective = dataclasses.replace(drawn, ratio=fixed, ratio_max=0.0)
-        (expected, _), expected_gradient = program(objective)(params, DRAWS)
+        (expected, _), expected_gradient = program(objective, model)(params, DRAWS)
         assert loss == pytest.approx(float(expected), rel=2e-6)
         gap = jax.tree.map(lambda a, b: a - b, gradient, expected_gradient)
         assert norm(gap) < 1e-5 * norm(expected_gradient)
     assert lengths == {11, 4}
-    assert program(drawn)._cache_size() == 1
+    assert program(drawn, model)._cache_size() == 1
 
 
 def test_the_loss_on_masked_tokens_leaves_out_the_kept_ones():
