@@ -9,7 +9,7 @@ import pathlib
 from mdt_jax import accelerators, cli, locks, weights
 from mdt_jax.errors import UserError
 from mdt_jax.interop import torch_files
-from mdt_jax.train.checkpoints import check_path
+from mdt_jax.train.orbax_folders import check_path
 
 
 def parse(argv: list[str]):

@@ -24,7 +24,7 @@ from mdt_jax.models.autoencoder import AutoencoderKL
 from mdt_jax.models.inception import Inception
 from mdt_jax.models.mdt import MDT, init_params
 from mdt_jax.models.resize import resize_grid
-from mdt_jax.train import checkpoints
+from mdt_jax.train import checkpoints, orbax_folders
 
 ITEMS = ("ema", "raw")
 # The folder that `save` writes holds one kind of parameters, whichever it was.
@@ -244,7 +244,7 @@ def load_vae(path: str | os.PathLike) -> tuple[AutoencoderKL, dict]:
     none.
     """
     path, found = str(path), _vae_file(str(path))
-    if found == path and os.path.isdir(path) and not checkpoints.is_saved(path):
+    if found == path and os.path.isdir(path) and not orbax_folders.is_saved(path):
         raise UserError(f"{path} holds no VAE: expected {' or '.join(VAE_FILES)}")
     return read(found, wanted="vae")[:2]
 
@@ -259,7 +259,7 @@ def vae_scale(path: str | os.PathLike) -> float | None:
     found = hub.local_path(_vae_file(str(path)))
     try:
         if found.is_dir():
-            latents = checkpoints.read_meta(found).get("latents") or {}
+            latents = orbax_folders.read_meta(found).get("latents") or {}
         else:
             latents = vae_weights.about_latents(vae_weights.read_config(found))
         return vae_weights.scaling_factor(latents)
@@ -303,7 +303,7 @@ def save(path: str | os.PathLike, weights: Weights) -> None:
     meta |= {"item": weights.item, "classes": weights.classes, "step": weights.step}
     if weights.latents:
         meta["latents"] = weights.latents
-    checkpoints.save_folder(path, _ONLY, weights.params, meta)
+    orbax_folders.save_folder(path, _ONLY, weights.params, meta)
 
 
 def not_told(weights: Weights) -> list[str]:

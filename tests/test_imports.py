@@ -45,6 +45,7 @@ LEVELS = {
     "weights": 7,
     "drawing": 8,
     "inputs": 8,
+    "reporting": 9,
     "workdir": 9,
     "main": 10,
     "sample": 10,

@@ -19,7 +19,8 @@ from mdt_jax.files import reason, whole
 PICKLED = (".pt", ".pth", ".bin", ".ckpt")
 SUFFIXES = (*PICKLED, ".safetensors")
 SAFE_TORCH = (2, 6)  # the first whose weights_only=True runs nothing, whatever the file is
-CLASSES = "classes"  # the key of their names, as JSON, among the metadata of a .safetensors
+# Of the names of classes, as JSON: a key of the metadata of a .safetensors, an entry of a .pt.
+CLASSES = "classes"
 
 
 def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
@@ -149,13 +150,18 @@ def check_names(expected: Collection[str], found: Collection[str], what: str) ->
 
 
 def read_classes(path: str | os.PathLike) -> tuple[str, ...]:
-    """The names of classes that `write` left in a .safetensors; none where there are none."""
-    if pathlib.Path(path).suffix != ".safetensors":
-        return ()
-    import safetensors
+    """The names of classes that `write` left in a file of weights; none where there are none."""
+    if pathlib.Path(path).suffix == ".safetensors":
+        import safetensors
 
-    with safetensors.safe_open(path, framework="numpy") as file:
-        note = (file.metadata() or {}).get(CLASSES, "null")
+        with safetensors.safe_open(path, framework="numpy") as file:
+            note = (file.metadata() or {}).get(CLASSES, "null")
+    elif zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            entry = _classes_entry(archive)
+            note = archive.read(entry) if entry in archive.namelist() else "null"
+    else:
+        return ()
     try:
         classes = json.loads(note)
     except (ValueError, RecursionError):  # somebody else's note of that name
@@ -164,13 +170,18 @@ def read_classes(path: str | os.PathLike) -> tuple[str, ...]:
     return tuple(classes) if named else ()
 
 
+def _classes_entry(archive: zipfile.ZipFile) -> str:
+    """PyTorch wants all entries in one folder."""
+    return f"{archive.namelist()[0].partition('/')[0]}/{CLASSES}"
+
+
 def write(
     path: str | os.PathLike, arrays: Mapping[str, np.ndarray], classes: Sequence[str] = ()
 ) -> None:
     """Write arrays by name in the format of the suffix; whole or not at all.
 
-    classes: their names, which a .safetensors keeps; the others have no place for them. Raises
-    UserError where it cannot be written, such as on a full disk.
+    classes: their names, which PyTorch and safetensors pass over. Raises UserError where it cannot
+    be written, such as on a full disk.
     """
     path = pathlib.Path(path)
     if path.suffix == ".safetensors":
@@ -186,3 +197,6 @@ def write(
         }
         with whole(path, (RuntimeError,)) as temporary:
             torch.save(tensors, temporary)
+            if classes:
+                with zipfile.ZipFile(temporary, "a") as archive:
+                    archive.writestr(_classes_entry(archive), json.dumps(classes))

@@ -16,8 +16,9 @@ import pytest
 
 import mdt_jax
 from mdt_jax.errors import UserError
-from mdt_jax.train.checkpoints import Checkpoints, read_meta, steps_in
+from mdt_jax.train.checkpoints import Checkpoints, steps_in
 from mdt_jax.train.metrics import MetricsLog
+from mdt_jax.train.orbax_folders import read_meta
 from mdt_jax.train.state import TrainState
 from mdt_jax.weights import load_weights
 from tests.conftest import ROOT, SMOKE, train_here
