@@ -113,8 +113,8 @@ def describe(config: ConfigDict, images: Squares, found: inputs.Vae, shard_image
 def make(config: ConfigDict, out: pathlib.Path, shard_images: int, part: tuple[int, int]) -> None:
     """Encode what is not yet encoded of one part of the shards; part: (which, of how many)."""
     images = open_images(config)
-    name = f"{config.data.name} {config.data.path}"
-    left_out = inputs.say_found(name, images)
+    name = inputs.name_of(config.data)
+    left_out = images.files.left_out
     inputs.check_classes(name, len(images.classes), config.model.num_classes, left_out)
     found = load_vae(config)
     inputs.check_scale(config)
@@ -131,6 +131,7 @@ def fill(
     if making.start():
         print(f"{out} is finished already; --verify reads all of it", file=sys.stderr)
         return
+    inputs.say_found(config.data, images)
     own = range(part[0], making.num_shards, part[1])
     noted = {shard: making.done(shard) for shard in own}
     left = [shard for shard in own if noted[shard] is None]

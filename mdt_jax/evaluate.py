@@ -220,6 +220,7 @@ def evaluate_vae(args) -> None:
     images = open_images(args.images, args.image_size, num=args.num_samples)
     inception = evaluation.load_inception(args.inception) if args.inception else None
     out = card_path(args.out)
+    back = evaluation.Reconstructed(network, params, images)
     say_found(images)
     settings = {
         "vae": args.vae,
@@ -230,7 +231,7 @@ def evaluate_vae(args) -> None:
         "features": [inception.note] if inception else [],
     }
     with alone_at(out):
-        measured = evaluation.measure_vae(network, params, images, inception, progress=True)
+        measured = evaluation.measure_vae(back, images, inception, progress=True)
         if is_first():
             write(out, measured, settings)
             show(f"{images.path} through {args.vae}:", measured, out)

@@ -260,7 +260,9 @@ class Reconstructed:
     labels, classes, note = None, (), None
 
     def __init__(self, network: AutoencoderKL, params: dict, images: ImageSet):
-        """Raises UserError where the images are of a size that cannot be measured."""
+        """Raises UserError for images of a size, or of a number, that cannot be measured."""
+        if len(images) < 2:
+            raise UserError(f"{images.path} has one image; rFID compares two at least")
         if importlib.util.find_spec("skimage") is None:
             raise UserError("SSIM needs scikit-image: pip install scikit-image")
         height, width, _ = self.shape = (*images.shape[:2], 3)
@@ -299,19 +301,15 @@ class Reconstructed:
 
 
 def measure_vae(
-    network: AutoencoderKL,
-    params: dict,
+    back: Reconstructed,
     images: ImageSet,
     inception: InceptionFeatures | None,
     progress: bool = False,
 ) -> dict[str, float]:
     """psnr (dB) and ssim, means over images, and with an Inception rfid, their Fréchet distance.
 
-    Images are encoded to the mean of the posterior and decoded to uint8. Raises UserError.
+    back: the images as the VAE gives them back.
     """
-    if len(images) < 2:
-        raise UserError(f"{images.path} has one image; rFID compares two at least")
-    back = Reconstructed(network, params, images)
     networks = {} if inception is None else {"inception": inception}
     found = find(networks, back, progress=progress)
     report: dict[str, float] = {

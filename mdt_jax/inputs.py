@@ -71,23 +71,27 @@ def open_data(config: ConfigDict) -> tuple[Source, sources.Images | None]:
         source = dataclasses.replace(source, flip=data.flip)
     else:
         source = sources.stored(data, config.model.num_classes)
-    name = f"{data.name} {data.path}".strip()
-    left_out = say_found(name, source) if isinstance(source, Squares) else ""
+    name = name_of(data)
     if len(source) < data.batch_size:
         raise UserError(
             f"{name} holds {len(source)} images, fewer than data.batch_size {data.batch_size}"
         )
+    left_out = source.files.left_out if isinstance(source, Squares) else ""
     check_classes(name, len(source.classes), config.model.num_classes, left_out)
     return source, held_out
 
 
-def say_found(name: str, source: Squares) -> str:
-    """Say once what a set holds, and what its images lose; returns what it leaves out."""
-    if distributed.is_first():
-        distributed.say(f"{name}: {source.files.found}")
+def name_of(data: ConfigDict) -> str:
+    """What messages call the set of a config's `data`."""
+    return f"{data.name} {data.path}".strip()
+
+
+def say_found(data: ConfigDict, source: Source) -> None:
+    """Say once what a set of image files holds, what it leaves out, and what its images lose."""
+    if isinstance(source, Squares) and distributed.is_first():
+        distributed.say(f"{name_of(data)}: {source.files.found}")
         for line in source.losses():
-            distributed.say(f"warning: {name}: {line}")
-    return source.files.left_out
+            distributed.say(f"warning: {name_of(data)}: {line}")
 
 
 def check_classes(name: str, found: int, num_classes: int, left_out: str = "") -> None:

@@ -42,9 +42,11 @@ def held(path: pathlib.Path, what: str) -> Iterator[None]:
     stands in nobody's way. On file systems whose locks other machines do not see, the holder's
     signs of life tell: it touches the file every BEAT seconds.
 
-    The folder is made where there is none. what: what is written, to begin a message with. Raises
-    UserError where another process holds the lock, or where the file cannot be made.
+    The folder is made where there is none, and removed if nothing else is in it at the end. what:
+    what is written, to begin a message with. Raises UserError where another process holds the lock,
+    or where the file cannot be made.
     """
+    new = not path.parent.exists()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = _take(path, what)
@@ -60,6 +62,8 @@ def held(path: pathlib.Path, what: str) -> Iterator[None]:
         beating.join()
         with contextlib.suppress(OSError):
             path.unlink()
+            if new:
+                path.parent.rmdir()  # unless something was written there
         with contextlib.suppress(OSError):  # a copy of it may be open in a forked process
             fcntl.flock(file, fcntl.LOCK_UN)
         file.close()

@@ -138,6 +138,7 @@ def _train(
             }))  # fmt: skip
     else:
         say(f"going on from step {start} in {workdir}")
+    inputs.say_found(config.data, data)
     shown = (show.tensorboard, show.wandb) if is_first() else (False, "")
     best = Checkpoints(workdir / "best", keep=None)
     measured = folder.measured_steps(workdir, BEST, start)

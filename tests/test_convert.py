@@ -340,7 +340,7 @@ def test_any_number_of_latents_is_decoded_by_one_program(latent_model):
     latents = np.random.default_rng(0).normal(size=(20, *model.input_size, 4)).astype(np.float32)
     alone = jax.jit(functools.partial(vae.apply, method="decode"))
     expected = mdt_jax.to_uint8(alone({"params": params}, latents / 0.5)).astype(int)
-    to_images, _ = drawing.decoder(model, drawing.Vae("vae", 0.5, vae, params), batch_size=12)
+    to_images, _ = drawing.decoder(model, drawing.Vae("vae", 0.5, vae, params), 12, "highest")
     before = _decode_slice._cache_size()
     for count in (20, 3, 5, 7):
         np.testing.assert_allclose(to_images(latents[:count]), expected[:count], atol=1)

@@ -155,7 +155,7 @@ def test_by_inception_against_a_file(tmp_path):
 def test_samples_that_are_not_finite_do_not_end_a_run(trained, tmp_path):
     """Its grids and measurements are left out; its last samples are asked for, and an error."""
     model, params = mdt_jax.load(trained)
-    broken = jax.tree.map(lambda leaf: leaf * np.float32(np.nan), params)
+    broken = jax.tree.map(lambda leaf: np.full_like(leaf, 3e38), params)
     weights.save(tmp_path / "broken", weights.Weights(model, broken))
     flags = [flag for flag in MEASURING if "sample_every" not in flag]
     flags += ["--config.train.sample_every=2", "--config.train.steps=3"]

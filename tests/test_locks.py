@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from unittest import mock
 
 import pytest
 
@@ -55,7 +56,7 @@ def test_the_second_is_refused_and_told_who_holds_it(tmp_path):
     locks.check_free(lock, "it")
     with locks.held(lock, "it"):
         pass
-    assert list(lock.parent.iterdir()) == []
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_one_that_fails_lets_go(tmp_path):
@@ -186,7 +187,7 @@ def test_two_encoders_of_one_part(tmp_path):
 
 def test_encode_holds_its_part(monkeypatch, tmp_path):
     """The whole command, up to where it would write."""
-    monkeypatch.setattr(encode, "open_images", lambda config: type("None", (), {"classes": []})())
+    monkeypatch.setattr(encode, "open_images", lambda config: mock.MagicMock(classes=[]))
     monkeypatch.setattr(encode, "load_vae", lambda config: None)
     monkeypatch.setattr(encode, "describe", lambda *_: {"images": 8, "shard_images": 2})
     config = configs.default()

@@ -183,7 +183,7 @@ def test_latents_are_decoded_batch_by_batch(tmp_path):
 @pytest.mark.parametrize("out", ["a.png", "a.npz", "a/", "a.gif"])
 def test_samples_that_are_not_finite_are_not_written(out, tmp_path):
     model, params = mdt_jax.load(DIGITS)
-    broken = jax.tree.map(lambda leaf: leaf * np.float32(np.nan), params)
+    broken = jax.tree.map(lambda leaf: np.full_like(leaf, 3e38), params)
     weights.save(tmp_path / "broken", weights.Weights(model, broken))
     argv = [f"--checkpoint={tmp_path / 'broken'}", "--num_steps=2", "--num_samples=3"]
     argv += [f"--out={tmp_path}/new/{out}"] + ["--show=noise"] * (out == "a.gif")
@@ -207,7 +207,7 @@ def test_images_that_a_vae_decodes_to_nan_are_not_written(tmp_path):
     model = MDT(input_size=(8, 8), in_channels=4, hidden_size=16, depth=2, num_heads=2,
                 decoder_layers=1, num_classes=3)  # fmt: skip
     weights.save(tmp_path / "mdt", weights.Weights(model, init_params(model, jax.random.key(0))))
-    broken = jax.tree.map(lambda leaf: leaf * np.float32(np.inf), random_params(VAE))
+    broken = jax.tree.map(lambda leaf: np.full_like(leaf, 3e38), random_params(VAE))
     weights.save(tmp_path / "vae", weights.Weights(VAE, broken))
     argv = [f"--checkpoint={tmp_path / 'mdt'}", f"--vae={tmp_path / 'vae'}", "--num_steps=2"]
     argv += ["--num_samples=2", f"--out={tmp_path / 'a.npz'}"]

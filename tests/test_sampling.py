@@ -195,9 +195,9 @@ def test_what_cannot_be_sampled(labels, changes, message):
 
 
 def with_a_broken_class(params, label: int) -> dict:
-    """The parameters with NaN in the embedding of one class."""
+    """The parameters with numbers in the embedding of one class that overflow in the network."""
     table = np.array(params["label_embed"]["table"]["embedding"])
-    table[label] = np.nan
+    table[label] = 3e38
     return {**params, "label_embed": {"table": {"embedding": table}}}
 
 

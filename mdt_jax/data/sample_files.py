@@ -21,6 +21,7 @@ import numpy as np
 
 from mdt_jax import locks
 from mdt_jax.data.images import save_grid, save_image
+from mdt_jax.data.pictures import opened
 from mdt_jax.data.sample_notes import SETTINGS, check_readable, is_whole, note_of, settings_of
 from mdt_jax.errors import UserError
 from mdt_jax.files import check_room, free, reason, settle, whole
@@ -242,10 +243,8 @@ class Folder:
 
     def _is_there(self, number: int) -> bool:
         """Whether a PNG can be read to its end, and is of the right size."""
-        from PIL import Image
-
         try:
-            with Image.open(self._path(number), formats=("PNG",)) as image:
+            with opened(self._path(number)) as image:
                 image.load()
                 bands = 1 if image.mode == "L" else 3 if image.mode == "RGB" else 0
                 return (image.height, image.width, bands) == self.shape
@@ -263,8 +262,6 @@ class Folder:
     def give_up(self) -> None:
         if not any(self.out.glob("*.png")):
             (self.out / SETTINGS).unlink(missing_ok=True)
-            with contextlib.suppress(OSError):
-                self.out.rmdir()
 
 
 class Grid:
