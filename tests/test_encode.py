@@ -296,7 +296,7 @@ def test_the_scale_that_a_vaes_folder_says(name, place, tmp_path, monkeypatch):
         return
     said = expected
     if not isinstance(expected, str):
-        said = f"is {float(expected)}: set vae.scale to it, or to train with your own take scaling_factor"
+        said = f"is {float(expected)}: set vae.scale to it, or to train with your own take "
     for printed in (train_here(*run, expect=2), encode_here(*encoding, expect=2)):
         assert printed.startswith("error: ") and printed.count("\n") == 1 and said in printed
     assert not (tmp_path / "run").exists() and not (tmp_path / "cache").exists()
