@@ -321,12 +321,24 @@ def test_the_home_folder(tmp_path, capsys, monkeypatch, keep_signals):
     assert [path.name for path in tmp_path.iterdir()] == ["home"]
 
 
-@pytest.mark.parametrize("name", ["lr[1e-4]", "a*b", "why?", "back\\slash", "runs[1]/x"])
+UNREADABLE = [
+    "lr[1e-4]",
+    "a*b",
+    "why?",
+    "back\\slash",
+    "runs[1]/x",
+    "a.orbax-checkpoint-tmp",
+    "\udcff",
+]
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
 def test_folders_that_orbax_cannot_read_back(name, tmp_path, capsys, monkeypatch, keep_signals):
     monkeypatch.chdir(tmp_path)
     argv = [SMOKE_CONFIG, f"--workdir={name}"]
     line = exits_with_one_line(main.main, argv, capsys, monkeypatch)
-    assert f"{tmp_path}/{name} has " in line and "choose another name" in line
+    said = name.encode(errors="backslashreplace").decode()
+    assert f"{tmp_path}/{said} has " in line and "choose another name" in line
     argv = [f"--src={DIGITS}", f"--dst={name}"]
     line = exits_with_one_line(convert.main, argv, capsys, monkeypatch)
     assert "cannot be read back; choose another name" in line

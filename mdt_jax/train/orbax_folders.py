@@ -127,14 +127,18 @@ def check_readable(folder: pathlib.Path, error: Exception) -> None:
 
 
 def check_path(path: str | os.PathLike) -> None:
-    """Raise UserError for a folder that Orbax could write but not read: it takes its path for a
-    pattern of names.
+    """Raise UserError for a folder that Orbax could write but not read.
+
+    It takes its path for a pattern of names, and some names for those of unfinished checkpoints.
     """
     full = str(pathlib.Path(path).absolute())
-    found = [character for character in "*?[\\" if character in full]
+    text = full.encode(errors="backslashreplace").decode()
+    found = [part for part in ("*", "?", "[", "\\", ".orbax-checkpoint-tmp") if part in full]
+    if text != full:
+        found.append("bytes that are no UTF-8")
     if found:
         raise UserError(
-            f"{full} has {' and '.join(found)} in its path, and checkpoints in such a folder "
+            f"{text} has {' and '.join(found)} in its path, and checkpoints in such a folder "
             "cannot be read back; choose another name, or rename the folder"
         )
 
