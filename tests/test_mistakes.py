@@ -327,7 +327,7 @@ UNREADABLE = [
     "why?",
     "back\\slash",
     "runs[1]/x",
-    "a.orbax-checkpoint-tmp",
+    "a.orbax-checkpoint-tmp/x",
     "\udcff",
 ]
 
