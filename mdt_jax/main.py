@@ -44,6 +44,7 @@ from mdt_jax.reporting import (
     save_sample_grid,
 )
 from mdt_jax.train.checkpoints import Checkpoints, steps_in
+from mdt_jax.train.metrics import Means
 from mdt_jax.train.optimizers import make_optimizer
 from mdt_jax.train.orbax_folders import check_path
 from mdt_jax.train.speed import Clock, Speed
@@ -116,9 +117,10 @@ def _train(
     )
     if restored is None:
         folder.check_nothing_is_lost(workdir)
-        start, seconds, compile_seconds = 0, 0.0, 0.0
+        start, seconds, compile_seconds, means = 0, 0.0, 0.0, Means()
     else:
         state, meta = restored
+        means = Means(meta.get("since_line"))  # older ones have none
         start, seconds, compile_seconds = (
             meta[name] for name in ("step", "seconds", "compile_seconds")
         )
@@ -183,8 +185,14 @@ def _train(
                 return
             (step, metrics), waiting = waiting, None
             metrics = jax.device_get(metrics)
+            means.add(metrics)
             if step % config.train.log_every == 0:
-                logged = metrics | speed.since(step, steps) | {"compile_seconds": compile_seconds}
+                logged = means.take() | {
+                    "epoch": round(step * config.data.batch_size / len(data), 6),
+                    "learning_rate": config.optim.lr,
+                    **speed.since(step, steps),
+                    "compile_seconds": compile_seconds,
+                }
                 for tracker in log:
                     tracker.write(step, logged)
             each = (clock.seconds() - seconds) / (step - start)
@@ -209,7 +217,8 @@ def _train(
             for tracker in log:
                 tracker.flush()  # or a crash would lose what the checkpoint is beyond
             times = {"seconds": clock.seconds(), "compile_seconds": compile_seconds}
-            by(state, {"config": config.to_dict(), **about_data, **times, **more})
+            kept = {"config": config.to_dict(), "since_line": means.sums}
+            by(state, {**kept, **about_data, **times, **more})
 
         def draw_grid(step):
             every, path = config.train.sample_every, workdir / "samples" / f"{step:07d}.png"
