@@ -162,6 +162,7 @@ def _train(
         distributed.everyone(True)  # wait for the slowest: sums on CPUs do not wait for long
         say(f"the step is compiled ({compile_seconds:.1f} s in all)")
 
+    rate = parallel.put(np.float32(config.optim.lr), parallel.replicated(mesh))
     waiting = None  # the step whose metrics are still on the device
     skipping = False  # whether the last step logged was not finite
     clock = Clock(seconds)
@@ -269,7 +270,7 @@ def _train(
             profile.before(step + 1, state)
             with clock.waiting():
                 batch = next(batches)
-            state, metrics = train_step(state, batch, seed_key)
+            state, metrics = train_step(state, batch, seed_key, rate)
             finish_waiting()
             waiting = (step + 1, metrics)
         finish_waiting()
