@@ -48,11 +48,13 @@ def ours(spec: dict) -> None:
         name: parallel.put(random.integers(0, 2, leaf.shape).astype(leaf.dtype), split)
         for name, leaf in batch_shapes(config, model, split).items()
     }
-    key = parallel.put(jax.random.key(0), parallel.replicated(mesh))
+    key, rate = parallel.put(
+        (jax.random.key(0), np.float32(config.optim.lr)), parallel.replicated(mesh)
+    )
 
     def run():
         nonlocal state
-        state, metrics = step(state, batch, key)
+        state, metrics = step(state, batch, key, rate)
         jax.block_until_ready((state, metrics))
 
     facts = {

@@ -16,7 +16,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from mdt_jax import config as configs
-from mdt_jax import distributed, files
+from mdt_jax import distributed, files, interrupts
 from mdt_jax.errors import UserError
 from mdt_jax.interop import hub
 from mdt_jax.precision import PRECISIONS
@@ -26,11 +26,17 @@ from mdt_jax.vae import VAE_SCALE
 def run(main: Callable[[list[str]], None]) -> None:
     """Call main(argv); a mistake of the user's or of the file system is one line, exit code 2.
 
-    So is Ctrl-C where main leaves it to Python, with the code that shells have for it. Where a run
-    has several processes, the others hear why this one left.
+    So is Ctrl-C where main leaves it to Python, with the code that shells have for it; the second
+    one ends the process at once. Where a run has several processes, the others hear why this one
+    left.
     """
     keep_compilations()
     _print_anywhere()
+    with interrupts.answered():
+        _run(main)
+
+
+def _run(main: Callable[[list[str]], None]) -> None:
     try:
         main(sys.argv)
         distributed.part()

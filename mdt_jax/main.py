@@ -25,6 +25,7 @@ from mdt_jax import (
     drawing,
     files,
     inputs,
+    interrupts,
     keys,
     parallel,
     weights,
@@ -44,13 +45,17 @@ from mdt_jax.reporting import (
     save_sample_grid,
 )
 from mdt_jax.train.checkpoints import Checkpoints, steps_in
+from mdt_jax.train.metrics import Means
 from mdt_jax.train.optimizers import make_optimizer
 from mdt_jax.train.orbax_folders import check_path
 from mdt_jax.train.speed import Clock, Speed
 from mdt_jax.train.state import abstract_state, init_state
 from mdt_jax.train.step import compile_step
-from mdt_jax.train.stopping import StopSignal
+from mdt_jax.train.stopping import Stopped, StopSignal
 from mdt_jax.train.trackers import Lines, Profile, open_trackers
+
+# Of a process that was told to stop while it waited for data, whose readers may wait for ever.
+READERS_SECONDS = 30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,21 +67,30 @@ class Shown:
     profile_steps: str = ""
 
 
-def train(config: ConfigDict, workdir: pathlib.Path, show: Shown | None = None) -> bool:
+def train(
+    config: ConfigDict,
+    workdir: pathlib.Path,
+    show: Shown | None = None,
+    stop: StopSignal | None = None,
+) -> bool:
     """The whole of a run: start or go on, train, sample, report.
 
+    stop: what answers signals since the process began; None: from now on.
     Returns whether it came to its end; False where it was told to stop, and has saved. Raises
     UserError for a user's mistake, and where another run is at work in the workdir.
     """
     with contextlib.ExitStack() as held:
-        return _train(config, workdir, show or Shown(), held)
+        return _train(config, workdir, show or Shown(), stop or StopSignal(), held)
 
 
 def _train(
-    config: ConfigDict, workdir: pathlib.Path, show: Shown, held: contextlib.ExitStack
+    config: ConfigDict,
+    workdir: pathlib.Path,
+    show: Shown,
+    stop: StopSignal,
+    held: contextlib.ExitStack,
 ) -> bool:
     """held: where the workdir's lock goes, which is let go last."""
-    stop = StopSignal()
     check_path(workdir)
     folder.check_free(workdir)
     folder.agree_on_config(config)
@@ -116,9 +130,10 @@ def _train(
     )
     if restored is None:
         folder.check_nothing_is_lost(workdir)
-        start, seconds, compile_seconds = 0, 0.0, 0.0
+        start, seconds, compile_seconds, means = 0, 0.0, 0.0, Means()
     else:
         state, meta = restored
+        means = Means(meta.get("since_line"))  # older ones have none
         start, seconds, compile_seconds = (
             meta[name] for name in ("step", "seconds", "compile_seconds")
         )
@@ -161,6 +176,7 @@ def _train(
         distributed.everyone(True)  # wait for the slowest: sums on CPUs do not wait for long
         say(f"the step is compiled ({compile_seconds:.1f} s in all)")
 
+    rate = parallel.put(np.float32(config.optim.lr), parallel.replicated(mesh))
     waiting = None  # the step whose metrics are still on the device
     skipping = False  # whether the last step logged was not finite
     clock = Clock(seconds)
@@ -184,8 +200,14 @@ def _train(
                 return
             (step, metrics), waiting = waiting, None
             metrics = jax.device_get(metrics)
+            means.add(metrics)
             if step % config.train.log_every == 0:
-                logged = metrics | speed.since(step, steps) | {"compile_seconds": compile_seconds}
+                logged = means.take() | {
+                    "epoch": round(step * config.data.batch_size / len(data), 6),
+                    "learning_rate": config.optim.lr,
+                    **speed.since(step, steps),
+                    "compile_seconds": compile_seconds,
+                }
                 for tracker in log:
                     tracker.write(step, logged)
             each = (clock.seconds() - seconds) / (step - start)
@@ -210,7 +232,8 @@ def _train(
             for tracker in log:
                 tracker.flush()  # or a crash would lose what the checkpoint is beyond
             times = {"seconds": clock.seconds(), "compile_seconds": compile_seconds}
-            by(state, {"config": config.to_dict(), **about_data, **times, **more})
+            kept = {"config": config.to_dict(), "since_line": means.sums}
+            by(state, {**kept, **about_data, **times, **more})
 
         def draw_grid(step):
             every, path = config.train.sample_every, workdir / "samples" / f"{step:07d}.png"
@@ -225,9 +248,7 @@ def _train(
             if evaluator is None:
                 return
             asked = config.evaluation.num_samples
-            stopped = f"stopped while step {step} was measured, saved; the same command goes on"
-            without = going_on_without(f"step {step} is not measured")
-            with clock.paused(), stop.leaving_at_once(stopped), without:
+            with clock.paused(), going_on_without(f"step {step} is not measured"):
                 found = evaluator.measure(drawer.samples(state.ema, asked))
                 name = next(name for name in BEST if name in found)
                 better = found[name] < folder.least(best, config, name)
@@ -238,38 +259,55 @@ def _train(
                 said = ", ".join(f"{name} {value:.4g}" for name, value in found.items())
                 say(f"step {step}: {said}{'; the best so far' if better else ''}")
 
+        def leave(step):
+            finish_waiting()
+            save()
+            checkpoints.close()
+            say(f"stopped at step {step}, saved; the same command goes on")
+
         def evaluation_due(step):
             every = config.evaluation.every
             return every and step and step % every == 0 and step not in measured
 
+        stop.wait_for_steps()
         # Save → next batch → step → log the step before: the host never waits on the device.
         for step in range(start, steps):
             stopping, measuring = stop.asked(step), evaluation_due(step)
             due = measuring or step % config.train.checkpoint_every == 0
-            if stopping or (due and step > start):
+            if stopping:
+                leave(step)
+                return False
+            if due and step > start:
                 finish_waiting()
                 # The parameters may be what breaks the steps: keep the checkpoints from before.
-                if stopping or not skipping:
+                if not skipping:
                     save()
-            if stopping:
-                checkpoints.close()
-                say(f"stopped at step {step}, saved; the same command goes on")
+            try:
+                with stop.raising():
+                    draw_grid(step)
+                    if measuring:
+                        evaluate(step)
+                    profile.before(step + 1, state)
+                    with clock.waiting():
+                        batch = next(batches)
+            except Stopped:
+                leave(step)
+                interrupts.end_in(READERS_SECONDS)
                 return False
-            draw_grid(step)
-            if measuring:
-                evaluate(step)
-            profile.before(step + 1, state)
-            with clock.waiting():
-                batch = next(batches)
-            state, metrics = train_step(state, batch, seed_key)
+            state, metrics = train_step(state, batch, seed_key, rate)
             finish_waiting()
             waiting = (step + 1, metrics)
         finish_waiting()
         save()
         seconds = clock.seconds()
-        draw_grid(steps)
-        if evaluation_due(steps):
-            evaluate(steps)
+        try:
+            with stop.raising():
+                draw_grid(steps)
+                if evaluation_due(steps):
+                    evaluate(steps)
+        except Stopped:
+            leave(steps)
+            return False
         skipped = int(state.skipped)
 
     stop.exit_at_once(steps)  # the state is saved: nothing below needs finishing
@@ -313,6 +351,7 @@ def main(argv: list[str]) -> None:
         "wandb": ("", "the project of Weights & Biases to log to"),
         "profile_steps": ("", "first and last step of a trace: 10:13"),
     }
+    stop = StopSignal()
     allocator.keep_freed_memory()
     config, flags = cli.parse_config(
         argv, usage, optional, workdir="where checkpoints and results go"
@@ -322,7 +361,7 @@ def main(argv: list[str]) -> None:
     distributed.start(*processes)
     accelerators.start()
     show = Shown(flags.tensorboard, flags.wandb, flags.profile_steps)
-    train(config, workdir, show)
+    train(config, workdir, show, stop)
 
 
 if __name__ == "__main__":

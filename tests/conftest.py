@@ -61,6 +61,7 @@ STEPS = {}  # training steps that the tests have compiled
 NOT_IN_THE_STEP = {
     "train": ("steps", "log_every", "sample_every", "checkpoint_every", "keep", "max_skipped"),
     "data": ("path", "split", "workers", "max_damaged"),
+    "optim": ("lr",),
 }
 
 

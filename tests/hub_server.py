@@ -5,6 +5,7 @@ import hashlib
 import http.server
 import pathlib
 import threading
+import time
 from collections.abc import Iterator
 
 
@@ -21,6 +22,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def answer(self, body):
         self.server.requests.append(f"{self.command} {self.path}")
+        if self.server.silent:
+            time.sleep(60)
         content = self.server.files.get(self.path)
         if content is None:
             repository = "/".join(self.path.split("/")[:3])
@@ -47,10 +50,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 @contextlib.contextmanager
 def serve(files: dict[str, bytes]) -> Iterator[http.server.ThreadingHTTPServer]:
-    """The server: its `endpoint`, the `requests` so far; `wrong_hash`, `hangs_up` may be set."""
+    """The server: `endpoint`, the `requests` so far; `wrong_hash`, `hangs_up`, `silent` may be set."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.files, server.requests = files, []
-    server.wrong_hash = server.hangs_up = False
+    server.wrong_hash = server.hangs_up = server.silent = False
+    server.daemon_threads = True
     server.endpoint = f"http://127.0.0.1:{server.server_port}"
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:

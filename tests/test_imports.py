@@ -40,6 +40,7 @@ LEVELS = {
     "evaluation": 8,
     "train": 6,
     "distributed": 3,
+    "interrupts": 4,
     "cli": 6,
     "costs": 7,
     "weights": 7,

@@ -76,6 +76,30 @@ def test_steps_stop_and_can_be_raised(copy):
     assert len(np.load(copy / "samples.npz")["arr_0"]) == 30
 
 
+def test_a_line_has_the_means_since_the_line_before_however_often_it_stopped(trained, tmp_path):
+    def run(name, *flags):
+        argv = [*SMOKE, "--config.train.sample_every=0", "--config.sample.num_samples=0", *flags]
+        train_here(*argv, f"--workdir={tmp_path / name}")
+        return {line["step"]: line for line in map(json.loads, lines_of(tmp_path / name))}
+
+    each = run("each", "--config.train.steps=7")
+    whole = run("whole", "--config.train.steps=7", "--config.train.log_every=3")
+    for steps in (1, 4, 5):
+        run("stopped", f"--config.train.steps={steps}", "--config.train.log_every=3")
+    stopped = run("stopped", "--config.train.steps=7", "--config.train.log_every=3")
+    names = [name for name in each[1] if "/" in name] + ["loss", "grad_norm"]
+    assert list(whole) == list(stopped) == [3, 6] and len(names) > 20
+    for step in (3, 6):
+        for name in [*names, "epoch", "learning_rate", "skipped"]:
+            assert whole[step][name] == stopped[step][name], name
+        for name in names:
+            seen = [each[n][name] for n in (step - 2, step - 1, step) if each[n][name] is not None]
+            assert whole[step][name] == pytest.approx(np.mean(seen), rel=1e-12)
+    config = json.loads((trained / "config.json").read_text())
+    assert each[7]["learning_rate"] == config["optim"]["lr"]
+    assert each[7]["epoch"] == pytest.approx(7 * config["data"]["batch_size"] / 1438, abs=1e-6)
+
+
 def test_a_run_from_before_a_field_existed_goes_on(copy):
     """Fields that came later take their defaults; the optimiser is part of what must fit."""
     for meta in copy.glob("checkpoints/*/meta/metadata"):
@@ -83,6 +107,7 @@ def test_a_run_from_before_a_field_existed_goes_on(copy):
         for field in ("version", "side_layers", "relative_bias"):
             del stored["config"]["model"][field]
         del stored["config"]["vae"], stored["config"]["optim"]["name"], stored["format"]
+        del stored["since_line"]
         del stored["sha256"]
         del stored["config"]["mesh"], stored["config"]["train"]["accumulate"]
         stored["config"]["train"]["remat"] = False

@@ -176,7 +176,7 @@ def trace(config: ConfigDict) -> None:
         "latents": draws.noise_full,
         "labels": jax.ShapeDtypeStruct((BATCH,), jnp.int32),
     }
-    after, _ = jax.eval_shape(step, state, batch, draws._replace(posterior=None))
+    after, _ = jax.eval_shape(step, state, batch, draws._replace(posterior=None), 1e-4)
     assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
 
     asked = requested(config, model, {})
@@ -208,7 +208,8 @@ def run(config: ConfigDict) -> None:
     images = np.random.default_rng(0).integers(0, 256, (BATCH, 4, 4, config.data.channels))
     labels = balanced_labels(BATCH, model.num_classes)
     batch = {"images": images.astype(np.uint8), "labels": labels}
-    state, metrics = step(state, parallel.put(batch, parallel.split_batch(mesh)), keys.key(1))
+    batch = parallel.put(batch, parallel.split_batch(mesh))
+    state, metrics = step(state, batch, keys.key(1), np.float32(config.optim.lr))
     assert np.isfinite(metrics["loss"]) and metrics["skipped"] == 0
     ((_, seen),) = requested(config, model, state.ema).batches()
     assert np.isfinite(seen[-1]).all()

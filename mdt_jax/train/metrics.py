@@ -1,8 +1,13 @@
-"""metrics.jsonl: one line a logged step, each step once, however often the run was stopped."""
+"""What is logged: means since the line before, and metrics.jsonl, which has each logged step once,
+however often the run was stopped.
+"""
 
 import json
 import math
 import os
+from collections.abc import Mapping, Sequence
+
+import numpy as np
 
 from mdt_jax.errors import UserError
 
@@ -25,6 +30,47 @@ def read_steps(path: str | os.PathLike) -> list[tuple[int, str]]:
             raise UserError(f"{path}, line {number} is no line of metrics; take it out") from None
         steps.append((step, text))
     return steps
+
+
+LATEST = ("skipped", "skipped_in_row")  # counts, of which the last one is logged
+
+
+class Means:
+    """The mean of each metric of the steps since the line before.
+
+    Steps that were skipped do not count, nor do values that are not finite, such as the mean over a
+    quarter of the timesteps that a batch has none of.
+    """
+
+    def __init__(self, sums: Mapping[str, Sequence[float]] | None = None):
+        """sums: those of the steps before a stop."""
+        self._sums = {name: list(each) for name, each in (sums or {}).items()}
+        self._latest: dict[str, float] = {}
+
+    @property
+    def sums(self) -> dict[str, list[float]]:
+        """(sum, count) of each metric, for a checkpoint: JSON keeps all bits of a number."""
+        return {name: list(each) for name, each in self._sums.items()}
+
+    def add(self, metrics: Mapping[str, np.ndarray]) -> None:
+        """The metrics of the next step: numbers as `train.step` gives them."""
+        values = {name: value.item() for name, value in metrics.items()}
+        self._latest = {name: values.pop(name) for name in LATEST}
+        applied = self._latest["skipped_in_row"] == 0
+        for name, value in values.items():
+            each = self._sums.setdefault(name, [0.0, 0])
+            if applied and math.isfinite(value):
+                each[0] += value
+                each[1] += 1
+
+    def take(self) -> dict[str, float]:
+        """The means, NaN where nothing counts, and the latest counts; then begin anew."""
+        means = {
+            name: total / count if count else math.nan
+            for name, (total, count) in self._sums.items()
+        }
+        self._sums = {}
+        return means | self._latest
 
 
 class MetricsLog:

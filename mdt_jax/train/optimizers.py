@@ -53,15 +53,17 @@ def scale_by_adan(
 
 
 def make_optimizer(optim: ConfigDict) -> optax.GradientTransformation:
-    """The optimiser of a config's `optim` fields, without weight decay, at a constant rate.
+    """The optimiser of a config's `optim` fields but `lr`, without weight decay, at a rate of 1.
+
+    The step multiplies its updates by the learning rate.
 
     adamw: betas (0.9, 0.999), eps 1e-8, as published for MDT. adan: betas (0.98, 0.92, 0.99), eps
     1e-8, as published for MDTv2. optim.clip_norm > 0 first clips the gradient's global norm.
     """
     if optim.name == "adan":
-        optimizer = optax.chain(scale_by_adan(), optax.scale(-optim.lr))
+        optimizer = optax.chain(scale_by_adan(), optax.scale(-1.0))
     else:
-        optimizer = optax.adamw(optim.lr, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0)
+        optimizer = optax.adamw(1.0, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0)
     # The same state with and without clipping, so that a run can go on with it switched.
     clip = optax.clip_by_global_norm(optim.clip_norm) if optim.clip_norm > 0 else optax.identity()
     return optax.chain(clip, optimizer)

@@ -22,8 +22,10 @@ class Clock:
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         began = time.perf_counter()
-        yield
-        self._began += time.perf_counter() - began
+        try:
+            yield
+        finally:
+            self._began += time.perf_counter() - began
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:

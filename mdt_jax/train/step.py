@@ -197,9 +197,10 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     ema_decay: float,
     accumulate: int = 1,
-) -> Callable[[TrainState, dict, Draws], tuple[TrainState, dict]]:
-    """The function (state, batch, draws) → (state, metrics), to be jitted by the caller.
+) -> Callable[[TrainState, dict, Draws, jax.Array], tuple[TrainState, dict]]:
+    """The function (state, batch, draws, learning rate) → (state, metrics), for the caller to jit.
 
+    optimizer: as of `make_optimizer`, at a rate of 1.
     accumulate: in how many parts the batch is taken, one after the other; gradients are added in
     float32 and the optimiser is called once, so that the step is that of the whole batch. A step
     whose loss or gradient norm is not finite leaves parameters, optimiser and EMA as they were and
@@ -220,7 +221,9 @@ def make_train_step(
         grads = jax.tree.map(lambda leaf: leaf / accumulate, total)
         return grads, {name: each.swapaxes(0, 1).reshape(-1) for name, each in values.items()}
 
-    def train_step(state: TrainState, batch: dict, draws: Draws) -> tuple[TrainState, dict]:
+    def train_step(
+        state: TrainState, batch: dict, draws: Draws, learning_rate: jax.Array
+    ) -> tuple[TrainState, dict]:
         grads, values = gradient(state.params, batch, draws)
         metrics = summary(model, objective, values, draws)
         metrics["grad_norm"] = optax.tree.norm(grads)
@@ -228,6 +231,7 @@ def make_train_step(
 
         def update(params, ema, opt_state):
             updates, opt_state = optimizer.update(grads, opt_state, params)
+            updates = jax.tree.map(lambda update: learning_rate * update, updates)
             params = optax.apply_updates(params, updates)
             ema = jax.tree.map(lambda e, p: ema_decay * e + (1 - ema_decay) * p, ema, params)
             return params, ema, opt_state
@@ -260,9 +264,10 @@ def trace_step(
     state: TrainState,
     mesh: Mesh,
 ) -> jax.stages.Traced:
-    """The step of a config, (state, batch, key) → (state, metrics).
+    """The step of a config, (state, batch, key, learning rate) → (state, metrics).
 
-    state: shapes with their shardings; it is donated. key: all of a run's draws come from it.
+    state: shapes with their shardings; it is donated. key: all of a run's draws come from it. The
+    learning rate is [] float32; optim.lr does not change the program.
     """
     objective, size = Objective.from_config(config), config.data.batch_size
     if mesh.shape["fsdp"] > 1:
@@ -271,20 +276,22 @@ def trace_step(
         model, objective, optimizer, config.optim.ema_decay, config.train.accumulate
     )
 
-    def step_with_draws(state, batch, key):
+    def step_with_draws(state, batch, key, learning_rate):
         draws = draw(key, state.step, model, size, objective.steps)
         latents = latents_of(batch, draws, config.vae.scale)
         draws = draws._replace(posterior=None)
-        return train_step(state, {"latents": latents, "labels": batch["labels"]}, draws)
+        batch = {"latents": latents, "labels": batch["labels"]}
+        return train_step(state, batch, draws, learning_rate)
 
     whole = parallel.replicated(mesh)
     batch = batch_shapes(config, model, parallel.split_batch(mesh))
     key = jax.eval_shape(keys.key, 0)
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole)
+    rate = jax.ShapeDtypeStruct((), jnp.float32, sharding=whole)
     lies = jax.tree.map(lambda leaf: leaf.sharding, state)
     jitted = jax.jit(step_with_draws, donate_argnums=0, out_shardings=(lies, whole))
     with of_products(config.train.precision):
-        return jitted.trace(state, batch, key)
+        return jitted.trace(state, batch, key, rate)
 
 
 def compile_step(

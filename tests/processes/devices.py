@@ -76,11 +76,12 @@ def run(name: str) -> dict[str, np.ndarray]:
         held = {shard.data.size for shard in kernel.addressable_shards}
         assert held == {kernel.size // fsdp}, held
     key = jax.device_put(jax.random.key(0), parallel.replicated(mesh))
+    rate = jax.device_put(np.float32(config.optim.lr), parallel.replicated(mesh))
     step = compile_step(config, model, optimizer, abstract, mesh)
     source, _ = inputs.open_data(config)
     batches, losses = inputs.feed(config, source, mesh, None, 0), []
     for _ in range(STEPS):
-        state, metrics = step(state, next(batches), key)
+        state, metrics = step(state, next(batches), key, rate)
         losses.append([metrics["loss"], metrics["grad_norm"], metrics["mse/masked/q2"]])
     batches.close()
     arrays = {f"before{path}": leaf for path, leaf in before.items()}

@@ -4,6 +4,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -116,6 +117,17 @@ def test_a_faulty_download_is_one_line_and_is_not_kept(fault, message, server, a
     setattr(server, fault, False)
     code, path = ask("hf://someone/model/weights.pt")
     assert code == 0 and pathlib.Path(path).read_bytes() == WEIGHTS
+
+
+def test_a_silent_hub_is_not_waited_for(server, ask):
+    code, path = ask("hf://someone/model/weights.pt")
+    server.silent = True
+    began, soon = time.monotonic(), {"HF_HUB_ETAG_TIMEOUT": "1"}
+    assert ask("hf://someone/model/weights.pt", **soon) == (0, path)
+    code, line = ask("hf://someone/model/other.pt", **soon)
+    assert code == 2 and "is not in the cache and the hub did not answer within 1 s" in line
+    assert time.monotonic() - began < 50
+    server.silent = False
 
 
 def test_no_network(no_network):

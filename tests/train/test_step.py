@@ -11,7 +11,7 @@ from mdt_jax.costs import inner_jaxprs
 from mdt_jax.models.mdt import MDT
 from mdt_jax.train.optimizers import make_optimizer
 from mdt_jax.train.state import abstract_state, init_state, state_from_params
-from mdt_jax.train.step import Draws, Objective, draw, make_train_step
+from mdt_jax.train.step import Draws, Objective, draw, make_train_step, trace_step
 from tests.conftest import FULL_COMPILE
 from tests.published import MODELS, VERSIONS, published_numbers, published_params, relative_error
 from tests.train.common import training_loss
@@ -68,16 +68,16 @@ gradient = jax.jit(jax.grad(plain_losses, has_aux=True))
 
 
 @functools.cache
-def small_step(**changes):
-    step = make_train_step(MODEL, Objective(), optimizer(**changes), 0.9)
-    return jax.jit(step)
+def small_step(lr, **changes):
+    step = jax.jit(make_train_step(MODEL, Objective(), optimizer(**changes), 0.9))
+    return lambda state, batch, draws: step(state, batch, draws, jnp.float32(lr))
 
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_five_steps_are_the_published_ones(version):
     golden, initial = published_numbers(version), published_params(f"{version}_state")
     recipe = {} if version == "v1" else dict(name="adan", clip_norm=1.0)
-    optimizer_ = optimizer(lr=float(golden["train_lr"]), **recipe)
+    optimizer_, rate = optimizer(**recipe), jnp.float32(golden["train_lr"])
     state = state_from_params(jax.tree.map(jnp.asarray, initial), optimizer_)
     decay = float(golden["train_ema_rate"])
     train_step = make_train_step(MODELS[version], OBJECTIVES[version], optimizer_, decay)
@@ -85,7 +85,7 @@ def test_five_steps_are_the_published_ones(version):
     mse = "mse" if version == "v1" else "weighted_mse"
     names = ("loss", f"{mse}/full", "vb/full", f"{mse}/masked", "vb/masked")
     for i in range(5):
-        state, metrics = step(state, *published_step(version, i))
+        state, metrics = step(state, *published_step(version, i), rate)
         got = np.array([metrics[name] for name in names])
         np.testing.assert_allclose(got, golden["train_losses"][i], rtol=2e-6)
     for got, name in ((state.params, "params_after"), (state.ema, "ema_after")):
@@ -190,6 +190,20 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted():
     assert (after.step, metrics["skipped"], metrics["skipped_in_row"]) == (4, 2, 0)
 
 
+def test_the_learning_rate_is_no_part_of_the_program():
+    def lowered(**optim):
+        config = configs.default()
+        config.model.update(hidden_size=16, depth=3, num_heads=2, decoder_layers=1)
+        config.data.batch_size = 4
+        config.optim.update(optim)
+        model, adamw = MDT.from_config(config), make_optimizer(config.optim)
+        mesh = parallel.make_mesh(devices=jax.devices()[:1])
+        state = abstract_state(model, adamw, mesh)
+        return trace_step(config, model, adamw, state, mesh).lower().as_text()
+
+    assert lowered(lr=1e-4) == lowered(lr=3e-3) != lowered(lr=1e-4, ema_decay=0.5)
+
+
 def equations(jaxpr):
     """How many there are, those of inner programs included."""
     return sum(1 + sum(map(equations, inner_jaxprs(each.params))) for each in jaxpr.eqns)
@@ -210,5 +224,5 @@ def test_the_steps_jaxpr_does_not_grow_with_depth(version, unroll):
             "latents": jax.ShapeDtypeStruct((8, 8, 8, 1), jnp.float32),
             "labels": jax.ShapeDtypeStruct((8,), jnp.int32),
         }
-        counts.append(equations(jax.make_jaxpr(step)(state, batch, draws).jaxpr))
+        counts.append(equations(jax.make_jaxpr(step)(state, batch, draws, 1e-4).jaxpr))
     assert counts[0] == counts[1] > 500

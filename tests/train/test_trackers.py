@@ -1,12 +1,15 @@
 """What shows a run while it goes; tests/processes/test_trackers.py has real runs."""
 
+import json
 import time
 
 import jax
+import numpy as np
 import pytest
 
 from mdt_jax import costs
 from mdt_jax.errors import UserError
+from mdt_jax.train.metrics import Means
 from mdt_jax.train.speed import Clock, Speed
 from mdt_jax.train.trackers import Profile, open_trackers
 
@@ -29,6 +32,20 @@ def test_speed_is_since_the_step_logged_before(monkeypatch):
     assert found["mfu"] == found["tflops_per_device"] == pytest.approx(each / 1000)
     now += 3
     assert speed.since(15, 24)["data_wait"] == 0
+
+
+def test_means_are_of_the_steps_that_changed_something():
+    nan, means = np.float32(np.nan), Means()
+    steps = (1, 4, 0, 0), (nan, 2, 1, 1), (9, 2, 2, 2), (2, nan, 2, 0)
+    for loss, quarter, skipped, in_row in steps:
+        values = {"loss": loss, "mse/q1": quarter, "skipped": skipped, "skipped_in_row": in_row}
+        means.add({name: np.asarray(value, np.float32) for name, value in values.items()})
+    again = Means(json.loads(json.dumps(means.sums)))
+    found = means.take()
+    assert found == {"loss": 1.5, "mse/q1": 4, "skipped": 2, "skipped_in_row": 0}
+    assert again.take() == {"loss": 1.5, "mse/q1": 4} and means.sums == {}
+    means.add({name: np.asarray(nan) for name in ("loss", "skipped", "skipped_in_row")})
+    assert np.isnan(means.take()["loss"])
 
 
 def test_peaks_are_found_by_the_names_that_devices_have():
