@@ -48,7 +48,7 @@ def ours(spec: dict) -> None:
         name: parallel.put(random.integers(0, 2, leaf.shape).astype(leaf.dtype), split)
         for name, leaf in batch_shapes(config, model, split).items()
     }
-    key = parallel.put(jax.random.key(0), parallel.replicated(mesh))
+    key = parallel.put(jax.random.key(1), parallel.replicated(mesh))
 
     def run():
         nonlocal state

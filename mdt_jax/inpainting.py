@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from mdt_jax import distributed, parallel
+from mdt_jax import distributed, keys, parallel
 from mdt_jax.diffusion.inpainting import inpaint_steps, resampling_walk
 from mdt_jax.errors import UserError
 from mdt_jax.models.mdt import MDT
@@ -162,7 +162,7 @@ def inpaint(
         raise UserError("no token is wholly known, so there is no masked pass; use mode repaint")
     pixels = model.in_channels in (1, 3) if pixels is None else pixels
 
-    mesh, params, key = asked.on_devices()
+    mesh, params, key = asked.on_devices(keys.Purpose.INPAINTING)
     whole = parallel.replicated(mesh)
     fixed = parallel.put((hidden[None, :, :, None], keep_ids), whole)
     doubled = bool(asked.options.guided_evaluations(asked.scales).any())

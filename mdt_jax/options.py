@@ -147,7 +147,7 @@ def balanced_labels(count: int, num_classes: int) -> np.ndarray:
 
 def random_labels(count: int, num_classes: int, seed: int) -> np.ndarray:
     """`count` labels, uniform at random; label n depends on the seed and n alone."""
-    random = np.random.default_rng([seed, num_classes])
+    random = np.random.default_rng([seed, num_classes, 2])  # a stream apart from the data's
     return random.integers(num_classes, size=count, dtype=np.int32)
 
 

@@ -219,11 +219,11 @@ class Request:
                     check_finite(array, lambda i, rows=rows: f"sample {self.numbers[rows[i]]}")
                 yield start, seen
 
-    def on_devices(self) -> tuple[Mesh, dict, jax.Array]:
-        """(mesh, parameters, key), as they lie on the devices."""
+    def on_devices(self, purpose=keys.Purpose.SAMPLES) -> tuple[Mesh, dict, jax.Array]:
+        """(mesh, parameters, the seed's key for a purpose), as they lie on the devices."""
         mesh = parallel.mesh_of(self.params)
         whole = parallel.replicated(mesh)
-        key = jax.jit(keys.key, out_shardings=whole)(self.seed)
+        key = jax.jit(functools.partial(keys.of, purpose=purpose), out_shardings=whole)(self.seed)
         return mesh, parallel.put(self.params, whole), key
 
     def traced_options(self) -> SampleOptions:
