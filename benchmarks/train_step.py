@@ -49,7 +49,7 @@ def ours(spec: dict) -> None:
         for name, leaf in batch_shapes(config, model, split).items()
     }
     key, rate = parallel.put(
-        (jax.random.key(0), np.float32(config.optim.lr)), parallel.replicated(mesh)
+        (jax.random.key(1), np.float32(config.optim.lr)), parallel.replicated(mesh)
     )
 
     def run():

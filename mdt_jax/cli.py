@@ -138,6 +138,14 @@ def scales(text: str) -> list[float]:
         raise argparse.ArgumentTypeError(f"{text!r} is no number, nor several as 1,2,4") from None
 
 
+def yes_or_no(text: str) -> bool:
+    """true or false."""
+    known = {"true": True, "false": False}
+    if text.lower() not in known:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return known[text.lower()]
+
+
 def check_positive(args: argparse.Namespace, *names: str) -> None:
     """Raise UserError for flags that were given and are not positive and finite."""
     for name in names:
@@ -179,6 +187,15 @@ def add_sampling_flags(parser: Parser) -> None:
     add("--guidance_low", type=float, help="guidance acts from this share of the timesteps …")
     add("--guidance_high", type=float, help="… to this one; 0 is the clean end")
     add("--guidance_skip_tolerance", type=float, help="weights so near to 1 are taken as 1")
+    add(
+        "--clip_denoised",
+        nargs="?",
+        const=True,
+        type=yes_or_no,
+        metavar="true|false",
+        help="the predicted clean sample is clipped to [-1, 1] at each step (default: the run's "
+        "own; true for pixels and false for latents where it does not say)",
+    )
 
 
 def parse_config(

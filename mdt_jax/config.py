@@ -2,7 +2,7 @@
 
 import math
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
 
 from mdt_jax import files
 from mdt_jax.data import sources
@@ -113,6 +113,7 @@ def default() -> ConfigDict:
                 guidance_low=0.0,  # shares of the steps between which guidance acts
                 guidance_high=1.0,
                 guidance_skip_tolerance=0.0,  # weights so near to 1 are taken as 1
+                clip_denoised=config_dict.placeholder(bool),  # x̂₀ to ±1; None: where it is pixels
                 num_samples=0,  # made and measured at the end of training; 0: none
                 batch_size=100,
             ),
@@ -185,7 +186,8 @@ def _check_fields(config: ConfigDict) -> None:
             given = config[group].get(name)
             wanted = (int, float) if isinstance(value, float) else (type(value),)
             right = isinstance(given, wanted) and isinstance(given, bool) == isinstance(value, bool)
-            kind = type(value).__name__
+            right = right or (value is None and isinstance(given, bool))  # a placeholder(bool)
+            kind = "bool" if value is None else type(value).__name__
             _require(right, f"{group}.{name} is {given!r}; it must be of type {kind}")
     unknown = set(config) - set(default())
     _require(not unknown, f"unknown group of config fields {min(unknown, default='')}")

@@ -36,21 +36,31 @@ def load(
     """(weights, options, guidance scale of each sample in turn, or None where all have the same).
 
     given: fields of SampleOptions that override the checkpoint's own; None does not. Its
-    guidance_scale is a list. Raises UserError.
+    guidance_scale is a list, and its vae where the VAE lies, if that is said. Raises UserError.
     """
     weights = load_weights(checkpoint, decoder_layers=decoder_layers)
     if dtype is not None:
         weights = weights._replace(model=weights.model.clone(dtype=jnp.dtype(dtype)))
-    fields = [field.name for field in dataclasses.fields(SampleOptions)]
+    vae, fields = given.get("vae"), [field.name for field in dataclasses.fields(SampleOptions)]
     given = {name: given[name] for name in fields if given.get(name) is not None}
     scales = given.pop("guidance_scale", [])
     if len(scales) == 1:
         given["guidance_scale"] = scales[0]
-    config = weights.config
-    options = SampleOptions.from_config(config) if config is not None else SampleOptions()
-    options = dataclasses.replace(options, **given)
+    options = dataclasses.replace(options_of(weights, vae), **given)
     options.check(weights.model.num_classes)
     return weights, options, scales if len(scales) > 1 else None
+
+
+def options_of(weights: Weights[MDT], vae: str | None = None) -> SampleOptions:
+    """How a run draws; of a file the published way. vae: where the VAE lies, if that is said."""
+    config = weights.config
+    options = SampleOptions.from_config(config) if config is not None else SampleOptions()
+    return options.clipping_for(draws_pixels(weights.model, vae))
+
+
+def draws_pixels(model: MDT, vae: str | None) -> bool:
+    """Whether samples are pixels, as far as the model and where its VAE lies tell."""
+    return vae == PIXELS or (vae is None and model.in_channels in (1, 3))
 
 
 class Vae(NamedTuple):
@@ -113,7 +123,7 @@ def find_vae(
     path = path or (config.vae.path if config is not None else None)
     if path == PIXELS and model.in_channels not in (1, 3):
         raise UserError(f"--vae={PIXELS}, but {model.in_channels} channels are no picture's")
-    if path == PIXELS or (path is None and model.in_channels in (1, 3)):
+    if draws_pixels(model, path):
         if vae_scale is not None:
             raise UserError(f"--vae_scale is for latents; {checkpoint} draws pixels")
         return None

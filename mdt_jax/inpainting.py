@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from mdt_jax import distributed, parallel
+from mdt_jax import distributed, keys, parallel
 from mdt_jax.diffusion.inpainting import inpaint_steps, resampling_walk
 from mdt_jax.errors import UserError
 from mdt_jax.models.mdt import MDT
@@ -16,8 +16,8 @@ from mdt_jax.progress import progress_bar
 from mdt_jax.sampling import draw, in_pieces, network_of, pieces, request, stretches
 
 MODES = ("repaint", "side_interpolater")
-# What the predicted clean sample is clipped to in masked passes; scaled latents have a deviation of
-# about 1. MDT v1 cannot predict the noise of what it does not see.
+# What x̂_0 is clipped to in masked passes, even where `clip_denoised` is off; scaled latents have a
+# deviation of about 1. MDT v1 cannot predict the noise of what it does not see.
 PIXEL_LIMIT, LATENT_LIMIT = 1.0, 4.0
 _first_noise = jax.jit(draw, static_argnums=0)
 
@@ -93,10 +93,12 @@ def _run(
     for masked, count in piece:
         ids = keep_ids if masked else None
         network = network_of(model, params, labels, options, scales, doubled, ids)
+        sampler = options.make_sampler()
+        if masked and sampler.limit is None:
+            sampler = dataclasses.replace(sampler, limit=limit)
         x = inpaint_steps(
-            network, options.make_sampler(), options.schedule(), walk, x, known, hidden, noise_at,
-            start, count, limit if masked else None,
-        )  # fmt: skip
+            network, sampler, options.schedule(), walk, x, known, hidden, noise_at, start, count
+        )
         start = start + count
     return x, start
 
@@ -144,6 +146,8 @@ def inpaint(
     Returns [N, H, W, C] float32; what is known is as it was. Raises UserError.
     """
     how = how or InpaintOptions()
+    pixels = model.in_channels in (1, 3) if pixels is None else pixels
+    options = (options or SampleOptions()).clipping_for(pixels)
     asked = request(
         model, params, labels, seed=seed, batch_size=batch_size, options=options, **changes
     )
@@ -160,9 +164,8 @@ def inpaint(
     keep_ids = known_tokens(hidden, model.patch_size)
     if any(how.masked(asked.options.num_steps)) and not len(keep_ids):
         raise UserError("no token is wholly known, so there is no masked pass; use mode repaint")
-    pixels = model.in_channels in (1, 3) if pixels is None else pixels
 
-    mesh, params, key = asked.on_devices()
+    mesh, params, key = asked.on_devices(keys.Purpose.INPAINTING)
     whole = parallel.replicated(mesh)
     fixed = parallel.put((hidden[None, :, :, None], keep_ids), whole)
     doubled = bool(asked.options.guided_evaluations(asked.scales).any())

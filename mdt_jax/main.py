@@ -117,8 +117,9 @@ def _train(
     parameters = sum(leaf.size for leaf in jax.tree.leaves(abstract.params))
 
     # Start, from other weights if asked, or go on from the newest sound checkpoint.
-    make_keys = jax.jit(lambda: jax.random.split(keys.key(config.train.seed)),
-                        out_shardings=parallel.replicated(mesh))  # fmt: skip
+    purposes, whole = (keys.Purpose.TRAINING, keys.Purpose.INIT), parallel.replicated(mesh)
+    make_keys = jax.jit(lambda: [keys.of(config.train.seed, purpose) for purpose in purposes],
+                        out_shardings=whole)  # fmt: skip
     seed_key, init_key = make_keys()
     folder.agree_on_start(workdir, about_data)
     taken = take_weights(config, model, init_key) if not steps_in(workdir) else None

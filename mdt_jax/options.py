@@ -23,6 +23,8 @@ class SampleOptions:
     eta: DDIM's, in [0, 1]. guidance_low, guidance_high: shares of the diffusion's steps between
     which guidance acts; beyond them the conditional prediction is taken. guidance_skip_tolerance:
     it is also taken, at half the cost, where the weight differs from 1 by less than this.
+    clip_denoised: the predicted clean sample is clipped to [-1, 1] at each step; None: as
+    `clipping_for` says.
     precision: of float32 matmuls on accelerators, those of a VAE too: highest, high or default.
     """
 
@@ -37,6 +39,7 @@ class SampleOptions:
     guidance_low: float = 0.0
     guidance_high: float = 1.0
     guidance_skip_tolerance: float = 0.0
+    clip_denoised: bool | None = None
     diffusion_steps: int = 1000
     precision: str = HIGHEST
 
@@ -45,7 +48,14 @@ class SampleOptions:
         """From a config's `sample` and `diffusion` fields, and its precision."""
         others = {"diffusion_steps": config.diffusion.steps, "precision": config.train.precision}
         names = {field.name for field in dataclasses.fields(cls)} - set(others)
-        return cls(**{name: config.sample[name] for name in names}, **others)
+        options = cls(**{name: config.sample[name] for name in names}, **others)
+        return options.clipping_for(config.vae.path == "identity")
+
+    def clipping_for(self, pixels: bool) -> "SampleOptions":
+        """With `clip_denoised` decided where it is None: on for pixels, off for latents."""
+        if self.clip_denoised is not None:
+            return self
+        return dataclasses.replace(self, clip_denoised=pixels)
 
     def check(self, num_classes: int) -> None:
         """Raise UserError, naming the option, for what cannot be sampled."""
@@ -110,7 +120,8 @@ class SampleOptions:
         return sch.respace(schedule, sch.SPACINGS[self.spacing](self.num_steps, schedule))
 
     def make_sampler(self) -> Sampler:
-        return SAMPLERS[self.sampler](self.eta)
+        limit = 1.0 if self.clip_denoised else None
+        return dataclasses.replace(SAMPLERS[self.sampler](self.eta), limit=limit)
 
     def weight(self, t: jax.Array, scale) -> jax.Array:
         """Guidance's weight at t [B], for a scale or one of each sample [B]."""
@@ -137,7 +148,7 @@ class SampleOptions:
 
 
 def _name_of(kind: str | type) -> str:
-    return kind if isinstance(kind, str) else kind.__name__
+    return kind.__name__ if isinstance(kind, type) else str(kind)
 
 
 def balanced_labels(count: int, num_classes: int) -> np.ndarray:
@@ -147,7 +158,7 @@ def balanced_labels(count: int, num_classes: int) -> np.ndarray:
 
 def random_labels(count: int, num_classes: int, seed: int) -> np.ndarray:
     """`count` labels, uniform at random; label n depends on the seed and n alone."""
-    random = np.random.default_rng([seed, num_classes])
+    random = np.random.default_rng([seed, num_classes, 2])  # a stream apart from the data's
     return random.integers(num_classes, size=count, dtype=np.int32)
 
 

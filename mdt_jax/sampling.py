@@ -219,11 +219,11 @@ class Request:
                     check_finite(array, lambda i, rows=rows: f"sample {self.numbers[rows[i]]}")
                 yield start, seen
 
-    def on_devices(self) -> tuple[Mesh, dict, jax.Array]:
-        """(mesh, parameters, key), as they lie on the devices."""
+    def on_devices(self, purpose=keys.Purpose.SAMPLES) -> tuple[Mesh, dict, jax.Array]:
+        """(mesh, parameters, the seed's key for a purpose), as they lie on the devices."""
         mesh = parallel.mesh_of(self.params)
         whole = parallel.replicated(mesh)
-        key = jax.jit(keys.key, out_shardings=whole)(self.seed)
+        key = jax.jit(functools.partial(keys.of, purpose=purpose), out_shardings=whole)(self.seed)
         return mesh, parallel.put(self.params, whole), key
 
     def traced_options(self) -> SampleOptions:
@@ -274,6 +274,7 @@ def request(
         changes["guidance_scale"] = guidance_scale
     try:
         options = dataclasses.replace(options or SampleOptions(), **changes)
+        options = options.clipping_for(model.in_channels in (1, 3))
     except TypeError as error:
         raise UserError(f"generate: {error}") from None
     if scales is not None:
@@ -331,7 +332,8 @@ def generate(
     seed: sample n depends on (seed, n, its label and guidance scale) alone, not on batch_size or
     the devices. numbers: another n for each sample, to draw some of many, or with equal noise.
     options, changes: a SampleOptions, and fields of it by name, such as num_steps=250 or
-    sampler="ddim". guidance_scale may also be N numbers, one for each sample.
+    sampler="ddim". guidance_scale may also be N numbers, one for each sample. clip_denoised is on
+    by default where the model has 1 or 3 channels, which are taken for pixels, unless options say.
     Returns [N, H, W, C] float32, what the model was trained on: pixels in about [−1, 1], not
     clipped (`mdt_jax.to_uint8` makes images of them). `model.clone(dtype=jnp.bfloat16)` computes in
     bfloat16. Raises UserError for options and labels that make no sense, and for samples that

@@ -19,7 +19,7 @@ from mdt_jax.models.mdt import MDT, init_params
 from mdt_jax.options import SampleOptions
 from tests.conftest import ROOT, exits_with_one_line, run_here
 from tests.small_data import VAE, write_vae
-from tests.test_sampling import with_a_broken_class
+from tests.test_sampling import load_lively, with_a_broken_class
 
 DIGITS = str(ROOT / "tests" / "digits.safetensors")
 OPTIONS = dict(num_steps=50, guidance_scale=2.0, seed=0)
@@ -37,6 +37,11 @@ HOWS = {
 @pytest.fixture(scope="module")
 def digits():
     return mdt_jax.load(DIGITS)
+
+
+@pytest.fixture(scope="module")
+def lively(trained):
+    return load_lively(trained)
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +114,14 @@ def test_early_steps_take_the_masked_pass(digits, pictures):
     jax.effects_barrier()
     walk = [999, 749, 999, 749, 500, 250, 500, 250, 0]
     assert [(t, 0) for t in walk] == PASSES
+
+
+@pytest.mark.parametrize("mode", HOWS)
+def test_predictions_of_pixels_are_clipped_in_all_passes(lively, mode):
+    given = np.zeros((2, 8, 8, 1)), HALVES["right"], [1, 2]
+    how = dict(how=HOWS[mode], num_steps=12, guidance_scale=2.0)
+    assert np.abs(fill(*lively, *given, **how)).max() == 1
+    assert np.abs(fill(*lively, *given, clip_denoised=False, **how)).max() > 1.2
 
 
 def test_v2_and_models_without_classes():

@@ -52,6 +52,15 @@ def test_the_npz_is_what_adm_reads(tmp_path):
     )
 
 
+def test_clipping_is_in_the_note_and_a_flag(tmp_path):
+    ways = {"": True, "--clip_denoised": True, "--clip_denoised=false": False}
+    for number, (flag, clipped) in enumerate(ways.items()):
+        out = tmp_path / f"{number}.npz"
+        draw("--num_samples=2", *filter(None, [flag]), f"--out={out}")
+        with np.load(out) as saved:
+            assert json.loads(str(saved["note"]))["clip_denoised"] is clipped
+
+
 def test_a_folder_of_pngs(tmp_path):
     npz, folder = tmp_path / "samples.npz", tmp_path / "pictures"
     flags = ["--num_samples=12", "--batch_size=5", "--labels=4,2,2"]

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 import mdt_jax
+from mdt_jax import config as configs
 from mdt_jax import sampling
 from mdt_jax.errors import NotFiniteError, UserError
 from mdt_jax.models.mdt import MDT, init_params
@@ -180,6 +181,7 @@ def test_unconditional_model():
         ([1], dict(batch_size=0), "batch_size"),
         ([1], dict(scale=2.0), "scale"),
         ([1], dict(num_steps=2.5), "num_steps is 2.5; it must be of type int"),
+        ([1], dict(clip_denoised="no"), "clip_denoised is 'no'; it must be of type bool | None"),
         ([1], dict(guidance_channels="all"), "guidance_channels is 'all'"),
         ([1], dict(seed=2**64), "seed is"),
         ([2**40], {}, "is outside the classes"),
@@ -215,6 +217,45 @@ def test_the_first_sample_that_is_not_finite_is_named(lively):
         mdt_jax.interpolate_noise(model, broken, [0, 7], frames=2, **how)
     with pytest.raises(NotFiniteError, match="sample 1 holds"):
         mdt_jax.interpolate_classes(model, broken, [0, 1, 7], frames=2, **how)
+
+
+def test_predictions_of_pixels_are_clipped(lively):
+    """By default: at each moment of the way, between samples, and on request not."""
+    how = {**OPTIONS, "num_steps": 3}
+    drawn = [
+        mdt_jax.trajectory(*lively, [1, 2], frames=3, **how),
+        mdt_jax.interpolate_noise(*lively, [1, 2], frames=2, **how),
+        mdt_jax.interpolate_classes(*lively, [1, 2], frames=2, **how),
+        mdt_jax.generate(*lively, [1, 2], sampler="heun", **how),
+    ]
+    for samples in drawn:
+        assert np.abs(samples).max() == pytest.approx(1, abs=1e-5)
+    for changes in (dict(sampler="heun"), {}):
+        free = mdt_jax.generate(*lively, [1, 2], clip_denoised=False, **how, **changes)
+        assert np.abs(free).max() > 1.2
+
+
+def test_what_is_clipped_by_default():
+    """Pixels, which the run's VAE tells, or of a model alone the number of channels."""
+    config, shape = configs.default(), dict(input_size=(4, 4), hidden_size=16, depth=2, num_heads=2)
+    assert SampleOptions.from_config(config).clip_denoised is True
+    config.vae.path = "vae"
+    assert SampleOptions.from_config(config).clip_denoised is False
+    config.sample.clip_denoised = True
+    assert SampleOptions.from_config(config).clip_denoised is True
+    how = dict(labels=[0], num_steps=2, guidance_scale=1.0)
+    for channels, clipped in ((1, True), (3, True), (4, False)):
+        model = MDT(in_channels=channels, **shape)
+        assert sampling.request(model, {}, **how).options.clip_denoised is clipped
+        other = sampling.request(model, {}, clip_denoised=not clipped, **how)
+        assert other.options.clip_denoised is not clipped
+
+
+def test_an_infinity_is_not_clipped_away(lively):
+    model, params = lively
+    final = jax.tree.map(lambda a: jnp.full_like(a, jnp.inf), params["final_layer"])
+    with pytest.raises(NotFiniteError, match="sample 0 holds"):
+        mdt_jax.generate(model, {**params, "final_layer": final}, [0, 1], num_steps=2)
 
 
 def test_no_labels_no_samples(trained):

@@ -42,14 +42,12 @@ def inpaint_steps(
     noise: Callable[[jax.Array], jax.Array],
     start: int | jax.Array,
     count: int,
-    limit: float | None = None,
 ) -> jax.Array:
     """`count` evaluations of a walk, from number `start` on (may be traced), in one loop.
 
     network: as in `samplers.sample`. sampler: one that remembers nothing. walk: as
     `resampling_walk` gives it. x: [B, H, W, C], the noisy sample; known: the same, clean; hidden:
     [B, H, W, 1] bool. noise: number of a draw, a scalar → [B, H, W, C]; an evaluation takes three.
-    limit: the predicted clean sample is clipped to ±limit.
     """
     steps, timesteps = jnp.asarray(walk), visited(schedule, walk[:-1])
     # ᾱ of step i is at [i + 1], that of the clean end at [0].
@@ -60,8 +58,6 @@ def inpaint_steps(
         i, after = (jnp.full(x.shape[:1], step) for step in (steps[k], steps[k + 1]))
         x = jnp.where(hidden, x, sch.q_sample(schedule, known, i, noise(3 * k)))
         out = network(x, jnp.full(x.shape[:1], timesteps[k]))
-        if limit is not None:
-            out = _clipped(schedule, x, i, out, limit)
         evaluation = schedule.num_steps - 1 - steps[k]
         x = sampler.step(schedule, sampler.start(x), out, evaluation, noise(3 * k + 1)).x
         # From step i − 1 back up to where the walk goes on: q(x_t | x_s), t ≥ s.
@@ -69,12 +65,3 @@ def inpaint_steps(
         return jnp.sqrt(left) * x + jnp.sqrt(jnp.maximum(1 - left, 0)) * noise(3 * k + 2)
 
     return jax.lax.fori_loop(0, count, body, x)
-
-
-def _clipped(schedule: sch.Schedule, x, i, out, limit: float):
-    """The network's output with the noise that a clean sample within ±limit leaves."""
-    eps, v = jnp.split(out, 2, axis=-1)
-    x0 = jnp.clip(sch.predict_x0(schedule, x, i, eps), -limit, limit)
-    abar = schedule.alphas_cumprod
-    eps = (x - sch.extract(np.sqrt(abar), i) * x0) / sch.extract(np.sqrt(1 - abar), i)
-    return jnp.concatenate([eps, v], axis=-1)

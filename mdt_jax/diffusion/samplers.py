@@ -26,8 +26,12 @@ class State(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Sampler:
-    """One evaluation of the network for each step of the schedule, nothing remembered."""
+    """One evaluation of the network for each step of the schedule, nothing remembered.
 
+    limit: each x̂_0 is clipped to ±limit, and ε is what that leaves. None: nothing is clipped.
+    """
+
+    limit: float | None = dataclasses.field(default=None, kw_only=True)
     remembers = False  # whether a step depends on those before
 
     def indices(self, num_steps: int) -> np.ndarray:
@@ -45,6 +49,17 @@ class Sampler:
         """
         raise NotImplementedError
 
+    def predict(self, schedule: sch.Schedule, x, i, out) -> tuple[jax.Array, jax.Array]:
+        """(x̂_0, ε) of the network's output [B, H, W, 2C] at steps i [B]."""
+        eps = jnp.split(out, 2, axis=-1)[0]
+        x0 = sch.predict_x0(schedule, x, i, eps)
+        if self.limit is None:
+            return x0, eps
+        # An infinity stays one, so that it is noticed at the end.
+        clipped = jnp.where(jnp.isfinite(x0), jnp.clip(x0, -self.limit, self.limit), x0)
+        # Where nothing was clipped ε is not computed anew, which would round it.
+        return clipped, jnp.where(clipped == x0, eps, sch.predict_eps(schedule, x, i, clipped))
+
 
 @dataclasses.dataclass(frozen=True)
 class DDPM(Sampler):
@@ -55,8 +70,8 @@ class DDPM(Sampler):
 
     def step(self, schedule: sch.Schedule, state: State, out, k, noise) -> State:
         x, i = state.x, _index(schedule, state, k)
-        eps, v = jnp.split(out, 2, axis=-1)
-        x0 = sch.predict_x0(schedule, x, i, eps)
+        x0, _ = self.predict(schedule, x, i, out)
+        v = jnp.split(out, 2, axis=-1)[1]
         mean = sch.posterior_mean(schedule, x0, x, i)
         std = jnp.exp(0.5 * sch.learned_log_variance(schedule, v, i))
         return State(mean + jnp.where(i > 0, 1.0, 0.0)[:, None, None, None] * std * noise, x0)
@@ -74,8 +89,7 @@ class DDIM(Sampler):
 
     def step(self, schedule: sch.Schedule, state: State, out, k, noise) -> State:
         i = _index(schedule, state, k)
-        eps = jnp.split(out, 2, axis=-1)[0]
-        x0 = sch.predict_x0(schedule, state.x, i, eps)
+        x0, eps = self.predict(schedule, state.x, i, out)
         previous = schedule.alphas_cumprod_prev
         variance = self.eta**2 * schedule.posterior_variance
         x = sch.extract(np.sqrt(previous), i) * x0
@@ -101,7 +115,7 @@ class DPMSolver(Sampler):
 
     def step(self, schedule: sch.Schedule, state: State, out, k, noise) -> State:
         x, i = state.x, _index(schedule, state, k)
-        x0 = sch.predict_x0(schedule, x, i, jnp.split(out, 2, axis=-1)[0])
+        x0, _ = self.predict(schedule, x, i, out)
         keep, take, back, add = (sch.extract(table, i) for table in self._tables(schedule))
         x = keep * x + take * (x0 + back * (x0 - state.x0))
         return State(x + add * noise if self.sde else x, x0)
@@ -143,8 +157,7 @@ class Heun(Sampler):
         del noise
         corrects = k % 2 == 1  # the evaluations in between, at the end of the step
         at = jnp.asarray(self.indices(schedule.num_steps))[k]
-        eps = jnp.split(out, 2, axis=-1)[0]
-        x0 = sch.predict_x0(schedule, state.x, jnp.full(out.shape[:1], at), eps)
+        x0, eps = self.predict(schedule, state.x, jnp.full(out.shape[:1], at), out)
         begin, eps_begin = (
             jnp.where(corrects, old, new)
             for old, new in zip(state.memory, (state.x, eps), strict=True)

@@ -155,6 +155,12 @@ def predict_x0(schedule: Schedule, x: jax.Array, t: jax.Array, eps: jax.Array) -
     return extract(np.sqrt(inverse), t) * x - extract(np.sqrt(inverse - 1), t) * eps
 
 
+def predict_eps(schedule: Schedule, x: jax.Array, t: jax.Array, x0: jax.Array) -> jax.Array:
+    """ε = (x_t − √ᾱ_t · x_0)/√(1 − ᾱ_t), the noise that a clean sample leaves."""
+    abar = schedule.alphas_cumprod
+    return (x - extract(np.sqrt(abar), t) * x0) / extract(np.sqrt(1 - abar), t)
+
+
 def posterior_mean(schedule: Schedule, x0: jax.Array, x: jax.Array, t: jax.Array) -> jax.Array:
     """Mean of q(x_{t−1} | x_t, x_0)."""
     return extract(schedule.posterior_mean_x0, t) * x0 + extract(schedule.posterior_mean_xt, t) * x

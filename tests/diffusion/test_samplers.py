@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import jax
@@ -189,3 +190,71 @@ def test_pieces_are_the_whole():
     state = part(part(sampler.start(z), 0, 4), 4, 7)
     whole = sample(of_a_gaussian, sampler, schedule, sampler.start(z), noise)
     np.testing.assert_allclose(state.x, whole.x, atol=1e-6)
+
+
+def clipping(name, eta=0.0, limit=1.0):
+    return dataclasses.replace(SAMPLERS[name](eta), limit=limit)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_clipping_keeps_each_prediction_within_the_limit(name):
+    """Of data far outside, of guided networks too, which are clipped after they are guided."""
+    z = jnp.linspace(-3, 3, 64).reshape(1, 8, 8, 1)
+    schedule = sch.respace(FULL, sch.SPACINGS["log_snr"](6, FULL))
+
+    def network(x, t, y):  # x̂_0 = 2·x/√ᾱ for class 0, and less for the null label
+        a = 1 / (1 + jnp.exp(-2 * jnp.interp(t, schedule.timesteps, schedule.half_log_snr)))
+        a, factor = a[:, None, None, None], jnp.where(y == 0, 2.0, 0.1)[:, None, None, None]
+        eps = (1 - factor) * x / jnp.sqrt(1 - a)
+        return jnp.concatenate([eps, jnp.zeros_like(eps)], axis=-1)
+
+    guided = guide(network, jnp.zeros(1, jnp.int32), 1, lambda t: power_cosine(t, 3.0, 1.0))
+
+    def draw(k):
+        return jax.random.normal(jax.random.fold_in(jax.random.key(1), k), z.shape)
+
+    def predictions(sampler):
+        state, seen = sampler.start(z), []
+        one = jax.jit(lambda state, k: sample(guided, sampler, schedule, state, draw, k, 1))
+        for k in range(len(sampler.indices(6))):
+            state = one(state, k)
+            seen.append(np.asarray(state.x0))
+        return np.stack(seen), np.asarray(state.x)
+
+    free, _ = predictions(SAMPLERS[name](0.0))
+    clipped, last = predictions(clipping(name))
+    assert (np.abs(free).reshape(len(free), -1).max(1) > 1.5).all()
+    assert (np.abs(clipped).reshape(len(free), -1).max(1) == 1).all()
+    np.testing.assert_allclose(last, clipped[-1], atol=1e-6)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_limit_that_is_never_reached_changes_nothing(name):
+    z = jnp.linspace(-3, 3, 64).reshape(1, 8, 8, 1)
+    free, clipped = (run(clipping(name, limit=limit), 20, z) for limit in (None, 50.0))
+    np.testing.assert_allclose(free, clipped, atol=1e-5)
+
+
+@pytest.mark.parametrize("name, eta", [("ddpm", 0.0), ("ddim", 0.0), ("ddim", 1.0)])
+def test_one_clipped_step_is_the_published_one(name, eta):
+    """`clip_denoised` of the published code in float64 NumPy: x̂_0 first, then ε, if any, of it."""
+    schedule = sch.respace(FULL, sch.spaced_timesteps(10, 1000))
+    random = np.random.RandomState(0)
+    x, eps, v, noise = random.normal(size=(4, 1, 4, 4, 2))
+    out = np.concatenate([eps, v], axis=-1).astype(np.float32)
+    sampler, i = clipping(name, eta), 6
+    state = sampler.start(jnp.asarray(x, jnp.float32))
+    got = sampler.step(schedule, state, jnp.asarray(out), 9 - i, jnp.asarray(noise, jnp.float32)).x
+    a, b = schedule.alphas_cumprod[i], schedule.alphas_cumprod[i - 1]
+    x0 = np.clip((x - np.sqrt(1 - a) * eps) / np.sqrt(a), -1, 1)
+    assert (np.abs(x0) == 1).any() and (np.abs(x0) < 1).any()
+    beta = 1 - a / b
+    if name == "ddpm":
+        mean = np.sqrt(b) * beta / (1 - a) * x0 + np.sqrt(1 - beta) * (1 - b) / (1 - a) * x
+        low, high = np.log(beta * (1 - b) / (1 - a)), np.log(beta)
+        expected = mean + np.exp((low + (v + 1) / 2 * (high - low)) / 2) * noise
+    else:
+        eps = (x / np.sqrt(a) - x0) / np.sqrt(1 / a - 1)
+        s = eta * np.sqrt((1 - b) / (1 - a) * beta)
+        expected = np.sqrt(b) * x0 + np.sqrt(1 - b - s**2) * eps + s * noise
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
