@@ -21,7 +21,13 @@ from mdt_jax.errors import NotFiniteError, UserError
 from mdt_jax.files import beside, reason
 from mdt_jax.models.autoencoder import AutoencoderKL
 from mdt_jax.models.mdt import MDT
-from mdt_jax.options import SampleOptions, balanced_labels, check_labels, random_labels
+from mdt_jax.options import (
+    SampleOptions,
+    balanced_labels,
+    check_labels,
+    defaults,
+    random_labels,
+)
 from mdt_jax.sampling import Request, request
 from mdt_jax.vae import VAE_SCALE, at_once, decode, sha256
 from mdt_jax.weights import Weights, describe, load_vae, load_weights
@@ -47,7 +53,9 @@ def load(
     if len(scales) == 1:
         given["guidance_scale"] = scales[0]
     config = weights.config
-    options = SampleOptions.from_config(config) if config is not None else SampleOptions()
+    options = defaults(weights.model.num_classes)
+    if config is not None:
+        options = SampleOptions.from_config(config)
     options = dataclasses.replace(options, **given)
     options.check(weights.model.num_classes)
     return weights, options, scales if len(scales) > 1 else None

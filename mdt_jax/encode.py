@@ -116,6 +116,7 @@ def make(config: ConfigDict, out: pathlib.Path, shard_images: int, part: tuple[i
     name = f"{config.data.name} {config.data.path}"
     left_out = inputs.say_found(name, images)
     inputs.check_classes(name, len(images.classes), config.model.num_classes, left_out)
+    inputs.settle(config, len(images.classes))
     found = load_vae(config)
     inputs.check_scale(config)
     making = latents.Making(out, describe(config, images, found, shard_images))

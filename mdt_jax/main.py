@@ -10,6 +10,7 @@ import dataclasses
 import json
 import pathlib
 import sys
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -62,18 +63,28 @@ class Shown:
     profile_steps: str = ""
 
 
-def train(config: ConfigDict, workdir: pathlib.Path, show: Shown | None = None) -> bool:
+def train(
+    config: ConfigDict,
+    workdir: pathlib.Path,
+    show: Shown | None = None,
+    said: Collection[str] = (),
+) -> bool:
     """The whole of a run: start or go on, train, sample, report.
 
-    Returns whether it came to its end; False where it was told to stop, and has saved. Raises
-    UserError for a user's mistake, and where another run is at work in the workdir.
+    said: fields that a person has set, as of `inputs.settle`, which changes the config. Returns
+    whether it came to its end; False where it was told to stop, and has saved. Raises UserError for
+    a user's mistake, and where another run is at work in the workdir.
     """
     with contextlib.ExitStack() as held:
-        return _train(config, workdir, show or Shown(), held)
+        return _train(config, workdir, show or Shown(), said, held)
 
 
 def _train(
-    config: ConfigDict, workdir: pathlib.Path, show: Shown, held: contextlib.ExitStack
+    config: ConfigDict,
+    workdir: pathlib.Path,
+    show: Shown,
+    said: Collection[str],
+    held: contextlib.ExitStack,
 ) -> bool:
     """held: where the workdir's lock goes, which is let go last."""
     stop = StopSignal()
@@ -84,6 +95,7 @@ def _train(
     mesh = parallel.make_mesh(config.mesh.data, config.mesh.fsdp)
     profile = Profile(show.profile_steps, workdir / "profile")
     data, held_out = inputs.open_data(config)
+    inputs.settle(config, len(data.classes), said)
     vae = inputs.load_vae(config)
     inputs.check_scale(config)
     if isinstance(data, Latents) and vae is not None:  # a config of latents has a VAE
@@ -321,7 +333,7 @@ def main(argv: list[str]) -> None:
     distributed.start(*processes)
     accelerators.start()
     show = Shown(flags.tensorboard, flags.wandb, flags.profile_steps)
-    train(config, workdir, show)
+    train(config, workdir, show, cli.said(flags))
 
 
 if __name__ == "__main__":
