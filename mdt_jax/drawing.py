@@ -134,6 +134,10 @@ def find_vae(
     if trained is not None and vae_scale not in (None, trained):
         raise UserError(f"--vae_scale={vae_scale}, but {checkpoint} was trained with {trained}")
     vae, params = load_vae(path)
+    if weights.vae_sha256 not in (None, sha256(params)):
+        distributed.say(
+            f"warning: the VAE {path} is another than the one that {checkpoint} was trained with"
+        )
     if vae.latent_channels != model.in_channels:
         raise UserError(
             f"the latents of {path} have {vae.latent_channels} channels, but the model draws "

@@ -101,7 +101,7 @@ def describe(config: ConfigDict, images: Squares, found: inputs.Vae, shard_image
         "image_size": data.image_size,
         "crop": data.crop,
         "vae": found.path,
-        "vae_sha256": vae.sha256(found.params),
+        "vae_sha256": found.sha256,
         "scale": config.vae.scale,
         "precision": config.train.precision,
         "classes": images.classes if config.model.num_classes else [],

@@ -1,6 +1,7 @@
 """What a run is trained on: a config's images or latents, checked, as batches on the devices."""
 
 import dataclasses
+import functools
 from collections.abc import Collection, Generator
 
 import jax
@@ -25,6 +26,11 @@ class Vae:
     path: str
     network: AutoencoderKL
     params: dict
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        """Of the parameters, hexadecimal."""
+        return vae.sha256(self.params)
 
     def __post_init__(self):
         found = self.network.latent_channels, self.network.factor
@@ -140,7 +146,7 @@ def check_cache(cache: latents.Latents, config: ConfigDict, found: Vae) -> None:
     The scale may be another: latents are multiplied when they are read. Another precision is a
     warning.
     """
-    made, hashed = cache.manifest, vae.sha256(found.params)
+    made, hashed = cache.manifest, found.sha256
     compared = {
         "data.image_size": (made["image_size"], config.data.image_size),
         "vae.path": (

@@ -40,6 +40,7 @@ from mdt_jax.models.mdt import MDT
 from mdt_jax.progress import progress_bar
 from mdt_jax.reporting import (
     going_on_without,
+    identities,
     open_evaluator,
     sample_and_measure,
     save_sample_grid,
@@ -106,6 +107,7 @@ def _train(
     about_data = {
         "classes": data.classes if config.model.num_classes else [],
         "images_sha256": data.identity,
+        "files_sha256": identities(vae, evaluator),
     }
 
     # The model and its state, as shapes: nothing is computed yet.
