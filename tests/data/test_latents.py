@@ -124,7 +124,7 @@ def test_flipped_bytes_are_found(tmp_path):
 
 
 def test_records_of_another_cache_are_not_trained_on(tmp_path):
-    """Shards, or one record in a shard, of the same length: by what they hold, not by their size."""
+    """Shards, or one record in a shard, of the same length: told by what they hold."""
     from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
     manifest = make(tmp_path / "c", images=24).finish()
