@@ -237,6 +237,11 @@ def parse_config(
     return config, values
 
 
+def said(values: flags.FlagValues) -> frozenset[str]:
+    """The config's fields that flags have set, such as sample.guidance_scale."""
+    return frozenset(config_flags.get_override_values(values["config"]))
+
+
 def _config_path(argv: list[str]) -> tuple[str, list[str]]:
     """The path in --config=PATH[:variant] or --config PATH, and argv with that path written out.
 

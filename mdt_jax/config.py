@@ -41,7 +41,7 @@ def default() -> ConfigDict:
                 patch_size=2,
                 decoder_layers=2,  # 0: a DiT, which has no masked pass
                 side_layers=1,  # blocks of the side-interpolater
-                num_classes=10,  # 0: unconditional
+                num_classes=10,  # 0: unconditional; -1: as many as the data has
                 relative_bias=True,  # the attention's
                 learned_position=True,  # False: both position embeddings stay sine-cosine
                 side_interpolater=True,  # False: mask tokens go straight to the decoder
@@ -136,7 +136,7 @@ def variant(config: ConfigDict, name: str) -> ConfigDict:
         decoder_layers = min(config.model.decoder_layers, 1)
         config.model.update(hidden_size=16, depth=3, num_heads=2, decoder_layers=decoder_layers)
         config.data.batch_size = 16
-        if config.vae.path != "identity":
+        if config.vae.path != "identity" or config.data.name in sources.STORED:
             config.vae.path = "identity"
             config.evaluation.update(reference="", inception="")
             config.data.update(name="digits", path="", image_size=8, channels=1)
@@ -316,7 +316,10 @@ def validate(config: ConfigDict, num_devices: int | None = None) -> None:
     model, data, train = config.model, config.data, config.train
     for name in ("hidden_size", "depth", "num_heads", "patch_size"):
         _require(model[name] >= 1, f"model.{name} is {model[name]}; it must be at least 1")
-    _require(model.num_classes >= 0, f"model.num_classes is {model.num_classes}; 0 or more")
+    _require(
+        model.num_classes >= -1,
+        f"model.num_classes is {model.num_classes}; 0 or more, or -1 for as many as the data has",
+    )
     for name in ("image_size", "channels", "batch_size"):
         _require(data[name] >= 1, f"data.{name} is {data[name]}; it must be at least 1")
     _one_of("data.name", data.name, sources.NAMES)
@@ -386,7 +389,7 @@ def validate(config: ConfigDict, num_devices: int | None = None) -> None:
     _one_of("train.dtype", train.dtype, ("float32", "bfloat16"))
     _one_of("train.precision", train.precision, PRECISIONS)
     _one_of("train.remat", train.remat, REMAT)
-    SampleOptions.from_config(config).check(model.num_classes)
+    SampleOptions.from_config(config).check(-1)  # guidance without classes: inputs.settle
     _require(
         config.sample.num_samples == 0 or config.sample.num_samples >= 2,
         f"sample.num_samples is {config.sample.num_samples}; 0, or at least 2 to be measured",

@@ -21,7 +21,13 @@ from mdt_jax.errors import NotFiniteError, UserError
 from mdt_jax.files import beside, reason
 from mdt_jax.models.autoencoder import AutoencoderKL
 from mdt_jax.models.mdt import MDT
-from mdt_jax.options import SampleOptions, balanced_labels, check_labels, random_labels
+from mdt_jax.options import (
+    SampleOptions,
+    balanced_labels,
+    check_labels,
+    defaults,
+    random_labels,
+)
 from mdt_jax.sampling import Request, request
 from mdt_jax.vae import VAE_SCALE, at_once, decode, sha256
 from mdt_jax.weights import Weights, describe, load_vae, load_weights
@@ -54,7 +60,9 @@ def load(
 def options_of(weights: Weights[MDT], vae: str | None = None) -> SampleOptions:
     """How a run draws; of a file the published way. vae: where the VAE lies, if that is said."""
     config = weights.config
-    options = SampleOptions.from_config(config) if config is not None else SampleOptions()
+    options = defaults(weights.model.num_classes)
+    if config is not None:
+        options = SampleOptions.from_config(config)
     return options.clipping_for(draws_pixels(weights.model, vae))
 
 
@@ -136,6 +144,10 @@ def find_vae(
     if trained is not None and vae_scale not in (None, trained):
         raise UserError(f"--vae_scale={vae_scale}, but {checkpoint} was trained with {trained}")
     vae, params = load_vae(path)
+    if weights.vae_sha256 not in (None, sha256(params)):
+        distributed.say(
+            f"warning: the VAE {path} is another than the one that {checkpoint} was trained with"
+        )
     if vae.latent_channels != model.in_channels:
         raise UserError(
             f"the latents of {path} have {vae.latent_channels} channels, but the model draws "

@@ -101,7 +101,7 @@ def describe(config: ConfigDict, images: Squares, found: inputs.Vae, shard_image
         "image_size": data.image_size,
         "crop": data.crop,
         "vae": found.path,
-        "vae_sha256": vae.sha256(found.params),
+        "vae_sha256": found.sha256,
         "scale": config.vae.scale,
         "precision": config.train.precision,
         "classes": images.classes if config.model.num_classes else [],
@@ -116,6 +116,7 @@ def make(config: ConfigDict, out: pathlib.Path, shard_images: int, part: tuple[i
     name = inputs.name_of(config.data)
     left_out = images.files.left_out
     inputs.check_classes(name, len(images.classes), config.model.num_classes, left_out)
+    inputs.settle(config, len(images.classes))
     found = load_vae(config)
     inputs.check_scale(config)
     making = latents.Making(out, describe(config, images, found, shard_images))

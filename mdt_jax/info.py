@@ -61,6 +61,9 @@ def main(argv: list[str]) -> None:
     config, _ = cli.parse_config(argv, usage)
     accelerators.start()
     configs.validate(config, jax.device_count())
+    if config.model.num_classes < 0:
+        print("model.num_classes is -1, and no data is read: counted as 0", file=sys.stderr)
+        config.model.num_classes = 0
     print("compiling a training step, to see what it needs …", file=sys.stderr)
     for name, text in report(config).items():
         print(f"{name:<17}{text}")

@@ -1,7 +1,8 @@
 """What a run is trained on: a config's images or latents, checked, as batches on the devices."""
 
 import dataclasses
-from collections.abc import Generator
+import functools
+from collections.abc import Collection, Generator
 
 import jax
 from jax.sharding import Mesh
@@ -15,6 +16,7 @@ from mdt_jax.distributed import say
 from mdt_jax.errors import UserError
 from mdt_jax.models.autoencoder import AutoencoderKL
 from mdt_jax.models.mdt import VAE_CHANNELS, VAE_FACTOR
+from mdt_jax.options import UNGUIDED, SampleOptions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +26,11 @@ class Vae:
     path: str
     network: AutoencoderKL
     params: dict
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        """Of the parameters, hexadecimal."""
+        return vae.sha256(self.params)
 
     def __post_init__(self):
         found = self.network.latent_channels, self.network.factor
@@ -99,7 +106,7 @@ def check_classes(name: str, found: int, num_classes: int, left_out: str = "") -
 
     left_out: what the set leaves out, among which classes may be that are missing.
     """
-    if num_classes == 0 or found == num_classes > 1:
+    if num_classes <= 0 or found == num_classes > 1:
         return
     if found < 2:
         what = "one class: there is nothing to tell apart" if found else "no labels"
@@ -112,13 +119,38 @@ def check_classes(name: str, found: int, num_classes: int, left_out: str = "") -
     raise UserError(f"{name} has {what}; {advice}")
 
 
+def settle(config: ConfigDict, found: int, said: Collection[str] = ()) -> None:
+    """Write into a config what follows from the number of classes that its data has, and say so.
+
+    model.num_classes=-1 becomes that number, or 0 for fewer than two. Without classes there is no
+    guidance. said: fields that a person has set, such as sample.guidance_scale. Raises UserError
+    where guidance is among them and there are no classes.
+    """
+    if config.model.num_classes < 0:
+        config.model.num_classes = found if found > 1 else 0
+        has = {0: "no labels", 1: "one class, nothing to tell apart"}.get(found, f"{found} classes")
+        say(f"model.num_classes is {config.model.num_classes}: the data has {has}")
+    if config.model.num_classes or not SampleOptions.from_config(config).guided:
+        return
+    for name, value in UNGUIDED.items():
+        if config.sample[name] in (value, "constant"):  # of which a scale of 1 guides nothing
+            continue
+        if f"sample.{name}" in said:
+            raise UserError(
+                f"sample.{name} is {config.sample[name]}, but model.num_classes is 0: an "
+                "unconditional model takes no guidance; leave the flag out, or train with classes"
+            )
+        say(f"sample.{name} is {value}, not {config.sample[name]}: there are no classes")
+        config.sample[name] = value
+
+
 def check_cache(cache: latents.Latents, config: ConfigDict, found: Vae) -> None:
     """Raise UserError where latents were made with another VAE or size than the config's.
 
     The scale may be another: latents are multiplied when they are read. Another precision is a
     warning.
     """
-    made, hashed = cache.manifest, vae.sha256(found.params)
+    made, hashed = cache.manifest, found.sha256
     compared = {
         "data.image_size": (made["image_size"], config.data.image_size),
         "vae.path": (

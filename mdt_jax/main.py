@@ -10,6 +10,7 @@ import dataclasses
 import json
 import pathlib
 import sys
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -40,6 +41,7 @@ from mdt_jax.models.mdt import MDT
 from mdt_jax.progress import progress_bar
 from mdt_jax.reporting import (
     going_on_without,
+    identities,
     open_evaluator,
     sample_and_measure,
     save_sample_grid,
@@ -71,22 +73,25 @@ def train(
     config: ConfigDict,
     workdir: pathlib.Path,
     show: Shown | None = None,
+    said: Collection[str] = (),
     stop: StopSignal | None = None,
 ) -> bool:
     """The whole of a run: start or go on, train, sample, report.
 
-    stop: what answers signals since the process began; None: from now on.
-    Returns whether it came to its end; False where it was told to stop, and has saved. Raises
-    UserError for a user's mistake, and where another run is at work in the workdir.
+    said: fields that a person has set, as of `inputs.settle`, which changes the config. stop: what
+    answers signals since the process began; None: from now on. Returns whether it came to its end;
+    False where it was told to stop, and has saved. Raises UserError for a user's mistake, and where
+    another run is at work in the workdir.
     """
     with contextlib.ExitStack() as held:
-        return _train(config, workdir, show or Shown(), stop or StopSignal(), held)
+        return _train(config, workdir, show or Shown(), said, stop or StopSignal(), held)
 
 
 def _train(
     config: ConfigDict,
     workdir: pathlib.Path,
     show: Shown,
+    said: Collection[str],
     stop: StopSignal,
     held: contextlib.ExitStack,
 ) -> bool:
@@ -98,6 +103,7 @@ def _train(
     mesh = parallel.make_mesh(config.mesh.data, config.mesh.fsdp)
     profile = Profile(show.profile_steps, workdir / "profile")
     data, held_out = inputs.open_data(config)
+    inputs.settle(config, len(data.classes), said)
     vae = inputs.load_vae(config)
     inputs.check_scale(config)
     if isinstance(data, Latents) and vae is not None:  # a config of latents has a VAE
@@ -108,6 +114,7 @@ def _train(
     about_data = {
         "classes": data.classes if config.model.num_classes else [],
         "images_sha256": data.identity,
+        "files_sha256": identities(vae, evaluator),
     }
 
     # The model and its state, as shapes: nothing is computed yet.
@@ -362,7 +369,7 @@ def main(argv: list[str]) -> None:
     distributed.start(*processes)
     accelerators.start()
     show = Shown(flags.tensorboard, flags.wandb, flags.profile_steps)
-    train(config, workdir, show, stop)
+    train(config, workdir, show, cli.said(flags), stop)
 
 
 if __name__ == "__main__":

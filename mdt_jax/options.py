@@ -3,6 +3,7 @@
 import dataclasses
 import numbers
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,9 @@ from mdt_jax.diffusion.guidance import WEIGHTS, no_nearer, within
 from mdt_jax.diffusion.samplers import SAMPLERS, Sampler, visited
 from mdt_jax.errors import NotFiniteError, UserError
 from mdt_jax.precision import HIGHEST, PRECISIONS
+
+# What a model without classes takes.
+UNGUIDED: dict[str, Any] = {"guidance_scale": 1.0, "guidance": "power_cosine"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,6 +149,11 @@ class SampleOptions:
             weights = [np.asarray(self.weight(t, float(scale))) for scale in each]
             needed &= (np.stack(weights) != 1).any(0)
         return needed
+
+
+def defaults(num_classes: int) -> SampleOptions:
+    """The published options; of a model without classes, without guidance."""
+    return SampleOptions() if num_classes else SampleOptions(**UNGUIDED)
 
 
 def _name_of(kind: str | type) -> str:

@@ -7,7 +7,7 @@ import time
 import numpy as np
 from ml_collections import ConfigDict
 
-from mdt_jax import distributed, drawing, references, weights
+from mdt_jax import distributed, drawing, inputs, references, weights
 from mdt_jax.data import image_sets, sources
 from mdt_jax.data.images import save_grid
 from mdt_jax.data.pipeline import Source
@@ -47,6 +47,20 @@ def open_evaluator(
     pixels = ("pixels", "classifier") if labelled else ("pixels",)
     features = ("inception",) if asked.inception else pixels
     return Evaluator(reference, features, asked.inception)
+
+
+def identities(found: inputs.Vae | None, evaluator: Evaluator | None) -> dict[str, str]:
+    """SHA-256 of what a run reads besides its data, by the config's field that says where it lies.
+
+    All of a reference is read for it, by the first process.
+    """
+    told = {} if found is None else {"vae.path": found.sha256}
+    if evaluator is not None:
+        first = evaluator.reference.sha256 if is_first() else ""
+        told["evaluation.reference"] = distributed.of_first(first)
+        if "inception" in evaluator.networks:
+            told["evaluation.inception"] = evaluator.networks["inception"].note["inception_sha256"]
+    return told
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from mdt_jax.diffusion.guidance import guide
 from mdt_jax.diffusion.samplers import State, sample
 from mdt_jax.errors import UserError
 from mdt_jax.models.mdt import MDT
-from mdt_jax.options import SampleOptions, check_finite, check_labels, check_seed
+from mdt_jax.options import SampleOptions, check_finite, check_labels, check_seed, defaults
 from mdt_jax.precision import of_products
 from mdt_jax.progress import progress_bar
 
@@ -273,7 +273,7 @@ def request(
     elif guidance_scale is not None:
         changes["guidance_scale"] = guidance_scale
     try:
-        options = dataclasses.replace(options or SampleOptions(), **changes)
+        options = dataclasses.replace(options or defaults(model.num_classes), **changes)
         options = options.clipping_for(model.in_channels in (1, 3))
     except TypeError as error:
         raise UserError(f"generate: {error}") from None

@@ -41,6 +41,7 @@ class Weights(NamedTuple, Generic[SomeNetwork]):
     config: of the run they come from, if any. item: which of a run's parameters they are, one of
     ITEMS; None where it is not known, as of a file. classes: their names in the run's data, if
     known. step: of the run, if known. latents: of a VAE, as `vae_weights.about_latents` has it.
+    vae_sha256: of the VAE that the run was trained with, if known.
     """
 
     model: SomeNetwork
@@ -50,6 +51,7 @@ class Weights(NamedTuple, Generic[SomeNetwork]):
     classes: tuple[str, ...] = ()
     step: int | None = None
     latents: dict | None = None
+    vae_sha256: str | None = None
 
 
 class _Kind(NamedTuple):
@@ -191,7 +193,8 @@ def _read_folder(path: pathlib.Path, params: str) -> Weights:
     config = configs.complete(meta["config"]) if "config" in meta else None
     item = meta["item"] if _ONLY in meta["checksums"] else params
     classes, step = tuple(meta.get("classes", ())), meta["step"] or None
-    return Weights(network(meta), arrays, config, item, classes, step, meta.get("latents"))
+    told = meta.get("latents"), meta.get("files_sha256", {}).get("vae.path")
+    return Weights(network(meta), arrays, config, item, classes, step, *told)
 
 
 def load_weights(
@@ -303,6 +306,8 @@ def save(path: str | os.PathLike, weights: Weights) -> None:
     meta |= {"item": weights.item, "classes": weights.classes, "step": weights.step}
     if weights.latents:
         meta["latents"] = weights.latents
+    if weights.vae_sha256:
+        meta["files_sha256"] = {"vae.path": weights.vae_sha256}
     orbax_folders.save_folder(path, _ONLY, weights.params, meta)
 
 

@@ -55,6 +55,17 @@ def check_same_run(meta: dict, config: ConfigDict, workdir: pathlib.Path, about_
             f"{workdir} holds a checkpoint of another model or optimiser ({'; '.join(other)}); "
             "choose another workdir or the same config"
         )
+    paths = {name for name, _, _ in changed}
+    for name, is_ in about_data["files_sha256"].items():
+        was = meta.get("files_sha256", {}).get(name, is_)  # older checkpoints do not tell
+        group, _, field = name.partition(".")
+        path = config[group][field]
+        if was != is_ and path and name not in paths:
+            raise UserError(
+                f"{name} {path} has changed since {workdir} was trained with it: "
+                f"its SHA-256 was {was[:12]} and is {is_[:12]}; put back what lay there, or choose "
+                "another workdir"
+            )
     for name, was, now in changed:
         distributed.say(f"going on with {name} changed from {was} to {now}")
 
@@ -86,7 +97,7 @@ def agree_on_config(config: ConfigDict) -> None:
 def agree_on_start(workdir: pathlib.Path, about_data: dict) -> None:
     """Raise UserError where the processes see different data, or different things in the folder."""
     data = {"list of images": about_data["images_sha256"], "classes": about_data["classes"]}
-    distributed.agree(data, "; all must read the same data")
+    distributed.agree(data | about_data["files_sha256"], "; all must read the same data")
     found = {"checkpoints": steps_in(workdir), "a report": (workdir / "report.json").exists()}
     distributed.agree(found, f": {workdir} must be one folder for all")
 

@@ -52,6 +52,11 @@ def test_where_things_lie_is_no_matter(place, tmp_path):
     train_here(*argv, f"--workdir={tmp_path / 'run'}")
 
 
+def test_the_number_of_classes_may_be_taken_from_the_data(place):
+    argv = [*arguments(place), "--config.model.num_classes=-1", f"--out={place / 'cache'}"]
+    assert "is finished already" in run_here(encode.main, *argv, SHARDS)
+
+
 def test_what_a_cache_holds(place):
     manifest = json.loads((place / "cache" / "manifest.json").read_text())
     assert manifest["images"] == IMAGES and manifest["latents"] == [4, 4, 4]

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 
 import mdt_jax
-from mdt_jax import evaluation, main, weights
+from mdt_jax import config as configs
+from mdt_jax import evaluation, main, weights, workdir
 from mdt_jax.data import sources
+from mdt_jax.errors import UserError
 from mdt_jax.options import balanced_labels
 from mdt_jax.train.checkpoints import steps_in
 from tests.conftest import train_here
@@ -200,3 +202,30 @@ def test_mistakes_are_told_before_training(name, tmp_path, capsys, monkeypatch, 
     printed = capsys.readouterr().err
     assert exit_.value.code == 2 and message in printed.splitlines()[-1]
     assert not (tmp_path / "run").exists()
+
+
+def test_another_reference_or_inception_under_the_same_path(tmp_path):
+    """Refused when the run goes on; older checkpoints do not tell, and go on."""
+    _, held_out = sources.load("digits")
+    np.savez(tmp_path / "real.npz", arr_0=held_out.images)
+    argv = [*MEASURING, f"--config.evaluation.reference={tmp_path / 'real.npz'}"]
+    argv += [f"--workdir={tmp_path / 'run'}"]
+    train_here(*argv, "--config.train.steps=2")
+    np.savez(tmp_path / "real.npz", arr_0=held_out.images[::-1])
+    printed = train_here(*argv, "--config.train.steps=4", expect=2)
+    line = f"error: evaluation.reference {tmp_path}/real.npz has changed since {tmp_path}/run was"
+    assert line in printed.splitlines()[-1]
+
+    def check(before, now):
+        config = configs.default()
+        config.evaluation.inception = "fid.pth"
+        about = {"classes": [], "images_sha256": "i"}
+        meta = {"step": 1, "config": config.to_dict(), **about, **before}
+        about_data = {**about, "files_sha256": {"evaluation.inception": now}}
+        workdir.check_same_run(meta, config, tmp_path / "run", about_data)
+
+    check({"files_sha256": {"evaluation.inception": "a"}}, "a")
+    check({"files_sha256": {}}, "a")
+    check({}, "a")
+    with pytest.raises(UserError, match="evaluation.inception fid.pth has changed since .* was b"):
+        check({"files_sha256": {"evaluation.inception": "b"}}, "a")

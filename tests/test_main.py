@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 import mdt_jax
-from mdt_jax import cli, main
+from mdt_jax import cli, inputs, main
+from mdt_jax import config as configs
 from mdt_jax.errors import UserError
 from mdt_jax.train.metrics import read_steps
 from tests.conftest import (
@@ -251,3 +252,41 @@ def test_lines_that_are_none_of_metrics(line, tmp_path):
     (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n' + line + b'{"step": 3}\n')
     with pytest.raises(UserError, match=r"metrics\.jsonl, line 2 is no line of metrics"):
         read_steps(tmp_path / "metrics.jsonl")
+
+
+def test_the_number_of_classes_is_that_of_the_data(tmp_path):
+    argv = [*SMOKE, "--config.train.sample_every=0", "--config.sample.num_samples=0"]
+    first = [*argv, f"--workdir={tmp_path / 'run'}", "--config.model.num_classes=-1"]
+    printed = train_here(*first, "--config.train.steps=2")
+    assert "model.num_classes is 10: the data has 10 classes" in printed
+    stored = json.loads((tmp_path / "run" / "config.json").read_text())
+    meta = next((tmp_path / "run" / "checkpoints" / "2" / "meta").rglob("*metadata*"))
+    assert stored["model"]["num_classes"] == 10 and stored["sample"]["guidance_scale"] == 2
+    assert '"num_classes": 10' in meta.read_text() and '"num_classes": -1' not in meta.read_text()
+    assert "going on from step 2" in train_here(*first)
+    # Without classes there is nothing to guide by.
+    printed = train_here(*argv, f"--workdir={tmp_path / 'bare'}", "--config.model.num_classes=0")
+    assert "sample.guidance_scale is 1.0, not 2.0: there are no classes" in printed
+    stored = json.loads((tmp_path / "bare" / "config.json").read_text())
+    assert stored["sample"]["guidance_scale"] == 1
+
+
+@pytest.mark.parametrize(
+    "asked, found, expected",
+    [(-1, 3, (3, 2.0)), (-1, 1, (0, 1.0)), (-1, 0, (0, 1.0)), (0, 3, (0, 1.0)), (3, 3, (3, 2.0))],
+)
+def test_what_follows_from_the_classes_of_the_data(asked, found, expected):
+    config = configs.default()
+    config.model.num_classes = asked
+    config.sample.update(guidance_scale=2.0, guidance="power_cosine_printed")
+    inputs.settle(config, found)
+    assert (config.model.num_classes, config.sample.guidance_scale) == expected
+    assert config.sample.guidance == ("power_cosine_printed" if expected[0] else "power_cosine")
+    for name, value in (("guidance_scale", 2.0), ("guidance", "power_cosine_printed")):
+        config.sample[name] = value
+        if expected[0]:
+            inputs.settle(config, found, {f"sample.{name}"})
+        else:
+            with pytest.raises(UserError, match=f"sample.{name} is .*takes no guidance"):
+                inputs.settle(config, found, {f"sample.{name}"})
+            config.sample.update(guidance_scale=1.0, guidance="power_cosine")

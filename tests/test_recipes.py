@@ -10,7 +10,8 @@ from mdt_jax.models.mdt import MDT
 from tests.conftest import ROOT, train_here
 
 RECIPES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
-OWN = {"digits", "mnist", "finetune_digits"}  # ours throughout; the others follow a paper
+# Ours throughout; the others follow a paper.
+OWN = {"digits", "mnist", "finetune_digits", "pictures64"}
 PARAMETERS = {
     "s2": 35_797_208,
     "b2": 141_488_528,

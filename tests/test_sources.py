@@ -184,6 +184,25 @@ def test_a_run_goes_on_with_the_same_batches_and_classes(place, from_folder, tmp
     assert "was trained with the classes 0 = 2, 1 = 9, 2 = 10; the data now has 0 = 2" in printed
 
 
+def test_another_vae_under_the_same_path(place, tmp_path):
+    """Refused when the run goes on, and said when it is sampled from."""
+    shutil.copytree(place / "vae", tmp_path / "vae")
+    argv = [*arguments(place, "folder", "folder"), f"--config.vae.path={tmp_path / 'vae'}"]
+    argv += [*NO_SAMPLES, f"--workdir={tmp_path / 'run'}"]
+    train_here(*argv, "--config.train.steps=1")
+    run_here(convert.main, f"--src={tmp_path / 'run'}", f"--dst={tmp_path / 'weights'}")
+    draw = ["--num_samples=2", "--num_steps=2", f"--out={tmp_path / 'out.png'}"]
+    said = "is another than the one that"
+    assert said not in run_here(sample.main, f"--checkpoint={tmp_path / 'run'}", *draw)
+    shutil.rmtree(tmp_path / "vae")
+    write_vae(tmp_path / "vae", seed=1)
+    printed = train_here(*argv, "--config.train.steps=2", expect=2)
+    line = f"error: vae.path {tmp_path}/vae has changed since {tmp_path}/run was trained with it"
+    assert line in printed.splitlines()[-1]
+    for checkpoint in ("run", "weights"):
+        assert said in run_here(sample.main, f"--checkpoint={tmp_path / checkpoint}", *draw)
+
+
 def test_samples_by_the_names_of_the_classes(place, tmp_path):
     for number, name in zip(CLASSES, ("emu", "cat", "dog"), strict=True):
         shutil.copytree(place / "folder" / number, tmp_path / "zoo" / name)

@@ -86,7 +86,10 @@ def load(path: str, num_classes: int | None = None) -> Files:
         return Files(root, paths, np.zeros(len(pairs), np.int32), [], str(left_out))
     bare = [image for image, label in pairs if label is None]
     if bare:
-        raise UserError(f"{path}: {bare[0]} has no label, but others have")
+        raise UserError(
+            f"{path}: {bare[0]} has no label, but others have; model.num_classes=0 leaves labels "
+            "aside"
+        )
     classes = class_order(names)
     if listed and num_classes:
         classes = _numbered(listed, pairs, num_classes) or classes

@@ -1,9 +1,11 @@
 """A cache of latents: the VAE's posterior of each image and of its mirror, as ArrayRecord shards.
 
 A record is the label (int32, little-endian), then float16 [4, h, w, c]: mean and deviation of the
-image, mean and deviation of its mirror. manifest.json tells what they were made from and with.
+image, mean and deviation of its mirror. manifest.json tells what they were made from and with, and
+the CRC-32 of each record, which is compared whenever it is read.
 """
 
+import base64
 import contextlib
 import dataclasses
 import functools
@@ -12,6 +14,7 @@ import json
 import math
 import os
 import pathlib
+import zlib
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -27,6 +30,7 @@ UNFINISHED = "unfinished.json"  # what a cache in the making is of
 OPTIONS = "group_size:1,uncompressed"  # read at random; compressing saves a few per cent
 LABEL = np.dtype("<i4")
 MOMENTS = np.dtype("<f2")
+CRC = np.dtype("<u4")
 VIEWS = 2  # the image and its mirror
 
 
@@ -63,7 +67,7 @@ class Latents:
 
     def why(self, i: int) -> str:
         """What to do about a record that cannot be read."""
-        return "python -m mdt_jax.encode … --verify tells what is damaged"
+        return "it is damaged or of another cache: python -m mdt_jax.encode … --verify tells"
 
     def take(self, items: np.ndarray, u: np.ndarray) -> dict[str, np.ndarray]:
         """As `Source.take`, with "mean" and "std"; nothing stands in for what is damaged."""
@@ -76,7 +80,8 @@ class Latents:
         except Exception:  # which one it is, is told by reading them one by one
             records = [self._one(item) for item in items.tolist()]
         for n, record in enumerate(records):
-            if len(record) != record_bytes(self.manifest["latents"]):
+            other = self._crcs[items[n]] not in (-1, zlib.crc32(record))
+            if other or len(record) != record_bytes(self.manifest["latents"]):
                 damaged[n] = UNREADABLE - items[n]
                 continue
             labels[n] = np.frombuffer(record, LABEL, 1)[0]
@@ -84,6 +89,17 @@ class Latents:
             offset = LABEL.itemsize + skipped * MOMENTS.itemsize
             moments[n].reshape(-1)[:] = np.frombuffer(record, MOMENTS, 2 * size, offset)
         return {"mean": moments[:, 0], "std": moments[:, 1], "labels": labels, "damaged": damaged}
+
+    @functools.cached_property
+    def _crcs(self) -> np.ndarray:
+        """CRC-32 of each record, [N] int64; −1 of shards from before these were noted."""
+        known = [
+            np.frombuffer(base64.b64decode(shard["crc32"]), CRC).astype(np.int64)
+            if "crc32" in shard
+            else np.full(shard["records"], -1)
+            for shard in self.manifest["shards"]
+        ]
+        return np.concatenate([np.zeros(0, np.int64), *known])
 
     @functools.cached_property
     def _records(self):
@@ -309,7 +325,7 @@ class Making:
         path = self.folder / self._file(shard)
         check_room(path, len(self.items(shard)) * record_bytes(self.what["latents"]))
         temporary = beside(path)
-        damaged, summed = [], {"records": 0, "sum": 0.0, "squares": 0.0}
+        damaged, crcs, summed = [], [], {"records": 0, "sum": 0.0, "squares": 0.0}
         try:
             with _writing(path):
                 writer = ArrayRecordWriter(str(temporary), OPTIONS)
@@ -320,13 +336,16 @@ class Making:
                 summed = {name: summed[name] + part for name, part in sums(moments).items()}
                 with _writing(path):
                     for label, values in zip(batch["labels"][sound], moments, strict=True):
-                        writer.write(label.astype(LABEL).tobytes() + values.tobytes())
+                        record = label.astype(LABEL).tobytes() + values.tobytes()
+                        writer.write(record)
+                        crcs.append(zlib.crc32(record))
             with _writing(path):
                 writer.close()
                 noted = {
                     "file": path.name,
                     "bytes": os.stat(temporary).st_size,
                     "sha256": sha256(temporary),
+                    "crc32": base64.b64encode(np.array(crcs, CRC).tobytes()).decode(),
                     "damaged": damaged,
                     **summed,
                 }

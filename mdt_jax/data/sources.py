@@ -119,12 +119,12 @@ def stored(data, num_classes: int) -> Source:
 def squares(data, num_classes: int, **options) -> Squares:
     """Images of a folder, tar or TFDS, as a config's `data` says.
 
-    num_classes: 0: labels are left aside. options: fields of Squares. Raises UserError where there
-    is nothing that can be read.
+    num_classes: 0: labels are left aside; -1: as many as there are. options: fields of Squares.
+    Raises UserError where there is nothing that can be read.
     """
     _check_path(data)
     if data.name == "folder":
-        files = folders.load(data.path, num_classes)
+        files = folders.load(data.path, num_classes if num_classes >= 0 else None)
     else:
         files = (
             tars.load(data.path) if data.name == "tar" else tfds_sets.load(data.path, data.split)

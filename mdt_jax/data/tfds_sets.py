@@ -1,9 +1,10 @@
 """Sets prepared by TensorFlow Datasets as ArrayRecord, read at random without TensorFlow."""
 
+import contextlib
 import dataclasses
 import io
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from mdt_jax.data.found import describe
@@ -45,12 +46,15 @@ class Prepared:
         """(the file of an image, label). Raises UserError where the record is damaged."""
         try:
             record = self.records[i]
+            label = int(record["label"]) if self.classes else 0
+            file = io.BytesIO(record[self.image])
+        except OSError:
+            raise
         except Exception as error:  # of the kinds that ArrayRecord's C++ has
             raise UserError(f"{self.name(i)} is damaged: {reason(error)}") from None
-        label = int(record["label"]) if self.classes else 0
         if self.classes and not 0 <= label < len(self.classes):
             raise UserError(f"{self.name(i)} has the label {label}: the split is not labelled")
-        return io.BytesIO(record[self.image]), label
+        return file, label
 
 
 def load(name: str, split: str) -> Prepared:
@@ -58,7 +62,8 @@ def load(name: str, split: str) -> Prepared:
 
     It lies where TFDS puts it (TFDS_DATA_DIR, or ~/tensorflow_datasets); or `name` is the folder of
     one version of a prepared set, which then needs no code of its own. Raises UserError where it is
-    not prepared as ArrayRecord (and says how), or has no such split or no images.
+    not prepared as ArrayRecord (and says how), or has no such split or no images, where what lies
+    there is damaged, and where it names features that are not TFDS's own: it would be imported.
     """
     try:
         import tensorflow_datasets as tfds
@@ -66,6 +71,11 @@ def load(name: str, split: str) -> Prepared:
         raise UserError(
             "data.name=tfds needs tensorflow-datasets: pip install -e '.[data]'"
         ) from None
+    with _own_features(tfds, name):
+        return _load(tfds, name, split)
+
+
+def _load(tfds, name: str, split: str) -> Prepared:
     builder = _builder(tfds, name)
     try:
         builder.info.splits[split]
@@ -84,7 +94,42 @@ def load(name: str, split: str) -> Prepared:
     except (NotImplementedError, ImportError):
         raise UserError(f"{name} is not prepared as ArrayRecord; {_how(name)}") from None
     title = f"{builder.info.full_name}/{split}"
-    return Prepared(title, records, images[0], list(classes or []))
+    found = Prepared(title, records, images[0], list(classes or []))
+    if not len(found):
+        raise UserError(f"{title} holds no records")
+    return found
+
+
+@contextlib.contextmanager
+def _own_features(tfds, name: str) -> Iterator[None]:
+    """While a set is opened, no feature's module is imported but TFDS's own; UserError for others,
+    and for whatever TFDS raises where its files are damaged.
+
+    TFDS imports the module of each class that features.json names, which may be anything.
+    """
+    base, refused = tfds.features.FeatureConnector, []
+    before = vars(base)["cls_from_name"]
+
+    def checked(cls, class_name):
+        if not str(class_name).startswith("tensorflow_datasets."):
+            refused.append(class_name)
+            raise UserError(f"{class_name} is not TFDS's own")
+        return before.__func__(cls, class_name)
+
+    base.cls_from_name = classmethod(checked)
+    try:
+        yield
+    except Exception as error:
+        if refused:  # TFDS may have made another error of it
+            raise UserError(
+                f"{name} has a feature of the class {str(refused[0])[:200]!r}, which is not TFDS's "
+                "own and would be imported; prepare the set with TFDS's features"
+            ) from None
+        if isinstance(error, (UserError, OSError)):
+            raise
+        raise UserError(f"{name} is damaged, or no set of TFDS: {reason(error)}") from None
+    finally:
+        base.cls_from_name = before
 
 
 def _builder(tfds, name: str) -> Any:

@@ -123,6 +123,41 @@ def test_flipped_bytes_are_found(tmp_path):
         list(pipeline.batches(cache, [(np.arange(20), np.ones(20))]))
 
 
+def test_records_of_another_cache_are_not_trained_on(tmp_path):
+    """Shards, or one record in a shard, of the same length: told by what they hold."""
+    from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+
+    manifest = make(tmp_path / "c", images=24).finish()
+    paths = [tmp_path / "c" / shard["file"] for shard in manifest["shards"]]
+    whole = [path.read_bytes() for path in paths]
+    assert len({len(content) for content in whole}) == 1 and len(set(whole)) == 3
+
+    def damaged():
+        found = latents.load(tmp_path / "c").take(np.arange(24), np.ones(24))["damaged"]
+        return np.flatnonzero(found != -1).tolist()
+
+    assert damaged() == []
+    paths[0].write_bytes(whole[1])
+    paths[1].write_bytes(whole[0])
+    assert damaged() == [*range(16)]
+    with pytest.raises(UserError, match="record . of .* cannot be read: it is damaged or of anoth"):
+        list(pipeline.batches(latents.load(tmp_path / "c"), [(np.arange(24), np.ones(24))]))
+    records = ArrayRecordReader(str(paths[2])).read_all()
+    paths[0].write_bytes(whole[0])
+    paths[1].write_bytes(whole[1])
+    writer = ArrayRecordWriter(str(paths[2]), latents.OPTIONS)
+    for n, record in enumerate(records):
+        writer.write(records[0] if n == 5 else record)
+    writer.close()
+    assert damaged() == [21]
+    # Caches from before records had checksums are read as they were.
+    for shard in manifest["shards"]:
+        del shard["crc32"]
+    manifest["checksum"] = latents._checksum(manifest)
+    (tmp_path / "c" / "manifest.json").write_text(json.dumps(manifest))
+    assert damaged() == []
+
+
 def test_other_folders(tmp_path):
     with pytest.raises(UserError, match="holds no manifest.json: python -m mdt_jax.encode"):
         latents.load(tmp_path)

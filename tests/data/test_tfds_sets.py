@@ -75,6 +75,36 @@ for name, split, message in (
         raise SystemExit(f"{name} was loaded")
     except UserError as error:
         assert message in str(error), error
+# What lies there is damaged, or names a module that is not TFDS's own.
+import json, pathlib
+whole = pathlib.Path(f"{folder}/tiny_shapes/1.0.0")
+pathlib.Path(f"{folder}/stranger.py").write_text("raise SystemExit('a module of the set was run')")
+sys.path.insert(0, folder)
+features, info = ((whole / f"{name}.json").read_text() for name in ("features", "dataset_info"))
+own = "tensorflow_datasets.core.features."
+shards = next(whole.glob("*array_record*"))
+for name, content, message in (
+    ("features.json", features.replace(f"{own}image_feature", "stranger"), "not TFDS's own"),
+    ("features.json", features.replace(f"{own}features_dict", "stranger"), "not TFDS's own"),
+    ("features.json", json.dumps({"type": "stranger.X", "content": {}}), "not TFDS's own"),
+    ("features.json", features[:50], "is damaged"),
+    ("features.json", "[" * 100_000, "is damaged"),
+    ("features.json", "null", "is damaged"),
+    ("dataset_info.json", info[:50], "is damaged"),
+    ("dataset_info.json", "[]", "is damaged"),
+    ("dataset_info.json", info.replace("1.0.0", "x"), "is damaged"),
+    (shards.name, "", "record 0 is damaged"),
+    (shards.name, "x" * shards.stat().st_size, "record 0 is damaged"),
+):
+    before = (whole / name).read_bytes()
+    (whole / name).write_text(content)
+    try:
+        tfds_sets.load(str(whole), "train").read(0)
+        raise SystemExit(f"{name} of {content[:50]} was read")
+    except UserError as error:
+        assert message in str(error) and len(str(error).splitlines()) == 1, (message, error)
+    (whole / name).write_bytes(before)
+assert tfds_sets.load(str(whole), "train").read(0)
 assert "tensorflow" not in sys.modules and "jax" not in sys.modules
 print("done")
 """

@@ -1,0 +1,17 @@
+"""Colour pictures of one's own, 64×64 in pixel space: docs/your-pictures.md.
+
+--config.data.path=… says where they lie. Every value is ours, and chosen for a first try: no run of
+this recipe has been measured.
+"""
+
+from mdt_jax import config as configs
+
+
+def get_config(variant=""):
+    config = configs.default()
+    config.model.update(hidden_size=192, depth=8, num_heads=6, patch_size=4, num_classes=-1)
+    config.data.update(name="folder", image_size=64, channels=3, batch_size=32, flip=True)
+    config.optim.update(lr=5e-4, ema_decay=0.999)
+    config.train.update(steps=20_000, sample_every=1000, checkpoint_every=500)
+    config.sample.update(num_steps=100, guidance_scale=2.0, num_samples=100, batch_size=36)
+    return configs.variant(config, variant)
