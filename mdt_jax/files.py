@@ -116,12 +116,22 @@ def passes(error: BaseException | None) -> bool:
     )
 
 
+def check_regular(path: str | os.PathLike) -> None:
+    """Raise OSError for a pipe, a socket or a device, which reading might wait for without end, and
+    where nothing is there.
+    """
+    mode = os.stat(path).st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise OSError(errno.EINVAL, "it is no regular file", os.fspath(path))
+
+
 def read_json(path: pathlib.Path) -> dict | None:
     """A JSON object that we wrote, or None where there is no such file.
 
     Raises DamagedError where it holds anything else, UserError where it cannot be read just now.
     """
     try:
+        check_regular(path)
         found = json.loads(path.read_bytes().decode())
     except FileNotFoundError:
         return None

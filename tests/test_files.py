@@ -57,6 +57,9 @@ def test_json(tmp_path):
     with pytest.raises(UserError, match="cannot be read: Is a directory") as error:
         files.read_json(tmp_path)
     assert not isinstance(error.value, DamagedError)
+    os.mkfifo(tmp_path / "pipe.json")
+    with pytest.raises(UserError, match=r"pipe\.json cannot be read: it is no regular file"):
+        files.read_json(tmp_path / "pipe.json")
 
 
 def test_what_passes():

@@ -4,7 +4,8 @@ import sys
 
 import pytest
 
-from mdt_jax import convert, encode, evaluate, info, inpaint, main, sample
+from mdt_jax import cli, convert, encode, evaluate, info, inpaint, main, sample
+from mdt_jax.errors import UserError
 from tests.conftest import ROOT, SMOKE, exits_with_one_line, run_here
 from tests.runs import DIGITS, SAMPLE
 
@@ -339,3 +340,10 @@ def test_folders_that_orbax_cannot_read_back(name, tmp_path, capsys, monkeypatch
     argv = ["--checkpoint=.", "--out=x.png"]
     assert "or rename" in exits_with_one_line(sample.main, argv, capsys, monkeypatch)
     assert not list((tmp_path / name).iterdir())
+
+
+def test_what_names_and_values_hold_reaches_no_terminal():
+    """Of damaged files, and of other people's."""
+    line = cli.one_line(UserError("a\x1b[2Jb\udcffc\n d\xa0é: " + "x" * 5000 + "; remove it"))
+    assert line.startswith("a\\x1b[2Jb\\udcffc d é: xxx") and line.endswith("xxx; remove it")
+    assert len(line) < 1010

@@ -279,6 +279,13 @@ def test_what_is_wrong_with_labels(tmp_path, capsys, monkeypatch):
     np.save(tmp_path / "yes.npy", np.array([True, False]))
     np.savez(tmp_path / "zip.npz", np.zeros(3, int))
     (tmp_path / "zip.npz").rename(tmp_path / "zip.npy")
+    np.save(tmp_path / "sound.npy", np.arange(9))
+    sound = (tmp_path / "sound.npy").read_bytes()
+    (tmp_path / "open.npy").write_bytes(sound.replace(b"(9,), }", b"(9,),  "))
+    (tmp_path / "huge.npy").write_bytes(
+        sound.replace(b"(9,), }" + 12 * b" ", b"(9000000000000,), }")
+    )
+    os.mkfifo(tmp_path / "pipe.npy")
     for labels, more, message in (
         ("bad.txt", [], "bad.txt, line 2: 'three' is no class number"),
         ("far.txt", [], "label 10 is outside the classes 0 to 9"),
@@ -291,6 +298,9 @@ def test_what_is_wrong_with_labels(tmp_path, capsys, monkeypatch):
         ("no.npy", [], "could not be read"),
         ("empty.npy", [], "could not be read"),
         ("zip.npy", [], "is no array of whole numbers"),
+        ("open.npy", [], "could not be read"),
+        ("huge.npy", [], "could not be read: mmap length is greater than file size"),
+        ("pipe.npy", [], "could not be read: it is no regular file"),
     ):
         argv = [*SAMPLE, f"--labels={tmp_path / labels}", f"--out={tmp_path / 'x.npz'}", *more]
         assert message in exits_with_one_line(sample.main, argv, capsys, monkeypatch)

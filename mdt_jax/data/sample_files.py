@@ -23,7 +23,7 @@ from mdt_jax import locks
 from mdt_jax.data.images import save_grid, save_image
 from mdt_jax.data.sample_notes import SETTINGS, check_readable, is_whole, note_of, settings_of
 from mdt_jax.errors import UserError
-from mdt_jax.files import check_room, free, reason, settle, whole
+from mdt_jax.files import check_regular, check_room, free, reason, settle, whole
 
 LOCK = ".lock"  # in a folder of samples
 SUM_BYTES = hashlib.sha256().digest_size
@@ -121,6 +121,7 @@ class Npz:
     def _read(self, start: int, count: int) -> np.ndarray | None:
         """[count, H, W, C] uint8, of a part; None where it is not there, or is damaged."""
         try:
+            check_regular(self._part(start))
             content = self._part(start).read_bytes()
         except FileNotFoundError:
             return None
@@ -245,6 +246,7 @@ class Folder:
         from PIL import Image
 
         try:
+            check_regular(self._path(number))
             with Image.open(self._path(number), formats=("PNG",)) as image:
                 image.load()
                 bands = 1 if image.mode == "L" else 3 if image.mode == "RGB" else 0

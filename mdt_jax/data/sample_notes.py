@@ -11,7 +11,7 @@ import numpy as np
 
 from mdt_jax.data.folders import Files
 from mdt_jax.errors import UserError
-from mdt_jax.files import passes, reason
+from mdt_jax.files import check_regular, passes, reason
 
 SETTINGS = "settings.json"
 MOST_NOTE = 1 << 24  # bytes of a note, generously
@@ -23,6 +23,7 @@ def note_of(path: pathlib.Path) -> str | None:
     Raises UserError where the file cannot be read just now.
     """
     try:
+        check_regular(path)
         with zipfile.ZipFile(path) as archive, archive.open("note.npy") as file:
             shape, _, dtype = read_header(file)
             if shape or dtype.kind != "U" or not 0 < dtype.itemsize <= MOST_NOTE:
@@ -46,6 +47,7 @@ def is_whole(path: pathlib.Path, shape: tuple[int, ...] | None = None) -> bool:
     shape: of its images, where that is known. Raises UserError where it cannot be read just now.
     """
     try:
+        check_regular(path)
         with zipfile.ZipFile(path) as archive:
             with archive.open("arr_0.npy") as file:
                 found, _, _ = read_header(file)
@@ -70,6 +72,7 @@ def read_header(file) -> tuple[tuple[int, ...], bool, np.dtype]:
 def settings_of(folder: pathlib.Path) -> str | None:
     """The settings that a folder of samples is of, None where it has none; perhaps damaged."""
     try:
+        check_regular(folder / SETTINGS)
         return (folder / SETTINGS).read_text(encoding="utf-8", errors="replace")
     except (FileNotFoundError, NotADirectoryError):
         return None

@@ -313,6 +313,7 @@ def broken_indices(whole):
         {"headers": np.array(3)},
         {"classes": np.array([{}, {}], object)},
         {"left_out": np.array([], "U1")},
+        {"names": np.full(found["names"].shape, -1, np.int32).view("U1")},  # no characters
         {"stamp": np.array([1])},
     ):
         file = io.BytesIO()
