@@ -294,7 +294,7 @@ def squares_of(files):
 def read_images(folder: pathlib.Path):
     found = image_sets.open_images(str(folder / "d"), 8)
     try:
-        found.take(range(len(found)))
+        found.take(np.arange(len(found)))
     except UserError:
         squares_of(folders.load(str(folder / "d")))
         raise

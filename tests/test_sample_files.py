@@ -15,7 +15,8 @@ from PIL import Image
 import mdt_jax
 from mdt_jax import drawing, sample, weights
 from mdt_jax.data import sources
-from mdt_jax.data.sample_files import Npz
+from mdt_jax.data.sample_files import Folder, Grid, Npz
+from mdt_jax.data.sample_notes import parsed
 from mdt_jax.errors import UserError
 from mdt_jax.models.mdt import MDT, init_params
 from tests.conftest import exits_with_one_line, run_here
@@ -444,3 +445,17 @@ def test_what_cannot_be_read_just_now_is_left_alone(tmp_path, monkeypatch):
         with pytest.raises(UserError, match=r"a\.npz cannot be read just now: Input/output error"):
             call()
     assert sink.out.exists()
+
+
+@pytest.mark.parametrize("kind", [Npz, Folder, Grid])
+def test_names_that_are_no_text(kind, tmp_path):
+    """Of classes, which are names of folders."""
+    names = ["é", os.fsdecode(b"caf\xe9")]
+    note = {"mdt_jax": "1", "num_classes": 2, "classes": names}
+    sink = kind(tmp_path / "s.npz", np.array([0, 1]), (2, 2, 1), note)
+    assert '"é", "caf\\udce9"' in sink.note
+    sink.begin()
+    sink.write(0, np.zeros((2, 2, 2, 1), np.uint8))
+    sink.finish()
+    assert kind is Grid or sink.finished()
+    assert parsed(sink.note) == note

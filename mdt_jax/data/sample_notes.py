@@ -17,6 +17,14 @@ SETTINGS = "settings.json"
 MOST_NOTE = 1 << 24  # bytes of a note, generously
 
 
+def written(note: dict) -> str:
+    """A note as JSON, readable in any language.
+
+    What is no character, as names of files may have, is an escape, so that the text can be UTF-8.
+    """
+    return json.dumps(note, ensure_ascii=False).encode("utf-8", "backslashreplace").decode()
+
+
 def note_of(path: pathlib.Path) -> str | None:
     """The note of an npz of samples; None where it is none, or is damaged.
 

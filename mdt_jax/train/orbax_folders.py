@@ -23,7 +23,7 @@ import orbax.checkpoint as ocp
 
 from mdt_jax import distributed
 from mdt_jax.errors import UserError
-from mdt_jax.files import check_regular, check_room, free, passes, reason
+from mdt_jax.files import check_regular, check_room, free, is_text, passes, reason
 
 FOLDER = "checkpoints"
 FORMAT = 1  # of a step folder; a newer one is not for this code
@@ -136,10 +136,15 @@ def check_readable(folder: pathlib.Path, error: Exception) -> None:
 
 
 def check_path(path: str | os.PathLike) -> None:
-    """Raise UserError for a folder that Orbax could write but not read: it takes its path for a
-    pattern of names.
+    """Raise UserError for a folder that Orbax could write but not read, since it takes its path for
+    a pattern of names, or could not write, since the path is no text.
     """
     full = str(pathlib.Path(path).absolute())
+    if not is_text(full):
+        raise UserError(
+            f"{full} has bytes in its path that are no text in UTF-8, and checkpoints cannot be "
+            "written there; choose another name, or rename the folder"
+        )
     found = [character for character in "*?[\\" if character in full]
     if found:
         raise UserError(
