@@ -22,6 +22,8 @@ from mdt_jax.interop import hub
 from mdt_jax.precision import PRECISIONS
 from mdt_jax.vae import VAE_SCALE
 
+LONGEST = 1000  # characters of an error
+
 
 def run(main: Callable[[list[str]], None]) -> None:
     """Call main(argv); a mistake of the user's or of the file system is one line, exit code 2.
@@ -41,7 +43,7 @@ def _run(main: Callable[[list[str]], None]) -> None:
         main(sys.argv)
         distributed.part()
     except (UserError, OSError) as error:
-        line = " ".join(str(error).split())
+        line = one_line(error)
         who = distributed.name() if distributed.several() else ""
         print(f"error: {who}{line}", file=sys.stderr)
         _exit(2, line)
@@ -56,6 +58,18 @@ def _run(main: Callable[[list[str]], None]) -> None:
             traceback.print_exc()
             _exit(1, f"{type(error).__name__}: {error}")
         raise
+
+
+def one_line(error: Exception) -> str:
+    """What an error says, in a line that a terminal shows as it is.
+
+    Names and values of damaged files may hold anything: control characters are written as escapes,
+    and of what is longer than LONGEST the middle is left out.
+    """
+    words = " ".join(str(error).split())
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in words)
+    half = LONGEST // 2
+    return text if len(text) <= LONGEST else f"{text[:half]} … {text[-half:]}"
 
 
 def _print_anywhere() -> None:

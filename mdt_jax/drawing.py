@@ -18,7 +18,7 @@ from mdt_jax.data.images import UINT8_RULE, to_uint8
 from mdt_jax.data.sample_files import Sink
 from mdt_jax.distributed import is_first
 from mdt_jax.errors import NotFiniteError, UserError
-from mdt_jax.files import beside, reason
+from mdt_jax.files import beside, check_regular, reason
 from mdt_jax.models.autoencoder import AutoencoderKL
 from mdt_jax.models.mdt import MDT
 from mdt_jax.options import (
@@ -318,15 +318,18 @@ def parse_labels(
 def read_labels(path: str, num_classes: int, classes: Sequence[str]) -> list[int]:
     """Those of a .npy of whole numbers [N], or of a .txt with a number or name a line."""
     try:
+        check_regular(path)
         if path.endswith(".npy"):
-            labels = np.load(path)
+            labels = np.load(path, mmap_mode="r")  # no more than there is, whatever its header says
             if not isinstance(labels, np.ndarray) or labels.dtype.kind not in "iu":
                 raise UserError(f"--labels={path} is no array of whole numbers")
             if labels.ndim != 1 or not len(labels):
                 raise UserError(f"--labels={path} has the shape {labels.shape}; it must be [N]")
             return labels.tolist()
         lines = pathlib.Path(path).read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, EOFError, ValueError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # of many kinds, by what is damaged
         raise UserError(f"--labels={path} could not be read: {reason(error)}") from None
     labels = [
         parse_label(line.strip(), num_classes, classes, f"--labels={path}, line {number}")

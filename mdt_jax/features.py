@@ -24,7 +24,7 @@ from mdt_jax import distributed, parallel
 from mdt_jax.data.image_sets import ImageSet
 from mdt_jax.data.images import to_float
 from mdt_jax.errors import UserError
-from mdt_jax.files import passes, reason, save_arrays, whole
+from mdt_jax.files import check_regular, passes, reason, save_arrays, whole
 from mdt_jax.measures import Gaussian, Moments
 from mdt_jax.models.inception import POOL, SPATIAL, Features, Inception
 from mdt_jax.progress import progress_bar
@@ -201,6 +201,7 @@ class Parts:
         Raises UserError or OSError where they cannot be read just now.
         """
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            check_regular(self.folder / SETTINGS)
             text = (self.folder / SETTINGS).read_text(encoding="utf-8", errors="replace")
             if text == self._note:
                 names = [path.stem for path in self.folder.glob("*.npz")]
@@ -224,6 +225,7 @@ class Parts:
             return False
 
     def _read(self, start: int) -> dict[tuple[str, str], np.ndarray]:
+        check_regular(self._path(start))
         with np.load(self._path(start)) as arrays:
             return {tuple(key.split("/")): values for key, values in arrays.items()}
 

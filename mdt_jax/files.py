@@ -116,12 +116,22 @@ def passes(error: BaseException | None) -> bool:
     )
 
 
+def check_regular(path: str | os.PathLike) -> None:
+    """Raise OSError for a pipe, a socket or a device, which reading might wait for without end, and
+    where nothing is there.
+    """
+    mode = os.stat(path).st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise OSError(errno.EINVAL, "it is no regular file", os.fspath(path))
+
+
 def read_json(path: pathlib.Path) -> dict | None:
     """A JSON object that we wrote, or None where there is no such file.
 
     Raises DamagedError where it holds anything else, UserError where it cannot be read just now.
     """
     try:
+        check_regular(path)
         found = json.loads(path.read_bytes().decode())
     except FileNotFoundError:
         return None
@@ -135,12 +145,26 @@ def read_json(path: pathlib.Path) -> dict | None:
 
 
 def local(path: str) -> str:
-    """A path on this machine's file systems, ~ being the home folder.
+    """A path on this machine's file systems; ~, ~USER, $NAME and ${NAME} are replaced.
 
-    Raises UserError for a URL.
+    Raises UserError for a URL, and where there is no such user or variable.
     """
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", path):
+    # With one slash, too, which is what pathlib leaves of a URL; tfds:/FOLDER names a prepared set.
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://|(?!tfds:)[A-Za-z][A-Za-z0-9+.-]+:/", path):
         raise UserError(
             f"{path} is a URL, and mdt_jax reads and writes local files; mount it, or copy it"
         )
-    return os.path.expanduser(path)
+    found = os.path.expanduser(os.path.expandvars(path))
+    if found[:1] in ("~", "$"):
+        what = "user" if found[0] == "~" else "environment variable"
+        raise UserError(f"{path}: there is no {what} of this name; a file of this name is ./{path}")
+    return found
+
+
+def is_text(path: str | os.PathLike) -> bool:
+    """Whether a path is text, not bytes in another encoding than the file system's."""
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True

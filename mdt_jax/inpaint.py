@@ -6,7 +6,6 @@ image and the mask are turned as their EXIF says. The sampler is ddpm or ddim. H
 about is kept inside.
 """
 
-import json
 import pathlib
 
 import jax
@@ -17,6 +16,7 @@ from mdt_jax.data.classes import parse_label
 from mdt_jax.data.crops import center_crop, to_rgb
 from mdt_jax.data.images import save_grid, save_image, to_float
 from mdt_jax.data.pictures import opened
+from mdt_jax.data.sample_notes import written
 from mdt_jax.errors import UserError
 from mdt_jax.files import reason
 from mdt_jax.inpainting import MODES, InpaintOptions, check_hidden, inpaint
@@ -220,9 +220,9 @@ def main(argv: list[str]) -> None:
         "image": args.image, "mask": args.mask, "label": args.label, "seed": args.seed,
     }  # fmt: skip
     if len(complete) == 1:
-        save_image(str(out), complete[0], json.dumps(note, ensure_ascii=False))
+        save_image(str(out), complete[0], written(note))
     else:
-        save_grid(str(out), complete, note=json.dumps(note, ensure_ascii=False))
+        save_grid(str(out), complete, note=written(note))
     print(f"wrote {len(complete)} completion{'s' * (len(complete) > 1)} to {out}")
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import os
 import pathlib
 
@@ -59,14 +60,14 @@ def load(path: str, image_size: int | None = None, labelled: bool = False) -> Re
         images = image_sets.open_images(path, image_size, labelled)
     if "mu" not in arrays:  # then ADM's evaluator takes the images for both
         return Reference(path, {}, images)
-    count = _count(path) if "count" in arrays else None
+    count = _count(path, arrays["count"][0]) if "count" in arrays else None
     found = {name: _gaussian(path, arrays, suffix, count) for name, suffix in SUFFIXES.items()}
     return Reference(path, {n: g for n, g in found.items() if g is not None}, images)
 
 
-def _count(path: str) -> int:
-    count = image_sets.read_array(path, "count")
-    if count.dtype.kind not in "iu" or count.size != 1 or count.item() < 2:
+def _count(path: str, shape: tuple[int, ...]) -> int:
+    count = image_sets.read_array(path, "count") if math.prod(shape) == 1 else np.array("an array")
+    if count.dtype.kind not in "iu" or count.item() < 2:
         raise UserError(f"{path}: count is {count!r}; it must be how many images mu is of")
     return count.item()
 

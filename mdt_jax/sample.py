@@ -6,7 +6,6 @@ the same command goes on where it was stopped. How they came about is kept insid
 of latents needs a VAE: --vae=hf://OWNER/REPOSITORY.
 """
 
-import json
 import pathlib
 
 import numpy as np
@@ -14,6 +13,7 @@ import numpy as np
 from mdt_jax import accelerators, allocator, cli, distributed, drawing, locks, walks
 from mdt_jax.data.images import save_animation, save_grid
 from mdt_jax.data.sample_files import Folder, Grid, Npz
+from mdt_jax.data.sample_notes import written
 from mdt_jax.distributed import is_first, say
 from mdt_jax.errors import UserError
 from mdt_jax.options import check_seed
@@ -121,7 +121,7 @@ def main(argv: list[str]) -> None:
             images = to_images(rows.reshape(-1, *rows.shape[2:])).reshape(*rows.shape[:2], *shape)
             if is_first():
                 note |= {"show": args.show, "frames": frames}
-                save_walk(out, images, json.dumps(note, ensure_ascii=False))
+                save_walk(out, images, written(note))
                 print(f"wrote {len(rows)} rows of {frames} frames to {out}")
         return
     if scales is not None:

@@ -276,6 +276,7 @@ FOLDERS = {
     "means": ({"latents_mean": [0, 0, 0.5, 0]}, "latents_mean is [0, 0, 0.5, 0], but"),
     "deviations": ({"latents_std": [1, 1, 1, 2]}, "latents_std is [1, 1, 1, 2], but"),
     "words": ({"scaling_factor": "0.2"}, "scaling_factor is 0.2; it must be a positive number"),
+    "huge": ({"shift_factor": 10**400}, "which is no number"),
     "nan": ({"scaling_factor": float("nan")}, "scaling_factor is nan; it must be a positive"),
     "object": ({"latents_mean": {"a": 1}}, "latents_mean is {'a': 1}, which is no number"),
     "list": ([1], "config.json is no config of a VAE"),

@@ -57,6 +57,9 @@ def test_json(tmp_path):
     with pytest.raises(UserError, match="cannot be read: Is a directory") as error:
         files.read_json(tmp_path)
     assert not isinstance(error.value, DamagedError)
+    os.mkfifo(tmp_path / "pipe.json")
+    with pytest.raises(UserError, match=r"pipe\.json cannot be read: it is no regular file"):
+        files.read_json(tmp_path / "pipe.json")
 
 
 def test_what_passes():
@@ -79,6 +82,15 @@ def test_paths_of_this_machine(monkeypatch):
     monkeypatch.setenv("HOME", "/home/ada")
     assert files.local("~/runs") == "/home/ada/runs" and files.local("a/~b") == "a/~b"
     assert files.local("tfds:mnist:test") == "tfds:mnist:test" and files.local("") == ""
-    for url in ("gs://b/x", "S3://b", "file:///x", "hdfs+x://y", "https://z", "hf://o/r/f"):
+    monkeypatch.setenv("SCRATCH", "/big")
+    assert files.local("$SCRATCH/runs") == files.local("${SCRATCH}/runs") == "/big/runs"
+    assert files.local("tfds:/data/mnist/3.0.1:test") == "tfds:/data/mnist/3.0.1:test"
+    assert files.local("./~nobody-there") == "./~nobody-there" and files.local("a$b") == "a$b"
+    for path, what in (("~nobody-there/x", "user"), ("$NOT_SET/x", "environment variable")):
+        with pytest.raises(UserError, match=f"there is no {what} of this name") as error:
+            files.local(path)
+        assert str(error.value).endswith(f"./{path}")
+    urls = "gs:/b/x file:/x HTTP://b gs://b/x S3://b file:///x hdfs+x://y https://z hf://o/r/f"
+    for url in urls.split():
         with pytest.raises(UserError, match=f"{url.replace('+', '.')} is a URL"):
             files.local(url)

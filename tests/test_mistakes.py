@@ -4,7 +4,8 @@ import sys
 
 import pytest
 
-from mdt_jax import convert, encode, evaluate, info, inpaint, main, sample
+from mdt_jax import cli, convert, encode, evaluate, info, inpaint, main, sample
+from mdt_jax.errors import UserError
 from tests.conftest import ROOT, SMOKE, exits_with_one_line, run_here
 from tests.runs import DIGITS, SAMPLE
 
@@ -332,7 +333,7 @@ UNREADABLE = [
 ]
 
 
-@pytest.mark.parametrize("name", UNREADABLE)
+@pytest.mark.parametrize("name", UNREADABLE, ids=ascii)
 def test_folders_that_orbax_cannot_read_back(name, tmp_path, capsys, monkeypatch, keep_signals):
     monkeypatch.chdir(tmp_path)
     argv = [SMOKE_CONFIG, f"--workdir={name}"]
@@ -341,7 +342,7 @@ def test_folders_that_orbax_cannot_read_back(name, tmp_path, capsys, monkeypatch
     assert f"{tmp_path}/{said} has " in line and "choose another name" in line
     argv = [f"--src={DIGITS}", f"--dst={name}"]
     line = exits_with_one_line(convert.main, argv, capsys, monkeypatch)
-    assert "cannot be read back; choose another name" in line
+    assert "; choose another name" in line
     assert list(tmp_path.iterdir()) == []
     # The folder that one works in counts, too, and one that is there already says so.
     (tmp_path / name).mkdir(parents=True)
@@ -351,3 +352,10 @@ def test_folders_that_orbax_cannot_read_back(name, tmp_path, capsys, monkeypatch
     argv = ["--checkpoint=.", "--out=x.png"]
     assert "or rename" in exits_with_one_line(sample.main, argv, capsys, monkeypatch)
     assert not list((tmp_path / name).iterdir())
+
+
+def test_what_names_and_values_hold_reaches_no_terminal():
+    """Of damaged files, and of other people's."""
+    line = cli.one_line(UserError("a\x1b[2Jb\udcffc\n d\xa0é: " + "x" * 5000 + "; remove it"))
+    assert line.startswith("a\\x1b[2Jb\\udcffc d é: xxx") and line.endswith("xxx; remove it")
+    assert len(line) < 1010

@@ -15,7 +15,8 @@ from PIL import Image
 import mdt_jax
 from mdt_jax import drawing, sample, weights
 from mdt_jax.data import sources
-from mdt_jax.data.sample_files import Npz
+from mdt_jax.data.sample_files import Folder, Grid, Npz
+from mdt_jax.data.sample_notes import parsed
 from mdt_jax.errors import UserError
 from mdt_jax.models.mdt import MDT, init_params
 from tests.conftest import exits_with_one_line, run_here
@@ -288,6 +289,13 @@ def test_what_is_wrong_with_labels(tmp_path, capsys, monkeypatch):
     np.save(tmp_path / "yes.npy", np.array([True, False]))
     np.savez(tmp_path / "zip.npz", np.zeros(3, int))
     (tmp_path / "zip.npz").rename(tmp_path / "zip.npy")
+    np.save(tmp_path / "sound.npy", np.arange(9))
+    sound = (tmp_path / "sound.npy").read_bytes()
+    (tmp_path / "open.npy").write_bytes(sound.replace(b"(9,), }", b"(9,),  "))
+    (tmp_path / "huge.npy").write_bytes(
+        sound.replace(b"(9,), }" + 12 * b" ", b"(9000000000000,), }")
+    )
+    os.mkfifo(tmp_path / "pipe.npy")
     for labels, more, message in (
         ("bad.txt", [], "bad.txt, line 2: 'three' is no class number"),
         ("far.txt", [], "label 10 is outside the classes 0 to 9"),
@@ -300,6 +308,9 @@ def test_what_is_wrong_with_labels(tmp_path, capsys, monkeypatch):
         ("no.npy", [], "could not be read"),
         ("empty.npy", [], "could not be read"),
         ("zip.npy", [], "is no array of whole numbers"),
+        ("open.npy", [], "could not be read"),
+        ("huge.npy", [], "could not be read: mmap length is greater than file size"),
+        ("pipe.npy", [], "could not be read: it is no regular file"),
     ):
         argv = [*SAMPLE, f"--labels={tmp_path / labels}", f"--out={tmp_path / 'x.npz'}", *more]
         assert message in exits_with_one_line(sample.main, argv, capsys, monkeypatch)
@@ -443,3 +454,17 @@ def test_what_cannot_be_read_just_now_is_left_alone(tmp_path, monkeypatch):
         with pytest.raises(UserError, match=r"a\.npz cannot be read just now: Input/output error"):
             call()
     assert sink.out.exists()
+
+
+@pytest.mark.parametrize("kind", [Npz, Folder, Grid])
+def test_names_that_are_no_text(kind, tmp_path):
+    """Of classes, which are names of folders."""
+    names = ["é", os.fsdecode(b"caf\xe9")]
+    note = {"mdt_jax": "1", "num_classes": 2, "classes": names}
+    sink = kind(tmp_path / "s.npz", np.array([0, 1]), (2, 2, 1), note)
+    assert '"é", "caf\\udce9"' in sink.note
+    sink.begin()
+    sink.write(0, np.zeros((2, 2, 2, 1), np.uint8))
+    sink.finish()
+    assert kind is Grid or sink.finished()
+    assert parsed(sink.note) == note

@@ -17,6 +17,12 @@ from mdt_jax.errors import UserError
 LISTS = (".csv", ".jsonl")
 HEADERS = ("path", "file", "filename", "file_name")  # of a CSV's first field
 STYLEGAN = "dataset.json"  # where StyleGAN and EDM keep the labels of a folder
+# What to do with files of other kinds.
+HINTS = {
+    (".tar",): "a tar is read with data.name=tar",
+    (".zip", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar"): "extract it first",
+    (".npz", ".npy", ".pt", ".pth", ".pkl"): "evaluate reads images, or mu and sigma, of an npz",
+}
 DEEPEST = 32  # folders within each other
 
 
@@ -119,8 +125,10 @@ def _pairs(
         return place.parent, place, _listed(place, lines)
     if is_folder:
         return place, None, _found(place, num_classes != 0, left_out)
-    what = f"is no folder, {' or '.join(LISTS)}" if os.path.exists(place) else "does not exist"
-    raise UserError(f"data.path {place} {what}")
+    if not os.path.exists(place):
+        raise UserError(f"data.path {place} does not exist")
+    hint = next((f"; {hint}" for kinds, hint in HINTS.items() if place.suffix in kinds), "")
+    raise UserError(f"data.path {place} is no folder, {' or '.join(LISTS)}{hint}")
 
 
 def _numbered(

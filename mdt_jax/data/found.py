@@ -7,9 +7,11 @@ from collections.abc import Collection, Iterable
 
 import numpy as np
 
-# Names of the parts that a set is divided into; group 1 tells which part.
+# A word in the name of a part that a set is divided into, as in train, img_val, testset, trainA.
+# The group that matches tells which part.
 SPLIT = re.compile(
-    r"(?:(train)(?:ing)?|(val)(?:id|idation)?|(test)(?:ing)?|(dev)|(eval)(?:uation)?)[-_]?[0-9]*",
+    r"(?<![a-z])(?:(train)(?:ing)?|(val)(?:id|idation)?|(test)(?:ing)?|(dev)|(eval)(?:uation)?)"
+    r"(?=(?:set|[ab])?(?![a-z]))",
     re.IGNORECASE,
 )
 KINDS = 12  # of what is left out that are named one by one
@@ -62,16 +64,20 @@ def describe(count: int, labels: np.ndarray | None, classes: list[str], left_out
 def splits(folders: Iterable[str]) -> tuple[str, list[str]] | None:
     """(folder, names) where one holds several of train, val, test, …, the one to train on first.
 
+    They are parts of one set where their names are the same but for this word and for numbers.
     folders: paths of those that images lie in, with "/" between; "" is the top.
     """
-    inside: dict[str, dict[str, str]] = {}
+    inside: dict[tuple[str, str], dict[str, str]] = {}
     for path in folders:
         parts = path.split("/")
         for n, part in enumerate(parts):
-            if match := SPLIT.fullmatch(part.removesuffix(".tar")):
+            name = part.removesuffix(".tar")
+            if match := SPLIT.search(name):
                 kind = next(filter(None, match.groups())).lower()
-                inside.setdefault("/".join(parts[:n]), {})[part] = kind
-    for folder, names in sorted(inside.items()):
+                rest = f"{name[: match.start()]}{name[match.end() :]}".casefold()
+                rest = re.sub(r"[-_. 0-9]", "", rest)
+                inside.setdefault(("/".join(parts[:n]), rest), {})[part] = kind
+    for (folder, _), names in sorted(inside.items()):
         if len(set(names.values())) > 1:
             return folder, sorted(names, key=lambda name: (names[name] != "train", name))
     return None

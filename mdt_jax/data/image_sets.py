@@ -15,7 +15,7 @@ import numpy as np
 from mdt_jax.data import folders, pictures, sample_notes, sources, tars, tfds_sets
 from mdt_jax.data.crops import ImageFiles, center_crop, to_rgb
 from mdt_jax.errors import UserError
-from mdt_jax.files import reason
+from mdt_jax.files import check_regular, reason
 
 Slices = Generator[tuple[int, np.ndarray], None, None]
 
@@ -294,12 +294,13 @@ def _open_npz(path: str, labelled: bool) -> Npz:
         raise UserError(f"{path}: arr_0 is in Fortran's order; save np.ascontiguousarray of it")
     if not labelled or "arr_1" not in arrays:
         return Npz(path, shape[0], shape[1:])
-    labels = read_array(path, "arr_1")
-    if labels.shape != shape[:1] or labels.dtype.kind not in "iu":
+    there, _, kind = arrays["arr_1"]
+    if there != shape[:1] or kind.kind not in "iu":
         raise UserError(
-            f"{path}: {shape[0]} images, but arr_1 is {labels.dtype} of shape "
-            f"{list(labels.shape)}; labels are whole numbers [N]"
+            f"{path}: {shape[0]} images, but arr_1 is {kind} of shape {list(there)}; labels are "
+            "whole numbers [N]"
         )
+    labels = read_array(path, "arr_1")
     images = Npz(path, shape[0], shape[1:], labels)
     return dataclasses.replace(images, classes=sample_notes.classes_in(images.note, labels))
 
@@ -364,6 +365,7 @@ def open_arrays(path: str) -> dict[str, tuple[tuple[int, ...], bool, np.dtype]]:
     Raises UserError.
     """
     try:
+        check_regular(path)
         with zipfile.ZipFile(path) as archive:
             found = {}
             for name in archive.namelist():

@@ -22,7 +22,7 @@ import numpy as np
 from mdt_jax import locks
 from mdt_jax.data.pipeline import UNREADABLE
 from mdt_jax.errors import DamagedError, UserError
-from mdt_jax.files import beside, check_room, free, read_json, reason, settle, whole
+from mdt_jax.files import beside, check_room, free, is_text, read_json, reason, settle, whole
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -124,6 +124,7 @@ def record_bytes(shape: tuple[int, int, int]) -> int:
 def load(path: str | os.PathLike, flip: bool = False) -> Latents:
     """A finished cache; UserError where there is none, or a shard is not as long as it was."""
     folder = pathlib.Path(path)
+    _check_path(folder)
     manifest = _manifest(folder)
     if manifest is None:
         if (folder / UNFINISHED).exists():
@@ -136,6 +137,16 @@ def load(path: str | os.PathLike, flip: bool = False) -> Latents:
             "run the same mdt_jax.encode again"
         )
     return Latents(folder, manifest, flip)
+
+
+def _check_path(folder: pathlib.Path) -> None:
+    """Raise UserError for a folder whose shards ArrayRecord could not write, or not read back."""
+    full = str(folder.absolute())
+    if "\n" in full or not is_text(full):
+        raise UserError(
+            f"{full} has a line break, or bytes that are no UTF-8, in its path, and a cache "
+            "of latents there cannot be read back; choose another name, or rename the folder"
+        )
 
 
 def sums(moments: np.ndarray) -> dict[str, float]:
@@ -243,6 +254,7 @@ class Making:
         return np.arange(shard * size, min((shard + 1) * size, self.what["images"]))
 
     def _make_folder(self) -> None:
+        _check_path(self.folder)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except FileExistsError:

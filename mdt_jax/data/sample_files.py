@@ -22,9 +22,16 @@ import numpy as np
 from mdt_jax import locks
 from mdt_jax.data.images import save_grid, save_image
 from mdt_jax.data.pictures import opened
-from mdt_jax.data.sample_notes import SETTINGS, check_readable, is_whole, note_of, settings_of
+from mdt_jax.data.sample_notes import (
+    SETTINGS,
+    check_readable,
+    is_whole,
+    note_of,
+    settings_of,
+    written,
+)
 from mdt_jax.errors import UserError
-from mdt_jax.files import check_room, free, reason, settle, whole
+from mdt_jax.files import check_regular, check_room, free, reason, settle, whole
 
 LOCK = ".lock"  # in a folder of samples
 SUM_BYTES = hashlib.sha256().digest_size
@@ -82,7 +89,7 @@ class Npz:
     def __init__(self, out: pathlib.Path, labels: np.ndarray, shape: tuple, note: dict):
         """labels: [N]; shape: (H, W, C) of an image; note: how they come about."""
         self.out, self.labels, self.shape = out, np.asarray(labels, np.int64), shape
-        self.note = json.dumps(note, ensure_ascii=False)
+        self.note = written(note)
         self.folder = out.with_name(f"{out.name}.parts")
         self.lock = locks.beside(out)
         self._counts: dict[int, int] = {}  # images of each part that is there, by its first one
@@ -122,6 +129,7 @@ class Npz:
     def _read(self, start: int, count: int) -> np.ndarray | None:
         """[count, H, W, C] uint8, of a part; None where it is not there, or is damaged."""
         try:
+            check_regular(self._part(start))
             content = self._part(start).read_bytes()
         except FileNotFoundError:
             return None
@@ -219,7 +227,7 @@ class Folder:
     def __init__(self, out: pathlib.Path, labels: np.ndarray, shape: tuple, note: dict):
         self.out, self.labels, self.shape = out, labels, shape
         self.lock = out / LOCK
-        self.note = json.dumps(note, ensure_ascii=False)
+        self.note = written(note)
         self.labelled = note["num_classes"] > 0
 
     def _path(self, number: int) -> pathlib.Path:
@@ -268,7 +276,7 @@ class Grid:
     """OUT.png, one picture of all, enlarged where they are small."""
 
     def __init__(self, out: pathlib.Path, labels: np.ndarray, shape: tuple, note: dict):
-        self.out, self.note = out, json.dumps(note, ensure_ascii=False)
+        self.out, self.note = out, written(note)
         self.lock = locks.beside(out)
         self.images = np.zeros((len(labels), *shape), np.uint8)
 

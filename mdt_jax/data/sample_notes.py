@@ -11,10 +11,18 @@ import numpy as np
 
 from mdt_jax.data.folders import Files
 from mdt_jax.errors import UserError
-from mdt_jax.files import passes, reason
+from mdt_jax.files import check_regular, passes, reason
 
 SETTINGS = "settings.json"
 MOST_NOTE = 1 << 24  # bytes of a note, generously
+
+
+def written(note: dict) -> str:
+    """A note as JSON, readable in any language.
+
+    What is no character, as names of files may have, is an escape, so that the text can be UTF-8.
+    """
+    return json.dumps(note, ensure_ascii=False).encode("utf-8", "backslashreplace").decode()
 
 
 def note_of(path: pathlib.Path) -> str | None:
@@ -23,6 +31,7 @@ def note_of(path: pathlib.Path) -> str | None:
     Raises UserError where the file cannot be read just now.
     """
     try:
+        check_regular(path)
         with zipfile.ZipFile(path) as archive, archive.open("note.npy") as file:
             shape, _, dtype = read_header(file)
             if shape or dtype.kind != "U" or not 0 < dtype.itemsize <= MOST_NOTE:
@@ -46,6 +55,7 @@ def is_whole(path: pathlib.Path, shape: tuple[int, ...] | None = None) -> bool:
     shape: of its images, where that is known. Raises UserError where it cannot be read just now.
     """
     try:
+        check_regular(path)
         with zipfile.ZipFile(path) as archive:
             with archive.open("arr_0.npy") as file:
                 found, _, _ = read_header(file)
@@ -70,6 +80,7 @@ def read_header(file) -> tuple[tuple[int, ...], bool, np.dtype]:
 def settings_of(folder: pathlib.Path) -> str | None:
     """The settings that a folder of samples is of, None where it has none; perhaps damaged."""
     try:
+        check_regular(folder / SETTINGS)
         return (folder / SETTINGS).read_text(encoding="utf-8", errors="replace")
     except (FileNotFoundError, NotADirectoryError):
         return None

@@ -145,6 +145,7 @@ def _is_of(found: dict[str, np.ndarray], path: pathlib.Path, stamp: list[int]) -
         length = {"left_out": 1, "stamp": 2}.get(name, tars if name.startswith("tar_") else count)
         if found[name].shape != (length,) or found[name].dtype.kind != kind:
             return False
+        found[name].tolist()  # ValueError for what are no characters
     if not count or found["stamp"].tolist() != stamp:
         return False
     headers, offsets, checks = (

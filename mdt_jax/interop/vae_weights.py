@@ -14,7 +14,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from mdt_jax import keys
 from mdt_jax.errors import UserError
-from mdt_jax.files import reason
+from mdt_jax.files import check_regular, reason
 from mdt_jax.interop.torch_files import check_names, from_torch, to_torch
 from mdt_jax.models.autoencoder import AutoencoderKL
 
@@ -49,6 +49,7 @@ def read_config(file: pathlib.Path) -> dict:
     """
     path = file.with_name("config.json")
     try:
+        check_regular(path)
         config = json.loads(path.read_text())
     except FileNotFoundError:
         return {}
@@ -80,7 +81,7 @@ def scaling_factor(latents: dict) -> float | None:
     for name, value in latents.items():
         try:
             values = np.asarray(value, np.float64)
-        except (TypeError, ValueError):
+        except (OverflowError, TypeError, ValueError):
             raise UserError(f"{name} is {str(value)[:100]}, which is no number") from None
         neutral = LATENTS[name]
         if neutral is not None and (values != neutral).any():

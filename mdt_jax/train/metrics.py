@@ -10,11 +10,13 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from mdt_jax.errors import UserError
+from mdt_jax.files import check_regular
 
 
 def read_steps(path: str | os.PathLike) -> list[tuple[int, str]]:
     """(step, line) of every whole line; UserError for a line that is not one of ours."""
     try:
+        check_regular(path)
         with open(path, "rb") as file:
             lines = [line for line in file if line.endswith(b"\n")]
     except FileNotFoundError:

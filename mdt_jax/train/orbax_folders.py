@@ -23,7 +23,7 @@ import orbax.checkpoint as ocp
 
 from mdt_jax import distributed
 from mdt_jax.errors import UserError
-from mdt_jax.files import check_room, free, passes, reason
+from mdt_jax.files import check_regular, check_room, free, is_text, passes, reason
 
 FOLDER = "checkpoints"
 FORMAT = 1  # of a step folder; a newer one is not for this code
@@ -85,6 +85,7 @@ def read_meta(folder: pathlib.Path) -> dict:
     Raises ValueError where it is not what was saved, and UserError where a newer mdt_jax has
     written it in a way that this one does not know.
     """
+    _check_regular(folder)
     with _reader() as checkpointer:
         meta = checkpointer.restore(folder, ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
     if SUM in meta and meta[SUM] != _digest(meta):  # older ones have none
@@ -98,6 +99,13 @@ def read_meta(folder: pathlib.Path) -> dict:
             "mdt_jax knows: install a newer one"
         )
     return meta
+
+
+def _check_regular(folder: pathlib.Path) -> None:
+    """Raise OSError for a pipe, a socket or a device in it, which Orbax would wait for."""
+    for place, _, names in os.walk(folder):
+        for name in names:
+            check_regular(os.path.join(place, name))
 
 
 def check_readable(folder: pathlib.Path, error: Exception) -> None:
@@ -114,6 +122,7 @@ def check_readable(folder: pathlib.Path, error: Exception) -> None:
     try:
         for place, _, names in os.walk(folder, onerror=fail):
             for name in names:
+                check_regular(os.path.join(place, name))
                 with open(os.path.join(place, name), "rb") as file:
                     while file.read(1 << 24):
                         pass
@@ -134,7 +143,7 @@ def check_path(path: str | os.PathLike) -> None:
     full = str(pathlib.Path(path).absolute())
     text = full.encode(errors="backslashreplace").decode()
     found = [part for part in ("*", "?", "[", "\\", ".orbax-checkpoint-tmp") if part in full]
-    if text != full:
+    if not is_text(full):
         found.append("bytes that are no UTF-8")
     if found:
         raise UserError(

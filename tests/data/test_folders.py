@@ -158,7 +158,10 @@ def test_lists_of_other_encodings(tmp_path):
         ("a.jsonl", "{", 'line 1: no {"path"'),
         ("a.jsonl", '{"label": 1}', 'line 1: no {"path"'),
         ("a.jsonl", '{"path": "1.png", "label": [1]}', "line 1: path is text, label"),
-        ("a.txt", "", "is no folder, .csv or .jsonl"),
+        ("a.txt", "", "is no folder, .csv or .jsonl$"),
+        ("a.tar", "", "or .jsonl; a tar is read with data.name=tar"),
+        ("a.tar.gz", "", "or .jsonl; extract it first"),
+        ("stats.pkl", "", "or .jsonl; evaluate reads images, or mu and sigma, of an npz"),
     ],
 )
 def test_lists_that_are_wrong(name, text, message, tmp_path):
@@ -226,6 +229,13 @@ def test_folders_are_not_followed_for_ever(tmp_path):
         (["train2017", "val2017", "extra"], "train2017"),
         (["imagenet/train/a", "imagenet/val/a"], "imagenet/train"),
         (["a/b/train/x", "a/b/testing/x", "c/x"], "a/b/train"),
+        (["images_val/a", "images_train/a"], "images_train"),
+        (["ILSVRC2012_img_train/a", "ILSVRC2012_img_val/a"], "ILSVRC2012_img_train"),
+        (["testset/a", "trainset/a"], "trainset"),
+        (["Test Images", "Train Images"], "Train Images"),
+        (["training_set/a", "test_set/a"], "training_set"),
+        (["testA", "testB", "trainA", "trainB"], "trainA"),
+        (["test.1/a", "train.2/a"], "train.2"),
     ],
 )
 def test_train_and_val_are_no_classes(names, given, tmp_path):
@@ -244,9 +254,13 @@ def test_what_is_no_division_of_a_set(tmp_path):
         "value",
         "tester",
         "evaluate",
+        "test tube",
+        "train station",
+        "invalid",
+        "latest",
     ):  # a vehicle among others
         picture(tmp_path / name / "1.png")
-    assert len(folders.load(tmp_path).classes) == 6
+    assert len(folders.load(tmp_path).classes) == 10
 
 
 def test_the_folder_of_the_classes_is_named(tmp_path):

@@ -40,6 +40,15 @@ def make(folder, images=20, shard_images=8, damaged=(), shards=None):
     return making
 
 
+@pytest.mark.parametrize("name", ["two\nlines", os.fsdecode(b"caf\xe9")], ids=ascii)
+def test_folders_that_cannot_be_read_back(name, tmp_path):
+    with pytest.raises(UserError, match="in its path, and a cache of latents there cannot be"):
+        make(tmp_path / name)
+    with pytest.raises(UserError, match="choose another name"):
+        latents.load(tmp_path / name)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_there_and_back(tmp_path):
     making = make(tmp_path / "c", damaged=(3, 19))
     manifest = making.finish()
@@ -223,6 +232,6 @@ def test_a_cache_that_cannot_be_looked_at_just_now_is_not_lost(tmp_path, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr(os, "stat", stat)
         for call in (making.start, lambda: latents.load(tmp_path / "c")):
-            with pytest.raises(OSError, match="Input/output error"):
+            with pytest.raises((OSError, UserError), match="Input/output error"):
                 call()
     assert before == {path.name: path.read_bytes() for path in (tmp_path / "c").iterdir()}

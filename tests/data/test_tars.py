@@ -156,7 +156,11 @@ def test_what_is_found_and_what_is_left_out_is_said(tmp_path):
 
 def test_layouts_of_others(tmp_path):
     path, image = tmp_path / "t.tar", jpeg(1)
-    for names in (["s/train/a/1.png", "s/val/a/1.png"], ["train/1.png", "test/1.png"]):
+    for names in (
+        ["s/train/a/1.png", "s/val/a/1.png"],
+        ["train/1.png", "test/1.png"],
+        ["s/train_set/a/1.png", "s/test_set/a/1.png"],
+    ):
         path.write_bytes(tar(dict.fromkeys(names, image)))
         for _ in range(2):
             with pytest.raises(UserError, match="make a tar of one of them, such as train"):
@@ -313,6 +317,7 @@ def broken_indices(whole):
         {"headers": np.array(3)},
         {"classes": np.array([{}, {}], object)},
         {"left_out": np.array([], "U1")},
+        {"names": np.full(found["names"].shape, -1, np.int32).view("U1")},  # no characters
         {"stamp": np.array([1])},
     ):
         file = io.BytesIO()
