@@ -79,6 +79,7 @@ def _train(
     stop = StopSignal()
     check_path(workdir)
     folder.check_free(workdir)
+    folder.check_writable(workdir)
     folder.agree_on_config(config)
     configs.validate(config, jax.device_count())
     mesh = parallel.make_mesh(config.mesh.data, config.mesh.fsdp)

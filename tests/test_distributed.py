@@ -62,12 +62,12 @@ def test_an_exchange(service):
 
 @pytest.mark.parametrize(
     "put",
-    [b"", b"vote\n1", b"\xff\xfe\x00", b"x" * 10**6, b"\x1b[2J\n" * 9, "elsewhere", "another token"],
+    [b"", b"vote\n1", b"\xff\xfe\x00", b"x" * 10**6, b"\x1b[2J\n" * 9, "elsewhere", "token"],
 )
 def test_what_a_stranger_has_put_in_a_process_s_place(put, service, monkeypatch):
     if put == "elsewhere":  # what this run signed, but for another key
         put = signing.sign(place(1, 7), "vote\n1")
-    elif put == "another token":
+    elif put == "token":
         monkeypatch.setenv(signing.TOKEN, "another")
         put = signing.sign(place(1), "vote\n1")
         monkeypatch.setenv(signing.TOKEN, "this run's")
