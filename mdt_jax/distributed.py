@@ -21,11 +21,12 @@ from jax._src.distributed import global_state as _state  # its only home, as Orb
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mdt_jax import locks, parallel
+from mdt_jax import locks, parallel, roll_call, signing
 from mdt_jax.errors import UserError
 
 _left = threading.Event()  # the processes have parted in peace
-VERDICT = "mdt_jax: "
+LEFT = "mdt_jax/left"
+LONGEST_WAIT = 3600  # seconds in which all processes must come to a point where they agree
 _guards: list[threading.Thread] = []
 _patience = 60  # seconds
 _calls = itertools.count()
@@ -65,6 +66,7 @@ def start(how: str, num_processes: int, process_id: int, timeout: int, patience:
         given = dict(
             coordinator_address=how, num_processes=num_processes, process_id=process_id,
             cluster_detection_method="deactivate",
+            coordinator_bind_address=roll_call.bind_address(how),
         )  # fmt: skip
     arrived = threading.Event()
     threading.Thread(target=_roll_call, args=(timeout, arrived), daemon=True).start()
@@ -123,81 +125,14 @@ def _roll_call(timeout: float, arrived: threading.Event) -> None:
     while _state.client is None or _state.coordinator_address is None:
         if arrived.wait(0.05):
             return
-    host, _, port = _state.coordinator_address.rpartition(":")
-    address, host = (host.strip("[]"), roll_call_port(int(port))), f"{host}:{port}"
-    with contextlib.ExitStack() as stack:
-        if is_first():
-            line = _call(address[1], end, arrived, stack)
-        else:
-            line = _report(address, end, arrived, stack)
-        if arrived.is_set():
-            return
-        if line is None and _answers((address[0], int(port))):
-            line = f"not all {_state.num_processes} processes came within {timeout:.0f} s"
-        elif line is None:
-            line = (
-                f"the coordinator, process 0 at {host}, did not answer within {timeout:.0f} s: "
-                "does it run there, and is the port open?"
-            )
+        if time.monotonic() > end:
+            _die(f"nobody said within {timeout:.0f} s which processes there are")
+    left = end - time.monotonic()
+    line = roll_call.hold(
+        _state.coordinator_address, _state.process_id, _state.num_processes, left, arrived
+    )
+    if line is not None:
         _die(line)
-
-
-def roll_call_port(port: int) -> int:
-    """Where process 0 calls the roll, given the coordinator's port: where no other run's would be.
-
-    On Slurm JAX takes 61440 + job % 4096, so that the next ports are those of the next jobs.
-    """
-    return 1024 + (port + 10_000) % 60_000
-
-
-def _call(port: int, end: float, arrived: threading.Event, stack) -> str | None:
-    """Process 0's part: collect who reports, and tell them at the end who did not."""
-    began, here = time.monotonic(), {0: None}
-    try:
-        both = socket.has_dualstack_ipv6()
-        family = socket.AF_INET6 if both else socket.AF_INET
-        server = socket.create_server(("", port), family=family, dualstack_ipv6=both)
-        stack.enter_context(server)
-    except OSError:
-        arrived.wait(end - began)
-        return None
-    server.settimeout(0.2)
-    while not arrived.is_set() and time.monotonic() < end:
-        with contextlib.suppress(OSError, ValueError):
-            reporting = stack.enter_context(server.accept()[0])
-            reporting.settimeout(5)
-            here[int(reporting.recv(20))] = reporting
-    missing = sorted(set(range(_state.num_processes)) - set(here))
-    line = f"{_names(missing)} of {_state.num_processes} did not come within {end - began:.0f} s"
-    for process in filter(None, here.values() if not arrived.is_set() else ()):
-        with contextlib.suppress(OSError):
-            process.sendall((VERDICT + line).encode())
-    return line
-
-
-def _report(address, end: float, arrived: threading.Event, stack) -> str | None:
-    """Any other's part: report, and hear at the end who did not."""
-    while not arrived.is_set() and time.monotonic() < end:
-        with contextlib.suppress(OSError):
-            first = stack.enter_context(socket.create_connection(address, timeout=2))
-            first.sendall(str(_state.process_id).encode())
-            first.settimeout(0.2)
-            while not arrived.is_set() and time.monotonic() < end + 5:
-                with contextlib.suppress(TimeoutError):
-                    heard = first.recv(10_000).decode(errors="replace")
-                    if heard.startswith(VERDICT):
-                        return heard.removeprefix(VERDICT)
-                    break  # process 0 is through with it, or it is somebody else's port
-        arrived.wait(0.2)
-    return None
-
-
-def _answers(address) -> bool:
-    try:
-        socket.create_connection(address, timeout=2).close()
-        return True
-    except OSError:
-        return False
 
 
 def _meet(timeout: int) -> None:
@@ -237,13 +172,49 @@ def _client() -> Any:
     return _state.client
 
 
+def _tell(key: str, text: str) -> None:
+    """Leave a text for the others. Raises UserError where somebody else has set the key."""
+    try:
+        _client().key_value_set_bytes(key, signing.sign(key, text))
+    except Exception as error:
+        if "ALREADY_EXISTS" in str(error):
+            raise UserError(_not_ours(key)) from None
+        raise
+
+
+def _told(key: str, seconds: int) -> str:
+    """What a process of this run has left there. Raises UserError where it was somebody else."""
+    text = signing.signed_text(key, _client().blocking_key_value_get_bytes(key, seconds * 1000))
+    if text is None:
+        raise UserError(_not_ours(key))
+    return text
+
+
+def _not_ours(key: str) -> str:
+    return (
+        f"the key {key} at the coordinator {_state.coordinator_address} was set by somebody who is "
+        f"not of this run: all its processes need the same {signing.TOKEN}, and its ports belong "
+        "on a private network"
+    )
+
+
 def _exchange(what: str, value: str) -> list[str]:
-    """Every process's value, in order. Raises UserError where others are about something else."""
-    place = f"mdt_jax/exchange/{next(_calls)}"
-    _client().key_value_set(f"{place}/{_state.process_id}", f"{what}\n{value}")
-    _client().wait_at_barrier(place, 3600 * 1000)  # the watch is over who is gone
-    count = _state.num_processes
-    found = [_client().blocking_key_value_get(f"{place}/{p}", 60_000) for p in range(count)]
+    """Every process's value, in order.
+
+    Raises UserError where others are about something else, do not come within LONGEST_WAIT, or are
+    not of this run. Of one that is gone the watch says so, and ends this process meanwhile.
+    """
+    place, count = f"mdt_jax/exchange/{next(_calls)}", _state.num_processes
+    try:
+        _tell(f"{place}/{_state.process_id}", f"{what}\n{value}")
+        _client().wait_at_barrier(place, LONGEST_WAIT * 1000)
+        found = [_told(f"{place}/{process}", 60) for process in range(count)]
+    except Exception as error:
+        if not may_be_lost(error):
+            raise
+        await_verdict(error)
+        said = " ".join(str(error).split())[:200]
+        raise UserError(f"the processes did not come together for '{what}': {said}") from None
     for process, text in enumerate(found):
         if not text.startswith(f"{what}\n"):
             other = text.partition("\n")[0]
@@ -313,7 +284,8 @@ def _watch() -> None:
 def _who_is_gone(error: Exception) -> str:
     named = str(error).partition("task names:")[2].partition("RPC:")[0]
     gone = [int(number) for number in re.findall(r"^\s*(\d+)\s*$", named, re.M)]
-    who = _names(gone) if gone else f"another process ({' '.join(str(error).split())[:200]})"
+    said = " ".join(str(error).split())[:200]
+    who = roll_call.names(gone) if gone else f"another process ({said})"
     return f"{who} did not answer for {_patience} s; {GO_ON}"
 
 
@@ -321,7 +293,9 @@ def _listen() -> None:
     """End this process once another says that it leaves, or the coordinator is gone."""
     while not _left.is_set():
         try:
-            said = _client().blocking_key_value_get("mdt_jax/left", 3600 * 1000)
+            said = _told(LEFT, LONGEST_WAIT)
+        except UserError as error:
+            said = f"2 {error}"
         except Exception as error:
             if "DEADLINE_EXCEEDED" in str(error):
                 continue
@@ -329,10 +303,6 @@ def _listen() -> None:
         if not _left.is_set():
             code, _, line = said.partition(" ")
             _die(line, int(code))
-
-
-def _names(processes: list[int]) -> str:
-    return f"process{'es' * (len(processes) > 1)} {', '.join(map(str, processes))}"
 
 
 def _die(line: str, code: int = 2) -> None:
@@ -347,7 +317,7 @@ def leave_at_once(code: int, reason: str = "") -> None:
     if reason:
         with contextlib.suppress(Exception):  # perhaps somebody left before
             line = f"{code} process {_state.process_id} stopped: {reason}"
-            _client().key_value_set("mdt_jax/left", line)
+            _tell(LEFT, line)
     if several() and is_first():
         time.sleep(3)  # with the coordinator gone, JAX aborts the others in the midst of leaving
     sys.stdout.flush()

@@ -11,14 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from mdt_jax import __version__, distributed
+from mdt_jax import __version__, distributed, files
 from mdt_jax.data.classes import parse_label, says_which
 from mdt_jax.data.image_sets import Slices
 from mdt_jax.data.images import UINT8_RULE, to_uint8
 from mdt_jax.data.sample_files import Sink
 from mdt_jax.distributed import is_first
 from mdt_jax.errors import NotFiniteError, UserError
-from mdt_jax.files import beside, check_regular, reason
+from mdt_jax.files import check_regular, reason
 from mdt_jax.models.autoencoder import AutoencoderKL
 from mdt_jax.models.mdt import MDT
 from mdt_jax.options import (
@@ -342,13 +342,14 @@ def read_labels(path: str, num_classes: int, classes: Sequence[str]) -> list[int
 
 
 def check_writable(out: pathlib.Path) -> None:
-    """Raise UserError now rather than after all samples are drawn."""
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        if out.is_dir():
-            raise IsADirectoryError(None, "it is a folder")
-        probe = beside(out)
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"--out={out} cannot be written: {error.strerror}") from None
+    """Raise UserError now rather than after much work, where the file --out cannot be written, or
+    a folder beside it with what a stopped command has kept. The first process alone writes.
+    """
+    if not is_first():
+        return
+    if out.is_dir():
+        raise UserError(f"--out={out} cannot be written: it is a folder")
+    files.check_writable(out.parent, f"--out={out}")
+    for kept in (out.with_name(f"{out.name}.{what}") for what in ("parts", "features")):
+        if kept.exists():
+            files.check_writable(kept, f"--out={out}: {kept}")

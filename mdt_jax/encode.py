@@ -112,6 +112,7 @@ def describe(config: ConfigDict, images: Squares, found: inputs.Vae, shard_image
 
 def make(config: ConfigDict, out: pathlib.Path, shard_images: int, part: tuple[int, int]) -> None:
     """Encode what is not yet encoded of one part of the shards; part: (which, of how many)."""
+    files.check_writable(out, f"--out={out}")
     images = open_images(config)
     name = inputs.name_of(config.data)
     left_out = images.files.left_out

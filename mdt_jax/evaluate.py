@@ -116,11 +116,13 @@ def evaluate(args) -> None:
     """Samples against a reference."""
     features = (args.features or "inception").split(",")
     labelled = "classifier" in features
+    if args.out:
+        card_path(args.out)
     samples = open_images(args.samples, args.image_size, labelled, args.num_samples, drawn=True)
+    out = card_path(args.out or default_card(samples))
     reference = references.load(args.reference, args.image_size, labelled)
     evaluator = evaluation.Evaluator(reference, features, args.inception or "")
     evaluator.check(samples)
-    out = card_path(args.out or default_card(samples))
     settings = {
         "samples": about(samples),
         "reference": about_reference(reference),
@@ -196,13 +198,13 @@ def make_reference(args) -> None:
     out = pathlib.Path(args.out)
     if out.suffix != ".npz":
         raise UserError(f"--out={out}: unknown suffix {out.suffix!r}; use .npz")
+    drawing.check_writable(out)
     images = open_images(args.make_reference, args.image_size)
     if out.exists() and "mu" not in open_arrays(args.out):
         raise UserError(f"--out={out} exists and is no reference; choose another name")
     if len(images) < 2:
         raise UserError(f"{images.path} has one image; statistics need two at least")
     network = evaluation.load_inception(args.inception or "")
-    drawing.check_writable(out)
     say_found(images)
     folder = out.with_name(f"{out.name}.features")
     parts = Parts(folder, {"of": about(images), "by": network.note})
@@ -216,10 +218,10 @@ def make_reference(args) -> None:
 
 def evaluate_vae(args) -> None:
     """Images against what a VAE makes of them."""
+    out = card_path(args.out)
     network, params = weights.load_vae(args.vae)
     images = open_images(args.images, args.image_size, num=args.num_samples)
     inception = evaluation.load_inception(args.inception) if args.inception else None
-    out = card_path(args.out)
     back = evaluation.Reconstructed(network, params, images)
     say_found(images)
     settings = {

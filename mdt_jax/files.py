@@ -80,6 +80,31 @@ def free(path: pathlib.Path) -> str:
     return "" if room is None else f" ({room / 1e6:.1f} MB free there)"
 
 
+def check_writable(folder: pathlib.Path, name: str) -> None:
+    """Raise UserError where no file can be made in a folder, or where there is none yet, in the
+    nearest one above it. Nothing is left there.
+
+    name: what the message begins with. A few bytes are written, too: a full disk or quota takes
+    empty files.
+    """
+    try:
+        place = pathlib.Path(os.path.realpath(folder))
+        while not place.exists():
+            place = place.parent
+        if not place.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, f"{place} is a file, not a folder")
+        probe = beside(place / ".write-test")
+        try:
+            with open(probe, "xb") as file:
+                file.write(bytes(4096))
+            settle(probe)
+        finally:
+            with contextlib.suppress(OSError):
+                probe.unlink()
+    except OSError as error:
+        raise UserError(f"{name} cannot be written to: {reason(error)}") from None
+
+
 def check_room(path: pathlib.Path, size: int) -> None:
     """Raise UserError where `size` bytes do not fit on the disk that `path` is to be on."""
     room = _room(path)

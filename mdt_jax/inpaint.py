@@ -181,6 +181,7 @@ def main(argv: list[str]) -> None:
         raise UserError("--guidance_skip_tolerance saves nothing here; it is for mdt_jax.sample")
     check_seed(args.seed)
     accelerators.start()
+    drawing.check_writable(out)
     weights, options, scales = drawing.load(
         args.checkpoint, args.decoder_layers, args.dtype, vars(args)
     )
@@ -201,7 +202,7 @@ def main(argv: list[str]) -> None:
     )
     image, hidden = read_pair(args.image, args.mask, (height, width, channels), args.resize)
     check_hidden(hidden, (height, width), f"--mask={args.mask} (white is hidden, black known)")
-    drawing.check_writable(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
 
     known, hidden_there = to_float(image), hidden
     said = f"{args.mask} hides {share(hidden)} of the pixels"

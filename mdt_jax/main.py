@@ -98,6 +98,7 @@ def _train(
     """held: where the workdir's lock goes, which is let go last."""
     check_path(workdir)
     folder.check_free(workdir)
+    folder.check_writable(workdir)
     folder.agree_on_config(config)
     configs.validate(config, jax.device_count())
     mesh = parallel.make_mesh(config.mesh.data, config.mesh.fsdp)

@@ -10,7 +10,7 @@ import pathlib
 
 import numpy as np
 
-from mdt_jax import accelerators, allocator, cli, distributed, drawing, locks, walks
+from mdt_jax import accelerators, allocator, cli, distributed, drawing, files, locks, walks
 from mdt_jax.data.images import save_animation, save_grid
 from mdt_jax.data.sample_files import Folder, Grid, Npz
 from mdt_jax.data.sample_notes import written
@@ -99,6 +99,10 @@ def main(argv: list[str]) -> None:
     check_seed(args.seed)
     distributed.start(*(getattr(args, name) for name in cli.PROCESSES))
     accelerators.start()
+    if suffix:
+        drawing.check_writable(out)
+    elif is_first():
+        files.check_writable(out, f"--out={out}")
     weights, options, scales = drawing.load(
         args.checkpoint, args.decoder_layers, args.dtype, vars(args)
     )
@@ -114,7 +118,6 @@ def main(argv: list[str]) -> None:
     if args.show:
         if scales is not None:
             raise UserError("--show takes one --guidance_scale")
-        drawing.check_writable(out)
         frames = args.frames or 10
         with distributed.alone(locks.beside(out), str(out)):
             rows = WALKS[args.show](model, params, labels, frames=frames, progress=True, **how)
@@ -127,8 +130,6 @@ def main(argv: list[str]) -> None:
     if scales is not None:
         how["guidance_scale"] = np.resize(scales, len(labels))
     asked = request(model, params, labels, **how)
-    if suffix == ".png":
-        drawing.check_writable(out)
     sink = WRITERS[suffix](out, labels, shape, note)
     distributed.agree({"samples": note})
     if not drawing.write_samples(asked, sink, to_images):

@@ -10,16 +10,21 @@ from collections.abc import Iterator, Sequence
 import jax
 from ml_collections import ConfigDict
 
-from mdt_jax import __version__, distributed, inputs
+from mdt_jax import __version__, distributed, files, inputs
 from mdt_jax import config as configs
 from mdt_jax.data import sample_notes
 from mdt_jax.errors import DamagedError, UserError
 from mdt_jax.files import read_json, whole
 from mdt_jax.train.checkpoints import Checkpoints, steps_in
 from mdt_jax.train.metrics import MetricsLog, read_steps
+from mdt_jax.train.orbax_folders import FOLDER
 from mdt_jax.train.trackers import Tracker
 
 LOCK = ".lock"
+# The folders of a run that it writes to, which may be links, or of somebody else.
+WRITTEN = (
+    FOLDER, "best", f"best/{FOLDER}", "samples", "damaged", "tensorboard", "wandb", "profile",
+)  # fmt: skip
 
 
 def check_same_run(meta: dict, config: ConfigDict, workdir: pathlib.Path, about_data: dict) -> None:
@@ -179,6 +184,15 @@ def check_free(workdir: pathlib.Path) -> None:
     if distributed.of_first("locked" if os.path.exists(workdir / LOCK) else ""):
         with alone(workdir):
             pass
+
+
+def check_writable(workdir: pathlib.Path) -> None:
+    """Raise UserError where this process can make no files in a workdir, which need not be there,
+    or in one of its folders. All processes write checkpoints.
+    """
+    for name in ("", *WRITTEN):
+        if not name or os.path.lexists(workdir / name):
+            files.check_writable(workdir / name, f"workdir {workdir / name}")
 
 
 def make(workdir: pathlib.Path) -> None:

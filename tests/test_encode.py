@@ -206,7 +206,7 @@ BAD_ENCODING = {
         "holds another cache: its vae",
     ),
     "other shards": (["--out=CACHE"], "its shard_images is 4, not 2048"),
-    "out is a file": (["--out=CACHE/manifest.json"], "is a file, not a folder for latents"),
+    "out is a file": (["--out=CACHE/manifest.json"], "is a file, not a folder"),
 }
 
 

@@ -40,6 +40,57 @@ def test_room_is_measured_where_a_link_leads(tmp_path, monkeypatch):
         files.check_room(tmp_path / "small" / "a.npz", 10**6)
 
 
+@pytest.fixture
+def refusing(monkeypatch):
+    """refusing(folder, number): nothing can be made in it any more; root may do what others may
+    not, so the system's answer is made up."""
+
+    def refuse(folder, number: int, when: str = "opened"):
+        def opened(path, mode="r", *more, **named):
+            ours = os.path.dirname(path) == str(folder) and set(mode) & set("wax")
+            if ours and when == "opened":
+                raise OSError(number, os.strerror(number))
+            file = open(path, mode, *more, **named)  # noqa: SIM115 (handed on)
+            if ours:
+
+                def write(_):
+                    raise OSError(number, os.strerror(number))
+
+                file.write = write
+            return file
+
+        monkeypatch.setattr(files, "open", opened, raising=False)
+
+    return refuse
+
+
+@pytest.mark.parametrize(
+    ("number", "when"),
+    [
+        (errno.EACCES, "opened"), (errno.EROFS, "opened"), (errno.EPERM, "opened"),
+        (errno.EDQUOT, "written"), (errno.ENOSPC, "written"), (errno.ESTALE, "opened"),
+    ],
+)  # fmt: skip
+def test_a_folder_that_cannot_be_written_to(number, when, tmp_path, refusing):
+    refusing(tmp_path, number, when)
+    for folder in (tmp_path, tmp_path / "new", tmp_path / "new" / "er"):
+        with pytest.raises(UserError) as error:
+            files.check_writable(folder, f"--out={folder}")
+        assert str(error.value) == f"--out={folder} cannot be written to: {os.strerror(number)}"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_can_be_written_to_is_left_as_it_was(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "not" / "yet")
+    for name in (".", "new/er", "link", "link/new"):
+        files.check_writable(tmp_path / name, "it")
+    assert [path.name for path in tmp_path.iterdir()] == ["link"]
+    (tmp_path / "a").touch()
+    for name in ("a", "a/new/er"):
+        with pytest.raises(UserError, match=f"it cannot .*: {tmp_path}/a is a file, not a folder"):
+            files.check_writable(tmp_path / name, "it")
+
+
 @pytest.mark.parametrize(
     "content", [b"\xff\xfe{}", b"", b"{", b"[]", b"3", b'"a"', b"[" * 10**5, b'{"a": ' * 10**5]
 )

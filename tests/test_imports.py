@@ -19,6 +19,8 @@ LEVELS = {
     "files": 1,
     "locks": 2,
     "keys": 1,
+    "signing": 1,
+    "roll_call": 2,
     "accelerators": 1,
     "allocator": 1,
     "precision": 1,

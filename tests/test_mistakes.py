@@ -1,10 +1,12 @@
 """A user's mistake: one clear line, exit code 2, and nothing lost or left behind."""
 
+import errno
+import os
 import sys
 
 import pytest
 
-from mdt_jax import cli, convert, encode, evaluate, info, inpaint, main, sample
+from mdt_jax import cli, convert, encode, evaluate, files, info, inpaint, inputs, main, sample
 from mdt_jax.errors import UserError
 from tests.conftest import ROOT, SMOKE, exits_with_one_line, run_here
 from tests.runs import DIGITS, SAMPLE
@@ -166,6 +168,66 @@ def test_bad_recipe(text, tmp_path, capsys, monkeypatch, in_root, keep_signals):
     argv = [f"--config={recipe}", f"--workdir={tmp_path / 'run'}"]
     assert BAD_RECIPES[text] in exits_with_one_line(main.main, argv, capsys, monkeypatch)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def refused(monkeypatch):
+    """refused(folder): it may not be written to. Tests run as root, who may; so it is made up."""
+
+    def refuse(folder):
+        def opened(path, mode="r", *more, **named):
+            if os.path.dirname(path) == str(folder) and "r" not in mode:
+                raise PermissionError(errno.EACCES, "Permission denied")
+            return open(path, mode, *more, **named)
+
+        monkeypatch.setattr(files, "open", opened, raising=False)
+
+    return refuse
+
+
+def untouched(*_, **__):
+    pytest.fail("it was begun")
+
+
+@pytest.mark.parametrize("within", ["", "checkpoints", "samples", "best/checkpoints", "damaged"])
+def test_a_workdir_of_somebody_else(
+    within, tmp_path, refused, capsys, monkeypatch, in_root, keep_signals
+):
+    """It is told before data is read."""
+    monkeypatch.setattr(inputs, "open_data", untouched)
+    (tmp_path / within).mkdir(parents=True, exist_ok=True)
+    refused(tmp_path / within)
+    argv = [*SMOKE, f"--workdir={tmp_path}"]
+    printed = exits_with_one_line(main.main, argv, capsys, monkeypatch)
+    assert f"workdir {tmp_path / within} cannot be written to: Permission denied" in printed
+    assert not list(tmp_path.rglob("*.*"))
+
+
+@pytest.mark.parametrize(
+    ("command", "flags", "read"),
+    [
+        (sample, "--checkpoint=X --out=OUT.png", "drawing.load"),
+        (sample, "--checkpoint=X --out=OUT.npz", "drawing.load"),
+        (sample, "--checkpoint=X --out=OUT/", "drawing.load"),
+        (sample, "--checkpoint=X --out=OUT.gif --show=noise", "drawing.load"),
+        (inpaint, "--checkpoint=X --image=X --mask=X --out=OUT.png", "drawing.load"),
+        (encode, "--config=configs/xl2.py --out=OUT", "encode.open_images"),
+        (evaluate, "--samples=X --reference=digits --out=OUT.json", "evaluate.open_images"),
+        (evaluate, "--make_reference=X --out=OUT.npz", "evaluate.open_images"),
+        (evaluate, "--vae=X --images=X --out=OUT.json", "weights.load_vae"),
+    ],
+)
+def test_an_out_of_somebody_else(
+    command, flags, read, tmp_path, refused, capsys, monkeypatch, in_root
+):
+    """It is told before weights or images are read, also where the folder is yet to be made."""
+    monkeypatch.setattr(f"mdt_jax.{read}", untouched)
+    refused(tmp_path)
+    for out in (tmp_path / "out", tmp_path / "new" / "out"):
+        argv = flags.replace("OUT", str(out)).split()
+        printed = exits_with_one_line(command.main, argv, capsys, monkeypatch)
+        assert f"--out={out}" in printed and "cannot be written to: Permission denied" in printed
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_workdir_missing_or_not_writable(capsys, monkeypatch, in_root, keep_signals):

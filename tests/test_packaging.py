@@ -94,7 +94,7 @@ def test_the_private_part_of_jax_is_where_we_expect_it():
         assert hasattr(state, name), f"jax._src.distributed.global_state has no {name} any more"
     from jax._src.lib import _jax
 
-    for name in ("blocking_key_value_get", "key_value_set", "wait_at_barrier"):
+    for name in ("blocking_key_value_get_bytes", "key_value_set_bytes", "wait_at_barrier"):
         assert hasattr(_jax.DistributedRuntimeClient, name), f"JAX's client has no {name} any more"
 
 

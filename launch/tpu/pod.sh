@@ -80,18 +80,22 @@ install() {
         python3 -m pip install --quiet --user uv
         cd mdt_jax
         python3 -m uv venv --quiet --allow-existing --python 3.12 .venv
-        python3 -m uv pip install --quiet --python .venv/bin/python -e '.[tpu,data]'"
+        python3 -m uv pip install --quiet --python .venv/bin/python \
+            --constraint launch/constraints.txt -e '.[tpu,data]'"
 }
 
 # On each machine ~/mdt_jax has the log of its part, the process and, at the end, its exit code.
+# What the machines tell each other is signed with a token, new each time.
 run() {
+    local token
+    token=$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')
     on all "cd mdt_jax || exit
         if kill -0 \"\$(cat train.pid 2>/dev/null)\" 2>/dev/null; then
             echo 'error: a run is going on' >&2
             exit 1
         fi
         rm -f train.pid train.exit
-        export PYTHON=.venv/bin/python
+        export PYTHON=.venv/bin/python MDT_JAX_RUN_TOKEN=$token
         setsid bash -c '
             launch/run.sh \"\$@\" & echo \$! >train.pid
             wait \$!; echo \$? >train.exit' run ${*@Q} </dev/null >>train.log 2>&1 &"

@@ -166,6 +166,21 @@ def test_processes_with_different_configs(tmp_path):
     assert all("process 0 has train.seed=0, process 1 train.seed=1" in line for line in lines)
 
 
+def test_a_process_of_another_run(tmp_path, monkeypatch):
+    """It comes to the coordinator's port in the place of one of ours."""
+    processes, host = [], f"127.0.0.1:{free_port()}"
+    for number, token in enumerate(("ours", "theirs")):
+        monkeypatch.setenv("MDT_JAX_RUN_TOKEN", token)
+        processes.append(start_command(
+            "mdt_jax.main", *RUN, f"--distributed={host}", "--num_processes=2",
+            f"--process_id={number}", f"--workdir={tmp_path / str(number)}",
+        ))  # fmt: skip
+    for code, printed in ends(processes, timeout=120):
+        assert code == 2 and "Traceback" not in printed
+        assert "was set by somebody who is not of this run" in printed.splitlines()[-1]
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_processes_that_differ(alone, tmp_path):
     """Each case is refused by both before its first step, and they go on to the next one."""
     for number in (0, 1):  # the same path, but each process's own disk

@@ -17,8 +17,12 @@ import tomllib
 import kubernetes_validate
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 from mdt_jax import main
+from mdt_jax.signing import TOKEN
 from tests.conftest import ROOT
 from tests.runs import LONG, lines_of, steps_of
 
@@ -146,6 +150,15 @@ def check_pods(job: dict) -> dict:
     assert rules[0]["onExitCodes"] == {
         "containerName": container["name"], "operator": "In", "values": [75]
     }  # fmt: skip
+    rights = pod["securityContext"]
+    assert rights["runAsNonRoot"] and (rights["runAsUser"], rights["fsGroup"]) == (1000, 1000)
+    assert container["securityContext"] == {
+        "allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}
+    }  # fmt: skip
+    assert not pod.get("hostNetwork")  # a NetworkPolicy would not hold
+    assert re.fullmatch(r"[\w./-]+:\d+\.\d+\.\d+|[\w./-]+@sha256:\w{64}", container["image"])
+    (variable,) = container["env"]
+    assert variable["name"] == TOKEN and "secretKeyRef" in variable["valueFrom"]
     assert rules[1]["onPodConditions"] == [{"type": "DisruptionTarget", "status": "True"}]
     assert {mount["name"] for mount in container["volumeMounts"]} == {
         volume["name"] for volume in pod["volumes"]
@@ -154,6 +167,14 @@ def check_pods(job: dict) -> dict:
     shared = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}["shared"]
     assert workdir.partition("=")[2].startswith(shared + "/")
     return container
+
+
+def check_policy(policy: dict, labels: dict) -> None:
+    """Only pods with these labels may reach them."""
+    kubernetes_validate.validate(policy, kubernetes_validate.latest_version(), strict=True)
+    ours = {"podSelector": {"matchLabels": labels}}
+    assert policy["kind"] == "NetworkPolicy"
+    assert policy["spec"] == ours | {"policyTypes": ["Ingress"], "ingress": [{"from": [ours]}]}
 
 
 def test_indexed_job():
@@ -167,6 +188,7 @@ def test_indexed_job():
     assert job["metadata"]["labels"]
     assert service["spec"]["clusterIP"] == "None" and service["spec"]["publishNotReadyAddresses"]
     assert service["spec"]["selector"] == {"job-name": name}
+    check_policy(parts["NetworkPolicy"], {"job-name": name})
     pod = job["spec"]["template"]["spec"]
     assert pod["subdomain"] == service["metadata"]["name"]
     account = parts["ServiceAccount"]["metadata"]["name"]
@@ -182,7 +204,9 @@ def test_indexed_job():
 
 def test_jobset():
     """Its own schema is not at hand offline; the job inside it is one of Kubernetes."""
-    (jobset,) = documents("jobset-tpu.yaml")
+    policy, jobset = documents("jobset-tpu.yaml")
+    name = jobset["metadata"]["name"]
+    check_policy(policy, {"jobset.sigs.k8s.io/jobset-name": name})
     assert jobset["apiVersion"] == "jobset.x-k8s.io/v1alpha2" and jobset["kind"] == "JobSet"
     assert set(jobset) == {"apiVersion", "kind", "metadata", "spec"}
     assert set(jobset["spec"]) == {"network", "failurePolicy", "replicatedJobs"}
@@ -269,8 +293,52 @@ def test_dockerfile():
     guide = (LAUNCH / "kubernetes" / "README.md").read_text()
     for more in re.findall(r"EXTRAS=([\w,]+)", guide):
         extras |= set(more.split(","))
-    assert extras == {"cuda", "tpu", "k8s"} and extras <= set(given["optional-dependencies"])
+    assert extras == {"cuda", "tpu", "k8s", "data"}
+    assert extras <= set(given["optional-dependencies"])
     assert re.search(r"pip install [^\n]*\.\[\$\{EXTRAS\}\]", text)
+
+
+def test_the_container_is_not_root():
+    """By number, which Kubernetes can tell from root's; nothing after it needs root."""
+    text = (LAUNCH / "Dockerfile").read_text()
+    user = re.search(r"^USER (\d+):(\d+)$", text, re.M)
+    assert user and user.groups() == ("1000", "1000")
+    assert re.findall(r"^[A-Z]+", text[user.end() :], re.M) == ["ENTRYPOINT"]
+
+
+def test_what_is_installed_is_pinned():
+    """The base image by its full version, and all packages that the extras bring."""
+    text = (LAUNCH / "Dockerfile").read_text()
+    base = re.search(r"^ARG BASE=(.*)$", text, re.M)[1]
+    assert re.fullmatch(r"python:3\.\d+\.\d+-slim-\w+", base) and "FROM ${BASE}\n" in text
+    assert base in (LAUNCH / "README.md").read_text()
+    lines = (LAUNCH / "constraints.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines if not line.startswith("#"))
+    given = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = [given["optional-dependencies"][name] for name in ("cuda", "tpu", "k8s", "data")]
+    for line in sum(extras, given["dependencies"]):
+        requirement = Requirement(line)
+        assert Version(pins[canonicalize_name(requirement.name)]) in requirement.specifier, line
+    for path in (LAUNCH / "Dockerfile", LAUNCH / "tpu" / "pod.sh"):
+        assert "--constraint launch/constraints.txt" in path.read_text()
+
+
+def test_that_ports_belong_on_a_private_network_is_said():
+    for guide in GUIDES:
+        assert "belong on a private network" in " ".join(guide.read_text().split()), guide
+
+
+def test_a_slurm_job_has_a_token_of_its_own(tmp_path):
+    """New each time, unless one is given; srun hands it to the tasks."""
+    say = f'#!/bin/bash\necho "${TOKEN}" >> {tmp_path}/tokens\n'
+    srun = executable(tmp_path / "srun", say)
+    (tmp_path / "report.json").touch()
+    given = {**os.environ, "PATH": f"{srun.parent}:{os.environ['PATH']}"}
+    script = [LAUNCH / "slurm" / "train.sbatch", f"--workdir={tmp_path}"]
+    for more in ({}, {}, {TOKEN: "mine"}):
+        subprocess.run(["bash", *script], cwd=ROOT, env=given | more, check=True, timeout=60)
+    first, second, third = (tmp_path / "tokens").read_text().split()
+    assert re.fullmatch("[0-9a-f]{32}", first) and first != second and third == "mine"
 
 
 # The TPU pod, with a gcloud that runs what it is told on two folders in place of machines.
@@ -314,6 +382,7 @@ else:
 # to do, and stops at SIGTERM.
 MACHINE_PYTHON = """#!/usr/bin/env bash
 echo "$MACHINE $*" >> {folder}/ran
+echo $MDT_JAX_RUN_TOKEN >> {folder}/tokens
 case "$*" in
     *"uv venv"*) mkdir -p .venv/bin; cp "$0" .venv/bin/python ;;
     *mdt_jax.main*)
@@ -366,6 +435,10 @@ class Cloud:
         lines = (self.folder / "ran").read_text().splitlines()
         return sorted(line for line in lines if "mdt_jax.main" in line)
 
+    def tokens(self) -> set[str]:
+        """Those of the runs that were started."""
+        return set((self.folder / "tokens").read_text().split())
+
     def exit_codes(self) -> list[str]:
         files = [self.folder / machine / "mdt_jax" / "train.exit" for machine in "01"]
         return [file.read_text().strip() for file in files if file.exists()]
@@ -392,12 +465,15 @@ def test_pod_step_by_step(cloud):
     for machine in "01":
         home = cloud.folder / machine
         assert (home / "mounted").exists() and (home / "mdt_jax" / "launch" / "run.sh").exists()
-    assert [line for line in (cloud.folder / "ran").read_text().splitlines() if "[tpu]" in line]
+    assert [
+        line for line in (cloud.folder / "ran").read_text().splitlines() if "[tpu,data]" in line
+    ]
 
     cloud.pod("run", *cloud.flags)
     wait_for(lambda: len(cloud.trained()) == 2, "two machines")
     expected = " ".join(["-m", "mdt_jax.main", *cloud.flags])
     assert cloud.trained() == [f"0 {expected}", f"1 {expected}"]
+    assert len(cloud.tokens()) == 1
     assert "a run is going on" in cloud.pod("run", *cloud.flags, expect=1)
     cloud.pod("stop")
     wait_for(lambda: cloud.exit_codes() == ["75", "75"], "the machines to stop")
@@ -405,6 +481,7 @@ def test_pod_step_by_step(cloud):
     cloud.pod("run", *cloud.flags)
     (cloud.folder / "finish").touch()
     wait_for(lambda: cloud.exit_codes() == ["0", "0"], "the end")
+    assert len(cloud.tokens()) == 2  # of each start one
     cloud.pod("delete")
     assert not (cloud.folder / "state").exists()
 
