@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
@@ -249,6 +250,41 @@ def evaluate_samples(
     features = ("pixels",) if labels is None else ("pixels", "classifier")
     reference = references.of_split("the held-out images", training, held_out)
     return Evaluator(reference, features).measure(image_sets.Arrays("the samples", images, labels))
+
+
+def fid(
+    samples: str | os.PathLike | np.ndarray,
+    reference: str | os.PathLike | np.ndarray,
+    inception: str | os.PathLike,
+    *,
+    image_size: int | None = None,
+    progress: bool = False,
+) -> float:
+    """FID of samples against real images or their statistics, as `mdt_jax.evaluate` computes it.
+
+    samples, reference: images [N, H, W, C] uint8, or where they lie, as --samples and --reference
+    take it. inception: weights of FID's Inception: a file, a folder that `convert` wrote, or hf://….
+    image_size: to which image files are cut. Raises UserError for what cannot be compared.
+    """
+    if isinstance(samples, np.ndarray):
+        images = _at_hand("the samples", samples)
+    else:
+        images = image_sets.open_images(os.fspath(samples), image_size, drawn=True)
+    if isinstance(reference, np.ndarray):
+        real = Reference("the reference", {}, _at_hand("the reference", reference))
+    else:
+        real = references.load(os.fspath(reference), image_size)
+    evaluator = Evaluator(real, ("inception",), os.fspath(inception))
+    return evaluator.measure(images, progress=progress)["fid"]
+
+
+def _at_hand(name: str, images: np.ndarray) -> image_sets.Arrays:
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3):
+        raise UserError(
+            f"{name} are {images.dtype} of the shape {list(images.shape)}; FID takes uint8 images "
+            "[N, H, W, C] of 1 or 3 channels, which mdt_jax.to_uint8 makes of samples"
+        )
+    return image_sets.Arrays(name, images)
 
 
 class Reconstructed:

@@ -4,9 +4,15 @@
 Draws what the mask hides (white: hidden, black: known) and leaves every other pixel as it was. The
 image and the mask are turned as their EXIF says. The sampler is ddpm or ddim. How the picture came
 about is kept inside.
+
+In Python `mdt_jax.inpaint(model, params, images, hidden, labels)` is the function of
+`mdt_jax.inpainting`.
 """
 
+import inspect
 import pathlib
+import sys
+import types
 
 import jax
 import numpy as np
@@ -225,6 +231,17 @@ def main(argv: list[str]) -> None:
     else:
         save_grid(str(out), complete, note=written(note))
     print(f"wrote {len(complete)} completion{'s' * (len(complete) > 1)} to {out}")
+
+
+class _Callable(types.ModuleType):
+    """This module, which is also the function of its name: `mdt_jax.inpaint(…)`."""
+
+    def __call__(self, *args, **kwargs):
+        return inpaint(*args, **kwargs)
+
+
+__signature__ = inspect.signature(inpaint)
+sys.modules[__name__].__class__ = _Callable
 
 
 if __name__ == "__main__":

@@ -331,12 +331,13 @@ def generate(
     labels: N ints in 0…num_classes−1 (an unconditional model reads only how many there are).
     seed: sample n depends on (seed, n, its label and guidance scale) alone, not on batch_size or
     the devices. numbers: another n for each sample, to draw some of many, or with equal noise.
-    options, changes: a SampleOptions, and fields of it by name, such as num_steps=250 or
-    sampler="ddim". guidance_scale may also be N numbers, one for each sample. clip_denoised is on
-    by default where the model has 1 or 3 channels, which are taken for pixels, unless options say.
-    Returns [N, H, W, C] float32, what the model was trained on: pixels in about [−1, 1], not
-    clipped (`mdt_jax.to_uint8` makes images of them). `model.clone(dtype=jnp.bfloat16)` computes in
-    bfloat16. Raises UserError for options and labels that make no sense, and for samples that
+    options, changes: a SampleOptions, such as the `options` of what `mdt_jax.load` gives (default:
+    the published ones), and fields of it by name, such as num_steps=250 or sampler="ddim".
+    guidance_scale may also be N numbers, one for each sample. clip_denoised is on by default where
+    the model has 1 or 3 channels, which are taken for pixels, unless options say.
+    Returns [N, H, W, C] float32, what the model was trained on: pixels in about [−1, 1]
+    (`mdt_jax.to_uint8` makes images of them), or latents. `model.clone(dtype=jnp.bfloat16)` computes
+    in bfloat16. Raises UserError for options and labels that make no sense, and for samples that
     are not finite.
     """
     asked = request(

@@ -230,11 +230,6 @@ def _resampled(old: MDT, new: MDT) -> str:
     return "position embeddings and bias tables resampled from {} to {} tokens".format(*sizes)
 
 
-def load(path: str | os.PathLike, **options) -> tuple[MDT, dict]:
-    """(model, parameters) on the default device; arguments and errors as in `load_weights`."""
-    return load_weights(path, **options)[:2]
-
-
 # Files of a VAE in a folder of diffusers.
 VAE_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 

@@ -96,10 +96,10 @@ def test_a_run_is_exported_ema_or_raw(trained, tmp_path, monkeypatch, capsys):
     assert "does not tell: to be read with decoder_layers=1" in capsys.readouterr().out
     run(convert, monkeypatch, f"--src={trained}", f"--dst={tmp_path}/raw.pt", "--params=raw")
     model, ema = mdt_jax.load(trained)
-    loaded, from_file = weights.load(tmp_path / "ema.pt", decoder_layers=model.decoder_layers)
+    loaded, from_file = mdt_jax.load(tmp_path / "ema.pt", decoder_layers=model.decoder_layers)
     assert same(from_file, ema) and loaded.depth == model.depth
-    _, raw = weights.load(tmp_path / "raw.pt", decoder_layers=model.decoder_layers)
-    assert not same(raw, ema) and same(raw, weights.load(trained, params="raw")[1])
+    _, raw = mdt_jax.load(tmp_path / "raw.pt", decoder_layers=model.decoder_layers)
+    assert not same(raw, ema) and same(raw, mdt_jax.load(trained, params="raw")[1])
     for file in ("ema.pt", "raw.pt"):
         state = torch.load(tmp_path / file, weights_only=True)
         assert state["blocks.0.attn.rel_pos_bias.relative_position_index"].dtype == torch.int64

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import mdt_jax
 from mdt_jax import (
     cli,
     convert,
@@ -54,6 +55,16 @@ def sets(tmp_path_factory):
 def found_by_hand(folder, images: np.ndarray) -> dict[str, np.ndarray]:
     network = evaluation.load_inception(str(folder / "fid.pth"))
     return network(images)
+
+
+def test_fid_from_python(sets):
+    paths = [str(sets / name) for name in ("samples.npz", "real.npz", "fid.pth")]
+    expected = measured(sets / "card.json")["fid"]
+    assert mdt_jax.fid(*paths) == pytest.approx(expected, rel=1e-6)
+    samples, real = (np.load(path)["arr_0"] for path in paths[:2])
+    assert mdt_jax.fid(samples, real, paths[2]) == pytest.approx(expected, rel=1e-6)
+    with pytest.raises(UserError, match="the samples are float32 of the shape .*FID takes uint8"):
+        mdt_jax.fid(samples.astype(np.float32), real, paths[2])
 
 
 def test_the_card_and_its_measures_by_hand(sets):

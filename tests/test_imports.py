@@ -49,6 +49,7 @@ LEVELS = {
     "drawing": 8,
     "inputs": 8,
     "reporting": 9,
+    "runs": 9,
     "workdir": 9,
     "main": 10,
     "sample": 10,

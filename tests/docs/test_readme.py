@@ -172,6 +172,7 @@ def test_python_blocks(runs, monkeypatch):
     names = {}
     for block in blocks("python"):
         exec(block.replace("num_steps=50", "num_steps=12"), names)
+    assert names["again"].shape == (2, 8, 8, 1) and names["whole"].shape == (5, 8, 8, 1)
     assert names["pixels"].shape == (5, 8, 8, 1) and names["pixels"].dtype == "uint8"
     assert names["out"].shape == names["masked_out"].shape == (2, 8, 8, 2)
 
