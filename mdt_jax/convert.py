@@ -6,7 +6,7 @@ What is at --src says what network it is; the suffix of --dst says where it goes
 
 import pathlib
 
-from mdt_jax import accelerators, cli, locks, weights
+from mdt_jax import accelerators, cli, files, locks, weights
 from mdt_jax.errors import UserError
 from mdt_jax.interop import torch_files
 from mdt_jax.train.orbax_folders import check_path
@@ -47,6 +47,7 @@ def check_destination(dst: pathlib.Path) -> None:
         raise UserError(f"--dst={dst} exists already; nothing was written")
     if not dst.absolute().parent.is_dir():
         raise UserError(f"--dst={dst}: there is no folder {dst.parent}")
+    files.check_writable(dst.absolute().parent, f"--dst={dst}")
 
 
 def main(argv: list[str]) -> None:

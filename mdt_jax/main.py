@@ -1,8 +1,8 @@
 """Train: python -m mdt_jax.main --config=configs/digits.py --workdir=runs/digits
 
 Any field of the config can be set by a flag: --config.optim.lr=1e-3. The same command again goes
-on where the run stopped, to the same bits as if it had not stopped (on a GPU with
-XLA_FLAGS=--xla_gpu_deterministic_ops=true); SIGTERM and Ctrl-C save first.
+on where the run stopped, to the same bits as if it had not stopped (on a GPU, as far as is known,
+with XLA_FLAGS=--xla_gpu_deterministic_ops=true); SIGTERM and Ctrl-C save first.
 """
 
 import contextlib

@@ -1,6 +1,6 @@
 """What launch/ has: scripts pass shellcheck and do what they say, files of Kubernetes are valid.
 
-tests/test_slurm.py has Slurm.
+tests/processes/test_slurm.py has Slurm.
 """
 
 import json
