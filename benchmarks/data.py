@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image
 
 from mdt_jax import cli, costs
-from mdt_jax.data import folders, latents, pipeline, tars
+from mdt_jax.data import folders, latents, latents_making, pipeline, tars
 from mdt_jax.data.crops import Squares
 from mdt_jax.errors import UserError
 from mdt_jax.files import whole
@@ -107,7 +107,7 @@ def write_latents(place: pathlib.Path, count: int) -> None:
                 "damaged": np.full(len(part), -1),
             }
 
-    making = latents.Making(place / "latents", what)
+    making = latents_making.Making(place / "latents", what)
     making.start()
     with progress_bar(count, True, "making latents", "latent") as bar:
         for shard in range(making.num_shards):

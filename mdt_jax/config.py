@@ -5,16 +5,21 @@ import math
 from ml_collections import ConfigDict, config_dict
 
 from mdt_jax import files
+from mdt_jax.config_checks import (
+    check_blocks,
+    check_devices,
+    check_evaluation,
+    check_mask,
+    one_of,
+    require,
+)
 from mdt_jax.data import sources
 from mdt_jax.data.crops import CROPS
 from mdt_jax.diffusion.losses import LOSS_WEIGHTS
 from mdt_jax.errors import UserError
 from mdt_jax.interop import hub
-from mdt_jax.interop.inception_weights import WHERE
-from mdt_jax.models.masking import keep_length
 from mdt_jax.models.mdt import REMAT, VAE_FACTOR, input_shape
 from mdt_jax.options import SampleOptions
-from mdt_jax.parallel import mesh_shape
 from mdt_jax.precision import HIGHEST, PRECISIONS
 from mdt_jax.vae import VAE_SCALE
 
@@ -171,140 +176,21 @@ def expand_paths(config: ConfigDict) -> None:
                 raise UserError(f"{field}: {error}") from None
 
 
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise UserError(message)
-
-
 def _check_fields(config: ConfigDict) -> None:
     """Every field of `default()` and no other, each of its type."""
     for group, fields in default().items():
-        _require(isinstance(config.get(group), ConfigDict), f"the config lacks the group {group}")
+        require(isinstance(config.get(group), ConfigDict), f"the config lacks the group {group}")
         unknown = set(config[group]) - set(fields)
-        _require(not unknown, f"unknown config field {group}.{min(unknown, default='')}")
+        require(not unknown, f"unknown config field {group}.{min(unknown, default='')}")
         for name, value in fields.items():
             given = config[group].get(name)
             wanted = (int, float) if isinstance(value, float) else (type(value),)
             right = isinstance(given, wanted) and isinstance(given, bool) == isinstance(value, bool)
             right = right or (value is None and isinstance(given, bool))  # a placeholder(bool)
             kind = "bool" if value is None else type(value).__name__
-            _require(right, f"{group}.{name} is {given!r}; it must be of type {kind}")
+            require(right, f"{group}.{name} is {given!r}; it must be of type {kind}")
     unknown = set(config) - set(default())
-    _require(not unknown, f"unknown group of config fields {min(unknown, default='')}")
-
-
-def _one_of(field: str, value: str, choices) -> None:
-    known = ", ".join(choices)
-    _require(value in choices, f"{field} is {value!r}; choose one of {known}")
-
-
-def _check_blocks(model: ConfigDict) -> None:
-    """How the depth is divided."""
-    _one_of("model.version", model.version, ("v1", "v2"))
-    _require(
-        0 <= model.decoder_layers < model.depth,
-        f"model.decoder_layers is {model.decoder_layers}; it must be 0 (a DiT) or more, and "
-        f"smaller than model.depth {model.depth}: the encoder needs a block",
-    )
-    encoder = model.depth - model.decoder_layers
-    _require(
-        model.version == "v1" or encoder % 2 == 0,
-        f"model.depth {model.depth} less model.decoder_layers {model.decoder_layers} leaves "
-        f"{encoder} encoder blocks; in v2 they must be even, for the skips from one half to the "
-        "other",
-    )
-    _require(
-        model.side_layers >= 1,
-        f"model.side_layers is {model.side_layers}; it must be at least 1 "
-        "(without a side-interpolater: model.side_interpolater=False)",
-    )
-    if not model.side_interpolater:
-        for name, default in (("side_layers", 1), ("masked_shortcut", True)):
-            _require(
-                model[name] == default,
-                f"model.{name}={model[name]} means nothing with model.side_interpolater=False",
-            )
-
-
-def _check_mask(config: ConfigDict, tokens: int) -> None:
-    """The masked pass and its loss, for inputs of `tokens` tokens."""
-    mask, model = config.mask, config.model
-    _one_of("mask.passes", mask.passes, ("both", "full", "masked"))
-    _one_of("mask.loss_on", mask.loss_on, ("all", "masked"))
-    _require(0 <= mask.ratio < 1, f"mask.ratio is {mask.ratio}; it must be in [0, 1)")
-    _require(
-        mask.ratio_max == 0 or mask.ratio <= mask.ratio_max < 1,
-        f"mask.ratio_max is {mask.ratio_max}; it must be above mask.ratio {mask.ratio} and below "
-        "1, or 0 for a fixed ratio",
-    )
-    most = max(mask.ratio, mask.ratio_max)
-    _require(
-        keep_length(tokens, most) >= 1,
-        f"a mask ratio of {most} leaves none of the {tokens} tokens to the encoder",
-    )
-    if mask.passes == "full":
-        for field, value, default in (
-            ("mask.loss_on", mask.loss_on, "all"),
-            ("mask.asymmetric", mask.asymmetric, True),
-            ("mask.ratio_max", mask.ratio_max, 0),
-            ("model.masked_shortcut", model.masked_shortcut, True),
-            ("model.side_layers", model.side_layers, 1),
-        ):
-            _require(
-                value == default,
-                f"{field}={value} means nothing with mask.passes=full: there is no masked pass",
-            )
-    else:
-        _require(
-            model.decoder_layers > 0,
-            "model.decoder_layers is 0: without a decoder there is no masked pass; "
-            "set mask.passes=full",
-        )
-        _require(
-            mask.asymmetric or model.side_interpolater,
-            "mask.asymmetric=False means nothing with model.side_interpolater=False: no block "
-            "would see the masked tokens",
-        )
-        _require(
-            mask.loss_on == "all" or keep_length(tokens, mask.ratio) < tokens,
-            f"mask.loss_on=masked means nothing with mask.ratio {mask.ratio}: none of the {tokens} "
-            "tokens is masked",
-        )
-
-
-def _check_evaluation(config: ConfigDict) -> None:
-    """What samples are measured against while training."""
-    asked, data = config.evaluation, config.data.name
-    _require(asked.every >= 0, f"evaluation.every is {asked.every}; 0 or more")
-    _require(
-        asked.num_samples >= 4,
-        f"evaluation.num_samples is {asked.num_samples}; it must be 4 or more",
-    )
-    if asked.every or asked.inception:
-        _require(
-            bool(asked.reference) or data in sources.PACKAGED,
-            f"evaluation.reference is empty, and {data} has no held-out images: set it to an npz "
-            "such as VIRTUAL_imagenet256_labeled.npz, or to a folder",
-        )
-    if asked.every or asked.reference:
-        _require(
-            bool(asked.inception) or config.vae.path == "identity",
-            "evaluation.inception is empty, and the images are too large to be compared by their "
-            f"pixels: set it to {WHERE}",
-        )
-
-
-def _check_devices(config: ConfigDict, num_devices: int) -> None:
-    """The mesh fits the devices, and the batch the mesh."""
-    mesh, size, parts = config.mesh, config.data.batch_size, config.train.accumulate
-    _require(mesh.data >= 0, f"mesh.data is {mesh.data}; 0 or more")
-    _require(mesh.fsdp >= 1, f"mesh.fsdp is {mesh.fsdp}; it must be at least 1")
-    mesh_shape(mesh.data, mesh.fsdp, num_devices)
-    _require(
-        size % (num_devices * parts) == 0,
-        f"data.batch_size {size} is not divisible by the {num_devices} devices"
-        + (f" times train.accumulate {parts}" if parts > 1 else ""),
-    )
+    require(not unknown, f"unknown group of config fields {min(unknown, default='')}")
 
 
 def validate(config: ConfigDict, num_devices: int | None = None) -> None:
@@ -315,88 +201,86 @@ def validate(config: ConfigDict, num_devices: int | None = None) -> None:
     _check_fields(config)
     model, data, train = config.model, config.data, config.train
     for name in ("hidden_size", "depth", "num_heads", "patch_size"):
-        _require(model[name] >= 1, f"model.{name} is {model[name]}; it must be at least 1")
-    _require(
+        require(model[name] >= 1, f"model.{name} is {model[name]}; it must be at least 1")
+    require(
         model.num_classes >= -1,
         f"model.num_classes is {model.num_classes}; 0 or more, or -1 for as many as the data has",
     )
     for name in ("image_size", "channels", "batch_size"):
-        _require(data[name] >= 1, f"data.{name} is {data[name]}; it must be at least 1")
-    _one_of("data.name", data.name, sources.NAMES)
-    _one_of("data.crop", data.crop, CROPS)
+        require(data[name] >= 1, f"data.{name} is {data[name]}; it must be at least 1")
+    one_of("data.name", data.name, sources.NAMES)
+    one_of("data.crop", data.crop, CROPS)
     for name in ("workers", "max_damaged"):
-        _require(data[name] >= 0, f"data.{name} is {data[name]}; 0 or more")
-    _require(
+        require(data[name] >= 0, f"data.{name} is {data[name]}; 0 or more")
+    require(
         not data.path or data.name in sources.STORED,
         f"data.path={data.path} means nothing with data.name={data.name}, which is in a package",
     )
-    _require(
+    require(
         data.name != "latents" or data.crop == "center",
         "data.crop=random means nothing with data.name=latents: they are of the middle",
     )
-    _require(
+    require(
         data.name != "latents" or config.vae.path != "identity",
         "data.name=latents needs vae.path, the VAE that they are of",
     )
-    _require(
+    require(
         data.channels in (1, 3) or data.name in sources.PACKAGED,
         f"data.channels is {data.channels}; images have 3, or 1 if grey",
     )
     if config.vae.path != "identity":
-        _require(data.channels == 3, f"data.channels is {data.channels}; the VAE takes 3")
-        _require(
+        require(data.channels == 3, f"data.channels is {data.channels}; the VAE takes 3")
+        require(
             data.image_size % VAE_FACTOR == 0,
             f"data.image_size {data.image_size} must be a multiple of {VAE_FACTOR} for the VAE",
         )
     size, of = input_shape(config)[0], "data.image_size"
     if config.vae.path != "identity":
         of = f"the latents' size, an {VAE_FACTOR}th of data.image_size,"
-    _require(
+    require(
         size % model.patch_size == 0,
         f"model.patch_size {model.patch_size} does not divide {of} {size}",
     )
-    _require(
+    require(
         model.hidden_size % model.num_heads == 0,
         f"model.hidden_size {model.hidden_size} is not divisible by "
         f"model.num_heads {model.num_heads}",
     )
-    _require(
+    require(
         model.hidden_size % 4 == 0,
         f"model.hidden_size {model.hidden_size} must be a multiple of 4 "
         "(sine and cosine of two axes)",
     )
-    _check_blocks(model)
-    _check_mask(config, (size // model.patch_size) ** 2)
-    _require(
+    check_blocks(model)
+    check_mask(config, (size // model.patch_size) ** 2)
+    require(
         config.diffusion.steps > 20,
         f"diffusion.steps is {config.diffusion.steps}; with 20 or fewer the last β reaches 1",
     )
     scale = config.vae.scale
-    _require(0 < scale < math.inf, f"vae.scale is {scale}; it must be positive")
-    _one_of("diffusion.loss_weight", config.diffusion.loss_weight, LOSS_WEIGHTS)
+    require(0 < scale < math.inf, f"vae.scale is {scale}; it must be positive")
+    one_of("diffusion.loss_weight", config.diffusion.loss_weight, LOSS_WEIGHTS)
     optim = config.optim
-    _one_of("optim.name", optim.name, OPTIMIZERS)
-    _require(0 < optim.lr < math.inf, f"optim.lr is {optim.lr}; it must be positive")
-    _require(0 <= optim.clip_norm < math.inf, f"optim.clip_norm is {optim.clip_norm}; 0 or more")
-    _require(
-        0 <= optim.ema_decay < 1, f"optim.ema_decay is {optim.ema_decay}; it must be in [0, 1)"
-    )
+    one_of("optim.name", optim.name, OPTIMIZERS)
+    require(0 < optim.lr < math.inf, f"optim.lr is {optim.lr}; it must be positive")
+    require(0 <= optim.clip_norm < math.inf, f"optim.clip_norm is {optim.clip_norm}; 0 or more")
+    require(0 <= optim.ema_decay < 1, f"optim.ema_decay is {optim.ema_decay}; it must be in [0, 1)")
     for name in ("steps", "log_every", "checkpoint_every", "keep", "max_skipped", "accumulate"):
-        _require(train[name] >= 1, f"train.{name} is {train[name]}; it must be at least 1")
-    _require(train.steps < 2**31, f"train.steps is {train.steps}; it must be below 2^31")
-    _require(train.sample_every >= 0, f"train.sample_every is {train.sample_every}; 0 or more")
-    _require(0 <= train.seed < 2**31, f"train.seed is {train.seed}; it must be in [0, 2^31)")
-    _one_of("train.dtype", train.dtype, ("float32", "bfloat16"))
-    _one_of("train.precision", train.precision, PRECISIONS)
-    _one_of("train.remat", train.remat, REMAT)
+        require(train[name] >= 1, f"train.{name} is {train[name]}; it must be at least 1")
+    require(train.steps < 2**31, f"train.steps is {train.steps}; it must be below 2^31")
+    require(train.sample_every >= 0, f"train.sample_every is {train.sample_every}; 0 or more")
+    require(0 <= train.seed < 2**31, f"train.seed is {train.seed}; it must be in [0, 2^31)")
+    one_of("train.dtype", train.dtype, ("float32", "bfloat16"))
+    one_of("train.precision", train.precision, PRECISIONS)
+    one_of("train.remat", train.remat, REMAT)
     SampleOptions.from_config(config).check(-1)  # guidance without classes: inputs.settle
-    _require(
+    require(
         config.sample.num_samples == 0 or config.sample.num_samples >= 2,
         f"sample.num_samples is {config.sample.num_samples}; 0, or at least 2 to be measured",
     )
-    _require(
+    require(
         config.sample.batch_size >= 1, f"sample.batch_size is {config.sample.batch_size}; 1 or more"
     )
-    _check_evaluation(config)
+    check_evaluation(config)
     if num_devices is not None:
-        _check_devices(config, num_devices)
+        check_devices(config, num_devices)

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from mdt_jax import accelerators, cli, files, inputs, parallel, vae
 from mdt_jax import config as configs
-from mdt_jax.data import latents, pipeline, sources
+from mdt_jax.data import latents, latents_making, pipeline, sources
 from mdt_jax.data.crops import Squares
 from mdt_jax.errors import UserError
 from mdt_jax.models.mdt import input_shape
@@ -120,13 +120,13 @@ def make(config: ConfigDict, out: pathlib.Path, shard_images: int, part: tuple[i
     inputs.settle(config, len(images.classes))
     found = load_vae(config)
     inputs.check_scale(config)
-    making = latents.Making(out, describe(config, images, found, shard_images))
+    making = latents_making.Making(out, describe(config, images, found, shard_images))
     with making.alone(part):
         fill(making, config, images, found, part)
 
 
 def fill(
-    making: latents.Making, config: ConfigDict, images: Squares, found: inputs.Vae, part
+    making: latents_making.Making, config: ConfigDict, images: Squares, found: inputs.Vae, part
 ) -> None:
     """Encode what is not yet encoded of one part; arguments as of `make`."""
     out = making.folder

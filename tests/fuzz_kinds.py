@@ -15,7 +15,7 @@ from PIL import Image
 
 from mdt_jax import config as configs
 from mdt_jax import drawing, features, inpaint, locks, references, weights, workdir
-from mdt_jax.data import folders, image_sets, latents, sample_files, tars
+from mdt_jax.data import folders, image_sets, latents, latents_making, sample_files, tars
 from mdt_jax.data.crops import Squares
 from mdt_jax.errors import UserError
 from mdt_jax.models.mdt import MDT
@@ -207,7 +207,7 @@ def latent_batches(items: np.ndarray):
 
 
 def make_unfinished(folder: pathlib.Path) -> None:
-    making = latents.Making(folder / "c", WHAT)
+    making = latents_making.Making(folder / "c", WHAT)
     making.start()
     for shard in (0, 2):
         making.write(shard, latent_batches(making.items(shard)))
@@ -220,7 +220,7 @@ def make_latents(folder: pathlib.Path) -> None:
 
 def read_unfinished(folder: pathlib.Path):
     """As `encode` goes on with a cache."""
-    making = latents.Making(folder / "c", WHAT)
+    making = latents_making.Making(folder / "c", WHAT)
     if not making.start():
         for shard in range(making.num_shards):
             if making.done(shard) is None:

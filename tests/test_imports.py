@@ -35,6 +35,7 @@ LEVELS = {
     "walks": 5,
     "vae": 4,
     "interop": 3,
+    "config_checks": 4,
     "config": 5,
     "measures": 1,
     "features": 5,

@@ -16,7 +16,7 @@ import pytest
 
 from mdt_jax import config as configs
 from mdt_jax import encode, evaluate, locks, sample
-from mdt_jax.data import latents
+from mdt_jax.data import latents_making
 from mdt_jax.errors import UserError
 from tests.conftest import ROOT, SMOKE, run_here, train_here
 from tests.runs import SAMPLE
@@ -174,7 +174,7 @@ def test_two_evaluators_on_one_card(trained, tmp_path):
 
 def test_two_encoders_of_one_part(tmp_path):
     """Others of the same division work beside it; those of another one are refused."""
-    making = latents.Making(tmp_path / "cache", {"images": 8, "shard_images": 2})
+    making = latents_making.Making(tmp_path / "cache", {"images": 8, "shard_images": 2})
     with making.alone((0, 2)):
         with making.alone((1, 2)):
             assert not making.start()

@@ -8,7 +8,7 @@ import pickle
 import numpy as np
 import pytest
 
-from mdt_jax.data import latents, pipeline
+from mdt_jax.data import latents, latents_making, pipeline
 from mdt_jax.errors import UserError
 
 SHAPE = (4, 4, 4)
@@ -33,7 +33,7 @@ def make(folder, images=20, shard_images=8, damaged=(), shards=None):
         "format": 1, "images": images, "shard_images": shard_images, "latents": list(SHAPE),
         "classes": ["a", "b", "c"], "image_size": 32, "vae": {"path": "v"}, "scale": 1.0,
     }  # fmt: skip
-    making = latents.Making(folder, what)
+    making = latents_making.Making(folder, what)
     making.start()
     for shard in range(making.num_shards) if shards is None else shards:
         making.write(shard, batches(making.items(shard), damaged))
@@ -154,7 +154,7 @@ def test_records_of_another_cache_are_not_trained_on(tmp_path):
     records = ArrayRecordReader(str(paths[2])).read_all()
     paths[0].write_bytes(whole[0])
     paths[1].write_bytes(whole[1])
-    writer = ArrayRecordWriter(str(paths[2]), latents.OPTIONS)
+    writer = ArrayRecordWriter(str(paths[2]), latents_making.OPTIONS)
     for n, record in enumerate(records):
         writer.write(records[0] if n == 5 else record)
     writer.close()
@@ -162,7 +162,7 @@ def test_records_of_another_cache_are_not_trained_on(tmp_path):
     # Caches from before records had checksums are read as they were.
     for shard in manifest["shards"]:
         del shard["crc32"]
-    manifest["checksum"] = latents._checksum(manifest)
+    manifest["checksum"] = latents.checksum(manifest)
     (tmp_path / "c" / "manifest.json").write_text(json.dumps(manifest))
     assert damaged() == []
 
