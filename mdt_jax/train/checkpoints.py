@@ -223,7 +223,10 @@ def load(path: str | os.PathLike, choose: Callable[[dict], tuple[str, dict]]) ->
             raise UserError(f"checkpoint {path} is damaged: {reason(error)}") from None
     found, _ = _newest_sound(root / FOLDER if (root / FOLDER).is_dir() else root, read)
     if found is None:
-        raise UserError(f"{path} holds no checkpoint: expected a workdir that was trained in")
+        kinds = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
+        held = sorted(name for name in os.listdir(root) if name.endswith(kinds))
+        hint = f"; for the weights in {held[0]} give this file" if held else ""
+        raise UserError(f"{path} holds no checkpoint: expected a workdir that was trained in{hint}")
     return found
 
 
