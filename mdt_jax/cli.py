@@ -42,7 +42,7 @@ def _run(main: Callable[[list[str]], None]) -> None:
     try:
         main(sys.argv)
         distributed.part()
-    except (UserError, OSError) as error:
+    except (UserError, OSError, MemoryError) as error:
         line = one_line(error)
         who = distributed.name() if distributed.several() else ""
         print(f"error: {who}{line}", file=sys.stderr)
@@ -66,7 +66,8 @@ def one_line(error: Exception) -> str:
     Names and values of damaged files may hold anything: control characters are written as escapes,
     and of what is longer than LONGEST the middle is left out.
     """
-    words = " ".join(str(error).split())
+    said = f"out of memory: {error}" if isinstance(error, MemoryError) else str(error)
+    words = " ".join(said.split())
     text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in words)
     half = LONGEST // 2
     return text if len(text) <= LONGEST else f"{text[:half]} … {text[-half:]}"

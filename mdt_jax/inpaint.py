@@ -20,7 +20,7 @@ import numpy as np
 from mdt_jax import accelerators, allocator, cli, drawing, parallel
 from mdt_jax.data.classes import parse_label
 from mdt_jax.data.crops import center_crop, to_rgb
-from mdt_jax.data.images import save_grid, save_image, to_float
+from mdt_jax.data.images import check_grid, save_grid, save_image, to_float
 from mdt_jax.data.pictures import opened
 from mdt_jax.data.sample_notes import written
 from mdt_jax.errors import UserError
@@ -201,11 +201,12 @@ def main(argv: list[str]) -> None:
     where, label = f"--label={args.label}", 0
     if args.label is not None:
         label = parse_label(args.label.strip(), model.num_classes, weights.classes, where)
-    labels = np.full(args.num_samples, label)
     found = drawing.find_vae(args.checkpoint, weights, args.vae, args.vae_scale)
     to_images, (height, width, channels) = drawing.decoder(
         model, found, args.batch_size, options.precision
     )
+    check_grid(out, args.num_samples, (height, width, channels))
+    labels = np.full(args.num_samples, label)
     image, hidden = read_pair(args.image, args.mask, (height, width, channels), args.resize)
     check_hidden(hidden, (height, width), f"--mask={args.mask} (white is hidden, black known)")
     out.parent.mkdir(parents=True, exist_ok=True)

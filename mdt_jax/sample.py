@@ -11,7 +11,7 @@ import pathlib
 import numpy as np
 
 from mdt_jax import accelerators, allocator, cli, distributed, drawing, files, locks, walks
-from mdt_jax.data.images import save_animation, save_grid
+from mdt_jax.data.images import check_grid, save_animation, save_grid
 from mdt_jax.data.sample_files import Folder, Grid, Npz
 from mdt_jax.data.sample_notes import written
 from mdt_jax.distributed import is_first, say
@@ -44,7 +44,7 @@ def parse(argv: list[str]):
     add("--num_samples", type=int, help="default: as many as --labels, or 100 without")
     add(
         "--labels",
-        type=cli.local,
+        type=_file_or_classes,
         help='classes, taken in turn: 0,1,2 or "golden retriever" (name:1 or number:1 where 1 may '
         "be either); a .txt or .npy of one for each sample; random; balanced, all classes in turn "
         "(the default)",
@@ -61,6 +61,11 @@ def parse(argv: list[str]):
     for name, (default, help_) in cli.PROCESSES.items():
         group.add_argument(f"--{name}", type=type(default), default=default, help=help_)
     return parser.parse_args(argv[1:])
+
+
+def _file_or_classes(text: str) -> str:
+    """A path on this machine, or what else `--labels` takes, as it is."""
+    return cli.local(text) if text.endswith((".txt", ".npy")) else text
 
 
 def save_walk(out: pathlib.Path, images: np.ndarray, note: str) -> None:
@@ -119,6 +124,7 @@ def main(argv: list[str]) -> None:
         if scales is not None:
             raise UserError("--show takes one --guidance_scale")
         frames = args.frames or 10
+        check_grid(out, len(labels) * frames, shape)
         with distributed.alone(locks.beside(out), str(out)):
             rows = WALKS[args.show](model, params, labels, frames=frames, progress=True, **how)
             images = to_images(rows.reshape(-1, *rows.shape[2:])).reshape(*rows.shape[:2], *shape)

@@ -243,7 +243,9 @@ def load_vae(path: str | os.PathLike) -> tuple[AutoencoderKL, dict]:
     """
     path, found = str(path), _vae_file(str(path))
     if found == path and os.path.isdir(path) and not orbax_folders.is_saved(path):
-        raise UserError(f"{path} holds no VAE: expected {' or '.join(VAE_FILES)}")
+        inside = os.path.join(path, "vae")
+        hint = f"; {inside} may be it" if os.path.isdir(inside) else ""
+        raise UserError(f"{path} holds no VAE: expected {' or '.join(VAE_FILES)}{hint}")
     return read(found, wanted="vae")[:2]
 
 

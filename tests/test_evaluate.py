@@ -501,6 +501,7 @@ BAD = {
         [S, "--reference=BAD/unlabelled.npz", "--features=classifier"],
         "npz has no labels",
     ),
+    "huge size": ([S, R, PIXELS, "--image_size=1000000"], "image_size is 1000000, larger than"),
     "size of an npz": ([S, R, PIXELS, "--image_size=16"], "--image_size=16 cuts image files only"),
     "a folder as the card": ([S, R, PIXELS, "--out=BAD/folder.json"], "folder.json cannot be"),
     "a reference without npz": (

@@ -224,6 +224,12 @@ def test_the_command_leaves_known_pixels(files, mode):
     assert Image.open(files / "out.png").size == (10 * 36 - 4, 32)
 
 
+def test_a_grid_that_is_too_large(files, capsys, monkeypatch):
+    argv = command(files, f"--num_samples={10**12}", "--num_resamples=1")
+    line = exits_with_one_line(inpaint.main, argv, capsys, monkeypatch)
+    assert "out.png: a grid of 1000000000000 images would have" in line
+
+
 def test_the_command_resizes_when_asked_to(files, capsys, monkeypatch):
     Image.fromarray(np.random.RandomState(0).randint(0, 256, (30, 40, 3), np.uint8)).save(
         files / "in.png"

@@ -290,6 +290,18 @@ BAD_SAMPLING = {
     "wrong type": (["--checkpoint=RUN", "--out=g.png", "--num_steps=ten"], "--num_steps"),
     "unknown flag": (["--checkpoint=RUN", "--out=g.png", "--stepps=3"], "--stepps"),
     "huge label": (["--checkpoint=RUN", "--out=g.png", f"--labels={10**20}"], "is outside"),
+    "too many": (
+        ["--checkpoint=RUN", "--out=g.npz", f"--num_samples={10**12}"],
+        "num_samples is 1000000000000, and 10000000 at once are the most",
+    ),
+    "too large a grid": (
+        ["--checkpoint=RUN", "--out=g.png", "--num_samples=1000000"],
+        "g.png: a grid of 1000000 images would have 1.3e+09 pixels, and 134217728 are the most",
+    ),
+    "too many frames": (
+        ["--checkpoint=RUN", "--out=g.gif", "--show=trajectory", f"--frames={10**12}"],
+        "a grid of 100000000000000 images",
+    ),
     "empty labels": (
         ["--checkpoint=RUN", "--out=g.png", "--labels="],
         "--labels=: '' is no class",
@@ -422,3 +434,4 @@ def test_what_names_and_values_hold_reaches_no_terminal():
     line = cli.one_line(UserError("a\x1b[2Jb\udcffc\n d\xa0é: " + "x" * 5000 + "; remove it"))
     assert line.startswith("a\\x1b[2Jb\\udcffc d é: xxx") and line.endswith("xxx; remove it")
     assert len(line) < 1010
+    assert cli.one_line(MemoryError("4 TiB")) == "out of memory: 4 TiB"

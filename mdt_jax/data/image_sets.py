@@ -254,6 +254,8 @@ def open_images(
     are samples, so that LABEL_NUMBER.png tells the number of a class, not a name, and stands in the
     order of NUMBER. Raises UserError for anything else.
     """
+    if image_size is not None and image_size**2 > pictures.MAX_PIXELS:
+        raise UserError(f"image_size is {image_size}, larger than images that are read")
     if path.endswith(".npz"):
         images = _open_npz(path, labelled)
     elif path in sources.PACKAGED:

@@ -4,6 +4,8 @@ import os
 
 import numpy as np
 
+from mdt_jax.data.pictures import MAX_PIXELS
+from mdt_jax.errors import UserError
 from mdt_jax.files import save_arrays, whole
 
 
@@ -42,6 +44,17 @@ def save_grid(
     note: how they came about, kept in the file as the text `Comment`.
     """
     save_image(path, grid(images, columns, scale=_enlarge(images)), note)
+
+
+def check_grid(path: str | os.PathLike, count: int, shape: tuple[int, int, int]) -> None:
+    """Raise UserError where a grid of `count` images (H, W, C) would be too large a picture."""
+    height, width, _ = shape
+    pixels = count * (height + 1) * (width + 1) * max(1, 32 // height) ** 2
+    if pixels > MAX_PIXELS:
+        raise UserError(
+            f"{path}: a grid of {count} images would have {pixels:.2g} pixels, and {MAX_PIXELS} "
+            "are the most; draw fewer"
+        )
 
 
 def _enlarge(images: np.ndarray) -> int:

@@ -20,7 +20,7 @@ from typing import Protocol
 import numpy as np
 
 from mdt_jax import locks
-from mdt_jax.data.images import save_grid, save_image
+from mdt_jax.data.images import check_grid, save_grid, save_image
 from mdt_jax.data.pictures import opened
 from mdt_jax.data.sample_notes import (
     SETTINGS,
@@ -278,6 +278,7 @@ class Grid:
     def __init__(self, out: pathlib.Path, labels: np.ndarray, shape: tuple, note: dict):
         self.out, self.note = out, written(note)
         self.lock = locks.beside(out)
+        check_grid(out, len(labels), shape)
         self.images = np.zeros((len(labels), *shape), np.uint8)
 
     def finished(self) -> bool:

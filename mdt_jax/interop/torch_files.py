@@ -19,12 +19,19 @@ from mdt_jax.files import reason, whole
 PICKLED = (".pt", ".pth", ".bin", ".ckpt")
 SUFFIXES = (*PICKLED, ".safetensors")
 SAFE_TORCH = (2, 6)  # the first whose weights_only=True runs nothing, whatever the file is
+# What training programs keep weights under, beside optimisers and the like; the average first.
+HOLDERS = ("ema", "model_ema", "state_dict", "model", "module")
+# What DistributedDataParallel, torch.compile and Lightning begin every name with.
+PREFIXES = ("module.", "_orig_mod.", "model.")
 # Of the names of classes, as JSON: a key of the metadata of a .safetensors, an entry of a .pt.
 CLASSES = "classes"
 
 
 def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
-    """The tensors of a file by name, in its order; a {"state_dict": …} around them is taken off.
+    """The tensors of a file by name, in its order.
+
+    A {"state_dict": …} or another of HOLDERS around them is taken off, and so are PREFIXES that all
+    names have. Where a file has an average of the weights, too, this is what is read.
 
     Raises UserError, naming the file, where it is cut short, holds anything but tensors of whole or
     floating numbers, or asks for more than tensors to be unpickled: nothing of that is run.
@@ -38,7 +45,13 @@ def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
     for name, array in arrays.items():
         if array.dtype.kind not in "fiu" and array.dtype.name != "bfloat16":
             raise UserError(f"{path}: {name} is of type {array.dtype}, not of numbers for weights")
+    while arrays and (prefix := next((p for p in PREFIXES if _all_begin(arrays, p)), "")):
+        arrays = {name.removeprefix(prefix): array for name, array in arrays.items()}
     return arrays
+
+
+def _all_begin(names: Collection[str], prefix: str) -> bool:
+    return all(name.startswith(prefix) for name in names)
 
 
 def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
@@ -99,8 +112,9 @@ def _read_pickled(path: pathlib.Path) -> dict[str, np.ndarray]:
             ) from None
         why = "" if isinstance(error, pickle.UnpicklingError) else f": {reason(error)}"
         raise UserError(f"{path} is damaged, cut short or no file of weights{why}") from None
-    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
-        content = content["state_dict"]
+    if isinstance(content, Mapping):
+        inside = (content.get(name) for name in HOLDERS)
+        content = next((held for held in inside if isinstance(held, Mapping)), content)
     if not isinstance(content, Mapping):
         raise UserError(f"{path} holds a {type(content).__name__}, not tensors by name")
     arrays = {}

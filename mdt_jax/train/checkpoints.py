@@ -223,7 +223,11 @@ def load(path: str | os.PathLike, choose: Callable[[dict], tuple[str, dict]]) ->
             raise UserError(f"checkpoint {path} is damaged: {reason(error)}") from None
     found, _ = _newest_sound(root / FOLDER if (root / FOLDER).is_dir() else root, read)
     if found is None:
-        raise UserError(f"{path} holds no checkpoint: expected a workdir that was trained in")
+        kinds = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
+        # Files of several parts are not read.
+        held = sorted(n for n in os.listdir(root) if n.endswith(kinds) and "-of-" not in n)
+        hint = f"; for the weights in {held[0]} give this file" if held else ""
+        raise UserError(f"{path} holds no checkpoint: expected a workdir that was trained in{hint}")
     return found
 
 

@@ -37,6 +37,27 @@ def test_pytorch_reads_what_is_written(tmp_path):
     np.testing.assert_array_equal(state["a.weight"].numpy(), ARRAYS["a.weight"])
 
 
+@pytest.mark.parametrize(
+    "around",
+    [
+        lambda state: {"state_dict": {f"model.{name}": t for name, t in state.items()}},
+        lambda state: {
+            "model": {name: 0 * t for name, t in state.items()},
+            "ema": state,
+            "opt": {},
+        },
+        lambda state: {"module": state, "ds_version": "0.15"},
+        lambda state: {f"module._orig_mod.{name}": t for name, t in state.items()},
+    ],
+)
+def test_what_training_programs_put_around_weights(around, tmp_path):
+    state = {"a.weight": torch.ones(2), "model.b": torch.arange(3.0)}
+    torch.save(around(state), tmp_path / "w.pt")
+    found = torch_files.read(tmp_path / "w.pt")
+    assert list(found) == list(state)
+    assert found["model.b"].tolist() == [0, 1, 2] and found["a.weight"].tolist() == [1, 1]
+
+
 def test_bfloat16_an_old_format_and_a_state_dict_within(tmp_path):
     content = {"state_dict": {"a": torch.ones(3, dtype=torch.bfloat16)}, "global_step": 3}
     for name, new in (("new.ckpt", True), ("old.ckpt", False)):

@@ -126,6 +126,16 @@ def test_paths_without_a_checkpoint(tmp_path):
         mdt_jax.load(file)
 
 
+def test_a_folder_with_files_of_weights(tmp_path):
+    (tmp_path / "model.safetensors").touch()
+    (tmp_path / "config.json").touch()
+    with pytest.raises(UserError, match="; for the weights in model.safetensors give this file"):
+        load_weights(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "model-00001-of-00002.safetensors")
+    with pytest.raises(UserError, match="that was trained in$"):
+        load_weights(tmp_path)
+
+
 def test_an_orbax_folder_of_another_program_is_not_called_damaged(tmp_path):
     import orbax.checkpoint as ocp
 
