@@ -50,7 +50,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 @contextlib.contextmanager
 def serve(files: dict[str, bytes]) -> Iterator[http.server.ThreadingHTTPServer]:
-    """The server: `endpoint`, the `requests` so far; `wrong_hash`, `hangs_up`, `silent` may be set."""
+    """The server: its `endpoint`, the `requests` so far.
+
+    `wrong_hash`, `hangs_up` and `silent` may be set.
+    """
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.files, server.requests = files, []
     server.wrong_hash = server.hangs_up = server.silent = False
