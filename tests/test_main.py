@@ -38,8 +38,9 @@ def test_a_finished_run(trained):
     assert report["steps"] == 4 and report["num_samples"] == 20 and report["skipped"] == 0
     assert 0.95 < report["classifier_accuracy"] <= 1 and 0 <= report["class_agreement"] <= 1
     assert report["frechet_distance"] > report["frechet_distance_real"] > 0
-    for name in ("seconds", "compile_seconds", "images_per_second"):
+    for name in ("seconds", "images_per_second"):
         assert report[name] > 0
+    assert report["compile_seconds"] >= 0  # the step may be compiled by an earlier test
     pictures = [trained / "samples.png", *sorted((trained / "samples").iterdir())]
     notes = [json.loads(Image.open(picture).text["Comment"]) for picture in pictures]
     assert [note["step"] for note in notes] == [4, 2, 4]
