@@ -16,7 +16,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from mdt_jax import config as configs
-from mdt_jax import distributed, files, interrupts
+from mdt_jax import distributed, files, interrupts, progress
 from mdt_jax.errors import UserError
 from mdt_jax.interop import hub
 from mdt_jax.precision import PRECISIONS
@@ -42,15 +42,18 @@ def _run(main: Callable[[list[str]], None]) -> None:
     try:
         main(sys.argv)
         distributed.part()
+        _exit_if_lost()
     except (UserError, OSError, MemoryError) as error:
         line = one_line(error)
         who = distributed.name() if distributed.several() else ""
-        print(f"error: {who}{line}", file=sys.stderr)
+        progress.say(f"error: {who}{line}")
         _exit(2, line)
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
+        progress.say("stopped")
         _exit(128 + signal.SIGINT, "Ctrl-C")
     except SystemExit as exit_:
+        if not exit_.code and not distributed.several():
+            _exit_if_lost()
         _exit(exit_.code or 0, "it was told to")
     except Exception as error:
         if distributed.several():
@@ -71,6 +74,18 @@ def one_line(error: Exception) -> str:
     text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in words)
     half = LONGEST // 2
     return text if len(text) <= LONGEST else f"{text[:half]} … {text[-half:]}"
+
+
+def _exit_if_lost() -> None:
+    """At a good end, which a pipe that nobody reads any more is for Unix tools, too: by SIGPIPE."""
+    error = progress.lost()
+    if isinstance(error, BrokenPipeError):
+        sys.exit(128 + signal.SIGPIPE)
+    if error is not None:
+        progress.say(
+            f"error: stdout could not be written: {files.reason(error)}; what goes to files is done"
+        )
+        sys.exit(2)
 
 
 def _print_anywhere() -> None:
@@ -226,7 +241,7 @@ def parse_config(
     of the wrong type, for a URL where a path is meant, and for a file that gives no config.
     """
     if "--help" in argv or "-h" in argv:
-        print(usage)
+        progress.tell(usage)
         sys.exit(0)
     path, argv = _config_path(argv)
     values = flags.FlagValues()

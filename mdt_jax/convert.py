@@ -9,6 +9,7 @@ import pathlib
 from mdt_jax import accelerators, cli, files, locks, weights
 from mdt_jax.errors import UserError
 from mdt_jax.interop import torch_files
+from mdt_jax.progress import tell
 from mdt_jax.train.orbax_folders import check_path
 
 
@@ -59,9 +60,9 @@ def main(argv: list[str]) -> None:
     with locks.held(locks.beside(dst), str(dst)):
         found = weights.read(args.src, args.params, args.decoder_layers)
         weights.save(dst, found)
-        print(f"wrote {dst}: {weights.describe(found.model)}")
+        tell(f"wrote {dst}: {weights.describe(found.model)}")
     for line in weights.not_told(found) if dst.suffix else []:
-        print(f"what {dst.name} does not tell: {line}")
+        tell(f"what {dst.name} does not tell: {line}")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from jax._src.distributed import global_state as _state  # its only home, as Orb
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 
-from mdt_jax import locks, parallel, roll_call, signing
+from mdt_jax import locks, parallel, progress, roll_call, signing
 from mdt_jax.errors import UserError
 
 _left = threading.Event()  # the processes have parted in peace
@@ -114,9 +114,9 @@ def name() -> str:
 
 
 def say(line: str) -> None:
-    """Print to stderr, once for all processes."""
+    """`progress.say`, once for all processes."""
     if is_first():
-        print(line, file=sys.stderr)
+        progress.say(line)
 
 
 def _roll_call(timeout: float, arrived: threading.Event) -> None:
@@ -307,7 +307,7 @@ def _listen() -> None:
 
 def _die(line: str, code: int = 2) -> None:
     """End this process at once: what JAX does at exit would wait for processes that are gone."""
-    print(f"{'error: ' * bool(code)}process {_state.process_id}: {line}", file=sys.stderr)
+    progress.say(f"{'error: ' * bool(code)}process {_state.process_id}: {line}")
     leave_at_once(code)
 
 
@@ -320,8 +320,9 @@ def leave_at_once(code: int, reason: str = "") -> None:
             _tell(LEFT, line)
     if several() and is_first():
         time.sleep(3)  # with the coordinator gone, JAX aborts the others in the midst of leaving
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, AttributeError):  # full, or closed
+            stream.flush()
     os._exit(code)
 
 
@@ -333,10 +334,10 @@ def may_be_lost(error: Exception) -> bool:
 def await_verdict(error: Exception) -> None:
     """After an error that a lost process may have caused: wait until the watch says which."""
     if may_be_lost(error):
-        print(
+        progress.say(
             f"process {_state.process_id}: {' '.join(str(error).split())[:200]}; looking who is "
-            "gone …", file=sys.stderr, flush=True,
-        )  # fmt: skip
+            "gone …"
+        )
         time.sleep(_patience * 1.5)
 
 

@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import pathlib
 import re
-import sys
 from collections.abc import Generator, Iterator
 
 import jax
@@ -23,7 +22,7 @@ from mdt_jax.data import latents, latents_making, pipeline, sources
 from mdt_jax.data.crops import Squares
 from mdt_jax.errors import UserError
 from mdt_jax.models.mdt import input_shape
-from mdt_jax.progress import progress_bar
+from mdt_jax.progress import progress_bar, say, tell
 
 SHARD_IMAGES = 2048
 EACH_DEVICE = 16  # images in a batch; the VAE takes a few of them at a time
@@ -131,7 +130,7 @@ def fill(
     """Encode what is not yet encoded of one part; arguments as of `make`."""
     out = making.folder
     if making.start():
-        print(f"{out} is finished already; --verify reads all of it", file=sys.stderr)
+        say(f"{out} is finished already; --verify reads all of it")
         return
     inputs.say_found(config.data, images)
     own = range(part[0], making.num_shards, part[1])
@@ -146,10 +145,10 @@ def fill(
             making.write(shard, until(stream, len(making.items(shard)), bar))
     manifest = making.finish()
     if manifest is None:
-        print(f"{out}: this part is done; the last of the {part[1]} to end finishes the cache")
+        tell(f"{out}: this part is done; the last of the {part[1]} to end finishes the cache")
         return
     count = sum(len(shard["damaged"]) for shard in manifest["shards"])
-    print(
+    tell(
         f"{out}: {len(images) - count} images in {making.num_shards} shards, {count} damaged left "
         f"out; {inputs.describe_scale(manifest['latent_std'], config.vae.scale)}"
     )
@@ -196,7 +195,7 @@ def verify(config: ConfigDict, out: pathlib.Path) -> None:
     if doubt := inputs.doubt_scale(std, config.vae.scale):
         raise UserError(f"{out}: {doubt}")
     said = inputs.describe_scale(std, config.vae.scale)
-    print(f"{out} is sound: {len(cache)} images in {len(shards)} shards; {said}")
+    tell(f"{out} is sound: {len(cache)} images in {len(shards)} shards; {said}")
 
 
 def estimate_scale(config: ConfigDict) -> None:
@@ -214,7 +213,7 @@ def estimate_scale(config: ConfigDict) -> None:
     std = latents.deviation(measured, input_shape(config))
     if not std:
         raise UserError(f"none of {count} images could be read")
-    print(f"vae.scale: {1 / std:.5g}, one over the deviation of the latents of {count} images")
+    tell(f"vae.scale: {1 / std:.5g}, one over the deviation of the latents of {count} images")
 
 
 def main(argv: list[str]) -> None:

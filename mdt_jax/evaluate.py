@@ -30,6 +30,7 @@ from mdt_jax.distributed import is_first
 from mdt_jax.errors import UserError
 from mdt_jax.features import Parts, find
 from mdt_jax.files import whole
+from mdt_jax.progress import tell
 
 NAMES = {
     "fid": "FID",
@@ -213,7 +214,7 @@ def make_reference(args) -> None:
         if is_first():
             references.save(out, found["inception"], references.sample_of(images))
             parts.remove()
-            print(f"wrote the statistics of {len(images)} images to {out}")
+            tell(f"wrote the statistics of {len(images)} images to {out}")
 
 
 def evaluate_vae(args) -> None:
@@ -238,7 +239,7 @@ def evaluate_vae(args) -> None:
             write(out, measured, settings)
             show(f"{images.path} through {args.vae}:", measured, out)
             if inception is None:
-                print("no rFID: --inception=FILE was not given")
+                tell("no rFID: --inception=FILE was not given")
 
 
 def alone_at(out: pathlib.Path | None) -> contextlib.AbstractContextManager:
@@ -260,16 +261,16 @@ def write(out: pathlib.Path | None, measured: dict, settings: dict) -> None:
 
 def show(title: str, measured: dict, out: pathlib.Path | None) -> None:
     """A table on the screen."""
-    print(title)
+    tell(title)
     for name, value in measured.items():
         if name in NAMES:
-            print(f"{NAMES[name]:>30}  {value:.4f}")
+            tell(f"{NAMES[name]:>30}  {value:.4f}")
     count = measured.get("num_samples", measured.get("num_images"))
-    print(f"{'images':>30}  {count}")
+    tell(f"{'images':>30}  {count}")
     if out is None:
-        print("no card with the settings: --out=FILE.json was not given")
+        tell("no card with the settings: --out=FILE.json was not given")
     else:
-        print(f"wrote these and all settings to {out}")
+        tell(f"wrote these and all settings to {out}")
 
 
 def main(argv: list[str]) -> None:

@@ -6,7 +6,6 @@ Nothing is trained, and none of that memory is needed.
 """
 
 import platform
-import sys
 
 import jax
 from ml_collections import ConfigDict
@@ -14,6 +13,7 @@ from ml_collections import ConfigDict
 from mdt_jax import accelerators, cli, costs
 from mdt_jax import config as configs
 from mdt_jax.models.mdt import MDT
+from mdt_jax.progress import say, tell
 
 
 def report(config: ConfigDict) -> dict[str, str]:
@@ -62,11 +62,11 @@ def main(argv: list[str]) -> None:
     accelerators.start()
     configs.validate(config, jax.device_count())
     if config.model.num_classes < 0:
-        print("model.num_classes is -1, and no data is read: counted as 0", file=sys.stderr)
+        say("model.num_classes is -1, and no data is read: counted as 0")
         config.model.num_classes = 0
-    print("compiling a training step, to see what it needs …", file=sys.stderr)
+    say("compiling a training step, to see what it needs …")
     for name, text in report(config).items():
-        print(f"{name:<17}{text}")
+        tell(f"{name:<17}{text}")
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from mdt_jax.errors import UserError
 from mdt_jax.files import reason
 from mdt_jax.inpainting import MODES, InpaintOptions, check_hidden, inpaint
 from mdt_jax.options import check_seed
+from mdt_jax.progress import tell
 from mdt_jax.vae import encoder
 
 
@@ -216,7 +217,7 @@ def main(argv: list[str]) -> None:
     if found is not None:
         known, hidden_there = encoded(image, hidden, found, options.precision)
         said += f", {share(hidden_there)} of the latents"
-    print(said)
+    tell(said)
     changes = {} if scales is None else {"guidance_scale": np.resize(scales, len(labels))}
     samples = inpaint(
         model, weights.params, np.stack([known] * len(labels)), hidden_there, labels, how=how,
@@ -231,7 +232,7 @@ def main(argv: list[str]) -> None:
         save_image(str(out), complete[0], written(note))
     else:
         save_grid(str(out), complete, note=written(note))
-    print(f"wrote {len(complete)} completion{'s' * (len(complete) > 1)} to {out}")
+    tell(f"wrote {len(complete)} completion{'s' * (len(complete) > 1)} to {out}")
 
 
 class _Callable(types.ModuleType):

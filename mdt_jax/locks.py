@@ -7,7 +7,6 @@ import json
 import os
 import pathlib
 import socket
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from typing import BinaryIO
 
 from mdt_jax.errors import UserError
 from mdt_jax.files import reason
+from mdt_jax.progress import say
 
 BEAT = 5.0  # seconds from one sign of life to the next
 WATCH = 15.0  # seconds in which a holder that lives gives one
@@ -138,10 +138,10 @@ def _who(holder: dict) -> str:
 
 def _lives(path: pathlib.Path, holder: dict) -> bool:
     """Whether the file is touched within WATCH seconds; no clocks are compared."""
-    print(
+    say(
         f"{path} was left by process {holder.get('process')} on {holder.get('host')}; looking for "
-        f"{WATCH:.0f} s whether it still runs …", file=sys.stderr, flush=True,
-    )  # fmt: skip
+        f"{WATCH:.0f} s whether it still runs …"
+    )
     try:
         first, until = _touched(path), time.monotonic() + WATCH
         while time.monotonic() < until:

@@ -38,8 +38,9 @@ from mdt_jax.distributed import is_first, say
 from mdt_jax.errors import UserError
 from mdt_jax.evaluation import BEST
 from mdt_jax.models.mdt import MDT
-from mdt_jax.progress import progress_bar
+from mdt_jax.progress import progress_bar, tell
 from mdt_jax.reporting import (
+    describe,
     going_on_without,
     identities,
     open_evaluator,
@@ -168,10 +169,12 @@ def _train(
     measured = folder.measured_steps(workdir, BEST, start)
     log = open_trackers(workdir, config.to_dict(), start, *shown)
     log += folder.begin(workdir, config, about_data["classes"], start)
-    terminal = is_first() and sys.stderr.isatty()
+    terminal = is_first() and sys.stderr is not None and sys.stderr.isatty()
     if is_first() and not terminal:
         log.append(Lines(config.train.steps))
 
+    if start < config.train.steps:
+        describe(config, len(data), parameters, mesh)
     encoding = vae if config.data.name != "latents" else None
     batches = inputs.feed(config, data, mesh, encoding, start)
 
@@ -179,11 +182,13 @@ def _train(
     draws = vae and drawing.Vae(vae.path, config.vae.scale, vae.network, vae.params)
     steps, drawer = config.train.steps, drawing.Drawer(config, model, draws)
     if start < steps:
-        clock = Clock(compile_seconds)
+        say("compiling the training step …")
+        clock = Clock()
         train_step = compile_step(config, model, optimizer, abstract, mesh)
-        compile_seconds = clock.seconds()
+        compiling = clock.seconds()
+        compile_seconds += compiling
         distributed.everyone(True)  # wait for the slowest: sums on CPUs do not wait for long
-        say(f"the step is compiled ({compile_seconds:.1f} s in all)")
+        say(f"the step is compiled ({compiling:.1f} s)")
 
     rate = parallel.put(np.float32(config.optim.lr), parallel.replicated(mesh))
     waiting = None  # the step whose metrics are still on the device
@@ -248,7 +253,7 @@ def _train(
             every, path = config.train.sample_every, workdir / "samples" / f"{step:07d}.png"
             if every and step and step % every == 0 and distributed.everyone(not path.exists()):
                 with clock.paused(), going_on_without(f"no samples are drawn at step {step}"):
-                    save_sample_grid(path, drawer, state.ema)
+                    save_sample_grid(path, drawer, state, about_data["classes"])
                     for tracker in log:
                         tracker.image(step, path)
 
@@ -258,7 +263,7 @@ def _train(
                 return
             asked = config.evaluation.num_samples
             with clock.paused(), going_on_without(f"step {step} is not measured"):
-                found = evaluator.measure(drawer.samples(state.ema, asked))
+                found = evaluator.measure(drawer.samples(state.ema, asked), progress=True)
                 name = next(name for name in BEST if name in found)
                 better = found[name] < folder.least(best, config, name)
                 if better:
@@ -332,7 +337,9 @@ def _train(
         report |= sample_and_measure(workdir, drawer, state, about_data["classes"], evaluator)
     if is_first():
         folder.write_json(workdir / "report.json", report)
-        print(json.dumps(report, indent=1))
+        tell(json.dumps(report, indent=1))
+        samples = ", samples.npz, samples.png" if config.sample.num_samples else ""
+        say(f"{workdir} has report.json, metrics.jsonl, checkpoints/{steps}{samples}")
     return True
 
 

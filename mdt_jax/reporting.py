@@ -1,10 +1,13 @@
 """What a run in training shows of its samples: grids, measurements, and those at its end."""
 
 import contextlib
+import json
 import pathlib
 import time
 
+import jax
 import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mdt_jax import distributed, drawing, inputs, references, weights
@@ -15,6 +18,7 @@ from mdt_jax.data.sample_files import Npz
 from mdt_jax.distributed import is_first, say
 from mdt_jax.errors import NotFiniteError, UserError
 from mdt_jax.evaluation import Evaluator
+from mdt_jax.train.state import TrainState
 
 
 def open_evaluator(
@@ -72,18 +76,50 @@ def going_on_without(what: str):
         say(f"warning: {what}: {error}")
 
 
-def save_sample_grid(path: pathlib.Path, drawer: drawing.Drawer, params) -> None:
-    """A PNG of one batch of samples."""
-    _, images = next(drawer.samples(params, drawer.config.sample.batch_size).slices())
+def describe(config: ConfigDict, images: int, parameters: int, mesh: Mesh) -> None:
+    """Say what is trained, on what, for how long."""
+    size, steps, name = config.data.batch_size, config.train.steps, config.data.name
+    classes = config.model.num_classes
+    say(
+        f"data: {images:,} images of {name}, {f'{classes} classes' if classes else 'no classes'}; "
+        f"{steps:,} steps of {size:,} are {steps * size / images:.4g} epochs"
+    )
+    say(
+        f"network: {parameters:,} parameters; matmuls and activations {config.train.dtype}, "
+        f"float32 matmuls of precision {config.train.precision}"
+    )
+    kind = jax.devices()[0].device_kind
+    axes = " × ".join(f"{axis} {count}" for axis, count in mesh.shape.items())
+    say(f"devices: {mesh.size} × {kind}, as a mesh of {axes}")
+
+
+def note_of(
+    workdir: pathlib.Path, drawer: drawing.Drawer, state: TrainState, classes: list[str], asked
+) -> dict:
+    """How samples of a run come about, as `mdt_jax.sample` notes it. asked: a Request."""
+    config, step = drawer.config, int(state.step)
+    of = weights.Weights(drawer.model, state.ema, config, "ema", tuple(classes), step)
+    note = drawing.note_of(str(workdir), of, drawer.options, vae=drawer.vae)
+    return note | drawing.note_of_labels(asked.labels, None, asked.seed, asked.batch_size)
+
+
+def save_sample_grid(
+    path: pathlib.Path, drawer: drawing.Drawer, state: TrainState, classes: list[str]
+) -> None:
+    """A PNG of one batch of samples, which says how they came about."""
+    asked = drawer.request(state.ema, drawer.config.sample.batch_size)
+    note = note_of(path.parents[1], drawer, state, classes, asked)
+    ((start, seen),) = asked.batches(progress=True)
+    images = drawer.to_images(seen[-1], start)
     if is_first():
         path.parent.mkdir(exist_ok=True)
-        save_grid(str(path), images)
+        save_grid(str(path), images, note=json.dumps(note, ensure_ascii=False))
 
 
 def sample_and_measure(
     workdir: pathlib.Path,
     drawer: drawing.Drawer,
-    state,
+    state: TrainState,
     classes: list[str],
     evaluator: Evaluator | None,
 ) -> dict:
@@ -93,9 +129,7 @@ def sample_and_measure(
     """
     started, config, out = time.perf_counter(), drawer.config, workdir / "samples.npz"
     asked = drawer.request(state.ema, config.sample.num_samples)
-    of = weights.Weights(drawer.model, state.ema, config, "ema", tuple(classes), int(state.step))
-    note = drawing.note_of(str(workdir), of, drawer.options, vae=drawer.vae)
-    note |= drawing.note_of_labels(asked.labels, None, asked.seed, asked.batch_size)
+    note = note_of(workdir, drawer, state, classes, asked)
     sink = Npz(out, asked.labels, drawer.shape, note)
     if is_first():
         sink.give_way()
@@ -104,6 +138,10 @@ def sample_and_measure(
     distributed.everyone(True)  # the others wait until it is there
     samples = image_sets.open_images(str(out), labelled=True)
     if is_first():
-        save_grid(str(workdir / "samples.png"), samples.take(np.arange(min(100, len(samples)))))
-    measured = evaluator.measure(samples) if evaluator else {"num_samples": len(samples)}
+        shown = samples.take(np.arange(min(100, len(samples))))
+        text = json.dumps(note, ensure_ascii=False)
+        save_grid(str(workdir / "samples.png"), shown, note=text)
+    measured = (
+        evaluator.measure(samples, progress=True) if evaluator else {"num_samples": len(samples)}
+    )
     return measured | {"sample_seconds": round(seconds, 1)}

@@ -17,6 +17,7 @@ from mdt_jax.data.sample_notes import written
 from mdt_jax.distributed import is_first, say
 from mdt_jax.errors import UserError
 from mdt_jax.options import check_seed
+from mdt_jax.progress import tell
 from mdt_jax.sampling import request
 
 WRITERS = {".png": Grid, ".npz": Npz, "": Folder}
@@ -131,7 +132,7 @@ def main(argv: list[str]) -> None:
             if is_first():
                 note |= {"show": args.show, "frames": frames}
                 save_walk(out, images, written(note))
-                print(f"wrote {len(rows)} rows of {frames} frames to {out}")
+                tell(f"wrote {len(rows)} rows of {frames} frames to {out}")
         return
     if scales is not None:
         how["guidance_scale"] = np.resize(scales, len(labels))
@@ -141,7 +142,7 @@ def main(argv: list[str]) -> None:
     if not drawing.write_samples(asked, sink, to_images):
         say(f"{out} is finished already")
     elif is_first():
-        print(f"wrote {len(labels)} samples to {out}")
+        tell(f"wrote {len(labels)} samples to {out}")
 
 
 if __name__ == "__main__":

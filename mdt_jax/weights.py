@@ -6,7 +6,6 @@ import functools
 import json
 import os
 import pathlib
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -24,6 +23,7 @@ from mdt_jax.models.autoencoder import AutoencoderKL
 from mdt_jax.models.inception import Inception
 from mdt_jax.models.mdt import MDT, init_params
 from mdt_jax.models.resize import resize_grid
+from mdt_jax.progress import say
 from mdt_jax.train import checkpoints, orbax_folders
 
 ITEMS = ("ema", "raw")
@@ -220,7 +220,7 @@ def load_weights(
     if min(height, width) < patch or height % patch or width % patch:
         raise UserError(f"input_size is {height}×{width}; {path} asks for multiples of {patch}")
     model = found.model.clone(input_size=(height, width))
-    print(f"{path}: {_resampled(found.model, model)}", file=sys.stderr)
+    say(f"{path}: {_resampled(found.model, model)}")
     resampled = resize_grid(found.params, found.model.grid, model.grid)
     return found._replace(model=model, params=resampled)
 

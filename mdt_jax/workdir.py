@@ -114,6 +114,9 @@ def begin(
     if not distributed.is_first():
         return []
     (workdir / "report.json").unlink(missing_ok=True)
+    if start < config.train.steps:  # samples are of the step that the report is of
+        for name in ("samples.npz", "samples.png"):
+            (workdir / name).unlink(missing_ok=True)
     write_json(workdir / "config.json", config.to_dict())
     if classes:
         write_json(workdir / "classes.json", classes)

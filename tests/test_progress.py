@@ -1,5 +1,6 @@
 """Bars move twice a second on a terminal; a file gets full lines, few of them."""
 
+import errno
 import io
 import os
 import re
@@ -44,6 +45,23 @@ def test_a_terminal_sees_it_move_twice_a_second(monkeypatch):
     assert 3 <= printed.count("\rsampling") <= 5  # the first, two or three on the way, the last
 
 
+def on_screen(printed: str) -> list[str]:
+    """The lines that a terminal shows after it."""
+    lines, row, column = [""], 0, 0
+    for part in re.findall(r"\x1b\[A|[\r\n]|[^\r\n\x1b]+", printed):
+        if part == "\x1b[A":
+            row -= 1
+        elif part == "\r":
+            column = 0
+        elif part == "\n":
+            row, column = row + 1, 0
+            lines += [""] * (row + 1 - len(lines))
+        else:
+            lines[row] = lines[row][:column].ljust(column) + part + lines[row][column + len(part) :]
+            column += len(part)
+    return [line.rstrip() for line in lines]
+
+
 def test_no_bar_is_silent(capsys):
     with progress.progress_bar(3, False, "sampling", "step") as bar:
         bar.set_postfix_str("more", refresh=False)
@@ -63,6 +81,59 @@ def test_a_run_without_a_terminal_prints_a_line_each_log_every(every, tmp_path):
     )  # fmt: skip
     assert lines == [str(step) for step in range(every, 5, every)]
     assert f"step 2: samples in {workdir}/samples/0000002.png" in printed.splitlines()
+
+
+def test_control_characters_are_printed_as_escapes(capsys):
+    progress.say("a\x1b[2J\n\r\x9b\u202eb \u00e9\u200d")
+    progress.tell("a\n\tb\x1b]0;c\x07")
+    printed = capsys.readouterr()
+    assert printed.err == "a\\x1b[2J\\n\\r\\x9b\\u202eb \u00e9\u200d\n"
+    assert printed.out == "a\n\tb\\x1b]0;c\\x07\n"
+
+
+def test_a_full_stdout_does_not_stop_the_work(monkeypatch):
+    for name, number in (("stdout", errno.ENOSPC), ("stderr", None)):
+        with monkeypatch.context() as patch, open("/dev/full", "w", buffering=1) as full:
+            patch.setattr(f"sys.{name}", full)
+            for _ in range(3):
+                progress.tell("a result")
+                progress.say("a line")
+            error = progress.lost()
+        assert (error and error.errno) == number and progress.lost() is None
+
+
+def test_streams_that_are_not_there(monkeypatch):
+    monkeypatch.setattr("sys.stdout", None)
+    monkeypatch.setattr("sys.stderr", None)
+    progress.tell("a result")
+    progress.say("a line")
+    with progress.progress_bar(3, True, "sampling", "step") as bar:
+        bar.update(3)
+    assert progress.lost() is None
+
+
+def test_a_bar_inside_another_goes_when_it_is_done(monkeypatch):
+    ours, theirs = os.openpty()
+    termios.tcsetwinsize(theirs, (24, 100))
+    with open(theirs, "w") as terminal:
+        monkeypatch.setattr("sys.stderr", terminal)
+        with progress.progress_bar(4, True, "training", "step") as bar:
+            with progress.progress_bar(2, True, "sampling", "step") as inner:
+                inner.update(2)
+                progress.say("a line")
+            bar.update(4)
+        printed = os.read(ours, 100_000).decode()
+    os.close(ours)
+    screen = on_screen(printed)
+    assert screen[0] == "a line" and screen[1].startswith("training: 100%"), screen
+    assert not any(screen[2:]), screen
+
+
+def test_all_messages_are_printed_in_one_place():
+    """accelerators.py is below it and says what this package knows."""
+    for path in (ROOT / "mdt_jax").rglob("*.py"):
+        found = re.findall(r"(?<![\w.])print\(|sys\.std(?:err|out)\.write", path.read_text())
+        assert not found or path.name in ("progress.py", "accelerators.py"), path
 
 
 def test_all_bars_are_made_in_one_place():

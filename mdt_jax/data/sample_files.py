@@ -11,7 +11,6 @@ import os
 import pathlib
 import re
 import shutil
-import sys
 import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +31,7 @@ from mdt_jax.data.sample_notes import (
 )
 from mdt_jax.errors import UserError
 from mdt_jax.files import check_regular, check_room, free, reason, settle, whole
+from mdt_jax.progress import say
 
 LOCK = ".lock"  # in a folder of samples
 SUM_BYTES = hashlib.sha256().digest_size
@@ -102,7 +102,7 @@ class Npz:
             what = "is no file of samples" if there is None else _other(there, self.note)
             raise UserError(f"{self.out} {what}; remove it or choose another --out")
         if not is_whole(self.out, (len(self.labels), *self.shape)):
-            print(f"{self.out} is damaged; it is drawn anew", file=sys.stderr)
+            say(f"{self.out} is damaged; it is drawn anew")
             return False
         if self.folder.exists():  # stopped while it was removed
             self._remove_parts()

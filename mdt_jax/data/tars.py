@@ -4,7 +4,6 @@ import dataclasses
 import io
 import os
 import pathlib
-import sys
 import tarfile
 import zlib
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from mdt_jax.data.found import LeftOut, describe, splits
 from mdt_jax.data.pictures import SUFFIXES
 from mdt_jax.errors import UserError
 from mdt_jax.files import save_arrays
+from mdt_jax.progress import say
 
 DEEPEST = 8  # tars within each other
 LARGEST_HEADER = 2**20  # bytes; long names and attributes take a few hundred
@@ -97,7 +97,7 @@ def load(path: str) -> Members:
         try:
             save_arrays(_index(place), found)
         except UserError as error:  # a read-only data set is no reason to stop
-            print(f"the index of {path} is not kept: {error}", file=sys.stderr)
+            say(f"the index of {path} is not kept: {error}")
     divided = splits({os.path.dirname(os.path.normpath(name)) for name in found["names"].tolist()})
     if divided:
         folder, parts = divided

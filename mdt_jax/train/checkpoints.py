@@ -7,7 +7,6 @@ A step directory holds the items `params`, `ema`, `progress` (optimiser state an
 import os
 import pathlib
 import shutil
-import sys
 import time
 from collections.abc import Callable
 from typing import TypeVar
@@ -18,6 +17,7 @@ import orbax.checkpoint as ocp
 from mdt_jax import distributed
 from mdt_jax.errors import UserError
 from mdt_jax.files import reason
+from mdt_jax.progress import say
 from mdt_jax.train.orbax_folders import (
     FOLDER,
     ORBAX_MARKS,
@@ -72,9 +72,7 @@ def _newest_sound(
         except Exception as error:  # whatever Orbax makes of a damaged folder
             check_readable(directory / str(step), error)
             damaged.append(step)
-            print(
-                f"checkpoint {directory / str(step)} is damaged: {reason(error)}", file=sys.stderr
-            )
+            say(f"checkpoint {directory / str(step)} is damaged: {reason(error)}")
     if damaged:
         raise UserError(
             f"none of the {len(damaged)} checkpoints in {directory} can be read; restore "

@@ -99,13 +99,15 @@ class Wandb:
             raise _missing("--wandb", "wandb") from None
         number = workdir / "wandb" / "run-id"
         number.parent.mkdir(exist_ok=True)
-        if not (number.exists() and number.read_bytes()):
+        known = number.read_text(errors="replace") if number.exists() else ""
+        if not re.fullmatch(r"[\w-]+", known):  # a crash may leave it empty, or full of zeros
+            known = secrets.token_hex(8)
             with whole(number) as temporary:
-                temporary.write_text(secrets.token_hex(8))
+                temporary.write_text(known)
         self._image = wandb.Image
         try:
             self._run = wandb.init(
-                project=project, dir=str(workdir), name=workdir.name, id=number.read_text(),
+                project=project, dir=str(workdir), name=workdir.name, id=known,
                 resume="allow", config=config,
             )  # fmt: skip
         except Error as error:

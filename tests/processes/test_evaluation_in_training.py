@@ -24,7 +24,7 @@ def test_stopped_while_it_measures(run, tmp_path, number):
     long = [*MEASURING, "--config.train.steps=6", f"--workdir={tmp_path}"]
     # So many samples that it takes a while.
     slow = [flag for flag in long if "num_samples=30" not in flag]
-    slow += ["--config.evaluation.num_samples=3000", "--config.evaluation.every=4"]
+    slow += ["--config.evaluation.num_samples=30000", "--config.evaluation.every=4"]
     process = start_command("mdt_jax.main", *slow)
     until = time.time() + 200
     while len(lines_of(tmp_path)) < 4 or 4 not in steps_in(tmp_path):

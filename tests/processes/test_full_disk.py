@@ -13,6 +13,7 @@ from mdt_jax import weights
 from tests.conftest import ROOT
 from tests.models.common import random_params
 from tests.published import MODELS
+from tests.runs import SAMPLE
 
 
 def run(*arguments, cwd):
@@ -65,3 +66,35 @@ def test_training(tmp_path):
     line = run("mdt_jax.main", *config, "--workdir=run", cwd=tmp_path)[-1]
     assert line.startswith(f"error: {tmp_path}/run/checkpoints could not be written: ")
     assert not [p for p in (tmp_path / "run" / "checkpoints").iterdir() if p.name.isdigit()]
+
+
+def to_stdout(stdout, *arguments: str) -> tuple[int, str]:
+    process = subprocess.run(
+        [sys.executable, "-m", *arguments], stdout=stdout, stderr=subprocess.PIPE, text=True,
+        cwd=ROOT, timeout=200,
+    )  # fmt: skip
+    return process.returncode, process.stderr
+
+
+def test_stdout_is_full_or_nobody_reads_it(tmp_path):
+    """Files are written all the same."""
+    sample = ["mdt_jax.sample", *SAMPLE, "--num_samples=2"]
+    with open("/dev/full", "w") as full:
+        code, err = to_stdout(full, *sample, f"--out={tmp_path}/full.png")
+    last = err.splitlines()[-1]
+    assert code == 2 and (tmp_path / "full.png").is_file() and "Exception" not in err
+    assert last.startswith("error: stdout could not be written: No space left on device; ")
+    assert err.count("error") == 1
+
+    def to_closed_pipe(*arguments):
+        reading, writing = os.pipe()
+        os.close(reading)
+        try:
+            return to_stdout(writing, *arguments)
+        finally:
+            os.close(writing)
+
+    code, err = to_closed_pipe(*sample, f"--out={tmp_path}/closed.png")
+    assert code == 141 and (tmp_path / "closed.png").is_file()
+    assert all(line.startswith("sampling:") for line in err.splitlines()), err
+    assert to_closed_pipe("mdt_jax.sample", "--help")[1] == ""

@@ -1,7 +1,10 @@
 """What shows a run while it goes; tests/processes/test_trackers.py has real runs."""
 
 import json
+import re
+import sys
 import time
+import types
 
 import jax
 import numpy as np
@@ -63,6 +66,23 @@ def test_peaks_are_found_by_the_names_that_devices_have():
 def test_steps_to_profile_that_make_no_sense(steps, tmp_path):
     with pytest.raises(UserError, match="is not such as 10:13"):
         Profile(steps, tmp_path)
+
+
+@pytest.mark.parametrize("left", [b"", b"\0" * 16, b"a/b", b"\xff\n"])
+def test_a_number_of_wandb_that_a_crash_left(left, tmp_path, monkeypatch):
+    started = []
+    wandb = types.ModuleType("wandb")
+    errors = types.ModuleType("wandb.errors")
+    vars(wandb).update(Image=None, init=lambda **given: started.append(given["id"]), errors=errors)
+    vars(errors).update(Error=RuntimeError)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setitem(sys.modules, "wandb.errors", errors)
+    (tmp_path / "wandb").mkdir()
+    (tmp_path / "wandb" / "run-id").write_bytes(left)
+    for _ in range(2):
+        open_trackers(tmp_path, {}, 0, False, "project")
+    assert started[0] == started[1] == (tmp_path / "wandb" / "run-id").read_text()
+    assert re.fullmatch("[0-9a-f]{16}", started[0])
 
 
 @pytest.mark.parametrize(("module", "flags"), [("tensorboardX", (True, "")), ("wandb", (0, "p"))])
