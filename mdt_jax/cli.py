@@ -9,6 +9,7 @@ import re
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 
 import jax
@@ -16,7 +17,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from mdt_jax import config as configs
-from mdt_jax import distributed, files
+from mdt_jax import distributed, files, limits
 from mdt_jax.errors import UserError
 from mdt_jax.interop import hub
 from mdt_jax.precision import PRECISIONS
@@ -24,7 +25,8 @@ from mdt_jax.vae import VAE_SCALE
 
 
 def run(main: Callable[[list[str]], None]) -> None:
-    """Call main(argv); a mistake of the user's or of the file system is one line, exit code 2.
+    """Call main(argv); a mistake of the user's or of the file system is one line, exit code 2, and
+    so is a limit of the machine: too many open files, no more memory.
 
     So is Ctrl-C where main leaves it to Python, with the code that shells have for it. Where a run
     has several processes, the others hear why this one left.
@@ -34,22 +36,32 @@ def run(main: Callable[[list[str]], None]) -> None:
     try:
         main(sys.argv)
         distributed.part()
-    except (UserError, OSError) as error:
-        line = " ".join(str(error).split())
-        who = distributed.name() if distributed.several() else ""
-        print(f"error: {who}{line}", file=sys.stderr)
-        _exit(2, line)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         _exit(128 + signal.SIGINT, "Ctrl-C")
     except SystemExit as exit_:
         _exit(exit_.code or 0, "it was told to")
     except Exception as error:
+        if line := _line(error):
+            who = distributed.name() if distributed.several() else ""
+            print(f"error: {who}{line}", file=sys.stderr)
+            _exit(2, line)
         if distributed.several():
             distributed.await_verdict(error)
             traceback.print_exc()
             _exit(1, f"{type(error).__name__}: {error}")
         raise
+
+
+def _line(error: Exception) -> str:
+    """What is wrong, for errors that a user can do something about; "" for others."""
+    met = limits.met(error)
+    if met:  # libraries then print tracebacks of what they could not even begin
+        sys.unraisablehook = lambda _: None
+        warnings.simplefilter("ignore")
+    if isinstance(error, (UserError, OSError)):
+        return " ".join(f"{error}{f' ({met})' if met else ''}".split())
+    return f"{met} ({' '.join(files.reason(error).split())})" if met else ""
 
 
 def _print_anywhere() -> None:
@@ -136,8 +148,11 @@ def check_positive(args: argparse.Namespace, *names: str) -> None:
     """Raise UserError for flags that were given and are not positive and finite."""
     for name in names:
         value = getattr(args, name)
-        if value is not None and not 0 < value < math.inf:
+        if value is None:
+            continue
+        if not 0 < value < math.inf:
             raise UserError(f"--{name}={value} must be positive, and finite")
+        limits.check_number(f"--{name}", value)
 
 
 def add_sampling_flags(parser: Parser) -> None:
