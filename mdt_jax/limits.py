@@ -7,8 +7,8 @@ from typing import Any
 
 from mdt_jax.errors import UserError
 
-# Of fields and flags by their whole or their last name, far above what anybody has trained or drawn. What several
-# of them make together is another question, `costs.check_memory`'s.
+# Of fields and flags by their whole or their last name, far above what anybody has trained or
+# drawn. What several of them make together is another question, `costs.check_memory`'s.
 MOST = {
     "hidden_size": 65_536,
     "depth": 1_000,

@@ -423,6 +423,7 @@ def no_memory_of_a_device(_):
 )
 def test_limits_of_the_machine_are_one_line(main_, line, capsys, monkeypatch):
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # put back at the end
     printed = exits_with_one_line(main_, [], capsys, monkeypatch)
     assert line.replace("LIMIT", str(soft)) in printed
 
@@ -430,6 +431,7 @@ def test_limits_of_the_machine_are_one_line(main_, line, capsys, monkeypatch):
 def test_few_files_may_be_open(tmp_path, capsys, monkeypatch, in_root, keep_signals):
     """Whichever library it is that cannot open one more."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
     resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 2, hard))
     try:
         argv = [*SMOKE, "--config.sample.num_samples=0", f"--workdir={tmp_path / 'run'}"]
