@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from mdt_jax import cli, convert, encode, evaluate, info, inpaint, main, sample
+from mdt_jax import convert, encode, evaluate, info, inpaint, main, sample
 from mdt_jax.errors import UserError
 from tests.conftest import ROOT, SMOKE, exits_with_one_line, run_here
 from tests.runs import DIGITS, SAMPLE
@@ -426,20 +426,3 @@ def test_limits_of_the_machine_are_one_line(main_, line, capsys, monkeypatch):
     monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # put back at the end
     printed = exits_with_one_line(main_, [], capsys, monkeypatch)
     assert line.replace("LIMIT", str(soft)) in printed
-
-
-def test_few_files_may_be_open(tmp_path, capsys, monkeypatch, in_root, keep_signals):
-    """Whichever library it is that cannot open one more."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 2, hard))
-    try:
-        argv = [*SMOKE, "--config.sample.num_samples=0", f"--workdir={tmp_path / 'run'}"]
-        monkeypatch.setattr("sys.argv", ["command", *argv])
-        with pytest.raises(SystemExit) as exit_:
-            cli.run(main.main)
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    printed = capsys.readouterr().err
-    assert exit_.value.code == 2 and "Traceback" not in printed
-    assert "too many open files: this process may open" in printed.splitlines()[-1]
