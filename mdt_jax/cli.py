@@ -9,6 +9,7 @@ import re
 import signal
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 
 import jax
@@ -16,7 +17,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from mdt_jax import config as configs
-from mdt_jax import distributed, files, interrupts, progress
+from mdt_jax import distributed, files, interrupts, limits, progress
 from mdt_jax.errors import UserError
 from mdt_jax.interop import hub
 from mdt_jax.precision import PRECISIONS
@@ -26,7 +27,8 @@ LONGEST = 1000  # characters of an error
 
 
 def run(main: Callable[[list[str]], None]) -> None:
-    """Call main(argv); a mistake of the user's or of the file system is one line, exit code 2.
+    """Call main(argv); a mistake of the user's or of the file system is one line, exit code 2, and
+    so is a limit of the machine: too many open files, no more memory.
 
     So is Ctrl-C where main leaves it to Python, with the code that shells have for it; the second
     one ends the process at once. Where a run has several processes, the others hear why this one
@@ -43,11 +45,6 @@ def _run(main: Callable[[list[str]], None]) -> None:
         main(sys.argv)
         distributed.part()
         _exit_if_lost()
-    except (UserError, OSError, MemoryError) as error:
-        line = one_line(error)
-        who = distributed.name() if distributed.several() else ""
-        progress.say(f"error: {who}{line}")
-        _exit(2, line)
     except KeyboardInterrupt:
         progress.say("stopped")
         _exit(128 + signal.SIGINT, "Ctrl-C")
@@ -56,6 +53,10 @@ def _run(main: Callable[[list[str]], None]) -> None:
             _exit_if_lost()
         _exit(exit_.code or 0, "it was told to")
     except Exception as error:
+        if line := one_line(error):
+            who = distributed.name() if distributed.several() else ""
+            progress.say(f"error: {who}{line}")
+            _exit(2, line)
         if distributed.several():
             distributed.await_verdict(error)
             traceback.print_exc()
@@ -64,12 +65,22 @@ def _run(main: Callable[[list[str]], None]) -> None:
 
 
 def one_line(error: Exception) -> str:
-    """What an error says, in a line that a terminal shows as it is.
+    """What is wrong, in a line that a terminal shows as it is, for errors that a user can do
+    something about; "" for others.
 
     Names and values of damaged files may hold anything: control characters are written as escapes,
     and of what is longer than LONGEST the middle is left out.
     """
-    said = f"out of memory: {error}" if isinstance(error, MemoryError) else str(error)
+    met = limits.met(error)
+    if met:  # libraries then print tracebacks of what they could not even begin
+        sys.unraisablehook = lambda _: None
+        warnings.simplefilter("ignore")
+    if isinstance(error, (UserError, OSError)):
+        said = f"{error}{f' ({met})' if met else ''}"
+    elif met:
+        said = f"{met} ({files.reason(error)})"
+    else:
+        return ""
     words = " ".join(said.split())
     text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in words)
     half = LONGEST // 2
@@ -180,8 +191,11 @@ def check_positive(args: argparse.Namespace, *names: str) -> None:
     """Raise UserError for flags that were given and are not positive and finite."""
     for name in names:
         value = getattr(args, name)
-        if value is not None and not 0 < value < math.inf:
+        if value is None:
+            continue
+        if not 0 < value < math.inf:
             raise UserError(f"--{name}={value} must be positive, and finite")
+        limits.check_number(f"--{name}", value)
 
 
 def add_sampling_flags(parser: Parser) -> None:

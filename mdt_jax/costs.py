@@ -1,6 +1,7 @@
 """What a model costs: parameters, multiply-accumulates, memory, and what a chip can do."""
 
 import math
+import os
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -15,7 +16,7 @@ from mdt_jax.errors import UserError
 from mdt_jax.models.masking import keep_length
 from mdt_jax.models.mdt import MDT, init_params
 from mdt_jax.train.optimizers import make_optimizer
-from mdt_jax.train.state import abstract_state
+from mdt_jax.train.state import TrainState, abstract_state
 from mdt_jax.train.step import compile_step
 
 TRAINING_ONLY = ("side_interpolater", "mask_token")
@@ -124,10 +125,7 @@ def step_memory(config: ConfigDict, model: MDT, optimized: bool = False) -> dict
     memory = compile_step(config, model, optimizer, state, mesh, options).memory_analysis()
     if memory is None:
         raise UserError("the compiler for these devices does not tell what memory a step needs")
-    held = sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(state)
-    )
+    held = _held(state)
     # The new state takes the place of the old one; the rest of the output is metrics.
     new = memory.output_size_in_bytes - memory.alias_size_in_bytes
     return {
@@ -135,3 +133,40 @@ def step_memory(config: ConfigDict, model: MDT, optimized: bool = False) -> dict
         "batch": memory.argument_size_in_bytes - held,
         "temporary": memory.temp_size_in_bytes + new,
     }
+
+
+def _held(state: TrainState) -> int:
+    """Bytes of an abstract state on each device."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(state)
+    )
+
+
+def check_memory(config: ConfigDict, model: MDT, state: TrainState) -> None:
+    """Raise UserError where the least that training keeps is more than all memory of a device.
+
+    Of shapes alone, before any memory is asked for. state: as of `abstract_state`. CPU devices
+    share the machine's memory. The least is the state, the images of a batch, and the input of each
+    block.
+    """
+    data, parts = config.data, config.train.accumulate
+    each = data.batch_size // jax.device_count()
+    numbers = -(-each // parts) * model.num_tokens * model.hidden_size * model.depth
+    least = {
+        "parameters, EMA and optimiser": _held(state),
+        "the images of a batch": each * data.image_size**2 * data.channels,
+        "the inputs of the blocks": numbers * jnp.dtype(model.dtype).itemsize,
+    }
+    device = jax.local_devices()[0]
+    room = (device.memory_stats() or {}).get("bytes_limit")
+    if room is None:
+        pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        room = pages // jax.local_device_count()
+    if sum(least.values()) > room:
+        parts_ = ", ".join(f"{name} {size / 2**30:,.1f}" for name, size in least.items())
+        raise UserError(
+            f"training takes at least {sum(least.values()) / 2**30:,.1f} GiB on each device, which "
+            f"has {room / 2**30:.1f} ({parts_}): a smaller network or data.batch_size, or more "
+            "devices and mesh.fsdp"
+        )

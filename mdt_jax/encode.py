@@ -142,7 +142,12 @@ def fill(
     bar = progress_bar(total, True, "encoding", "image", initial=total - ahead)
     with contextlib.closing(stream), bar:
         for shard in left:
-            making.write(shard, until(stream, len(making.items(shard)), bar))
+            try:
+                making.write(shard, until(stream, len(making.items(shard)), bar))
+            except UserError:
+                if not making.finished():
+                    raise
+                break  # a host whose lock is not seen here was quicker with this part, and tidied
     manifest = making.finish()
     if manifest is None:
         tell(f"{out}: this part is done; the last of the {part[1]} to end finishes the cache")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from mdt_jax import distributed, keys, parallel
+from mdt_jax import distributed, keys, limits, parallel
 from mdt_jax.diffusion.inpainting import inpaint_steps, resampling_walk
 from mdt_jax.errors import UserError
 from mdt_jax.models.mdt import MDT
@@ -49,6 +49,7 @@ class InpaintOptions:
         for name in ("jump_length", "num_resamples"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be at least 1")
+            limits.check_number(name, getattr(self, name))
         if not 0 <= self.masked_share <= 1:
             raise UserError(f"masked_share is {self.masked_share}; it must be in [0, 1]")
         if self.mode == "side_interpolater" and not model.decoder_layers:

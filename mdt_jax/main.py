@@ -123,6 +123,7 @@ def _train(
     model = MDT.from_config(config)
     optimizer = make_optimizer(config.optim)
     abstract = abstract_state(model, optimizer, mesh)
+    costs.check_memory(config, model, abstract)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(abstract.params))
 
     # Start, from other weights if asked, or go on from the newest sound checkpoint.

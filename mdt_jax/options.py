@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mdt_jax import limits
 from mdt_jax.diffusion import schedule as sch
 from mdt_jax.diffusion.guidance import WEIGHTS, no_nearer, within
 from mdt_jax.diffusion.samplers import SAMPLERS, Sampler, visited
@@ -68,6 +69,8 @@ class SampleOptions:
             wanted = {int: numbers.Integral, float: numbers.Real}.get(kind, kind)
             if not isinstance(value, wanted):
                 raise UserError(f"{field.name} is {value!r}; it must be of type {_name_of(kind)}")
+            if isinstance(value, numbers.Real):
+                limits.check_number(field.name, value)
         known = {
             "sampler": SAMPLERS, "spacing": sch.SPACINGS, "guidance": WEIGHTS,
             "precision": PRECISIONS,
@@ -92,9 +95,7 @@ class SampleOptions:
             raise UserError(f"eta is {self.eta}; it must be in [0, 1]")
         if self.eta and self.sampler != "ddim":
             raise UserError(f"eta is {self.eta}, which is ddim's; the sampler is {self.sampler}")
-        if not np.isfinite(self.guidance_scale):
-            raise UserError(f"guidance_scale is {self.guidance_scale}; it must be a finite number")
-        if not 0 <= self.guidance_power < np.inf:
+        if self.guidance_power < 0:
             raise UserError(f"guidance_power is {self.guidance_power}; it must be 0 or more")
         if self.guidance_channels < 0:
             raise UserError(f"guidance_channels is {self.guidance_channels}; 0 (all) or more")
@@ -103,7 +104,7 @@ class SampleOptions:
             raise UserError(f"guidance_low {low} and guidance_high {high} must be in [0, 1]")
         if low > high:
             raise UserError(f"guidance_low {low} is above guidance_high {high}; swap them")
-        if not 0 <= self.guidance_skip_tolerance < np.inf:
+        if self.guidance_skip_tolerance < 0:
             raise UserError(
                 f"guidance_skip_tolerance is {self.guidance_skip_tolerance}; it must be 0 or more"
             )

@@ -50,7 +50,9 @@ def load(path: str, image_size: int | None = None, labelled: bool = False) -> Re
     if not path.endswith(".npz"):
         return Reference(path, {}, image_sets.open_images(path, image_size, labelled))
     arrays = image_sets.open_arrays(path)
-    if "mu" not in arrays and "arr_0" not in arrays:
+    statistics = [f"{name}{suffix}" for suffix in SUFFIXES.values() for name in ("mu", "sigma")]
+    there = [name for name in statistics if name in arrays]
+    if not there and "arr_0" not in arrays:
         raise UserError(
             f"{path} has neither mu and sigma nor arr_0, the images; it has "
             f"{', '.join(arrays) or 'nothing'}"
@@ -58,10 +60,12 @@ def load(path: str, image_size: int | None = None, labelled: bool = False) -> Re
     images = None
     if "arr_0" in arrays or labelled:
         images = image_sets.open_images(path, image_size, labelled)
-    if "mu" not in arrays:  # then ADM's evaluator takes the images for both
+    if not there:  # then ADM's evaluator takes the images for both
         return Reference(path, {}, images)
     count = _count(path, arrays["count"][0]) if "count" in arrays else None
     found = {name: _gaussian(path, arrays, suffix, count) for name, suffix in SUFFIXES.items()}
+    if found["pool"] is None:
+        raise UserError(f"{path} has {' and '.join(there)}, but neither mu nor sigma")
     return Reference(path, {n: g for n, g in found.items() if g is not None}, images)
 
 

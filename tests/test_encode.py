@@ -52,6 +52,26 @@ def test_where_things_lie_is_no_matter(place, tmp_path):
     train_here(*argv, f"--workdir={tmp_path / 'run'}")
 
 
+def test_another_host_is_quicker_with_the_same_part(place, tmp_path, monkeypatch):
+    """It finishes the cache and tidies while a shard is written here: that is no failure."""
+    write = latents.Making.write
+
+    def overtaken(making, shard, batches):
+        def and_then_tidied():
+            yield from batches
+            for path in (place / "cache").iterdir():
+                shutil.copy(path, making.folder)
+            making._tidy()
+
+        write(making, shard, and_then_tidied())
+
+    monkeypatch.setattr(latents.Making, "write", overtaken)
+    out = tmp_path / "cache"
+    printed = run_here(encode.main, *arguments(place), f"--out={out}", SHARDS)
+    assert f"{out}: {IMAGES} images in 13 shards" in printed
+    assert content(out) == content(place / "cache")
+
+
 def test_the_number_of_classes_may_be_taken_from_the_data(place):
     argv = [*arguments(place), "--config.model.num_classes=-1", f"--out={place / 'cache'}"]
     assert "is finished already" in run_here(encode.main, *argv, SHARDS)

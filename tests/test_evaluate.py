@@ -664,3 +664,16 @@ def test_memory_of_many_features(monkeypatch):
     most = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert most < 10e6  # all pairs in float64 would take 72 MB
+
+
+@pytest.mark.parametrize("left_out", [["mu"], ["sigma"], ["mu", "sigma"], ["mu_s"], ["mu", "mu_s"]])
+def test_a_reference_with_a_part_of_its_statistics_is_not_taken_for_images(left_out, tmp_path):
+    images = np.zeros((4, 8, 8, 3), np.uint8)
+    arrays = {"mu": np.zeros(2), "sigma": np.eye(2), "mu_s": np.zeros(3), "sigma_s": np.eye(3)}
+    kept = {name: array for name, array in arrays.items() if name not in left_out}
+    for more in ({}, {"arr_0": images}):
+        np.savez(tmp_path / "r.npz", **kept, **more)
+        with pytest.raises(UserError, match="without the other|but neither mu nor sigma"):
+            references.load(str(tmp_path / "r.npz"))
+    np.savez(tmp_path / "r.npz", **arrays, arr_0=images)
+    assert set(references.load(str(tmp_path / "r.npz")).gaussians) == {"pool", "spatial"}

@@ -18,6 +18,7 @@ LEVELS = {
     "errors": 0,
     "files": 1,
     "locks": 2,
+    "limits": 1,
     "keys": 1,
     "signing": 1,
     "roll_call": 2,

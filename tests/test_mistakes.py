@@ -2,8 +2,10 @@
 
 import errno
 import os
+import resource
 import sys
 
+import numpy as np
 import pytest
 
 from mdt_jax import cli, convert, encode, evaluate, files, info, inpaint, inputs, main, sample
@@ -123,6 +125,31 @@ BAD_CONFIGS = {
     "image size": ([*SMOKE, "--config.data.image_size=16"], "holds 8×8 images"),
     "more classes": ([*SMOKE, "--config.model.num_classes=20"], "has 10 classes"),
     "noise steps": ([*SMOKE, "--config.diffusion.steps=20"], "diffusion.steps is 20"),
+    **{
+        f"{field}={value}": ([*SMOKE, f"--config.{field}={value}"], f"{field} is {said}")
+        for field, value, said in (
+            ("model.hidden_size", 400_000_000, "400000000; it must be at most 65,536"),
+            ("model.depth", 10**6, "1000000; it must be at most"),
+            ("model.num_classes", 10**9, "1000000000; it must be at most"),
+            ("data.batch_size", 10**9, "1000000000; it must be at most"),
+            ("data.image_size", 10**6, "1000000; it must be at most"),
+            ("data.workers", 10**6, "1000000; it must be at most"),
+            ("diffusion.steps", 10**9, "1000000000; it must be at most"),
+            ("sample.num_samples", 10**12, "1000000000000; it must be at most"),
+            ("train.log_every", -1, "-1; it must be at least 1"),
+            ("train.keep", 10**30, "a number of "),
+            ("optim.ema_decay", "nan", "nan; it must be a finite number"),
+            ("mask.ratio_max", "inf", "inf; it must be a finite number"),
+            ("sample.guidance_scale", "1e39", "1e+39; it must be a finite number"),
+        )
+    },
+    "more than the memory": (
+        [*SMOKE, "--config.model.hidden_size=65536", "--config.model.depth=13"],
+        "training takes at least 16,",
+    ),
+    "too many tokens": (
+        [*SMOKE, *VAE, "--config.data.image_size=16384"], "makes 1,048,576 tokens"
+    ),
     "flagfile": ([*SMOKE, "--flagfile=/nothing"], "/nothing"),
     "no path": (["--config="], "config file '' does not exist"),
     "two words": (["--config", "configs/nothing.py"], "nothing.py' does not exist"),
@@ -281,6 +308,15 @@ BAD_SAMPLING = {
     "sampler": (["--checkpoint=RUN", "--out=g.png", "--sampler=x"], "unknown sampler 'x'"),
     "scale": (["--checkpoint=RUN", "--out=g.png", "--vae_scale=0.5"], "RUN draws pixels"),
     "endless": (["--checkpoint=RUN", "--out=g.png", "--vae_scale=inf"], "and finite"),
+    "absurd count": (
+        ["--checkpoint=RUN", "--out=g.png", f"--num_samples={10**12}"],
+        "--num_samples is 1000000000000; it must be at most 100,000,000",
+    ),
+    "absurd batch": (["--checkpoint=RUN", "--out=g.png", f"--batch_size={10**12}"], "at most 131"),
+    "absurd scale": (
+        ["--checkpoint=RUN", "--out=g.png", "--guidance_scale=1,1e39"],
+        "guidance_scale is 1e+39; it must be a finite number",
+    ),
     "suffix": (
         ["--checkpoint=RUN", "--out=g.jpg"],
         "'.jpg'; use .png, .npz, or a name with /",
@@ -434,4 +470,52 @@ def test_what_names_and_values_hold_reaches_no_terminal():
     line = cli.one_line(UserError("a\x1b[2Jb\udcffc\n d\xa0é: " + "x" * 5000 + "; remove it"))
     assert line.startswith("a\\x1b[2Jb\\udcffc d é: xxx") and line.endswith("xxx; remove it")
     assert len(line) < 1010
-    assert cli.one_line(MemoryError("4 TiB")) == "out of memory: 4 TiB"
+    assert cli.one_line(KeyError("of our own")) == ""
+
+
+def too_many_files(_):
+    try:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), "x")
+    except OSError:
+        raise RuntimeError("no such attribute") from None  # as libraries do
+
+
+def said_by_a_library(_):
+    raise RuntimeError("RESOURCE_EXHAUSTED: opening x: Too many open files")
+
+
+def system_is_full(_):
+    raise ExceptionGroup("two", [ValueError("y"), OSError(errno.ENFILE, os.strerror(errno.ENFILE))])
+
+
+def file_of_ours(_):
+    try:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE), "x")
+    except OSError:
+        raise UserError("x cannot be read") from None
+
+
+def no_memory(_):
+    np.empty(2**60, np.uint8)
+
+
+def no_memory_of_a_device(_):
+    raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 12345 bytes.\ndump")
+
+
+@pytest.mark.parametrize(
+    "main_, line",
+    [
+        (too_many_files, "too many open files: this process may open LIMIT at once"),
+        (said_by_a_library, "too many open files: this process may open LIMIT at once"),
+        (system_is_full, "too many open files: this process may open LIMIT at once"),
+        (file_of_ours, "x cannot be read (too many open files: this process may open LIMIT"),
+        (no_memory, "out of memory: a smaller batch_size or image_size, a smaller network or more"),
+        (no_memory_of_a_device, "take less (RESOURCE_EXHAUSTED: Out of memory allocating 12345"),
+    ],
+)
+def test_limits_of_the_machine_are_one_line(main_, line, capsys, monkeypatch):
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # put back at the end
+    printed = exits_with_one_line(main_, [], capsys, monkeypatch)
+    assert line.replace("LIMIT", str(soft)) in printed

@@ -143,8 +143,10 @@ def test_unconditional_model():
     params = init_params(model, jax.random.key(0))
     samples = mdt_jax.generate(model, params, np.zeros(3, int), num_steps=2, guidance_scale=1.0)
     assert samples.shape == (3, 4, 4, 1)
+    by_itself = mdt_jax.generate(model, params, np.zeros(3, int), num_steps=2)
+    np.testing.assert_array_equal(samples, by_itself)
     with pytest.raises(UserError, match="unconditional model takes no guidance"):
-        mdt_jax.generate(model, params, np.zeros(3, int), num_steps=2)
+        mdt_jax.generate(model, params, np.zeros(3, int), num_steps=2, guidance_scale=2.0)
 
 
 @pytest.mark.parametrize(
@@ -448,14 +450,3 @@ def test_random_labels_depend_on_seed_and_number_alone():
     counts = np.bincount(many, minlength=10)
     assert counts.shape == (10,) and np.abs(counts - 2000).max() < 5 * np.sqrt(1800)
     assert (random_labels(50, 10, seed=6) != many[:50]).any()
-
-
-def test_a_model_without_classes_is_not_guided_unless_asked():
-    model = MDT(input_size=(4, 4), in_channels=1, hidden_size=16, depth=2, num_heads=2,
-                decoder_layers=1, num_classes=0)  # fmt: skip
-    params = init_params(model, jax.random.key(0))
-    plain = mdt_jax.generate(model, params, [0, 0], num_steps=3)
-    alike = mdt_jax.generate(model, params, [0, 0], num_steps=3, guidance_scale=1.0)
-    np.testing.assert_array_equal(plain, alike)
-    with pytest.raises(UserError, match="takes no guidance"):
-        mdt_jax.generate(model, params, [0, 0], num_steps=3, guidance_scale=2.0)

@@ -119,7 +119,7 @@ class Making:
             )
         if manifest is None:
             return False
-        if all(is_there(self.folder, shard) for shard in manifest["shards"]):
+        if self.finished():
             self._tidy()
             return True
         for number, shard in enumerate(manifest["shards"]):
@@ -128,6 +128,11 @@ class Making:
         self._write(UNFINISHED, self.what)
         (self.folder / MANIFEST).unlink(missing_ok=True)
         return False
+
+    def finished(self) -> bool:
+        """Whether there is a manifest, and every shard that it names."""
+        shards = (read_manifest(self.folder) or {}).get("shards", ())
+        return bool(shards) and all(is_there(self.folder, shard) for shard in shards)
 
     def done(self, shard: int) -> dict | None:
         """What was noted of a shard, if it is done."""

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import time
 import numpy as np
 import pytest
 
-from tests.conftest import ROOT, run_command, start_command
+from tests.conftest import ROOT, SMOKE, run_command, start_command
 from tests.runs import LONG, arrays, lines_of, steps_of
 
 
@@ -111,3 +112,18 @@ jax.jit(lambda x: x + 1)(1)
     del environment["JAX_COMPILATION_CACHE_DIR"]
     subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, check=True)
     assert any((tmp_path / "mdt_jax" / "xla").iterdir())
+
+
+def test_few_files_may_be_open(tmp_path):
+    """Whichever library it is that cannot open one more, the last thing said names the limit."""
+    argv = ["-m", "mdt_jax.main", *SMOKE, "--config.sample.num_samples=0"]
+    done = subprocess.run(
+        [sys.executable, *argv, f"--workdir={tmp_path / 'run'}"],
+        cwd=ROOT,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (32, 32)),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("error: ") and "this process may open 32 at once" in last
