@@ -336,9 +336,9 @@ def generate(
     guidance_scale may also be N numbers, one for each sample. clip_denoised is on by default where
     the model has 1 or 3 channels, which are taken for pixels, unless options say.
     Returns [N, H, W, C] float32, what the model was trained on: pixels in about [−1, 1]
-    (`mdt_jax.to_uint8` makes images of them), or latents. `model.clone(dtype=jnp.bfloat16)` computes
-    in bfloat16. Raises UserError for options and labels that make no sense, and for samples that
-    are not finite.
+    (`mdt_jax.to_uint8` makes images of them), or latents. `model.clone(dtype=jnp.bfloat16)`
+    computes in bfloat16. Raises UserError for options and labels that make no sense, and for
+    samples that are not finite.
     """
     asked = request(
         model, params, labels, seed=seed, batch_size=batch_size, options=options,
