@@ -14,6 +14,9 @@ from mdt_jax.diffusion.samplers import SAMPLERS, Sampler, visited
 from mdt_jax.errors import NotFiniteError, UserError
 from mdt_jax.precision import HIGHEST, PRECISIONS
 
+# What a config says of clip_denoised.
+CLIPPING = {"auto": None, "true": True, "false": False}
+
 
 @dataclasses.dataclass(frozen=True)
 class SampleOptions:
@@ -49,6 +52,7 @@ class SampleOptions:
         others = {"diffusion_steps": config.diffusion.steps, "precision": config.train.precision}
         names = {field.name for field in dataclasses.fields(cls)} - set(others)
         options = cls(**{name: config.sample[name] for name in names}, **others)
+        options = dataclasses.replace(options, clip_denoised=CLIPPING[config.sample.clip_denoised])
         return options.clipping_for(config.vae.path == "identity")
 
     def clipping_for(self, pixels: bool) -> "SampleOptions":

@@ -74,6 +74,9 @@ BAD_CONFIGS = {
     ),
     "no side blocks": ([*SMOKE, "--config.model.side_layers=0"], "model.side_interpolater=False"),
     "passes": ([*SMOKE, "--config.mask.passes=some"], "choose one of both, full, masked"),
+    "clipping": (
+        [*SMOKE, "--config.sample.clip_denoised=perhaps"], "choose one of auto, true, false"
+    ),
     "loss on": ([*SMOKE, "--config.mask.loss_on=kept"], "choose one of all, masked"),
     "loss weight": (
         [*SMOKE, "--config.diffusion.loss_weight=snr"], "choose one of uniform, min_snr_5"

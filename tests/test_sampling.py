@@ -242,7 +242,7 @@ def test_what_is_clipped_by_default():
     assert SampleOptions.from_config(config).clip_denoised is True
     config.vae.path = "vae"
     assert SampleOptions.from_config(config).clip_denoised is False
-    config.sample.clip_denoised = True
+    config.sample.clip_denoised = "true"
     assert SampleOptions.from_config(config).clip_denoised is True
     how = dict(labels=[0], num_steps=2, guidance_scale=1.0)
     for channels, clipped in ((1, True), (3, True), (4, False)):
