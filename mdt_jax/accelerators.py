@@ -28,7 +28,8 @@ def start() -> None:
     except Exception as error:  # RuntimeError, or what a plugin raises
         asked = f"{chosen}, which JAX_PLATFORMS asks for" if chosen else "its devices"
         hint = "; without JAX_PLATFORMS it takes what there is" if chosen else ""
-        raise UserError(f"JAX cannot start {asked}: {str(error)[:300]}{hint}") from None
+        why = str(error)[:300] or "there is none that it can use"
+        raise UserError(f"JAX cannot start {asked}: {why}{hint}") from None
     if chosen or platform != "cpu":
         return
     for kind, devices, program, extra in KINDS:

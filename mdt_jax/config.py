@@ -1,6 +1,6 @@
 """Every field of a config with its default, and what makes a config valid."""
 
-from ml_collections import ConfigDict, config_dict
+from ml_collections import ConfigDict
 
 from mdt_jax import files, limits
 from mdt_jax.config_checks import (
@@ -17,7 +17,7 @@ from mdt_jax.diffusion.losses import LOSS_WEIGHTS
 from mdt_jax.errors import UserError
 from mdt_jax.interop import hub
 from mdt_jax.models.mdt import REMAT, VAE_FACTOR, input_shape
-from mdt_jax.options import SampleOptions
+from mdt_jax.options import CLIPPING, SampleOptions
 from mdt_jax.precision import HIGHEST, PRECISIONS
 from mdt_jax.vae import VAE_SCALE
 
@@ -116,7 +116,7 @@ def default() -> ConfigDict:
                 guidance_low=0.0,  # shares of the steps between which guidance acts
                 guidance_high=1.0,
                 guidance_skip_tolerance=0.0,  # weights so near to 1 are taken as 1
-                clip_denoised=config_dict.placeholder(bool),  # x̂₀ to ±1; None: where it is pixels
+                clip_denoised="auto",  # x̂₀ to [−1, 1]: true, false, or auto: where it is pixels
                 num_samples=0,  # made and measured at the end of training; 0: none
                 batch_size=100,
             ),
@@ -184,8 +184,7 @@ def _check_fields(config: ConfigDict) -> None:
             given = config[group].get(name)
             wanted = (int, float) if isinstance(value, float) else (type(value),)
             right = isinstance(given, wanted) and isinstance(given, bool) == isinstance(value, bool)
-            right = right or (value is None and isinstance(given, bool))  # a placeholder(bool)
-            kind = "bool" if value is None else type(value).__name__
+            kind = type(value).__name__
             require(right, f"{group}.{name} is {given!r}; it must be of type {kind}")
             if isinstance(value, (int, float)):
                 limits.check_number(f"{group}.{name}", given)
@@ -273,6 +272,7 @@ def validate(config: ConfigDict, num_devices: int | None = None) -> None:
     one_of("train.dtype", train.dtype, ("float32", "bfloat16"))
     one_of("train.precision", train.precision, PRECISIONS)
     one_of("train.remat", train.remat, REMAT)
+    one_of("sample.clip_denoised", config.sample.clip_denoised, CLIPPING)
     SampleOptions.from_config(config).check(-1)  # guidance without classes: inputs.settle
     require(
         config.sample.num_samples == 0 or config.sample.num_samples >= 2,

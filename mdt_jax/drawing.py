@@ -34,7 +34,6 @@ from mdt_jax.weights import Weights, describe, load_vae, load_weights
 from mdt_jax.weights import vae_scale as read_scale
 
 PIXELS = "identity"
-MOST_SAMPLES = 10_000_000  # of a command
 
 
 def load(
@@ -288,11 +287,6 @@ def parse_labels(
     classes: the run's own names. Raises UserError, also for a name that says something else, too.
     """
     count = 100 if num_samples is None else num_samples
-    if count > MOST_SAMPLES:
-        raise UserError(
-            f"num_samples is {count}, and {MOST_SAMPLES} at once are the most; draw the others "
-            "with another seed to another place"
-        )
     from_file = text is not None and text.endswith((".txt", ".npy")) and not says_which(text)
     if text in classes and (from_file or text in ("balanced", "random")):
         raise UserError(

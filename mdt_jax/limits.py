@@ -18,7 +18,7 @@ MOST = {
     "channels": 1_024,
     "batch_size": 131_072,
     "workers": 1_024,
-    "num_samples": 100_000_000,
+    "num_samples": 10_000_000,
     "num_resamples": 10_000,
     "jump_length": 10_000,
     "frames": 10_000,

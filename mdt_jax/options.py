@@ -18,6 +18,8 @@ from mdt_jax.precision import HIGHEST, PRECISIONS
 
 # What a model without classes takes.
 UNGUIDED: dict[str, Any] = {"guidance_scale": 1.0, "guidance": "power_cosine"}
+# What a config says of clip_denoised.
+CLIPPING = {"auto": None, "true": True, "false": False}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +56,7 @@ class SampleOptions:
         others = {"diffusion_steps": config.diffusion.steps, "precision": config.train.precision}
         names = {field.name for field in dataclasses.fields(cls)} - set(others)
         options = cls(**{name: config.sample[name] for name in names}, **others)
+        options = dataclasses.replace(options, clip_denoised=CLIPPING[config.sample.clip_denoised])
         return options.clipping_for(config.vae.path == "identity")
 
     def clipping_for(self, pixels: bool) -> "SampleOptions":

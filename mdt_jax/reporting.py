@@ -1,7 +1,6 @@
 """What a run in training shows of its samples: grids, measurements, and those at its end."""
 
 import contextlib
-import json
 import pathlib
 import time
 
@@ -15,6 +14,7 @@ from mdt_jax.data import image_sets, sources
 from mdt_jax.data.images import save_grid
 from mdt_jax.data.pipeline import Source
 from mdt_jax.data.sample_files import Npz
+from mdt_jax.data.sample_notes import written
 from mdt_jax.distributed import is_first, say
 from mdt_jax.errors import NotFiniteError, UserError
 from mdt_jax.evaluation import Evaluator
@@ -113,7 +113,7 @@ def save_sample_grid(
     images = drawer.to_images(seen[-1], start)
     if is_first():
         path.parent.mkdir(exist_ok=True)
-        save_grid(str(path), images, note=json.dumps(note, ensure_ascii=False))
+        save_grid(str(path), images, note=written(note))
 
 
 def sample_and_measure(
@@ -139,7 +139,7 @@ def sample_and_measure(
     samples = image_sets.open_images(str(out), labelled=True)
     if is_first():
         shown = samples.take(np.arange(min(100, len(samples))))
-        text = json.dumps(note, ensure_ascii=False)
+        text = written(note)
         save_grid(str(workdir / "samples.png"), shown, note=text)
     measured = (
         evaluator.measure(samples, progress=True) if evaluator else {"num_samples": len(samples)}

@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ml_collections import config_dict as config_dict
 from ml_collections import config_flags as config_flags
 
 class ConfigDict:

@@ -1,3 +1,0 @@
-from typing import Any
-
-def placeholder(field_type: type) -> Any: ...
