@@ -501,7 +501,10 @@ BAD = {
         [S, "--reference=BAD/unlabelled.npz", "--features=classifier"],
         "npz has no labels",
     ),
-    "huge size": ([S, R, PIXELS, "--image_size=1000000"], "image_size is 1000000, larger than"),
+    "huge size": (
+        [S, R, PIXELS, "--image_size=1000000"],
+        "image_size is 1000000; it must be at most 16,384",
+    ),
     "size of an npz": ([S, R, PIXELS, "--image_size=16"], "--image_size=16 cuts image files only"),
     "a folder as the card": ([S, R, PIXELS, "--out=BAD/folder.json"], "folder.json cannot be"),
     "a reference without npz": (

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mdt_jax import convert, encode, sample, weights
+from mdt_jax import config as configs
+from mdt_jax import convert, encode, inputs, sample, weights
 from mdt_jax.models.autoencoder import AutoencoderKL
 from tests.conftest import run_here, train_here
 from tests.models.common import random_params
@@ -256,27 +257,28 @@ def test_what_is_found_is_said_and_the_advice_is_right(place, tmp_path):
         assert "folder without images: 1 (10)) holds the others, or set it to 2, or to 0" in last
 
 
-def test_what_images_lose_is_said(place, tmp_path):
+def test_what_images_lose_is_said(tmp_path, capsys):
     """The digits' recipe with a folder of photographs."""
     photographs = tmp_path / "photographs"
     for n in range(4):
         path = photographs / "ab"[n % 2] / f"{n}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (90, 64), (200, 50 * n, 0)).save(path)
-    argv = [
-        "--config=configs/digits.py:smoke", "--config.data.name=folder",
-        f"--config.data.path={photographs}", "--config.data.batch_size=4",
-        "--config.model.num_classes=2", "--config.train.steps=1", *NO_SAMPLES,
-    ]  # fmt: skip
-    printed = train_here(*argv, f"--workdir={tmp_path / 'a'}")
-    name = f"warning: folder {photographs}: "
+
+    def said(**changes):
+        config = configs.default()
+        config.model.num_classes = 2
+        config.data.update(name="folder", path=str(photographs), batch_size=4, **changes)
+        inputs.say_found(config.data, inputs.open_data(config)[0])
+        return capsys.readouterr().err
+
+    printed, name = said(), f"warning: folder {photographs}: "
     assert f"{name}4 of 4 images looked at are in colour and become grey" in printed
     assert f"{name}images are shrunk 8 times: the short side of most is about 64 pixels" in printed
-    colour = ["--config.data.channels=3", "--config.data.image_size=32"]
-    assert "warning: folder" not in train_here(*argv, *colour, f"--workdir={tmp_path / 'b'}")
+    assert "warning: folder" not in said(channels=3, image_size=32)
     for path in photographs.glob("*/*.png"):
         Image.new("RGB", (9, 8), (50, 50, 50)).save(path)  # grey, though stored in colour
-    assert "warning: folder" not in train_here(*argv, f"--workdir={tmp_path / 'c'}")
+    assert "warning: folder" not in said()
 
 
 @pytest.mark.parametrize("name", BAD_DATA)

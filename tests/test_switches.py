@@ -17,7 +17,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from mdt_jax import config as configs
-from mdt_jax import keys, parallel, sampling
+from mdt_jax import inputs, keys, parallel, sampling
 from mdt_jax.errors import UserError
 from mdt_jax.models.mdt import MDT
 from mdt_jax.options import SampleOptions, balanced_labels
@@ -53,12 +53,14 @@ VALUES = {
     "optim.clip_norm": (0.0, 1.0),
     "optim.ema_decay": (0.9999, 0.0),
     "train.dtype": ("float32", "bfloat16"),
+    "train.precision": ("highest", "high", "default"),
     "train.remat": ("none", "dots", "full"),
     "train.accumulate": (1, 2, BATCH),
     "sample.sampler": ("ddpm", "ddim", "dpmpp_2m", "dpmpp_2m_sde", "heun"),
     "sample.num_steps": (3, 1, 2, 21),
     "sample.spacing": ("even", "stride", "karras", "log_snr"),
     "sample.eta": (0.0, 1.0),
+    "sample.clip_denoised": ("auto", "true", "false"),
     "sample.guidance": ("power_cosine", "power_cosine_printed", "constant"),
     "sample.guidance_scale": (3.8, 1.0, 0.0),
     "sample.guidance_power": (4.0, 0.0),
@@ -85,6 +87,7 @@ def config_of(chosen: dict) -> ConfigDict:
     for field, value in chosen.items():
         group, name = field.split(".")
         config[group][name] = value
+    inputs.settle(config, config.model.num_classes)
     return config
 
 

@@ -173,11 +173,12 @@ def test_bfloat16_moves_only_the_computation():
 
 
 @pytest.mark.parametrize("changes", [
-    {"unroll": True, "remat": "full"}, {"version": "v2", "remat": "dots", "relative_bias": False},
+    {"depth": 3, "remat": "full"},
+    {"version": "v2", "depth": 3, "decoder_layers": 1, "remat": "dots", "relative_bias": False},
 ], ids=str)  # fmt: skip
 def test_the_network_is_differentiated_forward_and_twice(changes):
     """By x and by t, in the masked pass of a drawn length: as the backward pass has it."""
-    model = MDT(input_size=(4, 4), in_channels=1, **SMALL, **changes)
+    model = MDT(input_size=(4, 4), in_channels=1, **{**SMALL, **changes})
     params, y, keep = random_params(model), jnp.array([1]), jnp.array([[2, 0, 3]])
 
     def network(x, t):
