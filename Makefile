@@ -22,18 +22,18 @@ lint: $(VENV)/.installed-test
 # rest of the tests start.
 test test-versions: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 test: lint
-	$(VENV)/bin/python -m pytest -m "not (processes or docs or benches)"
+	$(VENV)/bin/python -m pytest -m "not (processes or docs or benches or combinations)"
 
-# Kills, several hosts, Slurm, the README's commands, notebooks, benches. Processes wait for each
-# other, which leaves room for a third test at once.
+# Kills, several hosts, Slurm, the README's commands, notebooks, benches, every recipe and every pair
+# of switches. Processes wait for each other, which leaves room for a third test at once.
 test-rest: $(VENV)/.installed-test
-	$(VENV)/bin/python -m pytest -m "processes or docs or benches" --numprocesses=3
+	$(VENV)/bin/python -m pytest -m "processes or docs or benches or combinations" --numprocesses=3
 
 test-all: test test-rest
 
 # The recorded numbers, a training and samples of each version of MDT, each command, the notebooks.
 CORE = tests/models/test_mdt.py tests/diffusion tests/train/test_step.py \
-  tests/train/test_objective.py tests/test_recipes.py tests/test_packaging.py \
+  tests/train/test_objective.py tests/combinations/test_recipes.py tests/test_packaging.py \
   tests/test_commands.py tests/docs/test_notebooks.py
 ENVIRONMENTS = .versions/oldest .versions/python3 .versions/newest
 test-versions: $(ENVIRONMENTS)

@@ -15,6 +15,7 @@ import re
 import shutil
 import sys
 import time
+import warnings
 from typing import Any
 
 import jax
@@ -157,6 +158,7 @@ def quiet() -> None:
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     sys.unraisablehook = _late_work_aside
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
 
 
 def _late_work_aside(unraisable) -> None:

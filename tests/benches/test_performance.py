@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mdt_jax import keys
 from mdt_jax.interop.mdt_weights import published_from_params
 from mdt_jax.models.mdt import MDT
 from mdt_jax.options import SampleOptions
@@ -99,7 +100,7 @@ def test_the_other_step_has_the_same_loss_and_gradient(plain, network, params, i
 def test_the_other_sampler_has_the_same_means(plain, network, params):
     """At one step of sampling the noise counts nothing."""
     x = np.asarray(generate(MODEL, params, [1, 2], num_steps=1, seed=4))
-    start = draw_noise(MODEL, jax.random.key(4), Noise(jnp.arange(2)), 0)
+    start = draw_noise(MODEL, keys.of(4, keys.Purpose.SAMPLES), Noise(jnp.arange(2)), 0)
     sampler = plain["Sampler"](network, 1, 3.8, 4.0, False)
     drawn = sampler.sample(nchw(start), torch.tensor([1, 2]))
     assert SampleOptions().guidance_scale == 3.8

@@ -3,7 +3,7 @@
 Of the configs that hold all pairs some are run, the others traced, which finds what a trace can
 fail on. Any number of random configs around random triples is run by
 
-    SWITCH_TRIPLES=50 python -m pytest -n0 tests/test_switches.py -k triples
+    SWITCH_TRIPLES=50 python -m pytest -n0 tests/combinations/test_switches.py -k triples
 """
 
 import functools
