@@ -11,6 +11,6 @@ def get_config(variant=""):
     config.model.update(hidden_size=64, depth=6, num_heads=4)
     config.data.batch_size = 64
     config.optim.update(lr=2e-3, ema_decay=0.998)
-    config.train.update(steps=3000, log_every=1, sample_every=1000, checkpoint_every=500)
+    config.train.update(steps=3000, log_every=10, sample_every=1000, checkpoint_every=500)
     config.sample.update(num_steps=100, guidance_scale=2.0, num_samples=1000)
     return configs.variant(config, variant)
