@@ -22,9 +22,9 @@ def run(tmp_path_factory):
 def test_stopped_while_it_measures(run, tmp_path, number):
     """The state was saved before; the same command measures that step again, and no other."""
     long = [*MEASURING, "--config.train.steps=6", f"--workdir={tmp_path}"]
-    # So many samples that it takes a while.
+    # So many samples that it takes longer than a checkpoint on a slow disk.
     slow = [flag for flag in long if "num_samples=30" not in flag]
-    slow += ["--config.evaluation.num_samples=30000", "--config.evaluation.every=4"]
+    slow += ["--config.evaluation.num_samples=1000000", "--config.evaluation.every=4"]
     process = start_command("mdt_jax.main", *slow)
     until = time.time() + 200
     while len(lines_of(tmp_path)) < 4 or 4 not in steps_in(tmp_path):
