@@ -259,4 +259,5 @@ def test_random_triples_of_switches(number):
             chosen = spread({**FIRST, **triple}, set(fields), set(), random)
             print(said(chosen))
             run(config_of(chosen))
+            jax.clear_caches()  # or a hundred of them map more memory than Linux allows
             return
