@@ -241,7 +241,7 @@ BAD_DATA = {
 def test_what_is_found_is_said_and_the_advice_is_right(place, tmp_path):
     argv = [*arguments(place, "folder", "folder"), *NO_SAMPLES]
     workdir = f"--workdir={tmp_path / 'run'}"
-    said = f"folder {place}/folder: 24 images of 3 classes, from 8 (2) to 8 (2) each"
+    said = f"folder {place}/folder: 24 images of 3 classes, 8 each"
     assert said in train_here(*argv, workdir)
     printed = train_here(*argv, workdir, "--config.model.num_classes=2", expect=2)
     assert printed.splitlines()[-1].endswith("; set it to 3, or to 0 to train without classes")

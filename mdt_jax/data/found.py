@@ -55,7 +55,10 @@ def describe(count: int, labels: np.ndarray | None, classes: list[str], left_out
     if classes and labels is not None:
         each = np.bincount(labels, minlength=len(classes))
         least, most = int(each.argmin()), int(each.argmax())
-        text += f", from {each[least]} ({classes[least]}) to {each[most]} ({classes[most]}) each"
+        text += f", {each[least]}"
+        if each[least] < each[most]:
+            text = f"{text} ({classes[least]}) to {each[most]} ({classes[most]})"
+        text += " each"
         if not each[least]:
             text += f", {np.count_nonzero(each == 0)} without images"
     return text + (f"; left out: {left_out}" if left_out else "")

@@ -182,7 +182,7 @@ def test_what_is_found_and_what_is_left_out_is_said(tmp_path):
     (tmp_path / "b" / "gone.png").symlink_to(tmp_path / "none.png")
     (tmp_path / "b" / "itself.png").symlink_to(tmp_path / "b" / "itself.png")
     found = folders.load(tmp_path)
-    assert found.found.startswith("3 images of 2 classes, from 1 (b) to 2 (a) each; left out: ")
+    assert found.found.startswith("3 images of 2 classes, 1 (b) to 2 (a) each; left out: ")
     for said in (
         "unknown suffix .avif: 2 (such as a/1.avif)", "unknown suffix .jfif: 1 (c/1.jfif)",
         "hidden: 2 (such as .DS_Store.png)", "broken link: 2 (such as b/gone.png)",
@@ -197,7 +197,7 @@ def test_what_is_found_and_what_is_left_out_is_said(tmp_path):
     assert folders.load(tmp_path / "b").found.startswith("1 image without classes; left out: ")
     (tmp_path / "l.csv").write_text("a/1.png,3\na/2.png,3\nb/1.png,0\n")
     said = folders.load(tmp_path / "l.csv", num_classes=4).found
-    assert said == "3 images of 4 classes, from 0 (1) to 2 (3) each, 2 without images"
+    assert said == "3 images of 4 classes, 0 (1) to 2 (3) each, 2 without images"
     with pytest.raises(UserError, match=r"holds no images \(.*\); left out: unknown suffix .jfif"):
         folders.load(tmp_path / "c")
 

@@ -146,7 +146,7 @@ def test_what_is_found_and_what_is_left_out_is_said(tmp_path):
         archive.addfile(special("a", tarfile.DIRTYPE))
     for _ in range(2):  # from the tar, and from its index
         found = tars.load(path)
-        assert found.found.startswith("3 images of 2 classes, from 1 (b) to 2 (a) each; left out: ")
+        assert found.found.startswith("3 images of 2 classes, 1 (b) to 2 (a) each; left out: ")
         for said in (
             "link: 2 (such as a/3.png)", "hidden: 2 (such as b.tar/x/.hidden/2.png)",
             "no regular file: 1 (a/5.png)", "unknown suffix .cls: 1 (a/1.cls)",
