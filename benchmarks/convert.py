@@ -19,10 +19,10 @@ import jax
 import numpy as np
 
 from mdt_jax import cli
-from mdt_jax.errors import UserError
-from mdt_jax.interop import torch_files
 from mdt_jax.models.mdt import MDT, SIZES, init_params
-from mdt_jax.weights import Weights, save
+from mdt_jax.runtime.errors import UserError
+from mdt_jax.weights import torch_files
+from mdt_jax.weights.networks import Weights, save
 
 MODELS = {"v1": {}, "v2": {"version": "v2", "decoder_layers": 4}}
 

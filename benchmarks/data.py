@@ -23,14 +23,15 @@ import jax
 import numpy as np
 from PIL import Image
 
-from mdt_jax import cli, costs
+from mdt_jax import cli
 from mdt_jax.data import folders, latents, latents_making, pipeline, tars
 from mdt_jax.data.crops import Squares
-from mdt_jax.errors import UserError
-from mdt_jax.files import whole
 from mdt_jax.models.masking import keep_length
 from mdt_jax.models.mdt import MDT, SIZES
-from mdt_jax.progress import progress_bar
+from mdt_jax.runtime.errors import UserError
+from mdt_jax.runtime.files import whole
+from mdt_jax.runtime.progress import progress_bar
+from mdt_jax.train import costs
 
 BATCH = 256
 SHAPE = (32, 32, 4)

@@ -15,8 +15,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from mdt_jax import cli, measures
-from mdt_jax.features import SLICE
+from mdt_jax import cli
+from mdt_jax.evaluation import metrics
+from mdt_jax.evaluation.features import SLICE
 
 
 def drawn(count: int, size: int, seed: int) -> np.ndarray:
@@ -27,8 +28,8 @@ def drawn(count: int, size: int, seed: int) -> np.ndarray:
     )
 
 
-def in_slices(features: np.ndarray) -> measures.Gaussian:
-    moments = measures.Moments()
+def in_slices(features: np.ndarray) -> metrics.Gaussian:
+    moments = metrics.Moments()
     for start in range(0, len(features), SLICE):
         moments.add(features[start : start + SLICE])
     return moments.gaussian()
@@ -57,8 +58,8 @@ def bench(argv: list[str]) -> None:
     )
     ours, moments = timed("mean and covariance of the samples", in_slices, samples)
     theirs = in_slices(references)
-    _, distance = timed("Fréchet distance", measures.frechet, ours, theirs)
-    _, manifolds = timed("precision and recall", measures.precision_recall, references, samples)
+    _, distance = timed("Fréchet distance", metrics.frechet, ours, theirs)
+    _, manifolds = timed("precision and recall", metrics.precision_recall, references, samples)
     rows = [moments, distance, manifolds]
     print(f"| {args.samples:,} and {args.references:,} × {args.size} | s | CPU s | peak GB |")
     print("| --- | --- | --- | --- |")

@@ -13,10 +13,10 @@ import numpy as np
 from mdt_jax import cli
 from mdt_jax.data import sources
 from mdt_jax.data.images import grid, save_image, to_float, to_uint8
-from mdt_jax.inpainting import InpaintOptions, inpaint
-from mdt_jax.options import SampleOptions
-from mdt_jax.weights import load_weights
-from mdt_jax.workdir import make, write_json
+from mdt_jax.diffusion.options import SampleOptions
+from mdt_jax.sampling.inpainting import InpaintOptions, inpaint
+from mdt_jax.train.workdir import make, write_json
+from mdt_jax.weights.networks import load_weights
 
 WAYS = {
     "RePaint, 10 times": InpaintOptions(),

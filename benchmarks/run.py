@@ -15,7 +15,7 @@ import sample_step
 import train_step
 
 from mdt_jax import cli
-from mdt_jax.errors import UserError
+from mdt_jax.runtime.errors import UserError
 
 LIMIT = 9 * 60  # seconds
 RESERVE = 120  # of them, for what was begun last

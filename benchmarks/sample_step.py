@@ -24,15 +24,15 @@ STEPS = 250  # of a picture
 
 def ours(spec: dict) -> None:
     """Sample with mdt_jax."""
-    from mdt_jax import allocator
+    from mdt_jax.runtime import allocator
 
     allocator.keep_freed_memory()
     import jax
 
-    from mdt_jax import costs
+    from mdt_jax.diffusion.options import SampleOptions, balanced_labels
     from mdt_jax.models.mdt import MDT, init_params
-    from mdt_jax.options import SampleOptions, balanced_labels
-    from mdt_jax.sampling import generate
+    from mdt_jax.sampling.generation import generate
+    from mdt_jax.train import costs
     from mdt_jax.train.speed import memory_high_water
 
     config = timing.recipe(spec["config"], dtype=spec["dtype"])
@@ -71,8 +71,8 @@ def of_torch(spec: dict) -> None:
     import torch
     from torch_mdt import Sampler, TorchMDT
 
-    from mdt_jax import costs
     from mdt_jax.models.mdt import MDT
+    from mdt_jax.train import costs
 
     config = timing.recipe(spec["config"])
     model, size = MDT.from_config(config), spec["batch_size"]

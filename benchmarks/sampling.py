@@ -25,15 +25,16 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from mdt_jax import cli, evaluation
+from mdt_jax import cli
 from mdt_jax.data import sources
 from mdt_jax.data.images import to_uint8
-from mdt_jax.errors import UserError
-from mdt_jax.options import SampleOptions, balanced_labels
-from mdt_jax.sampling import generate
-from mdt_jax.vae import sha256
-from mdt_jax.weights import Weights, load_weights
-from mdt_jax.workdir import make, write_json
+from mdt_jax.diffusion.options import SampleOptions, balanced_labels
+from mdt_jax.evaluation import measuring
+from mdt_jax.runtime.errors import UserError
+from mdt_jax.sampling.generation import generate
+from mdt_jax.train.workdir import make, write_json
+from mdt_jax.weights.networks import Weights, load_weights
+from mdt_jax.weights.vae import sha256
 
 FIRST_ORDER = {
     "DDPM": {"sampler": "ddpm"},
@@ -99,7 +100,7 @@ class Cells:
         drawn = generate(model, params, labels, seed=seed, batch_size=size, options=options)
         train, held_out = sources.load(config.data.name)
         cell["evaluations"] = len(options.guided_evaluations())
-        cell |= evaluation.evaluate_samples(to_uint8(drawn), labels, train, held_out)
+        cell |= measuring.evaluate_samples(to_uint8(drawn), labels, train, held_out)
         self.kept.append(cell)
         write_json(self.path, {**MACHINE, **self.what, "cells": self.kept})
         return cell

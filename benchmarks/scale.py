@@ -17,7 +17,7 @@ import sys
 import time
 
 from mdt_jax import cli
-from mdt_jax.errors import UserError
+from mdt_jax.runtime.errors import UserError
 
 # GiB of one device's memory, from the makers' data sheets.
 CHIPS = {
@@ -34,8 +34,8 @@ def measure(path: str, changes: dict) -> dict:
     import jax
 
     from mdt_jax import config as configs
-    from mdt_jax import costs
     from mdt_jax.models.mdt import MDT
+    from mdt_jax.train import costs
 
     spec = importlib.util.spec_from_file_location("recipe", path)
     recipe = importlib.util.module_from_spec(spec)

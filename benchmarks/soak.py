@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from mdt_jax import cli
-from mdt_jax.errors import UserError
+from mdt_jax.runtime.errors import UserError
 
 MOST = 120  # seconds that the others may take to end
 SAID = ("did not answer for", "the coordinator, is gone", "detected fatal errors", "did not come")

@@ -12,7 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable
 
-from mdt_jax.errors import UserError
+from mdt_jax.runtime.errors import UserError
 
 
 def several(kind: Callable[[str], object]) -> Callable[[str], list]:

@@ -19,14 +19,15 @@ from mdt_jax import cli
 
 def ours(spec: dict) -> None:
     """Compile and run the step of mdt_jax."""
-    from mdt_jax import allocator
+    from mdt_jax.runtime import allocator
 
     allocator.keep_freed_memory()
     import jax
     import numpy as np
 
-    from mdt_jax import costs, parallel
     from mdt_jax.models.mdt import MDT
+    from mdt_jax.runtime import parallel
+    from mdt_jax.train import costs
     from mdt_jax.train.optimizers import make_optimizer
     from mdt_jax.train.speed import memory_high_water
     from mdt_jax.train.state import abstract_state, init_state
@@ -75,8 +76,8 @@ def of_torch(spec: dict) -> None:
     import torch
     from torch_mdt import TorchMDT, Trainer
 
-    from mdt_jax import costs
     from mdt_jax.models.mdt import MDT
+    from mdt_jax.train import costs
 
     config = timing.recipe(spec["config"])
     model, size = MDT.from_config(config), spec["batch_size"]

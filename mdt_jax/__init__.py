@@ -17,30 +17,30 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mdt_jax.data.images import to_uint8
-    from mdt_jax.errors import UserError
-    from mdt_jax.evaluation import fid
-    from mdt_jax.inpainting import InpaintOptions, inpaint
+    from mdt_jax.diffusion.options import SampleOptions
+    from mdt_jax.evaluation.measuring import fid
     from mdt_jax.models.mdt import MDT
-    from mdt_jax.options import SampleOptions
-    from mdt_jax.runs import Run, load
-    from mdt_jax.sampling import generate
-    from mdt_jax.walks import interpolate_classes, interpolate_noise, trajectory
+    from mdt_jax.runtime.errors import UserError
+    from mdt_jax.sampling.generation import generate
+    from mdt_jax.sampling.inpainting import InpaintOptions, inpaint
+    from mdt_jax.sampling.interpolation import interpolate_classes, interpolate_noise, trajectory
+    from mdt_jax.sampling.runs import Run, load
 
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "InpaintOptions": "mdt_jax.inpainting",
+    "InpaintOptions": "mdt_jax.sampling.inpainting",
     "MDT": "mdt_jax.models.mdt",
-    "Run": "mdt_jax.runs",
-    "SampleOptions": "mdt_jax.options",
-    "UserError": "mdt_jax.errors",
-    "fid": "mdt_jax.evaluation",
-    "generate": "mdt_jax.sampling",
-    "interpolate_classes": "mdt_jax.walks",
-    "interpolate_noise": "mdt_jax.walks",
-    "load": "mdt_jax.runs",
+    "Run": "mdt_jax.sampling.runs",
+    "SampleOptions": "mdt_jax.diffusion.options",
+    "UserError": "mdt_jax.runtime.errors",
+    "fid": "mdt_jax.evaluation.measuring",
+    "generate": "mdt_jax.sampling.generation",
+    "interpolate_classes": "mdt_jax.sampling.interpolation",
+    "interpolate_noise": "mdt_jax.sampling.interpolation",
+    "load": "mdt_jax.sampling.runs",
     "to_uint8": "mdt_jax.data.images",
-    "trajectory": "mdt_jax.walks",
+    "trajectory": "mdt_jax.sampling.interpolation",
 }
 __all__ = [
     "InpaintOptions",

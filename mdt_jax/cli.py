@@ -1,7 +1,6 @@
 """What the commands share: one clear line and exit code 2 for a user's mistake, configs."""
 
 import argparse
-import contextlib
 import io
 import math
 import os
@@ -12,16 +11,14 @@ import traceback
 import warnings
 from collections.abc import Callable
 
-import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from mdt_jax import config as configs
-from mdt_jax import distributed, files, interrupts, limits, progress
-from mdt_jax.errors import UserError
-from mdt_jax.interop import hub
-from mdt_jax.precision import PRECISIONS
-from mdt_jax.vae import VAE_SCALE
+from mdt_jax.models.autoencoder import VAE_SCALE
+from mdt_jax.runtime import accelerators, files, hosts, hub, interrupts, limits, progress
+from mdt_jax.runtime.errors import UserError
+from mdt_jax.runtime.precision import PRECISIONS
 
 LONGEST = 1000  # characters of an error
 
@@ -34,7 +31,7 @@ def run(main: Callable[[list[str]], None]) -> None:
     one ends the process at once. Where a run has several processes, the others hear why this one
     left.
     """
-    keep_compilations()
+    accelerators.keep_compilations()
     _print_anywhere()
     with interrupts.answered():
         _run(main)
@@ -43,22 +40,22 @@ def run(main: Callable[[list[str]], None]) -> None:
 def _run(main: Callable[[list[str]], None]) -> None:
     try:
         main(sys.argv)
-        distributed.part()
+        hosts.part()
         _exit_if_lost()
     except KeyboardInterrupt:
         progress.say("stopped")
         _exit(128 + signal.SIGINT, "Ctrl-C")
     except SystemExit as exit_:
-        if not exit_.code and not distributed.several():
+        if not exit_.code and not hosts.several():
             _exit_if_lost()
         _exit(exit_.code or 0, "it was told to")
     except Exception as error:
         if line := one_line(error):
-            who = distributed.name() if distributed.several() else ""
+            who = hosts.name() if hosts.several() else ""
             progress.say(f"error: {who}{line}")
             _exit(2, line)
-        if distributed.several():
-            distributed.await_verdict(error)
+        if hosts.several():
+            hosts.await_verdict(error)
             traceback.print_exc()
             _exit(1, f"{type(error).__name__}: {error}")
         raise
@@ -107,24 +104,12 @@ def _print_anywhere() -> None:
 
 
 def _exit(code: str | int, reason: str) -> None:
-    if distributed.several():
-        distributed.leave_at_once(code if isinstance(code, int) else 1, reason)
+    if hosts.several():
+        hosts.leave_at_once(code if isinstance(code, int) else 1, reason)
     sys.exit(code)
 
 
-def keep_compilations() -> None:
-    """Cache compiled programs in the user's cache folder, unless JAX was told where or not to."""
-    if jax.config.values["jax_compilation_cache_dir"] is not None:
-        return
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    place = os.path.join(home, "mdt_jax", "xla")
-    with contextlib.suppress(OSError):  # then programs are compiled each time
-        if os.path.isabs(place):
-            os.makedirs(place, exist_ok=True)
-            jax.config.update("jax_compilation_cache_dir", place)
-
-
-# Flags of `distributed.start`: name → (default, help).
+# Flags of `hosts.start`: name → (default, help).
 PROCESSES = {
     "distributed": ("auto", "off, HOST:PORT of process 0, or auto: what the scheduler says"),
     "num_processes": (0, "with HOST:PORT: how many processes there are"),

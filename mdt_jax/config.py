@@ -2,7 +2,6 @@
 
 from ml_collections import ConfigDict
 
-from mdt_jax import files, limits
 from mdt_jax.config_checks import (
     check_blocks,
     check_devices,
@@ -14,12 +13,12 @@ from mdt_jax.config_checks import (
 from mdt_jax.data import sources
 from mdt_jax.data.crops import CROPS
 from mdt_jax.diffusion.losses import LOSS_WEIGHTS
-from mdt_jax.errors import UserError
-from mdt_jax.interop import hub
+from mdt_jax.diffusion.options import CLIPPING, SampleOptions
+from mdt_jax.models.autoencoder import VAE_SCALE
 from mdt_jax.models.mdt import REMAT, VAE_FACTOR, input_shape
-from mdt_jax.options import CLIPPING, SampleOptions
-from mdt_jax.precision import HIGHEST, PRECISIONS
-from mdt_jax.vae import VAE_SCALE
+from mdt_jax.runtime import files, hub, limits
+from mdt_jax.runtime.errors import UserError
+from mdt_jax.runtime.precision import HIGHEST, PRECISIONS
 
 OPTIMIZERS = ("adamw", "adan")
 # Fields that hold paths, and what understands them.

@@ -3,10 +3,10 @@
 from ml_collections import ConfigDict
 
 from mdt_jax.data import sources
-from mdt_jax.errors import UserError
-from mdt_jax.interop.inception_weights import WHERE
+from mdt_jax.models.inception import WHERE
 from mdt_jax.models.masking import keep_length
-from mdt_jax.parallel import mesh_shape
+from mdt_jax.runtime.errors import UserError
+from mdt_jax.runtime.parallel import mesh_shape
 
 
 def require(condition: bool, message: str) -> None:

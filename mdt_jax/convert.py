@@ -6,11 +6,12 @@ What is at --src says what network it is; the suffix of --dst says where it goes
 
 import pathlib
 
-from mdt_jax import accelerators, cli, files, locks, weights
-from mdt_jax.errors import UserError
-from mdt_jax.interop import torch_files
-from mdt_jax.progress import tell
-from mdt_jax.train.orbax_folders import check_path
+from mdt_jax import cli
+from mdt_jax.runtime import accelerators, files, locks
+from mdt_jax.runtime.errors import UserError
+from mdt_jax.runtime.progress import tell
+from mdt_jax.weights import networks, torch_files
+from mdt_jax.weights.orbax_folders import check_path
 
 
 def parse(argv: list[str]):
@@ -30,7 +31,7 @@ def parse(argv: list[str]):
         type=cli.local,
         help="FILE.pt, FILE.safetensors, or a folder to be made",
     )
-    add("--params", choices=weights.ITEMS, default="ema", help="which of a run's parameters")
+    add("--params", choices=networks.ITEMS, default="ema", help="which of a run's parameters")
     add("--decoder_layers", type=int, help="what MDT v1's files do not tell (default: 2)")
     return parser.parse_args(argv[1:])
 
@@ -58,10 +59,10 @@ def main(argv: list[str]) -> None:
     check_destination(dst)
     accelerators.start()
     with locks.held(locks.beside(dst), str(dst)):
-        found = weights.read(args.src, args.params, args.decoder_layers)
-        weights.save(dst, found)
-        tell(f"wrote {dst}: {weights.describe(found.model)}")
-    for line in weights.not_told(found) if dst.suffix else []:
+        found = networks.read(args.src, args.params, args.decoder_layers)
+        networks.save(dst, found)
+        tell(f"wrote {dst}: {networks.describe(found.model)}")
+    for line in networks.not_told(found) if dst.suffix else []:
         tell(f"what {dst.name} does not tell: {line}")
 
 

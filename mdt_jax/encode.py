@@ -16,13 +16,16 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from mdt_jax import accelerators, cli, files, inputs, parallel, vae
+from mdt_jax import cli
 from mdt_jax import config as configs
 from mdt_jax.data import latents, latents_making, pipeline, sources
 from mdt_jax.data.crops import Squares
-from mdt_jax.errors import UserError
 from mdt_jax.models.mdt import input_shape
-from mdt_jax.progress import progress_bar, say, tell
+from mdt_jax.runtime import accelerators, files, parallel
+from mdt_jax.runtime.errors import UserError
+from mdt_jax.runtime.progress import progress_bar, say, tell
+from mdt_jax.train import inputs
+from mdt_jax.weights import vae
 
 SHARD_IMAGES = 2048
 EACH_DEVICE = 16  # images in a batch; the VAE takes a few of them at a time

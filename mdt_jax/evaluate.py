@@ -12,25 +12,18 @@ import json
 import math
 import pathlib
 
-from mdt_jax import (
-    __version__,
-    accelerators,
-    cli,
-    distributed,
-    drawing,
-    evaluation,
-    locks,
-    references,
-    vae,
-    weights,
-)
-from mdt_jax.data.image_sets import Files, StoredSet, open_arrays, open_images
+from mdt_jax import __version__, cli
 from mdt_jax.data.images import UINT8_RULE
-from mdt_jax.distributed import is_first
-from mdt_jax.errors import UserError
-from mdt_jax.features import Parts, find
-from mdt_jax.files import whole
-from mdt_jax.progress import tell
+from mdt_jax.evaluation import measuring, references
+from mdt_jax.evaluation.features import Parts, find
+from mdt_jax.evaluation.image_sets import Files, StoredSet, open_arrays, open_images
+from mdt_jax.runtime import accelerators, hosts, locks
+from mdt_jax.runtime.errors import UserError
+from mdt_jax.runtime.files import whole
+from mdt_jax.runtime.hosts import is_first
+from mdt_jax.runtime.progress import tell
+from mdt_jax.sampling import pipeline
+from mdt_jax.weights import networks, vae
 
 NAMES = {
     "fid": "FID",
@@ -122,15 +115,15 @@ def evaluate(args) -> None:
     samples = open_images(args.samples, args.image_size, labelled, args.num_samples, drawn=True)
     out = card_path(args.out or default_card(samples))
     reference = references.load(args.reference, args.image_size, labelled)
-    evaluator = evaluation.Evaluator(reference, features, args.inception or "")
+    evaluator = measuring.Evaluator(reference, features, args.inception or "")
     evaluator.check(samples)
     settings = {
         "samples": about(samples),
         "reference": about_reference(reference),
         "features": [network.note for network in evaluator.networks.values()],
-        "neighbours": evaluation.NEIGHBOURS,
+        "neighbours": measuring.NEIGHBOURS,
     }
-    distributed.agree({name: json.dumps(value) for name, value in settings.items()})
+    hosts.agree({name: json.dumps(value) for name, value in settings.items()})
     say_found(samples, reference.images)
     parts = {}
     if out is not None and features == ["inception"]:
@@ -154,7 +147,7 @@ def say_found(*sets: StoredSet | None) -> None:
     """Say what image files there are, and what is left out."""
     for images in sets:
         if isinstance(images, Files):
-            distributed.say(images.found)
+            hosts.say(images.found)
 
 
 def default_card(samples: StoredSet) -> str | None:
@@ -171,7 +164,7 @@ def card_path(text: str | None) -> pathlib.Path | None:
     out = pathlib.Path(text)
     if out.suffix != ".json":
         raise UserError(f"--out={out}: unknown suffix {out.suffix!r}; use .json")
-    drawing.check_writable(out)
+    pipeline.check_writable(out)
     return out
 
 
@@ -199,17 +192,17 @@ def make_reference(args) -> None:
     out = pathlib.Path(args.out)
     if out.suffix != ".npz":
         raise UserError(f"--out={out}: unknown suffix {out.suffix!r}; use .npz")
-    drawing.check_writable(out)
+    pipeline.check_writable(out)
     images = open_images(args.make_reference, args.image_size)
     if out.exists() and "mu" not in open_arrays(args.out):
         raise UserError(f"--out={out} exists and is no reference; choose another name")
     if len(images) < 2:
         raise UserError(f"{images.path} has one image; statistics need two at least")
-    network = evaluation.load_inception(args.inception or "")
+    network = measuring.load_inception(args.inception or "")
     say_found(images)
     folder = out.with_name(f"{out.name}.features")
     parts = Parts(folder, {"of": about(images), "by": network.note})
-    with distributed.alone(locks.beside(out), str(out)):
+    with hosts.alone(locks.beside(out), str(out)):
         found = find({"inception": network}, images, parts, progress=True)
         if is_first():
             references.save(out, found["inception"], references.sample_of(images))
@@ -220,10 +213,10 @@ def make_reference(args) -> None:
 def evaluate_vae(args) -> None:
     """Images against what a VAE makes of them."""
     out = card_path(args.out)
-    network, params = weights.load_vae(args.vae)
+    network, params = networks.load_vae(args.vae)
     images = open_images(args.images, args.image_size, num=args.num_samples)
-    inception = evaluation.load_inception(args.inception) if args.inception else None
-    back = evaluation.Reconstructed(network, params, images)
+    inception = measuring.load_inception(args.inception) if args.inception else None
+    back = measuring.Reconstructed(network, params, images)
     say_found(images)
     settings = {
         "vae": args.vae,
@@ -234,7 +227,7 @@ def evaluate_vae(args) -> None:
         "features": [inception.note] if inception else [],
     }
     with alone_at(out):
-        measured = evaluation.measure_vae(back, images, inception, progress=True)
+        measured = measuring.measure_vae(back, images, inception, progress=True)
         if is_first():
             write(out, measured, settings)
             show(f"{images.path} through {args.vae}:", measured, out)
@@ -246,7 +239,7 @@ def alone_at(out: pathlib.Path | None) -> contextlib.AbstractContextManager:
     """Nobody else measures into this card."""
     if out is None:
         return contextlib.nullcontext()
-    return distributed.alone(locks.beside(out), str(out))
+    return hosts.alone(locks.beside(out), str(out))
 
 
 def write(out: pathlib.Path | None, measured: dict, settings: dict) -> None:
@@ -276,7 +269,7 @@ def show(title: str, measured: dict, out: pathlib.Path | None) -> None:
 def main(argv: list[str]) -> None:
     """Parse the flags, and do what they say."""
     args, way = parse(argv)
-    distributed.start(*(getattr(args, name) for name in cli.PROCESSES))
+    hosts.start(*(getattr(args, name) for name in cli.PROCESSES))
     accelerators.start()
     {"samples": evaluate, "make_reference": make_reference, "vae": evaluate_vae}[way](args)
 

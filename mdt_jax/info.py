@@ -10,10 +10,12 @@ import platform
 import jax
 from ml_collections import ConfigDict
 
-from mdt_jax import accelerators, cli, costs
+from mdt_jax import cli
 from mdt_jax import config as configs
 from mdt_jax.models.mdt import MDT
-from mdt_jax.progress import say, tell
+from mdt_jax.runtime import accelerators
+from mdt_jax.runtime.progress import say, tell
+from mdt_jax.train import costs
 
 
 def report(config: ConfigDict) -> dict[str, str]:

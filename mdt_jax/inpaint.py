@@ -6,7 +6,7 @@ image and the mask are turned as their EXIF says. The sampler is ddpm or ddim. H
 about is kept inside.
 
 In Python `mdt_jax.inpaint(model, params, images, hidden, labels)` is the function of
-`mdt_jax.inpainting`.
+`mdt_jax.sampling.inpainting`.
 """
 
 import inspect
@@ -17,18 +17,20 @@ import types
 import jax
 import numpy as np
 
-from mdt_jax import accelerators, allocator, cli, drawing, parallel
+from mdt_jax import cli
 from mdt_jax.data.classes import parse_label
 from mdt_jax.data.crops import center_crop, to_rgb
 from mdt_jax.data.images import check_grid, save_grid, save_image, to_float
 from mdt_jax.data.pictures import opened
 from mdt_jax.data.sample_notes import written
-from mdt_jax.errors import UserError
-from mdt_jax.files import reason
-from mdt_jax.inpainting import MODES, InpaintOptions, check_hidden, inpaint
-from mdt_jax.options import check_seed
-from mdt_jax.progress import tell
-from mdt_jax.vae import encoder
+from mdt_jax.diffusion.options import check_seed
+from mdt_jax.runtime import accelerators, allocator, parallel
+from mdt_jax.runtime.errors import UserError
+from mdt_jax.runtime.files import reason
+from mdt_jax.runtime.progress import tell
+from mdt_jax.sampling import pipeline
+from mdt_jax.sampling.inpainting import MODES, InpaintOptions, check_hidden, inpaint
+from mdt_jax.weights.vae import encoder
 
 
 def parse(argv: list[str]):
@@ -140,7 +142,7 @@ def fitted(image, size: tuple[int, int], resize: bool, name: str) -> np.ndarray:
 
 
 def encoded(
-    image: np.ndarray, hidden: np.ndarray, vae: drawing.Vae, precision: str
+    image: np.ndarray, hidden: np.ndarray, vae: pipeline.Vae, precision: str
 ) -> tuple[np.ndarray, np.ndarray]:
     """Scaled latents [h, w, c] of what is known of an image, and which of them are hidden [h, w].
 
@@ -188,8 +190,8 @@ def main(argv: list[str]) -> None:
         raise UserError("--guidance_skip_tolerance saves nothing here; it is for mdt_jax.sample")
     check_seed(args.seed)
     accelerators.start()
-    drawing.check_writable(out)
-    weights, options, scales = drawing.load(
+    pipeline.check_writable(out)
+    weights, options, scales = pipeline.load(
         args.checkpoint, args.decoder_layers, args.dtype, vars(args)
     )
     model = weights.model
@@ -202,8 +204,8 @@ def main(argv: list[str]) -> None:
     where, label = f"--label={args.label}", 0
     if args.label is not None:
         label = parse_label(args.label.strip(), model.num_classes, weights.classes, where)
-    found = drawing.find_vae(args.checkpoint, weights, args.vae, args.vae_scale)
-    to_images, (height, width, channels) = drawing.decoder(
+    found = pipeline.find_vae(args.checkpoint, weights, args.vae, args.vae_scale)
+    to_images, (height, width, channels) = pipeline.decoder(
         model, found, args.batch_size, options.precision
     )
     check_grid(out, args.num_samples, (height, width, channels))
@@ -225,7 +227,7 @@ def main(argv: list[str]) -> None:
         pixels=found is None, **changes,
     )  # fmt: skip
     complete = np.where(hidden[:, :, None], to_images(samples), image)
-    note = drawing.note_of(args.checkpoint, weights, options, scales, found) | vars(how) | {
+    note = pipeline.note_of(args.checkpoint, weights, options, scales, found) | vars(how) | {
         "image": args.image, "mask": args.mask, "label": args.label, "seed": args.seed,
     }  # fmt: skip
     if len(complete) == 1:

@@ -17,29 +17,23 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from mdt_jax import (
-    accelerators,
-    allocator,
-    cli,
-    costs,
-    distributed,
-    drawing,
-    files,
-    inputs,
-    interrupts,
-    keys,
-    parallel,
-    weights,
-)
+from mdt_jax import cli
 from mdt_jax import config as configs
-from mdt_jax import workdir as folder
 from mdt_jax.data.latents import Latents
-from mdt_jax.distributed import is_first, say
-from mdt_jax.errors import UserError
-from mdt_jax.evaluation import BEST
+from mdt_jax.evaluation.measuring import BEST
 from mdt_jax.models.mdt import MDT
-from mdt_jax.progress import progress_bar, tell
-from mdt_jax.reporting import (
+from mdt_jax.runtime import accelerators, allocator, files, hosts, interrupts, keys, parallel
+from mdt_jax.runtime.errors import UserError
+from mdt_jax.runtime.hosts import is_first, say
+from mdt_jax.runtime.progress import progress_bar, tell
+from mdt_jax.sampling import pipeline
+from mdt_jax.train import costs, inputs
+from mdt_jax.train import workdir as folder
+from mdt_jax.train.checkpoints import Checkpoints
+from mdt_jax.train.metrics import Means
+from mdt_jax.train.optimizers import make_optimizer
+from mdt_jax.train.samples import (
+    Drawer,
     describe,
     going_on_without,
     identities,
@@ -47,15 +41,13 @@ from mdt_jax.reporting import (
     sample_and_measure,
     save_sample_grid,
 )
-from mdt_jax.train.checkpoints import Checkpoints, steps_in
-from mdt_jax.train.metrics import Means
-from mdt_jax.train.optimizers import make_optimizer
-from mdt_jax.train.orbax_folders import check_path
 from mdt_jax.train.speed import Clock, Speed
 from mdt_jax.train.state import abstract_state, init_state
 from mdt_jax.train.step import compile_step
 from mdt_jax.train.stopping import Stopped, StopSignal
 from mdt_jax.train.trackers import Lines, Profile, open_trackers
+from mdt_jax.weights import networks
+from mdt_jax.weights.orbax_folders import check_path, steps_in
 
 # Of a process that was told to stop while it waited for data, whose readers may wait for ever.
 READERS_SECONDS = 30
@@ -149,7 +141,7 @@ def _train(
             meta[name] for name in ("step", "seconds", "compile_seconds")
         )
     done = start >= config.train.steps and folder.is_reported(workdir, config, start)
-    if distributed.everyone(done):
+    if hosts.everyone(done):
         say(f"{workdir} is trained to step {start} and reported already")
         return True
     if restored is None:
@@ -180,15 +172,15 @@ def _train(
     batches = inputs.feed(config, data, mesh, encoding, start)
 
     # One step, compiled once, ahead of time.
-    draws = vae and drawing.Vae(vae.path, config.vae.scale, vae.network, vae.params)
-    steps, drawer = config.train.steps, drawing.Drawer(config, model, draws)
+    draws = vae and pipeline.Vae(vae.path, config.vae.scale, vae.network, vae.params)
+    steps, drawer = config.train.steps, Drawer(config, model, draws)
     if start < steps:
         say("compiling the training step …")
         clock = Clock()
         train_step = compile_step(config, model, optimizer, abstract, mesh)
         compiling = clock.seconds()
         compile_seconds += compiling
-        distributed.everyone(True)  # wait for the slowest: sums on CPUs do not wait for long
+        hosts.everyone(True)  # wait for the slowest: sums on CPUs do not wait for long
         say(f"the step is compiled ({compiling:.1f} s)")
 
     rate = parallel.put(np.float32(config.optim.lr), parallel.replicated(mesh))
@@ -252,7 +244,7 @@ def _train(
 
         def draw_grid(step):
             every, path = config.train.sample_every, workdir / "samples" / f"{step:07d}.png"
-            if every and step and step % every == 0 and distributed.everyone(not path.exists()):
+            if every and step and step % every == 0 and hosts.everyone(not path.exists()):
                 with clock.paused(), going_on_without(f"no samples are drawn at step {step}"):
                     save_sample_grid(path, drawer, state, about_data["classes"])
                     for tracker in log:
@@ -348,7 +340,7 @@ def take_weights(config: ConfigDict, model: MDT, key: jax.Array) -> dict | None:
     """{"params", "ema"} of init.checkpoint, if there is one, each with memory of its own."""
     if not config.init.checkpoint:
         return None
-    params, ema, said = weights.start_from(config, model, key)
+    params, ema, said = networks.start_from(config, model, key)
     for line in [f"parameters and EMA are those of {config.init.checkpoint}", *said]:
         say(f"init.checkpoint: {line}")
     return {"params": params, "ema": jax.tree.map(np.array, ema)}
@@ -375,7 +367,7 @@ def main(argv: list[str]) -> None:
     )
     workdir = pathlib.Path(files.local(flags.workdir))
     processes: list[Any] = [flags[name].value for name in cli.PROCESSES]
-    distributed.start(*processes)
+    hosts.start(*processes)
     accelerators.start()
     show = Shown(flags.tensorboard, flags.wandb, flags.profile_steps)
     train(config, workdir, show, cli.said(flags), stop)

@@ -10,22 +10,24 @@ import pathlib
 
 import numpy as np
 
-from mdt_jax import accelerators, allocator, cli, distributed, drawing, files, locks, walks
+from mdt_jax import cli
 from mdt_jax.data.images import check_grid, save_animation, save_grid
 from mdt_jax.data.sample_files import Folder, Grid, Npz
 from mdt_jax.data.sample_notes import written
-from mdt_jax.distributed import is_first, say
-from mdt_jax.errors import UserError
-from mdt_jax.options import check_seed
-from mdt_jax.progress import tell
-from mdt_jax.sampling import request
+from mdt_jax.diffusion.options import check_seed
+from mdt_jax.runtime import accelerators, allocator, files, hosts, locks
+from mdt_jax.runtime.errors import UserError
+from mdt_jax.runtime.hosts import is_first, say
+from mdt_jax.runtime.progress import tell
+from mdt_jax.sampling import interpolation, pipeline
+from mdt_jax.sampling.generation import request
 
 WRITERS = {".png": Grid, ".npz": Npz, "": Folder}
 # What is drawn instead of samples: a row of frames for each.
 WALKS = {
-    "trajectory": walks.trajectory,
-    "noise": walks.interpolate_noise,
-    "classes": walks.interpolate_classes,
+    "trajectory": interpolation.trajectory,
+    "noise": interpolation.interpolate_noise,
+    "classes": interpolation.interpolate_classes,
 }
 
 
@@ -103,30 +105,30 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--frames={args.frames} is for --show")
     cli.check_positive(args, "num_samples", "batch_size", "vae_scale", "frames")
     check_seed(args.seed)
-    distributed.start(*(getattr(args, name) for name in cli.PROCESSES))
+    hosts.start(*(getattr(args, name) for name in cli.PROCESSES))
     accelerators.start()
     if suffix:
-        drawing.check_writable(out)
+        pipeline.check_writable(out)
     elif is_first():
         files.check_writable(out, f"--out={out}")
-    weights, options, scales = drawing.load(
+    weights, options, scales = pipeline.load(
         args.checkpoint, args.decoder_layers, args.dtype, vars(args)
     )
     model, params = weights.model, weights.params
-    labels = drawing.parse_labels(
+    labels = pipeline.parse_labels(
         args.labels, args.num_samples, model.num_classes, weights.classes, args.seed
     )
-    vae = drawing.find_vae(args.checkpoint, weights, args.vae, args.vae_scale)
-    to_images, shape = drawing.decoder(model, vae, args.batch_size, options.precision)
+    vae = pipeline.find_vae(args.checkpoint, weights, args.vae, args.vae_scale)
+    to_images, shape = pipeline.decoder(model, vae, args.batch_size, options.precision)
     how = {"seed": args.seed, "batch_size": args.batch_size, "options": options}
-    note = drawing.note_of(args.checkpoint, weights, options, scales, vae)
-    note |= drawing.note_of_labels(labels, args.labels, args.seed, args.batch_size)
+    note = pipeline.note_of(args.checkpoint, weights, options, scales, vae)
+    note |= pipeline.note_of_labels(labels, args.labels, args.seed, args.batch_size)
     if args.show:
         if scales is not None:
             raise UserError("--show takes one --guidance_scale")
         frames = args.frames or 10
         check_grid(out, len(labels) * frames, shape)
-        with distributed.alone(locks.beside(out), str(out)):
+        with hosts.alone(locks.beside(out), str(out)):
             rows = WALKS[args.show](model, params, labels, frames=frames, progress=True, **how)
             images = to_images(rows.reshape(-1, *rows.shape[2:])).reshape(*rows.shape[:2], *shape)
             if is_first():
@@ -138,8 +140,8 @@ def main(argv: list[str]) -> None:
         how["guidance_scale"] = np.resize(scales, len(labels))
     asked = request(model, params, labels, **how)
     sink = WRITERS[suffix](out, labels, shape, note)
-    distributed.agree({"samples": note})
-    if not drawing.write_samples(asked, sink, to_images):
+    hosts.agree({"samples": note})
+    if not pipeline.write_samples(asked, sink, to_images):
         say(f"{out} is finished already")
     elif is_first():
         tell(f"wrote {len(labels)} samples to {out}")

@@ -77,7 +77,7 @@ def programs_of_a_file():
 @functools.cache
 def counted_once():
     """costs.pass_macs, which traces the network anew each time, once for equal arguments."""
-    from mdt_jax import costs
+    from mdt_jax.train import costs
 
     return functools.cache(costs.pass_macs)
 
@@ -132,7 +132,8 @@ def run_here(command, *arguments: str, expect: int = 0, cwd=ROOT) -> str:
 
     Equal training steps are traced and compiled once.
     """
-    from mdt_jax import cli, costs, main
+    from mdt_jax import cli, main
+    from mdt_jax.train import costs
 
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     printed, code = io.StringIO(), 0

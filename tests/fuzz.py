@@ -33,7 +33,7 @@ from typing import NamedTuple
 from unittest import mock
 
 from mdt_jax import cli
-from mdt_jax.errors import UserError
+from mdt_jax.runtime.errors import UserError
 from tests.fuzz_kinds import KINDS, FellBack, Kind
 
 SECONDS = 10  # in which a case must have ended

@@ -14,14 +14,19 @@ import numpy as np
 from PIL import Image
 
 from mdt_jax import config as configs
-from mdt_jax import drawing, features, inpaint, locks, references, weights, workdir
-from mdt_jax.data import folders, image_sets, latents, latents_making, sample_files, tars
+from mdt_jax import inpaint
+from mdt_jax.data import folders, latents, latents_making, sample_files, tars
 from mdt_jax.data.crops import Squares
-from mdt_jax.errors import UserError
+from mdt_jax.evaluation import features, image_sets, references
 from mdt_jax.models.mdt import MDT
+from mdt_jax.runtime import locks
+from mdt_jax.runtime.errors import UserError
+from mdt_jax.sampling import pipeline
+from mdt_jax.train import workdir
 from mdt_jax.train.checkpoints import Checkpoints
 from mdt_jax.train.metrics import MetricsLog
 from mdt_jax.train.state import TrainState
+from mdt_jax.weights import networks
 from tests.models.common import random_params
 from tests.small_data import VAE, write_vae
 
@@ -65,22 +70,24 @@ def bits(tree) -> str:
 
 def write_weights(name: str):
     def make(folder: pathlib.Path) -> None:
-        found = weights.Weights(MODEL, random_params(MODEL, seed=0), classes=NAMES)
-        weights.save(folder / name, found)
+        found = networks.Weights(MODEL, random_params(MODEL, seed=0), classes=NAMES)
+        networks.save(folder / name, found)
 
     return make
 
 
 def read_weights(name: str):
     def read(folder: pathlib.Path):
-        found = weights.read(folder / name, decoder_layers=1 if "." in name else None, wanted="mdt")
-        return bits(found.params), found.classes, weights.describe(found.model)
+        found = networks.read(
+            folder / name, decoder_layers=1 if "." in name else None, wanted="mdt"
+        )
+        return bits(found.params), found.classes, networks.describe(found.model)
 
     return read
 
 
 def make_vae(folder: pathlib.Path) -> None:
-    write_vae(folder / weights.VAE_FILES[0])
+    write_vae(folder / networks.VAE_FILES[0])
     told = {
         "norm_num_groups": 4,
         "scaling_factor": 0.3,
@@ -91,8 +98,8 @@ def make_vae(folder: pathlib.Path) -> None:
 
 
 def read_vae(folder: pathlib.Path):
-    network, params = weights.load_vae(folder)
-    return bits(params), network.groups, weights.vae_scale(folder)
+    network, params = networks.load_vae(folder)
+    return bits(params), network.groups, networks.vae_scale(folder)
 
 
 def make_samples(folder: pathlib.Path) -> None:
@@ -374,7 +381,7 @@ def make_labels(folder: pathlib.Path) -> None:
 
 
 def read_labels(folder: pathlib.Path):
-    return [drawing.read_labels(str(folder / name), 3, NAMES) for name in ("l.npy", "l.txt")]
+    return [pipeline.read_labels(str(folder / name), 3, NAMES) for name in ("l.npy", "l.txt")]
 
 
 def make_mask(folder: pathlib.Path) -> None:

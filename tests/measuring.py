@@ -10,7 +10,8 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from mdt_jax import evaluate, evaluation, features
+from mdt_jax import evaluate
+from mdt_jax.evaluation import features, measuring
 from tests.conftest import run_here
 
 
@@ -34,7 +35,7 @@ def quick_inception() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(np.linalg, "eigh", remembered)
-        patch.setattr(evaluation, "load_inception", functools.cache(evaluation.load_inception))
+        patch.setattr(measuring, "load_inception", functools.cache(measuring.load_inception))
         patch.setattr(features.InceptionFeatures, "__call__", found_once)
         patch.setattr(features, "EACH_DEVICE", 2)
         yield

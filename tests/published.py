@@ -6,8 +6,8 @@ import pathlib
 import jax
 import numpy as np
 
-from mdt_jax.interop.mdt_weights import params_from_published
 from mdt_jax.models.mdt import MDT
+from mdt_jax.weights.mdt_names import params_from_published
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 

@@ -6,8 +6,8 @@ import tarfile
 import numpy as np
 from PIL import Image
 
-from mdt_jax import weights
 from mdt_jax.models.autoencoder import AutoencoderKL
+from mdt_jax.weights import networks
 from tests.models.common import random_params
 
 VAE = AutoencoderKL(channels=(8, 8, 8, 8), layers=1, groups=4)
@@ -42,5 +42,5 @@ def write_tar(folder: pathlib.Path, path: pathlib.Path) -> pathlib.Path:
 
 def write_vae(path: pathlib.Path, seed: int = 0) -> pathlib.Path:
     """A VAE with random weights, 1/8 of the size and 4 channels."""
-    weights.save(path, weights.Weights(VAE, random_params(VAE, seed=seed)))
+    networks.save(path, networks.Weights(VAE, random_params(VAE, seed=seed)))
     return path

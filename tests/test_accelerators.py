@@ -1,7 +1,8 @@
 import jax
 import pytest
 
-from mdt_jax import accelerators, convert
+from mdt_jax import convert
+from mdt_jax.runtime import accelerators
 from tests.conftest import exits_with_one_line
 from tests.runs import DIGITS
 

@@ -11,15 +11,16 @@ from PIL import Image
 
 import mdt_jax
 from mdt_jax import config as configs
-from mdt_jax import convert, drawing, sample, weights
+from mdt_jax import convert, sample
 from mdt_jax.data.classes import imagenet_label
-from mdt_jax.errors import UserError
-from mdt_jax.interop import torch_files
 from mdt_jax.models.autoencoder import AutoencoderKL
 from mdt_jax.models.inception import Inception
 from mdt_jax.models.mdt import MDT
 from mdt_jax.models.resize import resize_grid
-from mdt_jax.vae import _decode_slice, decode
+from mdt_jax.runtime.errors import UserError
+from mdt_jax.sampling import pipeline
+from mdt_jax.weights import networks, torch_files
+from mdt_jax.weights.vae import _decode_slice, decode
 from tests.conftest import FULL_COMPILE, exits_with_one_line
 from tests.models.common import random_params
 from tests.published import (
@@ -135,7 +136,7 @@ def latent_model(tmp_path_factory):
     model = MDT(
         input_size=(8, 4), in_channels=4, hidden_size=16, depth=4, num_heads=2, version="v2"
     )
-    weights.save(folder / "mdt.pt", weights.Weights(model, random_params(model)))
+    networks.save(folder / "mdt.pt", networks.Weights(model, random_params(model)))
     vae = AutoencoderKL(channels=(32, 32), layers=1, latent_channels=4)
     params = vae.init(jax.random.key(0), np.zeros((1, 8, 8, 3), np.float32))["params"]
     return folder, model, vae, params
@@ -143,7 +144,7 @@ def latent_model(tmp_path_factory):
 
 def test_pictures_from_a_file_of_latents(latent_model, tmp_path, monkeypatch):
     folder, model, vae, params = latent_model
-    monkeypatch.setattr(drawing, "load_vae", lambda path: (vae, params))
+    monkeypatch.setattr(pipeline, "load_vae", lambda path: (vae, params))
     common = [f"--checkpoint={folder / 'mdt.pt'}", "--vae=vae", "--num_steps=3", "--seed=5"]
     run(
         sample, monkeypatch, *common, "--labels=golden retriever,387, 12", f"--out={tmp_path}/a.npz"
@@ -170,25 +171,27 @@ def test_pictures_from_a_file_of_latents(latent_model, tmp_path, monkeypatch):
 def test_the_scale_of_a_files_latents(latent_model, tmp_path, monkeypatch, capsys):
     """The VAE's folder says it, also after `convert`; a flag that differs is refused."""
     folder, _, vae, params = latent_model
-    weights.save(tmp_path / weights.VAE_FILES[0], weights.Weights(vae, params))
+    networks.save(tmp_path / networks.VAE_FILES[0], networks.Weights(vae, params))
     (tmp_path / "config.json").write_text(json.dumps({"scaling_factor": 0.13025}))
-    run(convert, monkeypatch, f"--src={tmp_path / weights.VAE_FILES[0]}", f"--dst={tmp_path}/saved")
+    run(
+        convert, monkeypatch, f"--src={tmp_path / networks.VAE_FILES[0]}", f"--dst={tmp_path}/saved"
+    )
     run(convert, monkeypatch, f"--src={tmp_path}/saved", f"--dst={tmp_path}/vae.bin")
     assert 'beside a config.json of {"scaling_factor": 0.13025}' in capsys.readouterr().out
-    model = weights.load_weights(folder / "mdt.pt")
+    model = networks.load_weights(folder / "mdt.pt")
     of_run = model._replace(config=configs.default())
-    for path in (tmp_path, tmp_path / "saved", tmp_path / weights.VAE_FILES[0]):
-        assert drawing.find_vae("mdt.pt", model, str(path)).scale == 0.13025
-        assert drawing.find_vae("mdt.pt", model, str(path), 0.13025).scale == 0.13025
+    for path in (tmp_path, tmp_path / "saved", tmp_path / networks.VAE_FILES[0]):
+        assert pipeline.find_vae("mdt.pt", model, str(path)).scale == 0.13025
+        assert pipeline.find_vae("mdt.pt", model, str(path), 0.13025).scale == 0.13025
         with pytest.raises(UserError, match=r"is 0\.13025, but --vae_scale is 0\.18215"):
-            drawing.find_vae("mdt.pt", model, str(path), 0.18215)
+            pipeline.find_vae("mdt.pt", model, str(path), 0.18215)
         with pytest.raises(UserError, match=r"is 0\.13025, but run was trained with 0\.18215"):
-            drawing.find_vae("run", of_run, str(path))
+            pipeline.find_vae("run", of_run, str(path))
     of_run.config.vae.path = str(tmp_path)  # what a run was trained with, it is drawn with
-    assert drawing.find_vae("run", of_run).scale == 0.18215
+    assert pipeline.find_vae("run", of_run).scale == 0.18215
     (tmp_path / "config.json").unlink()
-    assert drawing.find_vae("mdt.pt", model, str(tmp_path)).scale == 0.18215
-    assert drawing.find_vae("mdt.pt", model, str(tmp_path), 0.5).scale == 0.5
+    assert pipeline.find_vae("mdt.pt", model, str(tmp_path)).scale == 0.18215
+    assert pipeline.find_vae("mdt.pt", model, str(tmp_path), 0.5).scale == 0.5
 
 
 BAD_LATENTS = {
@@ -216,7 +219,7 @@ def test_bad_latents(name, latent_model, tmp_path, capsys, monkeypatch):
 def test_a_vae_of_other_latents(latent_model, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     vae = AutoencoderKL(latent_channels=16)
-    monkeypatch.setattr(drawing, "load_vae", lambda path: (vae, {}))
+    monkeypatch.setattr(pipeline, "load_vae", lambda path: (vae, {}))
     argv = [f"--checkpoint={latent_model[0] / 'mdt.pt'}", "--out=a.png", "--vae=x"]
     printed = exits_with_one_line(sample.main, argv, capsys, monkeypatch)
     assert "the latents of x have 16 channels, but the model draws 4" in printed
@@ -241,11 +244,11 @@ def test_class_names_are_kept_where_there_is_a_place(tmp_path, monkeypatch, caps
     model = MDT(input_size=(4, 4), in_channels=1, hidden_size=16, depth=3, num_heads=2,
                 num_classes=3)  # fmt: skip
     classes = ("cat", "chien", "été")
-    weights.save(tmp_path / "a", weights.Weights(model, random_params(model), classes=classes))
+    networks.save(tmp_path / "a", networks.Weights(model, random_params(model), classes=classes))
     chain = ["a", "b.safetensors", "c", "d.pt", "e.safetensors"]
     for src, dst in itertools.pairwise(chain):
         run(convert, monkeypatch, f"--src={tmp_path / src}", f"--dst={tmp_path / dst}")
-        assert weights.load_weights(tmp_path / dst).classes == classes
+        assert networks.load_weights(tmp_path / dst).classes == classes
     torch = pytest.importorskip("torch")
     for mmap in (False, True):
         read = torch.load(tmp_path / "d.pt", weights_only=True, mmap=mmap)
@@ -254,14 +257,14 @@ def test_class_names_are_kept_where_there_is_a_place(tmp_path, monkeypatch, caps
     arrays = safetensors.load_file(tmp_path / "b.safetensors")
     for note in ("[", '"cat"', "[1, 2, 3]", '["a"]'):
         safetensors.save_file(arrays, tmp_path / "f.safetensors", metadata={"classes": note})
-        assert weights.load_weights(tmp_path / "f.safetensors").classes == ()
+        assert networks.load_weights(tmp_path / "f.safetensors").classes == ()
 
 
 def test_a_checkpoint_for_256_pixels_draws_512(tmp_path, capsys):
     """Latents of 32×32 to 64×64: bicubic positions, bias tables by offset, and a message."""
     model = MDT(input_size=(32, 32), in_channels=4, hidden_size=16, depth=3, num_heads=2,
                 patch_size=4, num_classes=3)  # fmt: skip
-    weights.save(tmp_path / "256.pt", weights.Weights(model, random_params(model)))
+    networks.save(tmp_path / "256.pt", networks.Weights(model, random_params(model)))
     loaded, params = mdt_jax.load(tmp_path / "256.pt")
     assert loaded == model and capsys.readouterr().err == ""
     large, resized = mdt_jax.load(tmp_path / "256.pt", input_size=(64, 64))
@@ -276,39 +279,39 @@ def test_a_checkpoint_for_256_pixels_draws_512(tmp_path, capsys):
 def test_every_kind_of_network_is_told_by_its_names(latent_model, tmp_path, monkeypatch, capsys):
     """The VAE by each of its namings, and FID's Inception: to a folder, and back to a file."""
     _, _, vae, params = latent_model
-    weights.save(tmp_path / "vae.safetensors", weights.Weights(vae, params))
+    networks.save(tmp_path / "vae.safetensors", networks.Weights(vae, params))
     run(convert, monkeypatch, f"--src={tmp_path}/vae.safetensors", f"--dst={tmp_path}/vae")
     assert "a VAE of levels 32, 32, 1 layers each, latents of 4 channels" in capsys.readouterr().out
     run(convert, monkeypatch, f"--src={tmp_path}/vae", f"--dst={tmp_path}/vae.bin")
     for source in ("vae", "vae.bin", "vae.safetensors"):
-        loaded, same_params = weights.load_vae(tmp_path / source)
+        loaded, same_params = networks.load_vae(tmp_path / source)
         assert loaded == vae and same(same_params, params)
     with pytest.raises(UserError, match="vae holds a VAE, not an MDT"):
         mdt_jax.load(tmp_path / "vae")
 
-    shapes = weights.KINDS["inception"].shapes(Inception())
+    shapes = networks.KINDS["inception"].shapes(Inception())
     zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
-    weights.save(tmp_path / "fid.pth", weights.Weights(Inception(), zeros))
+    networks.save(tmp_path / "fid.pth", networks.Weights(Inception(), zeros))
     run(convert, monkeypatch, f"--src={tmp_path}/fid.pth", f"--dst={tmp_path}/fid")
     assert "FID's Inception with 1008 logits" in capsys.readouterr().out
-    assert same(weights.read(tmp_path / "fid").params, zeros)
+    assert same(networks.read(tmp_path / "fid").params, zeros)
 
 
 def test_a_folder_of_diffusers_tells_its_norms(tmp_path):
     vae = AutoencoderKL(channels=(8, 16), layers=1, groups=4)
     params = jax.jit(vae.init)(jax.random.key(0), np.zeros((1, 4, 4, 3), np.float32))["params"]
-    weights.save(tmp_path / weights.VAE_FILES[1], weights.Weights(vae, params))
-    assert weights.load_vae(tmp_path)[0].groups == 8  # as many as the narrowest level has channels
+    networks.save(tmp_path / networks.VAE_FILES[1], networks.Weights(vae, params))
+    assert networks.load_vae(tmp_path)[0].groups == 8  # as many as the narrowest level has channels
     (tmp_path / "config.json").write_text(json.dumps({"norm_num_groups": 4}))
-    assert weights.load_vae(tmp_path)[0] == vae
+    assert networks.load_vae(tmp_path)[0] == vae
     (tmp_path / "config.json").write_text(json.dumps({"norm_num_groups": 3}))
     with pytest.raises(UserError, match="cannot be normed in 3 groups"):
-        weights.load_vae(tmp_path)
+        networks.load_vae(tmp_path)
 
 
 def test_a_folder_keeps_the_config_of_the_run(trained, tmp_path, monkeypatch):
     run(convert, monkeypatch, f"--src={trained}", f"--dst={tmp_path}/folder", "--params=raw")
-    found, raw = weights.load_weights(tmp_path / "folder"), weights.load_weights(trained, "raw")
+    found, raw = networks.load_weights(tmp_path / "folder"), networks.load_weights(trained, "raw")
     assert found.config == raw.config and same(found.params, raw.params)
     argv = [f"--checkpoint={tmp_path}/folder", "--num_steps=1", "--labels=3,1"]
     run(sample, monkeypatch, *argv, f"--out={tmp_path}/a.npz")
@@ -317,9 +320,9 @@ def test_a_folder_keeps_the_config_of_the_run(trained, tmp_path, monkeypatch):
 
 
 def test_a_resized_run_is_kept_as_what_it_is(trained, tmp_path):
-    wide = weights.load_weights(trained, input_size=(8, 12))
-    weights.save(tmp_path / "wide", wide)
-    again = weights.load_weights(tmp_path / "wide")
+    wide = networks.load_weights(trained, input_size=(8, 12))
+    networks.save(tmp_path / "wide", wide)
+    again = networks.load_weights(tmp_path / "wide")
     assert again.model.input_size == (8, 12) and same(again.params, wide.params)
 
 
@@ -340,7 +343,7 @@ def test_any_number_of_latents_is_decoded_by_one_program(latent_model):
     latents = np.random.default_rng(0).normal(size=(20, *model.input_size, 4)).astype(np.float32)
     alone = jax.jit(functools.partial(vae.apply, method="decode"))
     expected = mdt_jax.to_uint8(alone({"params": params}, latents / 0.5)).astype(int)
-    to_images, _ = drawing.decoder(model, drawing.Vae("vae", 0.5, vae, params), 12, "highest")
+    to_images, _ = pipeline.decoder(model, pipeline.Vae("vae", 0.5, vae, params), 12, "highest")
     before = _decode_slice._cache_size()
     for count in (20, 3, 5, 7):
         np.testing.assert_allclose(to_images(latents[:count]), expected[:count], atol=1)

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from mdt_jax import distributed, roll_call, signing
-from mdt_jax.errors import UserError
+from mdt_jax.runtime import hosts, roll_call, signing
+from mdt_jax.runtime.errors import UserError
 
 
 class Service:
@@ -39,9 +39,9 @@ def service(monkeypatch) -> Service:
     state = SimpleNamespace(
         client=client, process_id=0, num_processes=2, coordinator_address="10.0.0.1:1234"
     )
-    monkeypatch.setattr(distributed, "_state", state)
-    monkeypatch.setattr(distributed, "_calls", iter(range(10)))
-    monkeypatch.setattr(distributed, "_patience", 0)
+    monkeypatch.setattr(hosts, "_state", state)
+    monkeypatch.setattr(hosts, "_calls", iter(range(10)))
+    monkeypatch.setattr(hosts, "_patience", 0)
     monkeypatch.setenv(signing.TOKEN, "this run's")
     return client
 
@@ -52,12 +52,12 @@ def place(process: int, exchange: int = 0) -> str:
 
 def test_an_exchange(service):
     service.values[place(1)] = signing.sign(place(1), "of_first\nitself é\n2")
-    assert distributed.of_first("é\n1") == "é\n1"
+    assert hosts.of_first("é\n1") == "é\n1"
     service.values[place(1, 1)] = signing.sign(place(1, 1), "vote\n0")
-    assert distributed.everyone(True) is False
+    assert hosts.everyone(True) is False
     service.values[place(1, 2)] = signing.sign(place(1, 2), "part\n")
     with pytest.raises(UserError, match="process 1 is at part, not vote"):
-        distributed.everyone(True)
+        hosts.everyone(True)
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_what_a_stranger_has_put_in_a_process_s_place(put, service, monkeypatch)
         monkeypatch.setenv(signing.TOKEN, "this run's")
     service.values[place(1)] = put
     with pytest.raises(UserError) as error:
-        distributed.everyone(True)
+        hosts.everyone(True)
     line = str(error.value)
     assert f"the key {place(1)} at the coordinator 10.0.0.1:1234 was set by somebody who" in line
     assert "MDT_JAX_RUN_TOKEN" in line and line.isprintable() and len(line) < 400
@@ -82,30 +82,30 @@ def test_what_a_stranger_has_put_in_a_process_s_place(put, service, monkeypatch)
 def test_a_stranger_was_quicker_or_removed_a_key(service):
     service.values[place(0)] = signing.sign(place(0), "vote\n1")
     with pytest.raises(UserError, match=f"the key {place(0)} .* was set by somebody"):
-        distributed.everyone(True)
+        hosts.everyone(True)
     service.values[place(1, 1)] = b"any"
     service.before_reading = service.values.clear
     with pytest.raises(UserError, match="did not come together for 'vote': DEADLINE_EXCEEDED"):
-        distributed.everyone(True)
+        hosts.everyone(True)
 
 
 @pytest.mark.parametrize("put", [b"", b"0 all is well", b"two \xff", b"9" * 10**5])
 def test_a_stranger_says_that_a_process_left(put, service, monkeypatch):
     ended = []
-    monkeypatch.setattr(distributed, "_left", threading.Event())
+    monkeypatch.setattr(hosts, "_left", threading.Event())
 
     def die(line, code=2):
         ended.append((line, code))
-        distributed._left.set()
+        hosts._left.set()
 
-    monkeypatch.setattr(distributed, "_die", die)
-    service.values[distributed.LEFT] = put
-    distributed._listen()
+    monkeypatch.setattr(hosts, "_die", die)
+    service.values[hosts.LEFT] = put
+    hosts._listen()
     ((line, code),) = ended
     assert code == 2 and "mdt_jax/left at the coordinator" in line and line.isprintable()
-    distributed._left.clear()
-    service.values[distributed.LEFT] = signing.sign(distributed.LEFT, "130 process 1 stopped: é")
-    distributed._listen()
+    hosts._left.clear()
+    service.values[hosts.LEFT] = signing.sign(hosts.LEFT, "130 process 1 stopped: é")
+    hosts._listen()
     assert ended[1] == ("process 1 stopped: é", 130)
 
 
@@ -159,8 +159,8 @@ def test_nobody_says_which_processes_there_are(service, monkeypatch):
         ended.append(line)
         raise SystemExit
 
-    monkeypatch.setattr(distributed, "_die", die)
-    distributed._state.client = None
+    monkeypatch.setattr(hosts, "_die", die)
+    hosts._state.client = None
     with pytest.raises(SystemExit):
-        distributed._roll_call(0.2, threading.Event())
+        hosts._roll_call(0.2, threading.Event())
     assert ended == ["nobody said within 0 s which processes there are"]

@@ -11,9 +11,12 @@ import numpy as np
 import pytest
 
 from mdt_jax import config as configs
-from mdt_jax import encode, inputs, main, parallel, weights
+from mdt_jax import encode, main
 from mdt_jax.data import latents, latents_making
+from mdt_jax.runtime import parallel
+from mdt_jax.train import inputs
 from mdt_jax.train.step import Draws, latents_of
+from mdt_jax.weights import networks
 from tests.conftest import (
     exits_with_one_line,
     run_here,
@@ -85,7 +88,7 @@ def test_what_a_cache_holds(place):
     # Each record against the VAE itself, image by image.
     images, _ = inputs.open_data(config_of(place))
     images = dataclasses.replace(images, flip=False).take(np.arange(IMAGES), np.ones(IMAGES))
-    network, params = weights.load_vae(place / "vae")
+    network, params = networks.load_vae(place / "vae")
     run = jax.jit(lambda x: network.apply({"params": params}, x, method="encode"))
     for flip, pixels in ((False, images["images"]), (True, images["images"][:, :, ::-1])):
         found = latents.load(place / "cache", flip).take(np.arange(IMAGES), np.zeros(IMAGES))
@@ -310,7 +313,7 @@ def test_the_scale_that_a_vaes_folder_says(name, place, tmp_path, monkeypatch):
     told, expected = FOLDERS[name]
     folder = tmp_path / "vae"
     folder.mkdir()
-    write_vae(folder / weights.VAE_FILES[0])
+    write_vae(folder / networks.VAE_FILES[0])
     if isinstance(told, dict):
         told = {"norm_num_groups": 4, **told}
     (folder / "config.json").write_text(told if isinstance(told, str) else json.dumps(told))
@@ -318,7 +321,7 @@ def test_the_scale_that_a_vaes_folder_says(name, place, tmp_path, monkeypatch):
     run = [*argv, *ONE_STEP, f"--workdir={tmp_path / 'run'}"]
     encoding = [*argv, f"--out={tmp_path / 'cache'}"]
     if expected == "any":
-        assert weights.vae_scale(folder) is None
+        assert networks.vae_scale(folder) is None
         return
     said = expected
     if not isinstance(expected, str):

@@ -11,24 +11,12 @@ import pytest
 from PIL import Image
 
 import mdt_jax
-from mdt_jax import (
-    cli,
-    convert,
-    encode,
-    evaluate,
-    evaluation,
-    features,
-    info,
-    inpaint,
-    main,
-    measures,
-    references,
-    sample,
-    weights,
-)
-from mdt_jax.data import image_sets, sample_files, sources
-from mdt_jax.errors import UserError
-from mdt_jax.measures import precision_recall
+from mdt_jax import cli, convert, encode, evaluate, info, inpaint, main, sample
+from mdt_jax.data import sample_files, sources
+from mdt_jax.evaluation import features, image_sets, measuring, metrics, references
+from mdt_jax.evaluation.metrics import precision_recall
+from mdt_jax.runtime.errors import UserError
+from mdt_jax.weights import networks
 from tests.conftest import exits_with_one_line, run_here
 from tests.measuring import assert_equal, crops, flags, make_sets, measured, quick_inception
 from tests.runs import DIGITS
@@ -53,7 +41,7 @@ def sets(tmp_path_factory):
 
 
 def found_by_hand(folder, images: np.ndarray) -> dict[str, np.ndarray]:
-    network = evaluation.load_inception(str(folder / "fid.pth"))
+    network = measuring.load_inception(str(folder / "fid.pth"))
     return network(images)
 
 
@@ -227,7 +215,7 @@ def test_help_on_a_terminal_of_ascii(command, monkeypatch):
 
 def test_the_inception_score_of_a_folder_is_that_of_the_npz(sets, tmp_path, monkeypatch):
     """The folder is in another order, and is measured in slices of another size."""
-    saved, network = np.load(sets / "samples.npz"), evaluation.load_inception(f"{sets}/fid.pth")
+    saved, network = np.load(sets / "samples.npz"), measuring.load_inception(f"{sets}/fid.pth")
     for n, image in enumerate(saved["arr_0"]):
         Image.fromarray(image).save(tmp_path / f"{saved['arr_1'][n]}_{n:02}.png")
     scores = []
@@ -235,7 +223,7 @@ def test_the_inception_score_of_a_folder_is_that_of_the_npz(sets, tmp_path, monk
         monkeypatch.setattr(features, "SLICE", size)
         images = image_sets.open_images(str(path), drawn=True)
         rows = features.find({"inception": network}, images)["inception"].rows
-        scores.append(measures.inception_score(rows["logits"], rows["pixels"], split=5))
+        scores.append(metrics.inception_score(rows["logits"], rows["pixels"], split=5))
     assert scores[0] == pytest.approx(scores[1], rel=1e-9)
     assert scores[0] != pytest.approx(measured(sets / "card.json")["inception_score"], rel=1e-6)
 
@@ -352,7 +340,7 @@ def test_what_a_vae_loses(sets, tmp_path):
     assert "PSNR (dB)" in printed and "rFID" in printed
     card = json.loads((tmp_path / "vae.json").read_text())
     images = image_sets.open_images(str(pictures), 32).take(range(9))
-    network, params = weights.load_vae(vae)
+    network, params = networks.load_vae(vae)
     x = images.astype(np.float32) / 127.5 - 1
     mean, _ = jax.jit(functools.partial(network.apply, method="encode"))({"params": params}, x)
     decode = jax.jit(functools.partial(network.apply, method="decode"))
@@ -536,9 +524,9 @@ def test_mistakes(name, bad, sets, capsys, monkeypatch, in_root):
 
 
 def test_what_makes_a_distance_hard_to_compare_is_said_once(capsys):
-    evaluator = evaluation.Evaluator(references.Reference("real.npz", {}, None), ())
-    few = measures.gaussian(np.random.RandomState(0).rand(5, 9))
-    wrong = measures.Gaussian(np.zeros(9), np.diag([-0.5, *np.ones(8)]))
+    evaluator = measuring.Evaluator(references.Reference("real.npz", {}, None), ())
+    few = metrics.gaussian(np.random.RandomState(0).rand(5, 9))
+    wrong = metrics.Gaussian(np.zeros(9), np.diag([-0.5, *np.ones(8)]))
     for _ in range(2):
         assert evaluator._distance(few, wrong) > 0
     said = capsys.readouterr().err.splitlines()
@@ -547,14 +535,14 @@ def test_what_makes_a_distance_hard_to_compare_is_said_once(capsys):
     assert "compare it only with distances of as many" in said[0]
     assert "covariance of real.npz has rank 8 in 9 dimensions" in said[1]
     still = np.pad(np.random.RandomState(0).rand(50, 8), [(0, 0), (0, 1)])  # one never changes
-    assert list(evaluation.doubts(("x", measures.gaussian(still)))) == []
+    assert list(measuring.doubts(("x", metrics.gaussian(still)))) == []
     assert "real.npz has negative eigenvalues" in said[2] and "complex square roots" in said[2]
 
 
 def test_large_images_are_not_compared_by_pixels():
     images = image_sets.Arrays("x", np.zeros((5, 64, 64, 3), np.uint8))
     with pytest.raises(UserError, match="64×64×3 are too large to be compared by their pixels"):
-        evaluation.Evaluator(references.Reference("x", {}, images), ["pixels"])
+        measuring.Evaluator(references.Reference("x", {}, images), ["pixels"])
 
 
 def test_a_folder_is_grey_where_all_of_it_is(tmp_path):
@@ -660,7 +648,7 @@ def test_memory_of_many_features(monkeypatch):
     """Precision and recall hold tiles, not all pairs."""
     import tracemalloc
 
-    monkeypatch.setattr(measures, "TILE", 256)
+    monkeypatch.setattr(metrics, "TILE", 256)
     x = np.random.RandomState(0).randn(3000, 16).astype(np.float32)
     tracemalloc.start()
     precision_recall(x, x)

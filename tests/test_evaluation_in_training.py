@@ -8,11 +8,14 @@ import pytest
 
 import mdt_jax
 from mdt_jax import config as configs
-from mdt_jax import evaluation, main, weights, workdir
+from mdt_jax import main
 from mdt_jax.data import sources
-from mdt_jax.errors import UserError
-from mdt_jax.options import balanced_labels
-from mdt_jax.train.checkpoints import steps_in
+from mdt_jax.diffusion.options import balanced_labels
+from mdt_jax.evaluation import measuring
+from mdt_jax.runtime.errors import UserError
+from mdt_jax.train import workdir
+from mdt_jax.weights import networks
+from mdt_jax.weights.orbax_folders import steps_in
 from tests.conftest import train_here
 from tests.measuring import quick_inception
 from tests.runs import MEASURING, measured
@@ -40,7 +43,7 @@ def test_every_n_steps_into_the_log(run):
     how = {"num_steps": config["sample"]["num_steps"], "seed": config["train"]["seed"]}
     how |= {name: config["sample"][name] for name in ("guidance_scale", "guidance_power")}
     images = mdt_jax.to_uint8(mdt_jax.generate(model, ema, labels, batch_size=10, **how))
-    theirs = evaluation.evaluate_samples(images, labels, *sources.load("digits"))
+    theirs = measuring.evaluate_samples(images, labels, *sources.load("digits"))
     assert found[6] == pytest.approx(theirs, rel=1e-12)
 
 
@@ -60,7 +63,7 @@ def test_the_best_is_kept(run):
     labels = balanced_labels(30, 10)
     how = {name: config[name] for name in ("num_steps", "guidance_scale", "guidance_power")}
     images = mdt_jax.to_uint8(mdt_jax.generate(model, ema, labels, seed=0, batch_size=10, **how))
-    theirs = evaluation.evaluate_samples(images, labels, *sources.load("digits"))
+    theirs = measuring.evaluate_samples(images, labels, *sources.load("digits"))
     assert theirs["frechet_distance"] == pytest.approx(least, rel=1e-12)
 
 
@@ -86,7 +89,7 @@ def test_the_best_while_the_clock_goes_back(tmp_path, monkeypatch):
     clock, figures = iter(range(10**6, 0, -1)), iter((3.0, 2.0, 1.0))
     monkeypatch.setattr(time, "time", lambda: float(next(clock)))
     monkeypatch.setattr(
-        evaluation.Evaluator, "measure", lambda *_, **__: {"frechet_distance": next(figures)}
+        measuring.Evaluator, "measure", lambda *_, **__: {"frechet_distance": next(figures)}
     )
     train_here(*MEASURING, "--config.train.steps=6", f"--workdir={tmp_path}")
     assert steps_in(tmp_path / "best") == [6]
@@ -158,7 +161,7 @@ def test_samples_that_are_not_finite_do_not_end_a_run(trained, tmp_path):
     """Its grids and measurements are left out; its last samples are asked for, and an error."""
     model, params = mdt_jax.load(trained)
     broken = jax.tree.map(lambda leaf: np.full_like(leaf, 3e38), params)
-    weights.save(tmp_path / "broken", weights.Weights(model, broken))
+    networks.save(tmp_path / "broken", networks.Weights(model, broken))
     flags = [flag for flag in MEASURING if "sample_every" not in flag]
     flags += ["--config.train.sample_every=2", "--config.train.steps=3"]
     flags += [f"--config.init.checkpoint={tmp_path}/broken", f"--workdir={tmp_path}/run"]
@@ -213,7 +216,7 @@ def test_another_reference_or_inception_under_the_same_path(tmp_path):
     train_here(*argv, "--config.train.steps=2")
     np.savez(tmp_path / "real.npz", arr_0=held_out.images[::-1])
     printed = train_here(*argv, "--config.train.steps=4", expect=2)
-    line = f"error: evaluation.reference {tmp_path}/real.npz has changed since {tmp_path}/run was"
+    line = f"error: measuring.reference {tmp_path}/real.npz has changed since {tmp_path}/run was"
     assert line in printed.splitlines()[-1]
 
     def check(before, now):

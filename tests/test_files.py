@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from mdt_jax import files
-from mdt_jax.errors import DamagedError, UserError
+from mdt_jax.runtime import files
+from mdt_jax.runtime.errors import DamagedError, UserError
 
 
 def test_the_umask_is_never_changed(tmp_path, monkeypatch):

@@ -1,8 +1,9 @@
 import pytest
 
 from mdt_jax import config as configs
-from mdt_jax import costs, info
+from mdt_jax import info
 from mdt_jax.models.mdt import MDT, SIZES
+from mdt_jax.train import costs
 from tests.conftest import run_here
 
 

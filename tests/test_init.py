@@ -4,7 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from mdt_jax import main, weights
+from mdt_jax import main
+from mdt_jax.weights import networks
 from tests.conftest import SMOKE, exits_with_one_line, train_here
 from tests.models.common import random_params
 
@@ -26,13 +27,13 @@ def started(workdir, *arguments):
         f"--workdir={workdir}",
         *arguments,
     )
-    raw, ema = (weights.load_weights(workdir, params=params).params for params in ("raw", "ema"))
+    raw, ema = (networks.load_weights(workdir, params=params).params for params in ("raw", "ema"))
     return raw, ema, printed
 
 
 def test_parameters_and_ema_are_those_of_a_run(trained, tmp_path):
     raw, ema, printed = started(tmp_path / "run", f"--config.init.checkpoint={trained}")
-    theirs = [weights.load_weights(trained, params=params).params for params in ("raw", "ema")]
+    theirs = [networks.load_weights(trained, params=params).params for params in ("raw", "ema")]
     assert not tree_equal(*theirs)
     assert tree_equal(raw, theirs[0])
     near = jax.tree.map(lambda a, b: np.abs(a - b).max(), ema, theirs[1])
@@ -42,8 +43,8 @@ def test_parameters_and_ema_are_those_of_a_run(trained, tmp_path):
 
 
 def test_a_file_does_as_well_and_gives_both(trained, tmp_path):
-    model, params, *_ = weights.load_weights(trained)
-    weights.save(tmp_path / "w.pt", weights.Weights(model, params))
+    model, params, *_ = networks.load_weights(trained)
+    networks.save(tmp_path / "w.pt", networks.Weights(model, params))
     raw, ema, _ = started(tmp_path / "run", f"--config.init.checkpoint={tmp_path / 'w.pt'}")
     assert tree_equal(raw, params) and tree_equal(ema, params)
 
@@ -59,7 +60,7 @@ def test_another_number_of_classes_takes_all_but_the_label_table(trained, tmp_pa
         "--config.data.name=digits_5_9",
         "--config.model.num_classes=5",
     )
-    theirs = weights.load_weights(trained, params="raw").params
+    theirs = networks.load_weights(trained, params="raw").params
     assert "a new label table: 10 classes there, 5 here" in printed
     assert tree_equal(without_labels(raw), without_labels(theirs))
     table = np.asarray(raw["label_embed"]["table"]["embedding"])
@@ -68,24 +69,24 @@ def test_another_number_of_classes_takes_all_but_the_label_table(trained, tmp_pa
 
 
 def test_a_run_that_goes_on_takes_its_own_checkpoints(trained, tmp_path):
-    model, params, *_ = weights.load_weights(trained)
+    model, params, *_ = networks.load_weights(trained)
     file, workdir = tmp_path / "w.pt", tmp_path / "run"
-    weights.save(file, weights.Weights(model, params))
+    networks.save(file, networks.Weights(model, params))
     start = [*SMOKE, f"--workdir={workdir}", f"--config.init.checkpoint={file}"]
     train_here(*start, "--config.train.steps=2")
-    after = weights.load_weights(workdir, params="raw").params
+    after = networks.load_weights(workdir, params="raw").params
     assert not tree_equal(after, params)
     file.unlink()  # it is not needed any more
     printed = train_here(*start, "--config.optim.lr=1e-30")
     assert "going on from step 2" in printed and "init.checkpoint:" not in printed
-    assert tree_equal(weights.load_weights(workdir, params="raw").params, after)
+    assert tree_equal(networks.load_weights(workdir, params="raw").params, after)
 
 
 def test_another_resolution_on_request(trained, tmp_path, capsys, monkeypatch, in_root):
     """From weights for 4×6 tokens to the digits' 4×4."""
-    model = weights.load_weights(trained).model.clone(input_size=(8, 12))
+    model = networks.load_weights(trained).model.clone(input_size=(8, 12))
     source = tmp_path / "wide"
-    weights.save(source, weights.Weights(model, random_params(model)))
+    networks.save(source, networks.Weights(model, random_params(model)))
     before = sorted(p.name for p in tmp_path.iterdir())
     argv = [*SMOKE, f"--workdir={tmp_path / 'run'}", f"--config.init.checkpoint={source}"]
     printed = exits_with_one_line(main.main, argv, capsys, monkeypatch)
@@ -94,7 +95,7 @@ def test_another_resolution_on_request(trained, tmp_path, capsys, monkeypatch, i
 
     raw, _, printed = started(tmp_path / "run", argv[-1], "--config.init.resize=True")
     assert "resampled from 4×6 to 4×4 tokens" in printed
-    resized = weights.load_weights(source, input_size=(8, 8)).params
+    resized = networks.load_weights(source, input_size=(8, 8)).params
     assert tree_equal(raw, resized)
 
 
@@ -108,8 +109,8 @@ BAD = {
 
 
 def test_a_file_of_the_other_version(trained, tmp_path, capsys, monkeypatch, in_root, keep_signals):
-    model = weights.load_weights(trained).model.clone(version="v2")
-    weights.save(tmp_path / "v2.pt", weights.Weights(model, random_params(model)))
+    model = networks.load_weights(trained).model.clone(version="v2")
+    networks.save(tmp_path / "v2.pt", networks.Weights(model, random_params(model)))
     start = f"--config.init.checkpoint={tmp_path / 'v2.pt'}"
     argv = [*SMOKE, f"--workdir={tmp_path / 'run'}", start]
     printed = exits_with_one_line(main.main, argv, capsys, monkeypatch)

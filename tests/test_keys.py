@@ -4,9 +4,10 @@ import jax
 import numpy as np
 import pytest
 
-from mdt_jax import inpainting, keys, sampling
+from mdt_jax.diffusion.options import random_labels
 from mdt_jax.models.mdt import MDT, init_params
-from mdt_jax.options import random_labels
+from mdt_jax.runtime import keys
+from mdt_jax.sampling import generation, inpainting
 from tests.conftest import ROOT
 
 SEEDS = (0, 1, 2, 3, 7, 2**31 - 1)
@@ -36,7 +37,7 @@ def test_no_key_of_a_seed_serves_two_purposes():
 
 
 def test_nothing_is_drawn_with_the_key_of_a_seed():
-    """Outside of mdt_jax/keys.py it only stands for a key where shapes are found."""
+    """Outside of mdt_jax/runtime/keys.py it only stands for a key where shapes are found."""
     for path in (ROOT / "mdt_jax").rglob("*.py"):
         uses = [line for line in path.read_text().splitlines() if "keys.key" in line]
         assert all("keys.key(0)" in line or "eval_shape" in line for line in uses), path
@@ -55,14 +56,14 @@ def test_samples_and_inpainting_draw_from_keys_of_their_own(monkeypatch):
     model = MDT(input_size=(4, 4), in_channels=1, hidden_size=16, depth=2, num_heads=2,
                 decoder_layers=1, num_classes=3)  # fmt: skip
     params, how = init_params(model, keys.key(9)), dict(seed=5, num_steps=2)
-    assert bits(sampling.request(model, params, [0], **how).on_devices()[2]) == bits(
+    assert bits(generation.request(model, params, [0], **how).on_devices()[2]) == bits(
         keys.of(5, keys.Purpose.SAMPLES)
     )
     seen = []
 
     def first_noise(model, key, noise, k):
         seen.extend(bits(key))
-        return sampling.draw(model, key, noise, k)
+        return generation.draw(model, key, noise, k)
 
     monkeypatch.setattr(inpainting, "_first_noise", first_noise)
     hidden, repaint = np.eye(4, dtype=bool), inpainting.InpaintOptions(num_resamples=1)

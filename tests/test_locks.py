@@ -15,9 +15,10 @@ from unittest import mock
 import pytest
 
 from mdt_jax import config as configs
-from mdt_jax import encode, evaluate, locks, sample
+from mdt_jax import encode, evaluate, sample
 from mdt_jax.data import latents_making
-from mdt_jax.errors import UserError
+from mdt_jax.runtime import locks
+from mdt_jax.runtime.errors import UserError
 from tests.conftest import ROOT, SMOKE, run_here, train_here
 from tests.runs import SAMPLE
 

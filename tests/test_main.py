@@ -9,9 +9,10 @@ import pytest
 from PIL import Image
 
 import mdt_jax
-from mdt_jax import cli, inputs, main
+from mdt_jax import cli, main
 from mdt_jax import config as configs
-from mdt_jax.errors import UserError
+from mdt_jax.runtime.errors import UserError
+from mdt_jax.train import inputs
 from mdt_jax.train.metrics import read_steps
 from tests.conftest import (
     SMOKE,

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from mdt_jax import measures
-from mdt_jax.measures import Moments, frechet, gaussian, inception_score, precision_recall
+from mdt_jax.evaluation import metrics
+from mdt_jax.evaluation.metrics import Moments, frechet, gaussian, inception_score, precision_recall
 
 torch = pytest.importorskip("torch")
 fid = pytest.importorskip("tests.fid_packages")
@@ -65,11 +65,11 @@ def test_distances_are_those_of_the_other_evaluators(size):
 
 
 def test_the_closed_form_of_gaussians_along_the_axes():
-    a = measures.Gaussian(np.zeros(3), np.diag([1.0, 4.0, 9.0]))
-    b = measures.Gaussian(np.array([1.0, 0, 2]), np.diag([4.0, 4.0, 1.0]))
+    a = metrics.Gaussian(np.zeros(3), np.diag([1.0, 4.0, 9.0]))
+    b = metrics.Gaussian(np.array([1.0, 0, 2]), np.diag([4.0, 4.0, 1.0]))
     assert frechet(a, b) == pytest.approx(5 + 1 + 0 + 4, rel=1e-14)
     assert frechet(a, a) == 0
-    assert np.isnan(frechet(a, measures.Gaussian(np.array([np.nan, 0, 0]), b.sigma)))
+    assert np.isnan(frechet(a, metrics.Gaussian(np.array([np.nan, 0, 0]), b.sigma)))
 
 
 @pytest.mark.parametrize("counts", [(40, 300), (30, 20)])
@@ -96,13 +96,13 @@ def test_few_features_need_no_root_of_their_covariance(counts, monkeypatch):
     for each in (a, b):
         np.testing.assert_allclose(each.root @ each.root.T, each.sigma, rtol=0, atol=1e-12)
         assert each.root.shape[1] == np.linalg.matrix_rank(each.sigma)
-    whole = (measures.Gaussian(each.mu, each.sigma) for each in (a, b))
+    whole = (metrics.Gaussian(each.mu, each.sigma) for each in (a, b))
     assert ours == pytest.approx(frechet(*whole), rel=1e-9)
 
 
 def test_a_matrix_that_is_no_covariance_is_noticed():
     sigma = np.diag([2.0, 1.0, -0.5])
-    assert measures.Gaussian(np.zeros(3), sigma).negative == pytest.approx(0.25)
+    assert metrics.Gaussian(np.zeros(3), sigma).negative == pytest.approx(0.25)
     assert gaussian(features(10, 20, 0)).negative < 1e-12
 
 
@@ -154,12 +154,12 @@ def test_the_inception_score_does_not_depend_on_the_order(count):
 
 @pytest.mark.parametrize("tile", [64, 100, 4096])
 def test_precision_and_recall_are_exact(tile, monkeypatch):
-    monkeypatch.setattr(measures, "TILE", tile)
+    monkeypatch.setattr(metrics, "TILE", tile)
     for seed, (count, others) in enumerate([(300, 200), (65, 129), (4, 50)]):
         reference, samples = features(count, 24, seed), features(others, 24, seed + 5, 0.2)
         steps = []
         ours = precision_recall(reference, samples, 3, steps.append)
-        assert len(steps) == measures.comparisons(count, others)
+        assert len(steps) == metrics.comparisons(count, others)
         assert ours == adm_precision_recall(reference, samples)
         part, whole = (
             function(torch.tensor(samples).double(), torch.tensor(reference).double())
@@ -197,7 +197,7 @@ def test_psnr_and_ssim():
     b = np.clip(a + noise, 0, 255).astype(np.uint8)
     a = np.stack([a] * 3)
     theirs = [metrics.peak_signal_noise_ratio(*pair) for pair in zip(a, b, strict=True)]
-    np.testing.assert_allclose(measures.psnr(a, b), theirs, rtol=1e-12)
-    assert measures.psnr(a, a).tolist() == [np.inf] * 3
-    assert measures.ssim(a, a).tolist() == [1, 1, 1]
-    assert all(0.5 < value < 1 for value in measures.ssim(a, b))
+    np.testing.assert_allclose(metrics.psnr(a, b), theirs, rtol=1e-12)
+    assert metrics.psnr(a, a).tolist() == [np.inf] * 3
+    assert metrics.ssim(a, a).tolist() == [1, 1, 1]
+    assert all(0.5 < value < 1 for value in metrics.ssim(a, b))

@@ -8,8 +8,10 @@ import sys
 import numpy as np
 import pytest
 
-from mdt_jax import cli, convert, encode, evaluate, files, info, inpaint, inputs, main, sample
-from mdt_jax.errors import UserError
+from mdt_jax import cli, convert, encode, evaluate, info, inpaint, main, sample
+from mdt_jax.runtime import files
+from mdt_jax.runtime.errors import UserError
+from mdt_jax.train import inputs
 from tests.conftest import ROOT, SMOKE, exits_with_one_line, run_here
 from tests.runs import DIGITS, SAMPLE
 

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from mdt_jax import progress
+from mdt_jax.runtime import progress
 from tests.conftest import ROOT, SMOKE, train_here
 
 

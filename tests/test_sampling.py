@@ -12,10 +12,10 @@ from PIL import Image
 
 import mdt_jax
 from mdt_jax import config as configs
-from mdt_jax import sampling
-from mdt_jax.errors import NotFiniteError, UserError
+from mdt_jax.diffusion.options import SampleOptions, random_labels
 from mdt_jax.models.mdt import MDT, init_params
-from mdt_jax.options import SampleOptions, random_labels
+from mdt_jax.runtime.errors import NotFiniteError, UserError
+from mdt_jax.sampling import generation
 from tests.conftest import ROOT, XLA_FLAGS, run_command
 
 # Not clipped: tolerances are relative to the samples, which those of `load_lively` make large.
@@ -249,8 +249,8 @@ def test_what_is_clipped_by_default():
     how = dict(labels=[0], num_steps=2, guidance_scale=1.0)
     for channels, clipped in ((1, True), (3, True), (4, False)):
         model = MDT(in_channels=channels, **shape)
-        assert sampling.request(model, {}, **how).options.clip_denoised is clipped
-        other = sampling.request(model, {}, clip_denoised=not clipped, **how)
+        assert generation.request(model, {}, **how).options.clip_denoised is clipped
+        other = generation.request(model, {}, clip_denoised=not clipped, **how)
         assert other.options.clip_denoised is not clipped
 
 
@@ -400,22 +400,22 @@ def test_bfloat16_is_near(lively, reference):
 
 def test_the_program_is_compiled_once(lively):
     """For all batches, a partial one, and other scales, seeds and labels."""
-    before = sampling._run._cache_size()
+    before = generation._run._cache_size()
     for changes in ({}, {"seed": 9}, {"guidance_scale": 3.3}, {"guidance_scale": 1.5}):
         options = {**OPTIONS, "num_steps": 3, **changes}
         mdt_jax.generate(*lively, LABELS[:11], batch_size=4, **options)
-    assert sampling._run._cache_size() == before + 1
+    assert generation._run._cache_size() == before + 1
 
 
 def test_the_loop_does_not_ask_the_host(lively):
     """Its number of turns is static: a scan, no while loop with a condition to be looked at."""
     model, params = lively
     options = SampleOptions(num_steps=7)
-    noise = sampling.Noise(jnp.arange(2))
+    noise = generation.Noise(jnp.arange(2))
     labels, scales, key = jnp.zeros(2, jnp.int32), jnp.ones(2), jax.random.key(0)
-    state = sampling._begin(model, options, key, noise)
+    state = generation._begin(model, options, key, noise)
     text = str(
-        sampling._run.trace(
+        generation._run.trace(
             model, options, ((True, 7),), params, key, noise, labels, scales, state, 0
         ).jaxpr
     )
@@ -426,14 +426,14 @@ def test_blocks_are_not_sliced_out_of_their_stack_in_each_turn(lively):
     """Stacked parameters of laid out blocks are taken apart before the loop."""
     model, params = lively
     model = model.clone(unroll=True)
-    options, noise = SampleOptions(num_steps=7), sampling.Noise(jnp.arange(2))
+    options, noise = SampleOptions(num_steps=7), generation.Noise(jnp.arange(2))
     labels, scales, key = jnp.zeros(2, jnp.int32), jnp.ones(2), jax.random.key(0)
-    state = sampling._begin(model, options, key, noise)
+    state = generation._begin(model, options, key, noise)
 
     def carried(model):
         """The shapes that loops of the compiled program take."""
         rest = (params, key, noise, labels, scales, state, 0)
-        compiled = sampling._run.lower(model, options, ((True, 7),), *rest).compile()
+        compiled = generation._run.lower(model, options, ((True, 7),), *rest).compile()
         lines = [line for line in compiled.as_text().splitlines() if " while(" in line]
         return {shape for line in lines for shape in re.findall(r"\w+\[[\d,]*\]", line)}
 

@@ -9,8 +9,10 @@ import pytest
 from PIL import Image
 
 from mdt_jax import config as configs
-from mdt_jax import convert, encode, inputs, sample, weights
+from mdt_jax import convert, encode, sample
 from mdt_jax.models.autoencoder import AutoencoderKL
+from mdt_jax.train import inputs
+from mdt_jax.weights import networks
 from tests.conftest import run_here, train_here
 from tests.models.common import random_params
 from tests.small_data import CLASSES, write_pictures, write_tar, write_vae
@@ -77,7 +79,7 @@ def place(tmp_path_factory):
     for path in (folder / "spoilt").glob("*/*.jpg"):
         path.write_bytes(path.read_bytes()[:200])
     wide = AutoencoderKL(channels=(8, 8), layers=1, groups=4)
-    weights.save(folder / "wide", weights.Weights(wide, random_params(wide)))
+    networks.save(folder / "wide", networks.Weights(wide, random_params(wide)))
     return folder
 
 

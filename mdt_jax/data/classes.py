@@ -6,7 +6,7 @@ import pathlib
 import re
 from collections.abc import Collection, Sequence
 
-from mdt_jax.errors import UserError
+from mdt_jax.runtime.errors import UserError
 
 
 def parse_label(text: str, num_classes: int, names: Sequence[str], where: str) -> int:

@@ -14,7 +14,7 @@ import numpy as np
 
 from mdt_jax.data import pictures
 from mdt_jax.data.pipeline import UNREADABLE
-from mdt_jax.files import reason
+from mdt_jax.runtime.files import reason
 
 BOX, BICUBIC = 4, 3  # Pillow's own numbers
 CROPS = ("center", "random")

@@ -12,7 +12,7 @@ import numpy as np
 
 from mdt_jax.data.found import LeftOut, describe, holder, splits
 from mdt_jax.data.pictures import SUFFIXES
-from mdt_jax.errors import UserError
+from mdt_jax.runtime.errors import UserError
 
 LISTS = (".csv", ".jsonl")
 HEADERS = ("path", "file", "filename", "file_name")  # of a CSV's first field

@@ -5,8 +5,8 @@ import os
 import numpy as np
 
 from mdt_jax.data.pictures import MAX_PIXELS
-from mdt_jax.errors import UserError
-from mdt_jax.files import save_arrays, whole
+from mdt_jax.runtime.errors import UserError
+from mdt_jax.runtime.files import save_arrays, whole
 
 
 def to_float(images: np.ndarray) -> np.ndarray:

@@ -18,8 +18,8 @@ import zlib
 import numpy as np
 
 from mdt_jax.data.pipeline import UNREADABLE
-from mdt_jax.errors import UserError
-from mdt_jax.files import is_text, read_json
+from mdt_jax.runtime.errors import UserError
+from mdt_jax.runtime.files import is_text, read_json
 
 FORMAT = 1
 MANIFEST = "manifest.json"

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from mdt_jax import locks
 from mdt_jax.data.latents import (
     CRC,
     LABEL,
@@ -27,8 +26,9 @@ from mdt_jax.data.latents import (
     sha256,
     sums,
 )
-from mdt_jax.errors import DamagedError, UserError
-from mdt_jax.files import beside, check_room, free, read_json, reason, settle, whole
+from mdt_jax.runtime import locks
+from mdt_jax.runtime.errors import DamagedError, UserError
+from mdt_jax.runtime.files import beside, check_room, free, read_json, reason, settle, whole
 
 OPTIONS = "group_size:1,uncompressed"  # read at random; compressing saves a few per cent
 

@@ -14,8 +14,8 @@ from typing import Protocol
 
 import numpy as np
 
-from mdt_jax.errors import UserError
-from mdt_jax.progress import say
+from mdt_jax.runtime.errors import UserError
+from mdt_jax.runtime.progress import say
 
 ENDLESS = 2**62  # batches; epochs follow each other for as long as anybody asks
 UNREADABLE = -2  # and below: item −2 − n could not be read, and nothing stands in for it

@@ -18,7 +18,6 @@ from typing import Protocol
 
 import numpy as np
 
-from mdt_jax import locks
 from mdt_jax.data.images import check_grid, save_grid, save_image
 from mdt_jax.data.pictures import opened
 from mdt_jax.data.sample_notes import (
@@ -29,9 +28,10 @@ from mdt_jax.data.sample_notes import (
     settings_of,
     written,
 )
-from mdt_jax.errors import UserError
-from mdt_jax.files import check_regular, check_room, free, reason, settle, whole
-from mdt_jax.progress import say
+from mdt_jax.runtime import locks
+from mdt_jax.runtime.errors import UserError
+from mdt_jax.runtime.files import check_regular, check_room, free, reason, settle, whole
+from mdt_jax.runtime.progress import say
 
 LOCK = ".lock"  # in a folder of samples
 SUM_BYTES = hashlib.sha256().digest_size

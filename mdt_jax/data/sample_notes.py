@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from mdt_jax.data.folders import Files
-from mdt_jax.errors import UserError
-from mdt_jax.files import check_regular, passes, reason
+from mdt_jax.runtime.errors import UserError
+from mdt_jax.runtime.files import check_regular, passes, reason
 
 SETTINGS = "settings.json"
 MOST_NOTE = 1 << 24  # bytes of a note, generously

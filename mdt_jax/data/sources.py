@@ -11,7 +11,7 @@ import numpy as np
 from mdt_jax.data import folders, latents, tars, tfds_sets
 from mdt_jax.data.crops import Squares
 from mdt_jax.data.pipeline import Source
-from mdt_jax.errors import UserError
+from mdt_jax.runtime.errors import UserError
 
 HELD_OUT = 0.2
 

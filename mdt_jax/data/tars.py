@@ -14,9 +14,9 @@ import numpy as np
 from mdt_jax.data.folders import STYLEGAN, class_of, class_order
 from mdt_jax.data.found import LeftOut, describe, splits
 from mdt_jax.data.pictures import SUFFIXES
-from mdt_jax.errors import UserError
-from mdt_jax.files import save_arrays
-from mdt_jax.progress import say
+from mdt_jax.runtime.errors import UserError
+from mdt_jax.runtime.files import save_arrays
+from mdt_jax.runtime.progress import say
 
 DEEPEST = 8  # tars within each other
 LARGEST_HEADER = 2**20  # bytes; long names and attributes take a few hundred

@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from mdt_jax.data.found import describe
-from mdt_jax.errors import UserError
-from mdt_jax.files import reason
+from mdt_jax.runtime.errors import UserError
+from mdt_jax.runtime.files import reason
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,6 +8,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+# Stable Diffusion 1.x: one over the deviation of its VAE's latents.
+VAE_SCALE = 0.18215
+
 
 class ResnetBlock(nn.Module):
     """[B, H, W, C] → [B, H, W, features]: twice norm, SiLU and 3×3 convolution, and a shortcut."""

@@ -16,6 +16,12 @@ SIZE = 299  # what images are resized to
 SPATIAL_CHANNELS = 7  # of Mixed_6d's 1×1 branch, whose 17×17 positions are sFID's features
 POOL, SPATIAL = 2048, 17 * 17 * SPATIAL_CHANNELS  # how many features there are
 
+# Where the file is, for messages.
+WHERE = (
+    "pt_inception-2015-12-05-6726825d.pth at "
+    "https://github.com/mseitzer/pytorch-fid/releases/tag/fid_weights"
+)
+
 
 class Features(NamedTuple):
     """pool: [B, 2048]; spatial: [B, 2023], sFID's; logits: [B, num_classes], without their bias."""

@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from mdt_jax.errors import UserError
-from mdt_jax.files import check_regular
+from mdt_jax.runtime.errors import UserError
+from mdt_jax.runtime.files import check_regular
 
 
 def read_steps(path: str | os.PathLike) -> list[tuple[int, str]]:

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from mdt_jax import keys, parallel
 from mdt_jax.models.mdt import MDT, init_params
+from mdt_jax.runtime import keys, parallel
 
 
 @flax.struct.dataclass

@@ -11,14 +11,14 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from mdt_jax import keys, parallel
 from mdt_jax.diffusion.losses import LOSS_WEIGHTS, diffusion_losses
 from mdt_jax.diffusion.schedule import extract, linear_schedule
 from mdt_jax.models import masking
 from mdt_jax.models.mdt import MDT
-from mdt_jax.precision import of_products
+from mdt_jax.runtime import keys, parallel
+from mdt_jax.runtime.precision import of_products
 from mdt_jax.train.state import TrainState
-from mdt_jax.vae import from_uint8
+from mdt_jax.weights.vae import from_uint8
 
 LABEL_DROPOUT = 0.1
 

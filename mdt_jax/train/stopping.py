@@ -9,8 +9,8 @@ from collections.abc import Iterator
 
 from jax.experimental import multihost_utils
 
-from mdt_jax import interrupts
-from mdt_jax.distributed import several
+from mdt_jax.runtime import interrupts
+from mdt_jax.runtime.hosts import several
 
 
 class Stopped(BaseException):

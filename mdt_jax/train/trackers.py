@@ -10,9 +10,9 @@ import jax
 import numpy as np
 
 from mdt_jax.data.pictures import opened
-from mdt_jax.distributed import say
-from mdt_jax.errors import UserError
-from mdt_jax.files import whole
+from mdt_jax.runtime.errors import UserError
+from mdt_jax.runtime.files import whole
+from mdt_jax.runtime.hosts import say
 
 
 class Tracker(Protocol):

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mdt_jax import keys
-from mdt_jax.interop.mdt_weights import published_from_params
+from mdt_jax.diffusion.options import SampleOptions
 from mdt_jax.models.mdt import MDT
-from mdt_jax.options import SampleOptions
-from mdt_jax.sampling import Noise, generate
-from mdt_jax.sampling import draw as draw_noise
+from mdt_jax.runtime import keys
+from mdt_jax.sampling.generation import Noise, generate
+from mdt_jax.sampling.generation import draw as draw_noise
 from mdt_jax.train.step import Draws, Objective, sample_losses
+from mdt_jax.weights.mdt_names import published_from_params
 from tests.benches.test_benchmarks import rows_of, script
 from tests.conftest import ROOT, run_here
 from tests.models.common import random_params

@@ -8,15 +8,17 @@ import jax.numpy as jnp
 import pytest
 
 from mdt_jax import config as configs
-from mdt_jax import parallel, sampling, vae
-from mdt_jax.errors import UserError
+from mdt_jax.diffusion.options import SampleOptions
 from mdt_jax.models.autoencoder import AutoencoderKL
 from mdt_jax.models.inception import Inception
 from mdt_jax.models.mdt import MDT, init_params
-from mdt_jax.options import SampleOptions
+from mdt_jax.runtime import parallel
+from mdt_jax.runtime.errors import UserError
+from mdt_jax.sampling import generation
 from mdt_jax.train.optimizers import make_optimizer
 from mdt_jax.train.state import abstract_state
 from mdt_jax.train.step import trace_step
+from mdt_jax.weights import vae
 
 PLATFORMS = ("cuda", "tpu")
 VAE = AutoencoderKL(channels=(8, 8, 8, 8), groups=4)
@@ -47,14 +49,14 @@ def training(config) -> jax.stages.Traced:
 
 def drawing(options: SampleOptions) -> jax.stages.Traced:
     model = MDT.from_config(tiny("v1"))
-    asked = sampling.request(
+    asked = generation.request(
         model, init_params(model, jax.random.key(0)), [0, 1], options=options, num_steps=4
     )
     mesh, params, key = asked.on_devices()
     ((_, _, rows),) = asked.rows(mesh)
     given = asked.inputs(rows, mesh)
-    state = sampling._begin(model, asked.options, key, given[0])
-    return sampling._run.trace(model, asked.options, ((True, 4),), params, key, *given, state, 0)
+    state = generation._begin(model, asked.options, key, given[0])
+    return generation._run.trace(model, asked.options, ((True, 4),), params, key, *given, state, 0)
 
 
 def abstract(network, *arguments, **flags) -> dict:

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from mdt_jax import config as configs
-from mdt_jax import costs
 from mdt_jax.models.mdt import MDT
+from mdt_jax.train import costs
 from tests.conftest import ROOT, train_here
 
 RECIPES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))

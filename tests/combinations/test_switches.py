@@ -17,10 +17,12 @@ import pytest
 from ml_collections import ConfigDict
 
 from mdt_jax import config as configs
-from mdt_jax import inputs, keys, parallel, sampling
-from mdt_jax.errors import UserError
+from mdt_jax.diffusion.options import SampleOptions, balanced_labels
 from mdt_jax.models.mdt import MDT
-from mdt_jax.options import SampleOptions, balanced_labels
+from mdt_jax.runtime import keys, parallel
+from mdt_jax.runtime.errors import UserError
+from mdt_jax.sampling import generation
+from mdt_jax.train import inputs
 from mdt_jax.train.optimizers import make_optimizer
 from mdt_jax.train.state import abstract_state, init_state
 from mdt_jax.train.step import Objective, compile_step, draw, make_train_step
@@ -187,20 +189,20 @@ def trace(config: ConfigDict) -> None:
     doubled = asked.options.guided_evaluations(asked.scales).tolist()
 
     def sampled(params, key, labels, scales):
-        noise = sampling.Noise(labels)
-        state = sampling._begin(model, options, key, noise)
-        piece = sampling.stretches(doubled)
-        return sampling._run(model, options, piece, params, key, noise, labels, scales, state, 0)
+        noise = generation.Noise(labels)
+        state = generation._begin(model, options, key, noise)
+        piece = generation.stretches(doubled)
+        return generation._run(model, options, piece, params, key, noise, labels, scales, state, 0)
 
     scales = jax.ShapeDtypeStruct((BATCH,), jnp.float32)
     drawn, _ = jax.eval_shape(sampled, state.ema, key, batch["labels"], scales)
     assert drawn.x.shape == batch["latents"].shape
 
 
-def requested(config: ConfigDict, model: MDT, params) -> sampling.Request:
+def requested(config: ConfigDict, model: MDT, params) -> generation.Request:
     labels = balanced_labels(BATCH, model.num_classes)
     options = SampleOptions.from_config(config)
-    return sampling.request(model, params, labels, options=options, batch_size=BATCH)
+    return generation.request(model, params, labels, options=options, batch_size=BATCH)
 
 
 def run(config: ConfigDict) -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from mdt_jax.data.classes import correspond, imagenet_among, imagenet_label, imagenet_names
 from mdt_jax.data.classes import parse_label as parse
-from mdt_jax.errors import UserError
+from mdt_jax.runtime.errors import UserError
 
 COUNTED = ["1", "2", "3"]
 PADDED = ["01", "02", "03"]

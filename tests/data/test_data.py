@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from mdt_jax.data import images, sources
-from mdt_jax.errors import UserError
+from mdt_jax.runtime.errors import UserError
 from tests.conftest import ROOT
 
 

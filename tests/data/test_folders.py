@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from mdt_jax.data import folders
-from mdt_jax.errors import UserError
+from mdt_jax.runtime.errors import UserError
 
 
 def picture(path, value=0):

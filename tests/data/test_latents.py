@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mdt_jax.data import latents, latents_making, pipeline
-from mdt_jax.errors import UserError
+from mdt_jax.runtime.errors import UserError
 
 SHAPE = (4, 4, 4)
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from mdt_jax.data import folders, pipeline
 from mdt_jax.data.crops import Squares
-from mdt_jax.errors import UserError
+from mdt_jax.runtime.errors import UserError
 from tests.small_data import write_pictures
 
 

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from mdt_jax.data import tars
-from mdt_jax.errors import UserError
+from mdt_jax.runtime.errors import UserError
 
 
 def jpeg(value):

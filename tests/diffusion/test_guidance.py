@@ -2,13 +2,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mdt_jax.diffusion.guidance import (
-    constant,
-    guide,
-    power_cosine,
-    power_cosine_printed,
-    within,
-)
+from mdt_jax.diffusion.guidance import constant, guide, power_cosine, power_cosine_printed, within
 
 T = jnp.array([999, 750, 500, 400, 300, 200, 100, 50, 0])
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from mdt_jax import features
-from mdt_jax.interop import torch_files
+from mdt_jax.evaluation import features
+from mdt_jax.weights import torch_files
 from tests.conftest import ROOT, XLA_FLAGS, run_here
 from tests.hub_server import released
 from tests.small_data import write_pictures, write_vae

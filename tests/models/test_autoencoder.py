@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mdt_jax.errors import UserError
-from mdt_jax.interop.vae_weights import from_published, is_vae, to_published
 from mdt_jax.models.autoencoder import AutoencoderKL
+from mdt_jax.runtime.errors import UserError
+from mdt_jax.weights.vae_names import from_published, is_vae, to_published
 from tests.published import relative_error
 
 torch = pytest.importorskip("torch")

@@ -6,8 +6,8 @@ import pytest
 from skimage import data
 from sklearn.datasets import load_sample_images
 
-from mdt_jax.interop import inception_weights
 from mdt_jax.models.inception import Inception, resize_bilinear
+from mdt_jax.weights import inception_names
 from tests.conftest import FULL_COMPILE
 
 torch = pytest.importorskip("torch")
@@ -23,7 +23,7 @@ def state():
 
 @pytest.fixture(scope="module")
 def run(state):
-    network, params = inception_weights.from_published(state)
+    network, params = inception_names.from_published(state)
 
     def apply(images):
         compiled = jax.jit(network.apply).lower({"params": params}, images).compile(FULL_COMPILE)

@@ -11,8 +11,9 @@ import jax
 import numpy as np
 
 from mdt_jax import config as configs
-from mdt_jax import inputs, parallel
 from mdt_jax.models.mdt import MDT
+from mdt_jax.runtime import parallel
+from mdt_jax.train import inputs
 from mdt_jax.train.optimizers import make_optimizer
 from mdt_jax.train.state import abstract_state, init_state
 from mdt_jax.train.step import compile_step, draw

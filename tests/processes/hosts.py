@@ -16,10 +16,12 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from mdt_jax import cli, distributed, encode, inputs, main, parallel
+from mdt_jax import cli, encode, main
 from mdt_jax import config as configs
-from mdt_jax.errors import UserError
 from mdt_jax.models.mdt import MDT
+from mdt_jax.runtime import hosts, parallel
+from mdt_jax.runtime.errors import UserError
+from mdt_jax.train import inputs
 from mdt_jax.train.checkpoints import Checkpoints
 from mdt_jax.train.optimizers import make_optimizer
 from mdt_jax.train.state import abstract_state
@@ -57,7 +59,7 @@ def restore(out: str, workdir: str, *arguments: str) -> None:
     assert jax.tree.map(lambda leaf: leaf.sharding, state) == jax.tree.map(
         lambda leaf: leaf.sharding, abstract
     )
-    leaves = [distributed.fetch(leaf) for leaf in jax.tree.leaves(state)]
+    leaves = [hosts.fetch(leaf) for leaf in jax.tree.leaves(state)]
     if jax.process_index() == 0:
         np.savez(out, *leaves)
 

@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from mdt_jax import parallel
-from mdt_jax.errors import UserError
+from mdt_jax.runtime import parallel
+from mdt_jax.runtime.errors import UserError
 from tests.conftest import SMOKE, XLA_FLAGS, run_command, start_command
 from tests.processes.devices import DEVICES, VARIANTS
 

@@ -103,7 +103,7 @@ def test_compiled_programs_are_kept_for_the_next_time(tmp_path):
     code = """
 import jax
 from mdt_jax import cli
-cli.keep_compilations()
+accelerators.keep_compilations()
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 jax.jit(lambda x: x + 1)(1)

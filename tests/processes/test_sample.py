@@ -8,8 +8,9 @@ import time
 import jax
 import numpy as np
 
-from mdt_jax import sample, weights
+from mdt_jax import sample
 from mdt_jax.models.mdt import MDT, init_params
+from mdt_jax.weights import networks
 from tests.conftest import ROOT, run_here, start_command
 from tests.processes.together import all_well, free_port
 from tests.runs import SAMPLE
@@ -62,7 +63,7 @@ def test_memory_does_not_grow_with_the_number_of_samples(tmp_path):
     model = MDT(input_size=(64, 64), in_channels=3, hidden_size=8, depth=2, num_heads=1,
                 patch_size=32, decoder_layers=1, num_classes=3)  # fmt: skip
     params = init_params(model, jax.random.key(0))
-    weights.save(tmp_path / "tiny", weights.Weights(model, params))
+    networks.save(tmp_path / "tiny", networks.Weights(model, params))
     peaks = []
     for count in (500, 5000):
         flags = [f"--checkpoint={tmp_path / 'tiny'}", f"--num_samples={count}", "--num_steps=1"]

@@ -4,7 +4,7 @@ import socket
 import subprocess
 import time
 
-from mdt_jax.roll_call import roll_call_port
+from mdt_jax.runtime.roll_call import roll_call_port
 from tests.conftest import start_command
 
 

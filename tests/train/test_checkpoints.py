@@ -15,12 +15,12 @@ import orbax.checkpoint as ocp
 import pytest
 
 import mdt_jax
-from mdt_jax.errors import UserError
-from mdt_jax.train.checkpoints import Checkpoints, steps_in
+from mdt_jax.runtime.errors import UserError
+from mdt_jax.train.checkpoints import Checkpoints
 from mdt_jax.train.metrics import MetricsLog
-from mdt_jax.train.orbax_folders import read_meta
 from mdt_jax.train.state import TrainState
-from mdt_jax.weights import load_weights
+from mdt_jax.weights.networks import load_weights
+from mdt_jax.weights.orbax_folders import read_meta, steps_in
 from tests.conftest import ROOT, SMOKE, train_here
 from tests.models.common import apply
 from tests.runs import arrays

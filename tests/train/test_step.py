@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from mdt_jax import config as configs
-from mdt_jax import parallel
-from mdt_jax.costs import inner_jaxprs
 from mdt_jax.models.mdt import MDT
+from mdt_jax.runtime import parallel
+from mdt_jax.train.costs import inner_jaxprs
 from mdt_jax.train.optimizers import make_optimizer
 from mdt_jax.train.state import abstract_state, init_state, state_from_params
 from mdt_jax.train.step import Draws, Objective, draw, make_train_step, trace_step

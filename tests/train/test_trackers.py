@@ -10,8 +10,8 @@ import jax
 import numpy as np
 import pytest
 
-from mdt_jax import costs
-from mdt_jax.errors import UserError
+from mdt_jax.runtime.errors import UserError
+from mdt_jax.train import costs
 from mdt_jax.train.metrics import Means
 from mdt_jax.train.speed import Clock, Speed
 from mdt_jax.train.trackers import Profile, open_trackers

@@ -1,0 +1,133 @@
+"""The device mesh, how arrays lie on it, and how they get there."""
+
+import functools
+import math
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from mdt_jax.runtime.errors import UserError
+
+AXES = ("data", "fsdp")  # batches are split over both, parameters over `fsdp` alone
+SHARDED_FROM = 2**14  # elements; what is smaller costs more to gather than it saves
+
+
+def mesh_shape(data: int, fsdp: int, devices: int, slices: int = 1) -> tuple[int, int]:
+    """(data, fsdp) in full; data=0 is what `devices` leave. Raises UserError where it does not fit.
+
+    slices: groups of devices with slow links between them, over which only `data` may reach.
+    """
+    if devices % fsdp or data not in (0, devices // fsdp):
+        asked = f"mesh.data {data} × mesh.fsdp {fsdp}" if data else f"mesh.fsdp {fsdp}"
+        raise UserError(
+            f"{asked} does not match the {devices} devices: their product must be {devices}, or "
+            f"mesh.data 0 and mesh.fsdp a divisor of it"
+        )
+    data = devices // fsdp
+    if data % slices:
+        raise UserError(
+            f"mesh.data {data} is not divisible by the {slices} slices: mesh.fsdp {fsdp} must fit "
+            "into one of them"
+        )
+    return data, fsdp
+
+
+def make_mesh(data: int = 0, fsdp: int = 1, devices: list | None = None) -> Mesh:
+    """A mesh of `devices` (default: all there are) with the axes `data` and `fsdp`.
+
+    Over several slices of TPUs `data` reaches across the network between them, and all of an
+    `fsdp` group lies within one. Raises UserError where the sizes do not match the devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    shape = mesh_shape(data, fsdp, len(devices), len(_slices(devices)))
+    return Mesh(place(shape, devices), AXES, axis_types=(AxisType.Auto, AxisType.Auto))
+
+
+def _slices(devices: list) -> set[int]:
+    return {getattr(device, "slice_index", 0) for device in devices}
+
+
+def place(shape: tuple[int, int], devices: list) -> np.ndarray:
+    """Devices as an array [data, fsdp], so that neighbours along `fsdp` are linked best."""
+    slices = len(_slices(devices))
+    if slices == 1:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    inside = (shape[0] // slices, shape[1])
+    return mesh_utils.create_hybrid_device_mesh(
+        inside, (slices, 1), devices, allow_split_physical_axes=True
+    )
+
+
+def mesh_of(tree) -> Mesh:
+    """The mesh on which a tree of arrays lies; where they lie on none, one of all devices."""
+    for leaf in jax.tree.leaves(tree):
+        sharding = getattr(leaf, "sharding", None)
+        mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
+        if isinstance(mesh, Mesh) and mesh.axis_names == AXES:
+            return mesh
+    return make_mesh()
+
+
+def local_mesh() -> Mesh:
+    """As `make_mesh`, of this process's devices alone."""
+    devices = np.array(jax.local_devices()).reshape(-1, 1)
+    return Mesh(devices, AXES, axis_types=(AxisType.Auto, AxisType.Auto))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Every device holds the whole array."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def split_batch(mesh: Mesh) -> NamedSharding:
+    """The first axis is split over all devices."""
+    return NamedSharding(mesh, PartitionSpec(AXES))
+
+
+def sharded(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
+    """Where an array of the training state lies: its largest divisible axis is split over `fsdp`.
+
+    Arrays of less than SHARDED_FROM elements, and those without such an axis, lie on every device.
+    """
+    parts = mesh.shape["fsdp"]
+    divisible = [axis for axis, size in enumerate(shape) if size % parts == 0]
+    if parts == 1 or math.prod(shape) < SHARDED_FROM or not divisible:
+        return replicated(mesh)
+    largest = max(divisible, key=lambda axis: (shape[axis], axis))
+    return NamedSharding(mesh, PartitionSpec(*[None] * largest, "fsdp"))
+
+
+def gathered(mesh: Mesh, tree):
+    """Inside a jitted function: the tree with every array whole on every device."""
+    return jax.lax.with_sharding_constraint(tree, replicated(mesh))
+
+
+def local_rows(sharding: NamedSharding, size: int) -> np.ndarray:
+    """Which places along a first axis of `size` lie on this process's devices; int64, ascending."""
+    slices = sharding.addressable_devices_indices_map((size,)).values()
+    return np.unique(np.concatenate([np.arange(size)[place] for place in slices]))
+
+
+def put(tree, sharding: NamedSharding):
+    """A tree of arrays as they shall lie on a mesh.
+
+    What only this process has must be the same in every process that the mesh reaches to.
+    """
+    leaves = jax.tree.leaves(tree)
+    if any(isinstance(a, jax.Array) and not a.is_fully_addressable for a in leaves):
+        return _relay(sharding)(tree)
+    if sharding.is_fully_addressable:
+        return jax.device_put(tree, sharding)
+
+    def one(array):
+        array = np.asarray(array)
+        return jax.make_array_from_callback(array.shape, sharding, lambda place: array[place])
+
+    return jax.tree.map(one, tree)
+
+
+@functools.cache
+def _relay(sharding: NamedSharding):
+    return jax.jit(lambda tree: tree, out_shardings=sharding)
