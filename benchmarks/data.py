@@ -25,11 +25,11 @@ from PIL import Image
 
 from mdt_jax import cli
 from mdt_jax.data import folders, latents, latents_making, pipeline, tars
-from mdt_jax.data.crops import Squares
+from mdt_jax.data.crops import CroppedImages
 from mdt_jax.models.masking import keep_length
 from mdt_jax.models.mdt import MDT, SIZES
 from mdt_jax.runtime.errors import UserError
-from mdt_jax.runtime.files import whole
+from mdt_jax.runtime.files import atomic_write
 from mdt_jax.runtime.progress import progress_bar
 from mdt_jax.train import costs
 
@@ -108,7 +108,7 @@ def write_latents(place: pathlib.Path, count: int) -> None:
                 "damaged": np.full(len(part), -1),
             }
 
-    making = latents_making.Making(place / "latents", what)
+    making = latents_making.CacheWriter(place / "latents", what)
     making.start()
     with progress_bar(count, True, "making latents", "latent") as bar:
         for shard in range(making.num_shards):
@@ -172,8 +172,8 @@ def bench(argv: list[str]) -> None:
         write_images(place, flags.images)
         write_latents(place, flags.latents)
         sources = {
-            "images of a folder": Squares(folders.load(place / "folder"), 256, flip=True),
-            "images of a tar": Squares(tars.load(place / "tar"), 256, flip=True),
+            "images of a folder": CroppedImages(folders.load(place / "folder"), 256, flip=True),
+            "images of a tar": CroppedImages(tars.load(place / "tar"), 256, flip=True),
             "latents of a cache": latents.load(place / "latents", flip=True),
         }
         for name, source in sources.items():
@@ -194,7 +194,7 @@ def bench(argv: list[str]) -> None:
     out = pathlib.Path(flags.out)
     out.mkdir(parents=True, exist_ok=True)
     report = {"cores": os.cpu_count(), "jax": jax.__version__, "rates": rows, "tflop": work}
-    with whole(out / "data.json") as temporary:
+    with atomic_write(out / "data.json") as temporary:
         temporary.write_text(json.dumps(report, indent=1) + "\n")
 
 

@@ -41,8 +41,8 @@ def ours(spec: dict) -> None:
     began = time.perf_counter()
     step = compile_step(config, model, optimizer, abstract, mesh)
     compiling = time.perf_counter() - began
-    lies = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    init = jax.jit(init_state, static_argnums=(0, 1), out_shardings=lies)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    init = jax.jit(init_state, static_argnums=(0, 1), out_shardings=shardings)
     state = init(model, optimizer, jax.random.key(0))
     split, random = parallel.split_batch(mesh), np.random.default_rng(0)
     batch = {

@@ -40,10 +40,10 @@ def run(main: Callable[[list[str]], None]) -> None:
 def _run(main: Callable[[list[str]], None]) -> None:
     try:
         main(sys.argv)
-        hosts.part()
+        hosts.shutdown()
         _exit_if_lost()
     except KeyboardInterrupt:
-        progress.say("stopped")
+        progress.log("stopped")
         _exit(128 + signal.SIGINT, "Ctrl-C")
     except SystemExit as exit_:
         if not exit_.code and not hosts.several():
@@ -52,7 +52,7 @@ def _run(main: Callable[[list[str]], None]) -> None:
     except Exception as error:
         if line := one_line(error):
             who = hosts.name() if hosts.several() else ""
-            progress.say(f"error: {who}{line}")
+            progress.log(f"error: {who}{line}")
             _exit(2, line)
         if hosts.several():
             hosts.await_verdict(error)
@@ -90,7 +90,7 @@ def _exit_if_lost() -> None:
     if isinstance(error, BrokenPipeError):
         sys.exit(128 + signal.SIGPIPE)
     if error is not None:
-        progress.say(
+        progress.log(
             f"error: stdout could not be written: {files.reason(error)}; what goes to files is done"
         )
         sys.exit(2)
@@ -240,7 +240,7 @@ def parse_config(
     of the wrong type, for a URL where a path is meant, and for a file that gives no config.
     """
     if "--help" in argv or "-h" in argv:
-        progress.tell(usage)
+        progress.print_result(usage)
         sys.exit(0)
     path, argv = _config_path(argv)
     values = flags.FlagValues()

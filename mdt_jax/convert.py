@@ -9,7 +9,7 @@ import pathlib
 from mdt_jax import cli
 from mdt_jax.runtime import accelerators, files, locks
 from mdt_jax.runtime.errors import UserError
-from mdt_jax.runtime.progress import tell
+from mdt_jax.runtime.progress import print_result
 from mdt_jax.weights import networks, torch_files
 from mdt_jax.weights.orbax_folders import check_path
 
@@ -61,9 +61,9 @@ def main(argv: list[str]) -> None:
     with locks.held(locks.beside(dst), str(dst)):
         found = networks.read(args.src, args.params, args.decoder_layers)
         networks.save(dst, found)
-        tell(f"wrote {dst}: {networks.describe(found.model)}")
-    for line in networks.not_told(found) if dst.suffix else []:
-        tell(f"what {dst.name} does not tell: {line}")
+        print_result(f"wrote {dst}: {networks.describe(found.model)}")
+    for line in networks.unrecorded(found) if dst.suffix else []:
+        print_result(f"what {dst.name} does not tell: {line}")
 
 
 if __name__ == "__main__":

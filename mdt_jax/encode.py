@@ -19,11 +19,11 @@ from ml_collections import ConfigDict
 from mdt_jax import cli
 from mdt_jax import config as configs
 from mdt_jax.data import latents, latents_making, pipeline, sources
-from mdt_jax.data.crops import Squares
+from mdt_jax.data.crops import CroppedImages
 from mdt_jax.models.mdt import input_shape
 from mdt_jax.runtime import accelerators, files, parallel
 from mdt_jax.runtime.errors import UserError
-from mdt_jax.runtime.progress import progress_bar, say, tell
+from mdt_jax.runtime.progress import log, print_result, progress_bar
 from mdt_jax.train import inputs
 from mdt_jax.weights import vae
 
@@ -41,7 +41,7 @@ def load_vae(config: ConfigDict) -> inputs.Vae:
     return found
 
 
-def open_images(config: ConfigDict) -> Squares:
+def open_images(config: ConfigDict) -> CroppedImages:
     """The images of a config in their own order, none standing in for another."""
     if config.vae.path == "identity":
         raise UserError(NO_VAE)
@@ -54,7 +54,11 @@ def open_images(config: ConfigDict) -> Squares:
 
 
 def encoded(
-    config: ConfigDict, images: Squares, found: inputs.Vae, parts: list[np.ndarray], known: set[int]
+    config: ConfigDict,
+    images: CroppedImages,
+    found: inputs.Vae,
+    parts: list[np.ndarray],
+    known: set[int],
 ) -> Generator[dict[str, np.ndarray], None, None]:
     """The images of each part in batches: "moments" [n, 4, h, w, c] float16, "labels", "damaged".
 
@@ -92,7 +96,9 @@ def encoded(
         yield finish(*waiting)
 
 
-def describe(config: ConfigDict, images: Squares, found: inputs.Vae, shard_images: int) -> dict:
+def describe(
+    config: ConfigDict, images: CroppedImages, found: inputs.Vae, shard_images: int
+) -> dict:
     """All that a cache is of, as its manifest begins."""
     data = config.data
     return {
@@ -122,18 +128,22 @@ def make(config: ConfigDict, out: pathlib.Path, shard_images: int, part: tuple[i
     inputs.settle(config, len(images.classes))
     found = load_vae(config)
     inputs.check_scale(config)
-    making = latents_making.Making(out, describe(config, images, found, shard_images))
+    making = latents_making.CacheWriter(out, describe(config, images, found, shard_images))
     with making.alone(part):
         fill(making, config, images, found, part)
 
 
 def fill(
-    making: latents_making.Making, config: ConfigDict, images: Squares, found: inputs.Vae, part
+    making: latents_making.CacheWriter,
+    config: ConfigDict,
+    images: CroppedImages,
+    found: inputs.Vae,
+    part,
 ) -> None:
     """Encode what is not yet encoded of one part; arguments as of `make`."""
     out = making.folder
     if making.start():
-        say(f"{out} is finished already; --verify reads all of it")
+        log(f"{out} is finished already; --verify reads all of it")
         return
     inputs.say_found(config.data, images)
     own = range(part[0], making.num_shards, part[1])
@@ -153,10 +163,12 @@ def fill(
                 break  # a host whose lock is not seen here was quicker with this part, and tidied
     manifest = making.finish()
     if manifest is None:
-        tell(f"{out}: this part is done; the last of the {part[1]} to end finishes the cache")
+        print_result(
+            f"{out}: this part is done; the last of the {part[1]} to end finishes the cache"
+        )
         return
     count = sum(len(shard["damaged"]) for shard in manifest["shards"])
-    tell(
+    print_result(
         f"{out}: {len(images) - count} images in {making.num_shards} shards, {count} damaged left "
         f"out; {inputs.describe_scale(manifest['latent_std'], config.vae.scale)}"
     )
@@ -203,7 +215,7 @@ def verify(config: ConfigDict, out: pathlib.Path) -> None:
     if doubt := inputs.doubt_scale(std, config.vae.scale):
         raise UserError(f"{out}: {doubt}")
     said = inputs.describe_scale(std, config.vae.scale)
-    tell(f"{out} is sound: {len(cache)} images in {len(shards)} shards; {said}")
+    print_result(f"{out} is sound: {len(cache)} images in {len(shards)} shards; {said}")
 
 
 def estimate_scale(config: ConfigDict) -> None:
@@ -221,7 +233,9 @@ def estimate_scale(config: ConfigDict) -> None:
     std = latents.deviation(measured, input_shape(config))
     if not std:
         raise UserError(f"none of {count} images could be read")
-    tell(f"vae.scale: {1 / std:.5g}, one over the deviation of the latents of {count} images")
+    print_result(
+        f"vae.scale: {1 / std:.5g}, one over the deviation of the latents of {count} images"
+    )
 
 
 def main(argv: list[str]) -> None:

@@ -15,13 +15,13 @@ import pathlib
 from mdt_jax import __version__, cli
 from mdt_jax.data.images import UINT8_RULE
 from mdt_jax.evaluation import measuring, references
-from mdt_jax.evaluation.features import Parts, find
+from mdt_jax.evaluation.features import Parts, extract
 from mdt_jax.evaluation.image_sets import Files, StoredSet, open_arrays, open_images
 from mdt_jax.runtime import accelerators, hosts, locks
 from mdt_jax.runtime.errors import UserError
-from mdt_jax.runtime.files import whole
+from mdt_jax.runtime.files import atomic_write
 from mdt_jax.runtime.hosts import is_first
-from mdt_jax.runtime.progress import tell
+from mdt_jax.runtime.progress import print_result
 from mdt_jax.sampling import pipeline
 from mdt_jax.weights import networks, vae
 
@@ -147,7 +147,7 @@ def say_found(*sets: StoredSet | None) -> None:
     """Say what image files there are, and what is left out."""
     for images in sets:
         if isinstance(images, Files):
-            hosts.say(images.found)
+            hosts.log0(images.found)
 
 
 def default_card(samples: StoredSet) -> str | None:
@@ -203,11 +203,11 @@ def make_reference(args) -> None:
     folder = out.with_name(f"{out.name}.features")
     parts = Parts(folder, {"of": about(images), "by": network.note})
     with hosts.alone(locks.beside(out), str(out)):
-        found = find({"inception": network}, images, parts, progress=True)
+        found = extract({"inception": network}, images, parts, progress=True)
         if is_first():
             references.save(out, found["inception"], references.sample_of(images))
             parts.remove()
-            tell(f"wrote the statistics of {len(images)} images to {out}")
+            print_result(f"wrote the statistics of {len(images)} images to {out}")
 
 
 def evaluate_vae(args) -> None:
@@ -232,7 +232,7 @@ def evaluate_vae(args) -> None:
             write(out, measured, settings)
             show(f"{images.path} through {args.vae}:", measured, out)
             if inception is None:
-                tell("no rFID: --inception=FILE was not given")
+                print_result("no rFID: --inception=FILE was not given")
 
 
 def alone_at(out: pathlib.Path | None) -> contextlib.AbstractContextManager:
@@ -248,22 +248,22 @@ def write(out: pathlib.Path | None, measured: dict, settings: dict) -> None:
         return
     finite = {n: v if math.isfinite(v) else None for n, v in measured.items()}
     card = {"mdt_jax": __version__, "measured": finite, **settings}
-    with whole(out) as temporary:
+    with atomic_write(out) as temporary:
         temporary.write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
 
 
 def show(title: str, measured: dict, out: pathlib.Path | None) -> None:
     """A table on the screen."""
-    tell(title)
+    print_result(title)
     for name, value in measured.items():
         if name in NAMES:
-            tell(f"{NAMES[name]:>30}  {value:.4f}")
+            print_result(f"{NAMES[name]:>30}  {value:.4f}")
     count = measured.get("num_samples", measured.get("num_images"))
-    tell(f"{'images':>30}  {count}")
+    print_result(f"{'images':>30}  {count}")
     if out is None:
-        tell("no card with the settings: --out=FILE.json was not given")
+        print_result("no card with the settings: --out=FILE.json was not given")
     else:
-        tell(f"wrote these and all settings to {out}")
+        print_result(f"wrote these and all settings to {out}")
 
 
 def main(argv: list[str]) -> None:

@@ -14,7 +14,7 @@ from mdt_jax import cli
 from mdt_jax import config as configs
 from mdt_jax.models.mdt import MDT
 from mdt_jax.runtime import accelerators
-from mdt_jax.runtime.progress import say, tell
+from mdt_jax.runtime.progress import log, print_result
 from mdt_jax.train import costs
 
 
@@ -64,11 +64,11 @@ def main(argv: list[str]) -> None:
     accelerators.start()
     configs.validate(config, jax.device_count())
     if config.model.num_classes < 0:
-        say("model.num_classes is -1, and no data is read: counted as 0")
+        log("model.num_classes is -1, and no data is read: counted as 0")
         config.model.num_classes = 0
-    say("compiling a training step, to see what it needs …")
+    log("compiling a training step, to see what it needs …")
     for name, text in report(config).items():
-        tell(f"{name:<17}{text}")
+        print_result(f"{name:<17}{text}")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from mdt_jax.diffusion.options import check_seed
 from mdt_jax.runtime import accelerators, allocator, parallel
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.runtime.files import reason
-from mdt_jax.runtime.progress import tell
+from mdt_jax.runtime.progress import print_result
 from mdt_jax.sampling import pipeline
 from mdt_jax.sampling.inpainting import MODES, InpaintOptions, check_hidden, inpaint
 from mdt_jax.weights.vae import encoder
@@ -219,7 +219,7 @@ def main(argv: list[str]) -> None:
     if found is not None:
         known, hidden_there = encoded(image, hidden, found, options.precision)
         said += f", {share(hidden_there)} of the latents"
-    tell(said)
+    print_result(said)
     changes = {} if scales is None else {"guidance_scale": np.resize(scales, len(labels))}
     samples = inpaint(
         model, weights.params, np.stack([known] * len(labels)), hidden_there, labels, how=how,
@@ -234,7 +234,7 @@ def main(argv: list[str]) -> None:
         save_image(str(out), complete[0], written(note))
     else:
         save_grid(str(out), complete, note=written(note))
-    tell(f"wrote {len(complete)} completion{'s' * (len(complete) > 1)} to {out}")
+    print_result(f"wrote {len(complete)} completion{'s' * (len(complete) > 1)} to {out}")
 
 
 class _Callable(types.ModuleType):

@@ -24,8 +24,8 @@ from mdt_jax.evaluation.measuring import BEST
 from mdt_jax.models.mdt import MDT
 from mdt_jax.runtime import accelerators, allocator, files, hosts, interrupts, keys, parallel
 from mdt_jax.runtime.errors import UserError
-from mdt_jax.runtime.hosts import is_first, say
-from mdt_jax.runtime.progress import progress_bar, tell
+from mdt_jax.runtime.hosts import is_first, log0
+from mdt_jax.runtime.progress import print_result, progress_bar
 from mdt_jax.sampling import pipeline
 from mdt_jax.train import costs, inputs
 from mdt_jax.train import workdir as folder
@@ -33,7 +33,7 @@ from mdt_jax.train.checkpoints import Checkpoints
 from mdt_jax.train.metrics import Means
 from mdt_jax.train.optimizers import make_optimizer
 from mdt_jax.train.samples import (
-    Drawer,
+    RunSampler,
     describe,
     going_on_without,
     identities,
@@ -54,7 +54,7 @@ READERS_SECONDS = 30
 
 
 @dataclasses.dataclass(frozen=True)
-class Shown:
+class Monitoring:
     """How a run is shown besides metrics.jsonl: the flags of `main`."""
 
     tensorboard: bool = False
@@ -65,7 +65,7 @@ class Shown:
 def train(
     config: ConfigDict,
     workdir: pathlib.Path,
-    show: Shown | None = None,
+    show: Monitoring | None = None,
     said: Collection[str] = (),
     stop: StopSignal | None = None,
 ) -> bool:
@@ -77,13 +77,13 @@ def train(
     another run is at work in the workdir.
     """
     with contextlib.ExitStack() as held:
-        return _train(config, workdir, show or Shown(), said, stop or StopSignal(), held)
+        return _train(config, workdir, show or Monitoring(), said, stop or StopSignal(), held)
 
 
 def _train(
     config: ConfigDict,
     workdir: pathlib.Path,
-    show: Shown,
+    show: Monitoring,
     said: Collection[str],
     stop: StopSignal,
     held: contextlib.ExitStack,
@@ -103,7 +103,7 @@ def _train(
     if isinstance(data, Latents) and vae is not None:  # a config of latents has a VAE
         inputs.check_cache(data, config, vae)
         if doubt := inputs.doubt_scale(data.manifest["latent_std"], config.vae.scale):
-            say(f"warning: {data.folder}: {doubt}")
+            log0(f"warning: {data.folder}: {doubt}")
     evaluator = open_evaluator(config, data, held_out)
     about_data = {
         "classes": data.classes if config.model.num_classes else [],
@@ -141,21 +141,21 @@ def _train(
             meta[name] for name in ("step", "seconds", "compile_seconds")
         )
     done = start >= config.train.steps and folder.is_reported(workdir, config, start)
-    if hosts.everyone(done):
-        say(f"{workdir} is trained to step {start} and reported already")
+    if hosts.all_hosts(done):
+        log0(f"{workdir} is trained to step {start} and reported already")
         return True
     if restored is None:
-        say(f"{workdir} holds no checkpoint: starting at step 0")
-        lies = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-        state = jax.jit(init_state, static_argnums=(0, 1), out_shardings=lies)(
+        log0(f"{workdir} holds no checkpoint: starting at step 0")
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+        state = jax.jit(init_state, static_argnums=(0, 1), out_shardings=shardings)(
             model, optimizer, init_key
         )
         if taken is not None:
             state = state.replace(**jax.tree.map(parallel.put, taken, {
-                "params": lies.params, "ema": lies.ema
+                "params": shardings.params, "ema": shardings.ema
             }))  # fmt: skip
     else:
-        say(f"going on from step {start} in {workdir}")
+        log0(f"going on from step {start} in {workdir}")
     inputs.say_found(config.data, data)
     shown = (show.tensorboard, show.wandb) if is_first() else (False, "")
     best = Checkpoints(workdir / "best", keep=None)
@@ -173,15 +173,15 @@ def _train(
 
     # One step, compiled once, ahead of time.
     draws = vae and pipeline.Vae(vae.path, config.vae.scale, vae.network, vae.params)
-    steps, drawer = config.train.steps, Drawer(config, model, draws)
+    steps, drawer = config.train.steps, RunSampler(config, model, draws)
     if start < steps:
-        say("compiling the training step …")
+        log0("compiling the training step …")
         clock = Clock()
         train_step = compile_step(config, model, optimizer, abstract, mesh)
         compiling = clock.seconds()
         compile_seconds += compiling
-        hosts.everyone(True)  # wait for the slowest: sums on CPUs do not wait for long
-        say(f"the step is compiled ({compiling:.1f} s)")
+        hosts.all_hosts(True)  # wait for the slowest: sums on CPUs do not wait for long
+        log0(f"the step is compiled ({compiling:.1f} s)")
 
     rate = parallel.put(np.float32(config.optim.lr), parallel.replicated(mesh))
     waiting = None  # the step whose metrics are still on the device
@@ -244,7 +244,7 @@ def _train(
 
         def draw_grid(step):
             every, path = config.train.sample_every, workdir / "samples" / f"{step:07d}.png"
-            if every and step and step % every == 0 and hosts.everyone(not path.exists()):
+            if every and step and step % every == 0 and hosts.all_hosts(not path.exists()):
                 with clock.paused(), going_on_without(f"no samples are drawn at step {step}"):
                     save_sample_grid(path, drawer, state, about_data["classes"])
                     for tracker in log:
@@ -258,19 +258,19 @@ def _train(
             with clock.paused(), going_on_without(f"step {step} is not measured"):
                 found = evaluator.measure(drawer.samples(state.ema, asked), progress=True)
                 name = next(name for name in BEST if name in found)
-                better = found[name] < folder.least(best, config, name)
+                better = found[name] < folder.best_so_far(best, config, name)
                 if better:
                     save(best.replace, measured=found)
                 for tracker in log:
                     tracker.write(step, found)
                 said = ", ".join(f"{name} {value:.4g}" for name, value in found.items())
-                say(f"step {step}: {said}{'; the best so far' if better else ''}")
+                log0(f"step {step}: {said}{'; the best so far' if better else ''}")
 
         def leave(step):
             finish_waiting()
             save()
             checkpoints.close()
-            say(f"stopped at step {step}, saved; the same command goes on")
+            log0(f"stopped at step {step}, saved; the same command goes on")
 
         def evaluation_due(step):
             every = config.evaluation.every
@@ -330,9 +330,9 @@ def _train(
         report |= sample_and_measure(workdir, drawer, state, about_data["classes"], evaluator)
     if is_first():
         folder.write_json(workdir / "report.json", report)
-        tell(json.dumps(report, indent=1))
+        print_result(json.dumps(report, indent=1))
         samples = ", samples.npz, samples.png" if config.sample.num_samples else ""
-        say(f"{workdir} has report.json, metrics.jsonl, checkpoints/{steps}{samples}")
+        log0(f"{workdir} has report.json, metrics.jsonl, checkpoints/{steps}{samples}")
     return True
 
 
@@ -342,7 +342,7 @@ def take_weights(config: ConfigDict, model: MDT, key: jax.Array) -> dict | None:
         return None
     params, ema, said = networks.start_from(config, model, key)
     for line in [f"parameters and EMA are those of {config.init.checkpoint}", *said]:
-        say(f"init.checkpoint: {line}")
+        log0(f"init.checkpoint: {line}")
     return {"params": params, "ema": jax.tree.map(np.array, ema)}
 
 
@@ -369,7 +369,7 @@ def main(argv: list[str]) -> None:
     processes: list[Any] = [flags[name].value for name in cli.PROCESSES]
     hosts.start(*processes)
     accelerators.start()
-    show = Shown(flags.tensorboard, flags.wandb, flags.profile_steps)
+    show = Monitoring(flags.tensorboard, flags.wandb, flags.profile_steps)
     train(config, workdir, show, cli.said(flags), stop)
 
 

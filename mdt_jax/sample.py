@@ -17,8 +17,8 @@ from mdt_jax.data.sample_notes import written
 from mdt_jax.diffusion.options import check_seed
 from mdt_jax.runtime import accelerators, allocator, files, hosts, locks
 from mdt_jax.runtime.errors import UserError
-from mdt_jax.runtime.hosts import is_first, say
-from mdt_jax.runtime.progress import tell
+from mdt_jax.runtime.hosts import is_first, log0
+from mdt_jax.runtime.progress import print_result
 from mdt_jax.sampling import interpolation, pipeline
 from mdt_jax.sampling.generation import request
 
@@ -134,7 +134,7 @@ def main(argv: list[str]) -> None:
             if is_first():
                 note |= {"show": args.show, "frames": frames}
                 save_walk(out, images, written(note))
-                tell(f"wrote {len(rows)} rows of {frames} frames to {out}")
+                print_result(f"wrote {len(rows)} rows of {frames} frames to {out}")
         return
     if scales is not None:
         how["guidance_scale"] = np.resize(scales, len(labels))
@@ -142,9 +142,9 @@ def main(argv: list[str]) -> None:
     sink = WRITERS[suffix](out, labels, shape, note)
     hosts.agree({"samples": note})
     if not pipeline.write_samples(asked, sink, to_images):
-        say(f"{out} is finished already")
+        log0(f"{out} is finished already")
     elif is_first():
-        tell(f"wrote {len(labels)} samples to {out}")
+        print_result(f"wrote {len(labels)} samples to {out}")
 
 
 if __name__ == "__main__":

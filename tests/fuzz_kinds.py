@@ -16,7 +16,7 @@ from PIL import Image
 from mdt_jax import config as configs
 from mdt_jax import inpaint
 from mdt_jax.data import folders, latents, latents_making, sample_files, tars
-from mdt_jax.data.crops import Squares
+from mdt_jax.data.crops import CroppedImages
 from mdt_jax.evaluation import features, image_sets, references
 from mdt_jax.models.mdt import MDT
 from mdt_jax.runtime import locks
@@ -214,7 +214,7 @@ def latent_batches(items: np.ndarray):
 
 
 def make_unfinished(folder: pathlib.Path) -> None:
-    making = latents_making.Making(folder / "c", WHAT)
+    making = latents_making.CacheWriter(folder / "c", WHAT)
     making.start()
     for shard in (0, 2):
         making.write(shard, latent_batches(making.items(shard)))
@@ -227,7 +227,7 @@ def make_latents(folder: pathlib.Path) -> None:
 
 def read_unfinished(folder: pathlib.Path):
     """As `encode` goes on with a cache."""
-    making = latents_making.Making(folder / "c", WHAT)
+    making = latents_making.CacheWriter(folder / "c", WHAT)
     if not making.start():
         for shard in range(making.num_shards):
             if making.done(shard) is None:
@@ -288,7 +288,7 @@ def make_images(folder: pathlib.Path) -> None:
 
 
 def squares_of(files):
-    found = Squares(files, 8)
+    found = CroppedImages(files, 8)
     taken = found.take(np.arange(len(found)), np.zeros(len(found)))
     found.losses()
     if (taken["damaged"] != -1).any():

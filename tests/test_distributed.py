@@ -52,12 +52,12 @@ def place(process: int, exchange: int = 0) -> str:
 
 def test_an_exchange(service):
     service.values[place(1)] = signing.sign(place(1), "of_first\nitself é\n2")
-    assert hosts.of_first("é\n1") == "é\n1"
+    assert hosts.broadcast("é\n1") == "é\n1"
     service.values[place(1, 1)] = signing.sign(place(1, 1), "vote\n0")
-    assert hosts.everyone(True) is False
+    assert hosts.all_hosts(True) is False
     service.values[place(1, 2)] = signing.sign(place(1, 2), "part\n")
     with pytest.raises(UserError, match="process 1 is at part, not vote"):
-        hosts.everyone(True)
+        hosts.all_hosts(True)
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,7 @@ def test_what_a_stranger_has_put_in_a_process_s_place(put, service, monkeypatch)
         monkeypatch.setenv(signing.TOKEN, "this run's")
     service.values[place(1)] = put
     with pytest.raises(UserError) as error:
-        hosts.everyone(True)
+        hosts.all_hosts(True)
     line = str(error.value)
     assert f"the key {place(1)} at the coordinator 10.0.0.1:1234 was set by somebody who" in line
     assert "MDT_JAX_RUN_TOKEN" in line and line.isprintable() and len(line) < 400
@@ -82,11 +82,11 @@ def test_what_a_stranger_has_put_in_a_process_s_place(put, service, monkeypatch)
 def test_a_stranger_was_quicker_or_removed_a_key(service):
     service.values[place(0)] = signing.sign(place(0), "vote\n1")
     with pytest.raises(UserError, match=f"the key {place(0)} .* was set by somebody"):
-        hosts.everyone(True)
+        hosts.all_hosts(True)
     service.values[place(1, 1)] = b"any"
     service.before_reading = service.values.clear
     with pytest.raises(UserError, match="did not come together for 'vote': DEADLINE_EXCEEDED"):
-        hosts.everyone(True)
+        hosts.all_hosts(True)
 
 
 @pytest.mark.parametrize("put", [b"", b"0 all is well", b"two \xff", b"9" * 10**5])

@@ -57,7 +57,7 @@ def test_where_things_lie_is_no_matter(place, tmp_path):
 
 def test_another_host_is_quicker_with_the_same_part(place, tmp_path, monkeypatch):
     """It finishes the cache and tidies while a shard is written here: that is no failure."""
-    write = latents_making.Making.write
+    write = latents_making.CacheWriter.write
 
     def overtaken(making, shard, batches):
         def and_then_tidied():
@@ -68,7 +68,7 @@ def test_another_host_is_quicker_with_the_same_part(place, tmp_path, monkeypatch
 
         write(making, shard, and_then_tidied())
 
-    monkeypatch.setattr(latents_making.Making, "write", overtaken)
+    monkeypatch.setattr(latents_making.CacheWriter, "write", overtaken)
     out = tmp_path / "cache"
     printed = run_here(encode.main, *arguments(place), f"--out={out}", SHARDS)
     assert f"{out}: {IMAGES} images in 13 shards" in printed

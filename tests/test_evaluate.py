@@ -91,7 +91,7 @@ def test_parts_that_are_damaged_are_computed_anew(tmp_path, monkeypatch):
     monkeypatch.setattr(features, "SLICE", 2)
     images = image_sets.Arrays("x.npz", np.arange(24, dtype=np.uint8).reshape(6, 2, 2, 1))
     parts = features.Parts(tmp_path / "parts", {"of": "these"})
-    wanted = features.find({"any": network}, images, parts)["any"].rows["pool"]
+    wanted = features.extract({"any": network}, images, parts)["any"].rows["pool"]
     files = sorted((tmp_path / "parts").glob("*.npz"))
     whole = files[1].read_bytes()
     flipped = bytearray(whole)
@@ -104,7 +104,7 @@ def test_parts_that_are_damaged_are_computed_anew(tmp_path, monkeypatch):
     for content in bad:
         files[1].write_bytes(content)
         assert parts.begin() == {0, 4}
-        found = features.find({"any": network}, images, parts)["any"].rows["pool"]
+        found = features.extract({"any": network}, images, parts)["any"].rows["pool"]
         np.testing.assert_array_equal(found, wanted)
         assert parts.begin() == {0, 2, 4}
     (tmp_path / "parts" / "features.json").write_bytes(b"\xff")
@@ -222,7 +222,7 @@ def test_the_inception_score_of_a_folder_is_that_of_the_npz(sets, tmp_path, monk
     for path, size in ((sets / "samples.npz", 512), (tmp_path, 4)):
         monkeypatch.setattr(features, "SLICE", size)
         images = image_sets.open_images(str(path), drawn=True)
-        rows = features.find({"inception": network}, images)["inception"].rows
+        rows = features.extract({"inception": network}, images)["inception"].rows
         scores.append(metrics.inception_score(rows["logits"], rows["pixels"], split=5))
     assert scores[0] == pytest.approx(scores[1], rel=1e-9)
     assert scores[0] != pytest.approx(measured(sets / "card.json")["inception_score"], rel=1e-6)
@@ -362,7 +362,7 @@ def test_features_that_are_not_finite_name_the_sample(tmp_path):
 
     images = image_sets.Arrays("x.npz", np.arange(9, dtype=np.uint8).reshape(9, 1, 1, 1))
     with pytest.raises(UserError, match=r"x\.npz, image 3 has features that are not finite"):
-        features.find({"any": network}, images)
+        features.extract({"any": network}, images)
 
 
 @pytest.fixture(scope="module")
@@ -535,7 +535,7 @@ def test_what_makes_a_distance_hard_to_compare_is_said_once(capsys):
     assert "compare it only with distances of as many" in said[0]
     assert "covariance of real.npz has rank 8 in 9 dimensions" in said[1]
     still = np.pad(np.random.RandomState(0).rand(50, 8), [(0, 0), (0, 1)])  # one never changes
-    assert list(measuring.doubts(("x", metrics.gaussian(still)))) == []
+    assert list(measuring.reliability_warnings(("x", metrics.gaussian(still)))) == []
     assert "real.npz has negative eigenvalues" in said[2] and "complex square roots" in said[2]
 
 

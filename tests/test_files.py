@@ -17,7 +17,9 @@ def test_the_umask_is_never_changed(tmp_path, monkeypatch):
     before = os.umask(0o027)
     with monkeypatch.context() as patch:
         patch.setattr(os, "umask", lambda _: pytest.fail("the umask is set"))
-        with files.whole(tmp_path / "a") as temporary:  # as writers do that let nobody else read
+        with files.atomic_write(
+            tmp_path / "a"
+        ) as temporary:  # as writers do that let nobody else read
             temporary.unlink()
             os.close(os.open(temporary, os.O_CREAT | os.O_WRONLY, 0o600))
     os.umask(before)

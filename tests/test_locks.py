@@ -175,7 +175,7 @@ def test_two_evaluators_on_one_card(trained, tmp_path):
 
 def test_two_encoders_of_one_part(tmp_path):
     """Others of the same division work beside it; those of another one are refused."""
-    making = latents_making.Making(tmp_path / "cache", {"images": 8, "shard_images": 2})
+    making = latents_making.CacheWriter(tmp_path / "cache", {"images": 8, "shard_images": 2})
     with making.alone((0, 2)):
         with making.alone((1, 2)):
             assert not making.start()

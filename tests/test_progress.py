@@ -84,8 +84,8 @@ def test_a_run_without_a_terminal_prints_a_line_each_log_every(every, tmp_path):
 
 
 def test_control_characters_are_printed_as_escapes(capsys):
-    progress.say("a\x1b[2J\n\r\x9b\u202eb \u00e9\u200d")
-    progress.tell("a\n\tb\x1b]0;c\x07")
+    progress.log("a\x1b[2J\n\r\x9b\u202eb \u00e9\u200d")
+    progress.print_result("a\n\tb\x1b]0;c\x07")
     printed = capsys.readouterr()
     assert printed.err == "a\\x1b[2J\\n\\r\\x9b\\u202eb \u00e9\u200d\n"
     assert printed.out == "a\n\tb\\x1b]0;c\\x07\n"
@@ -96,8 +96,8 @@ def test_a_full_stdout_does_not_stop_the_work(monkeypatch):
         with monkeypatch.context() as patch, open("/dev/full", "w", buffering=1) as full:
             patch.setattr(f"sys.{name}", full)
             for _ in range(3):
-                progress.tell("a result")
-                progress.say("a line")
+                progress.print_result("a result")
+                progress.log("a line")
             error = progress.lost()
         assert (error and error.errno) == number and progress.lost() is None
 
@@ -105,8 +105,8 @@ def test_a_full_stdout_does_not_stop_the_work(monkeypatch):
 def test_streams_that_are_not_there(monkeypatch):
     monkeypatch.setattr("sys.stdout", None)
     monkeypatch.setattr("sys.stderr", None)
-    progress.tell("a result")
-    progress.say("a line")
+    progress.print_result("a result")
+    progress.log("a line")
     with progress.progress_bar(3, True, "sampling", "step") as bar:
         bar.update(3)
     assert progress.lost() is None
@@ -120,7 +120,7 @@ def test_a_bar_inside_another_goes_when_it_is_done(monkeypatch):
         with progress.progress_bar(4, True, "training", "step") as bar:
             with progress.progress_bar(2, True, "sampling", "step") as inner:
                 inner.update(2)
-                progress.say("a line")
+                progress.log("a line")
             bar.update(4)
         printed = os.read(ours, 100_000).decode()
     os.close(ours)

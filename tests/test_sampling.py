@@ -441,7 +441,7 @@ def test_blocks_are_not_sliced_out_of_their_stack_in_each_turn(lively):
     stacked, alone = (f"f32[{','.join(map(str, each))}]" for each in ([count, *shape], shape))
     assert stacked not in carried(model) and alone in carried(model)
     assert stacked in carried(model.clone(unroll=False))
-    whole = model.apart(params)()
+    whole = model.unstack_blocks(params)()
     jax.tree.map(np.testing.assert_array_equal, whole, params)
 
 

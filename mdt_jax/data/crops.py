@@ -117,7 +117,7 @@ class ImageFiles(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class Squares:
+class CroppedImages:
     """Image files as squares, a `pipeline.Source`.
 
     channels: 3, or 1 for grey. crop: one of CROPS. flip: mirror those whose u is below a half.

@@ -6,7 +6,7 @@ import numpy as np
 
 from mdt_jax.data.pictures import MAX_PIXELS
 from mdt_jax.runtime.errors import UserError
-from mdt_jax.runtime.files import save_arrays, whole
+from mdt_jax.runtime.files import atomic_write, save_arrays
 
 
 def to_float(images: np.ndarray) -> np.ndarray:
@@ -68,7 +68,7 @@ def save_image(path: str | os.PathLike, image: np.ndarray, note: str = "") -> No
     info = PngInfo()
     if note:
         info.add_itxt("Comment", note)
-    with whole(path) as temporary:
+    with atomic_write(path) as temporary:
         _picture(image).save(temporary, format="PNG", pnginfo=info)
 
 
@@ -82,7 +82,7 @@ def save_animation(path: str, frames: np.ndarray, note: str = "", seconds: float
     # A GIF's clock ticks in hundredths of a second, and players do not follow less than two.
     each = max(20, round(1000 * seconds / len(frames)) // 10 * 10)
     lasting = [each] * (len(pictures) - 1) + [each + 1000]
-    with whole(path) as temporary:
+    with atomic_write(path) as temporary:
         pictures[0].save(
             temporary, format="GIF", save_all=True, append_images=pictures[1:], duration=lasting,
             loop=0, comment=note,

@@ -28,7 +28,15 @@ from mdt_jax.data.latents import (
 )
 from mdt_jax.runtime import locks
 from mdt_jax.runtime.errors import DamagedError, UserError
-from mdt_jax.runtime.files import beside, check_room, free, read_json, reason, settle, whole
+from mdt_jax.runtime.files import (
+    atomic_write,
+    check_room,
+    free,
+    fsync,
+    read_json,
+    reason,
+    temp_path,
+)
 
 OPTIONS = "group_size:1,uncompressed"  # read at random; compressing saves a few per cent
 
@@ -44,7 +52,7 @@ def _writing(path: pathlib.Path) -> Iterator[None]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Making:
+class CacheWriter:
     """A cache in the making, which any number of hosts can fill at once.
 
     what: all that it is of, `images`, `shard_images` and `latents` among it; `told` are the parts
@@ -154,7 +162,7 @@ class Making:
 
         path = self.folder / self._file(shard)
         check_room(path, len(self.items(shard)) * record_bytes(self.what["latents"]))
-        temporary = beside(path)
+        temporary = temp_path(path)
         damaged, crcs, summed = [], [], {"records": 0, "sum": 0.0, "squares": 0.0}
         try:
             with _writing(path):
@@ -179,7 +187,7 @@ class Making:
                     "damaged": damaged,
                     **summed,
                 }
-                settle(temporary)
+                fsync(temporary)
                 os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -221,5 +229,5 @@ class Making:
         return f"{self._file(shard)}.json"
 
     def _write(self, name: str, content: dict) -> None:
-        with whole(self.folder / name) as temporary:
+        with atomic_write(self.folder / name) as temporary:
             temporary.write_text(json.dumps(content, indent=1) + "\n")

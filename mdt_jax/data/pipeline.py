@@ -15,7 +15,7 @@ from typing import Protocol
 import numpy as np
 
 from mdt_jax.runtime.errors import UserError
-from mdt_jax.runtime.progress import say
+from mdt_jax.runtime.progress import log
 
 ENDLESS = 2**62  # batches; epochs follow each other for as long as anybody asks
 UNREADABLE = -2  # and below: item −2 − n could not be read, and nothing stands in for it
@@ -213,7 +213,7 @@ def _look_at(source: Source, item: int, known: set[int], max_damaged: int) -> No
         return
     known.add(item)
     why = source.why(item)
-    say(f"{source.name(item)} is left out: {why}")
+    log(f"{source.name(item)} is left out: {why}")
     if len(known) > max_damaged:
         raise UserError(
             f"images that cannot be read: {len(known)}, the last {source.name(item)}: {why}; "

@@ -30,8 +30,8 @@ from mdt_jax.data.sample_notes import (
 )
 from mdt_jax.runtime import locks
 from mdt_jax.runtime.errors import UserError
-from mdt_jax.runtime.files import check_regular, check_room, free, reason, settle, whole
-from mdt_jax.runtime.progress import say
+from mdt_jax.runtime.files import atomic_write, check_regular, check_room, free, fsync, reason
+from mdt_jax.runtime.progress import log
 
 LOCK = ".lock"  # in a folder of samples
 SUM_BYTES = hashlib.sha256().digest_size
@@ -102,7 +102,7 @@ class Npz:
             what = "is no file of samples" if there is None else _other(there, self.note)
             raise UserError(f"{self.out} {what}; remove it or choose another --out")
         if not is_whole(self.out, (len(self.labels), *self.shape)):
-            say(f"{self.out} is damaged; it is drawn anew")
+            log(f"{self.out} is damaged; it is drawn anew")
             return False
         if self.folder.exists():  # stopped while it was removed
             self._remove_parts()
@@ -150,7 +150,7 @@ class Npz:
         """An npy, and after it its SHA-256."""
         saved = io.BytesIO()
         np.save(saved, images)
-        with whole(self._part(start)) as temporary, open(temporary, "wb") as file:
+        with atomic_write(self._part(start)) as temporary, open(temporary, "wb") as file:
             file.write(saved.getvalue())
             file.write(hashlib.sha256(saved.getvalue()).digest())
         self._counts[start] = len(images)
@@ -171,7 +171,7 @@ class Npz:
                     np.save(saved, array)
                     with _entry(archive, name) as file:
                         file.write(saved.getvalue())
-            settle(merged)
+            fsync(merged)
             os.replace(merged, self.out)
             self._remove_parts()
         except UserError:
@@ -309,7 +309,7 @@ def _settle_in(folder: pathlib.Path, note: str) -> None:
     if there is None:
         if len(found) > len(left):
             raise UserError(f"{folder} holds other files and no {SETTINGS}; choose another --out")
-        with whole(folder / SETTINGS) as temporary:
+        with atomic_write(folder / SETTINGS) as temporary:
             temporary.write_text(note, encoding="utf-8")
     elif there != note:
         raise UserError(f"{folder} {_other(there, note)}; remove it or choose another --out")

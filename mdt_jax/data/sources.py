@@ -9,7 +9,7 @@ from collections.abc import Callable
 import numpy as np
 
 from mdt_jax.data import folders, latents, tars, tfds_sets
-from mdt_jax.data.crops import Squares
+from mdt_jax.data.crops import CroppedImages
 from mdt_jax.data.pipeline import Source
 from mdt_jax.runtime.errors import UserError
 
@@ -116,7 +116,7 @@ def stored(data, num_classes: int) -> Source:
     return latents.load(data.path, data.flip)
 
 
-def squares(data, num_classes: int, **options) -> Squares:
+def squares(data, num_classes: int, **options) -> CroppedImages:
     """Images of a folder, tar or TFDS, as a config's `data` says.
 
     num_classes: 0: labels are left aside; -1: as many as there are. options: fields of Squares.
@@ -131,7 +131,7 @@ def squares(data, num_classes: int, **options) -> Squares:
         )
     if num_classes == 0:
         files = dataclasses.replace(files, classes=[])
-    return Squares(files, data.image_size, data.channels, data.crop, data.flip, **options)
+    return CroppedImages(files, data.image_size, data.channels, data.crop, data.flip, **options)
 
 
 def _check_path(data) -> None:

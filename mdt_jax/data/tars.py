@@ -16,7 +16,7 @@ from mdt_jax.data.found import LeftOut, describe, splits
 from mdt_jax.data.pictures import SUFFIXES
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.runtime.files import save_arrays
-from mdt_jax.runtime.progress import say
+from mdt_jax.runtime.progress import log
 
 DEEPEST = 8  # tars within each other
 LARGEST_HEADER = 2**20  # bytes; long names and attributes take a few hundred
@@ -97,7 +97,7 @@ def load(path: str) -> Members:
         try:
             save_arrays(_index(place), found)
         except UserError as error:  # a read-only data set is no reason to stop
-            say(f"the index of {path} is not kept: {error}")
+            log(f"the index of {path} is not kept: {error}")
     divided = splits({os.path.dirname(os.path.normpath(name)) for name in found["names"].tolist()})
     if divided:
         folder, parts = divided

@@ -46,7 +46,9 @@ WEIGHTS = {
 }
 
 
-def within(t: jax.Array, weight: jax.Array, low: float, high: float, total: int) -> jax.Array:
+def limit_to_interval(
+    t: jax.Array, weight: jax.Array, low: float, high: float, total: int
+) -> jax.Array:
     """A weight [B] where low ≤ t/T ≤ high, and 1 elsewhere: guidance in a limited interval.
 
     Kynkäänniemi et al. 2024, arXiv 2404.07724.
@@ -57,7 +59,7 @@ def within(t: jax.Array, weight: jax.Array, low: float, high: float, total: int)
     return jnp.where((first <= t) & (t <= last), weight, 1.0)
 
 
-def no_nearer(weight: jax.Array, tolerance: float) -> jax.Array:
+def snap_to_one(weight: jax.Array, tolerance: float) -> jax.Array:
     """A weight [B], but 1 where it differs from 1 by less than the tolerance."""
     return jnp.where(jnp.abs(weight - 1) < tolerance, 1.0, weight)
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mdt_jax.diffusion import schedule as sch
-from mdt_jax.diffusion.guidance import WEIGHTS, no_nearer, within
+from mdt_jax.diffusion.guidance import WEIGHTS, limit_to_interval, snap_to_one
 from mdt_jax.diffusion.samplers import SAMPLERS, Sampler, visited
 from mdt_jax.runtime import limits
 from mdt_jax.runtime.errors import NotFiniteError, UserError
@@ -134,8 +134,10 @@ class SampleOptions:
     def weight(self, t: jax.Array, scale) -> jax.Array:
         """Guidance's weight at t [B], for a scale or one of each sample [B]."""
         weight = WEIGHTS[self.guidance](t, scale, self.guidance_power, self.diffusion_steps)
-        weight = no_nearer(weight, self.guidance_skip_tolerance)
-        return within(t, weight, self.guidance_low, self.guidance_high, self.diffusion_steps)
+        weight = snap_to_one(weight, self.guidance_skip_tolerance)
+        return limit_to_interval(
+            t, weight, self.guidance_low, self.guidance_high, self.diffusion_steps
+        )
 
     def guided_evaluations(self, scales: Sequence[float] | np.ndarray | None = None) -> np.ndarray:
         """For each evaluation of the network whether both halves are evaluated: [E] bool.
@@ -148,7 +150,7 @@ class SampleOptions:
         if self.guidance != "power_cosine_printed" and (each == 1).all():
             return np.zeros(len(t), bool)
         low, high, total = self.guidance_low, self.guidance_high, self.diffusion_steps
-        needed = np.asarray(within(t, jnp.zeros(len(t)), low, high, total)) == 0
+        needed = np.asarray(limit_to_interval(t, jnp.zeros(len(t)), low, high, total)) == 0
         if self.guidance_skip_tolerance:
             weights = [np.asarray(self.weight(t, float(scale))) for scale in each]
             needed &= (np.stack(weights) != 1).any(0)

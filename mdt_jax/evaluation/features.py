@@ -26,7 +26,7 @@ from mdt_jax.evaluation.metrics import Gaussian, Moments
 from mdt_jax.models.inception import POOL, SPATIAL, Features, Inception
 from mdt_jax.runtime import hosts, parallel
 from mdt_jax.runtime.errors import UserError
-from mdt_jax.runtime.files import check_regular, passes, reason, save_arrays, whole
+from mdt_jax.runtime.files import atomic_write, check_regular, passes, reason, save_arrays
 from mdt_jax.runtime.progress import progress_bar
 
 EACH_DEVICE = 16  # images that a device takes at once, always: so rounding is the same everywhere
@@ -111,7 +111,7 @@ def check_small(shape: tuple[int, int, int]) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
+class FeatureSet:
     """Features of `count` images. gaussians: of "pool", "spatial"; rows: all others, and "pool"."""
 
     count: int
@@ -119,12 +119,12 @@ class Found:
     rows: dict[str, np.ndarray]
 
 
-def find(
+def extract(
     networks: Mapping[str, Callable[[np.ndarray], dict]],
     images: ImageSet,
     parts: "Parts | None" = None,
     progress: bool = False,
-) -> dict[str, Found]:
+) -> dict[str, FeatureSet]:
     """The features of all images by each network; the images are read once, a slice at a time.
 
     parts: where those of each slice are kept, and found again. Of several processes all compute and
@@ -133,7 +133,7 @@ def find(
     """
     first = hosts.is_first()
     kept = parts.begin() if parts is not None and first else ()
-    done = {int(start) for start in hosts.of_first(" ".join(map(str, kept))).split()}
+    done = {int(start) for start in hosts.broadcast(" ".join(map(str, kept))).split()}
     moments, rows = {}, {}  # by network and feature
 
     def take(start: int, found: dict[tuple[str, str], np.ndarray]) -> None:
@@ -174,7 +174,7 @@ def find(
         for key, values in rows.items()
     }
     return {
-        name: Found(
+        name: FeatureSet(
             len(images),
             {feature: m.gaussian() for (of, feature), m in moments.items() if of == name},
             {feature: values for (of, feature), values in whole_rows.items() if of == name},
@@ -209,7 +209,7 @@ class Parts:
                 return {start for start in starts if self._is_whole(start)}
         self.remove()
         self.folder.mkdir(parents=True, exist_ok=True)
-        with whole(self.folder / SETTINGS) as temporary:
+        with atomic_write(self.folder / SETTINGS) as temporary:
             temporary.write_text(self._note, encoding="utf-8")
         return set()
 

@@ -13,12 +13,12 @@ from mdt_jax.data.images import to_uint8
 from mdt_jax.evaluation import image_sets, references
 from mdt_jax.evaluation.features import (
     Classifier,
-    Found,
+    FeatureSet,
     InceptionFeatures,
     Parts,
     PixelFeatures,
     check_small,
-    find,
+    extract,
 )
 from mdt_jax.evaluation.image_sets import ImageSet, Slices, StoredSet
 from mdt_jax.evaluation.metrics import (
@@ -36,7 +36,7 @@ from mdt_jax.models.autoencoder import AutoencoderKL
 from mdt_jax.models.inception import WHERE
 from mdt_jax.runtime import hosts, parallel
 from mdt_jax.runtime.errors import UserError
-from mdt_jax.runtime.hosts import say
+from mdt_jax.runtime.hosts import log0
 from mdt_jax.runtime.progress import progress_bar
 from mdt_jax.weights import networks, vae
 
@@ -56,7 +56,7 @@ def load_inception(path: str) -> InceptionFeatures:
     return InceptionFeatures(found.model, found.params, note)
 
 
-def doubts(*compared: tuple[str, Gaussian]) -> Iterator[str]:
+def reliability_warnings(*compared: tuple[str, Gaussian]) -> Iterator[str]:
     """What makes a Fréchet distance hard to compare: lines about what is named."""
     for name, each in compared:
         size, rank = each.root.shape
@@ -85,7 +85,7 @@ class Evaluator:
     def __init__(self, reference: Reference, features: Sequence[str], inception: str = ""):
         """features: of FEATURES; inception: where its weights lie. Raises UserError."""
         self.reference, self._said = reference, set()
-        self._real: dict[str, Found] | None = None  # empty in all processes but the first
+        self._real: dict[str, FeatureSet] | None = None  # empty in all processes but the first
         for name in features:
             if name not in FEATURES:
                 raise UserError(f"unknown features {name!r}; choose of {', '.join(FEATURES)}")
@@ -142,10 +142,10 @@ class Evaluator:
         """
         self.check(samples)
         parts = parts or {}
-        found = find(self.networks, samples, parts.get("samples"), progress)
+        found = extract(self.networks, samples, parts.get("samples"), progress)
         compared = {n: each for n, each in self.networks.items() if n != "classifier"}
         if compared and self._real is None and self.reference.images is not None:
-            self._real = find(compared, self.reference.images, parts.get("reference"), progress)
+            self._real = extract(compared, self.reference.images, parts.get("reference"), progress)
         real = self._real or {}
         report: dict[str, float] = {"num_samples": len(samples)}
         if "inception" in found:
@@ -157,7 +157,7 @@ class Evaluator:
             right = found["classifier"].rows["classes"] == asked
             report["class_agreement"] = float(np.mean(right))
             report["classifier_accuracy"] = self._accuracy
-        return json.loads(hosts.of_first(json.dumps(report)))
+        return json.loads(hosts.broadcast(json.dumps(report)))
 
     def check(self, samples: ImageSet) -> None:
         """Raise UserError for what cannot be compared."""
@@ -197,7 +197,7 @@ class Evaluator:
             )
         return np.array([there[label] for label in labels])
 
-    def _by_pixels(self, found: Found, of_real: Found) -> dict[str, float]:
+    def _by_pixels(self, found: FeatureSet, of_real: FeatureSet) -> dict[str, float]:
         real = of_real.gaussians["pool"]
         distance = self._distance(found.gaussians["pool"], real)
         training = self.reference.training
@@ -212,7 +212,9 @@ class Evaluator:
             "frechet_ratio": distance / distance_real,
         }
 
-    def _by_inception(self, found: Found, real: Found | None, progress: bool) -> dict[str, float]:
+    def _by_inception(
+        self, found: FeatureSet, real: FeatureSet | None, progress: bool
+    ) -> dict[str, float]:
         theirs = self.reference.gaussians or (real.gaussians if real is not None else {})
         report = {}
         report["fid"] = self._distance(found.gaussians["pool"], theirs["pool"])
@@ -232,14 +234,14 @@ class Evaluator:
 
     def _distance(self, ours: Gaussian, theirs: Gaussian) -> float:
         """Fréchet distance, and once a warning of what makes it hard to compare."""
-        for line in doubts(("the samples", ours), (self.reference.path, theirs)):
+        for line in reliability_warnings(("the samples", ours), (self.reference.path, theirs)):
             self._warn(line)
         return frechet(ours, theirs)
 
     def _warn(self, line: str) -> None:
         if line not in self._said:
             self._said.add(line)
-            say(f"warning: {line}")
+            log0(f"warning: {line}")
 
 
 def evaluate_samples(
@@ -349,19 +351,19 @@ def measure_vae(
     back: the images as the VAE gives them back.
     """
     networks = {} if inception is None else {"inception": inception}
-    found = find(networks, back, progress=progress)
+    found = extract(networks, back, progress=progress)
     report: dict[str, float] = {
         "num_images": len(images),
         "psnr": float(np.concatenate(back.psnr).mean()),
         "ssim": float(np.concatenate(back.ssim).mean()),
     }
-    real = find(networks, images, progress=progress) if networks else {}
+    real = extract(networks, images, progress=progress) if networks else {}
     if found and real:  # in the first process
         compared = [
             (each.path, theirs["inception"].gaussians["pool"])
             for each, theirs in ((back, found), (images, real))
         ]
-        for line in doubts(*compared):
-            say(f"warning: {line}")
+        for line in reliability_warnings(*compared):
+            log0(f"warning: {line}")
         report["rfid"] = frechet(*(gaussian_ for _, gaussian_ in compared))
-    return json.loads(hosts.of_first(json.dumps(report)))
+    return json.loads(hosts.broadcast(json.dumps(report)))

@@ -10,7 +10,7 @@ import numpy as np
 
 from mdt_jax.data import sources
 from mdt_jax.evaluation import image_sets
-from mdt_jax.evaluation.features import Found
+from mdt_jax.evaluation.features import FeatureSet
 from mdt_jax.evaluation.metrics import Gaussian
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.runtime.files import save_arrays
@@ -107,7 +107,7 @@ def _gaussian(path: str, arrays: dict, suffix: str, count: int | None) -> Gaussi
     return Gaussian(mu, sigma, count)
 
 
-def save(path: pathlib.Path, found: Found, images: np.ndarray) -> None:
+def save(path: pathlib.Path, found: FeatureSet, images: np.ndarray) -> None:
     """Write a reference as ADM's are: arr_0, mu, sigma, mu_s, sigma_s; and count. Whole or not."""
     arrays = {"arr_0": images, "count": np.array(found.count)}
     for name, suffix in SUFFIXES.items():

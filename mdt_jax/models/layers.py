@@ -100,7 +100,7 @@ def add_gated(x: jax.Array, gate: jax.Array, y: jax.Array) -> jax.Array:
     return (x32 + gate * y).astype(x.dtype)
 
 
-def summed(x: jax.Array) -> jax.Array:
+def gradient_barrier(x: jax.Array) -> jax.Array:
     """x, whose gradient is one array before it goes on.
 
     In blocks that are laid out one by one XLA would fuse the sum along the residual stream into

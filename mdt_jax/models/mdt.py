@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from mdt_jax.models import masking
 from mdt_jax.models.attention import Attention, Positions, positions
 from mdt_jax.models.embeddings import LabelEmbedder, TimestepEmbedder, sincos_positions
-from mdt_jax.models.layers import LINEAR, Linear, add_gated, gelu, modulated_norm, summed
+from mdt_jax.models.layers import LINEAR, Linear, add_gated, gelu, gradient_barrier, modulated_norm
 
 SIZES = {
     "S": dict(hidden_size=384, depth=12, num_heads=6),
@@ -114,14 +114,14 @@ class Block(nn.Module):
         modulation = Modulation(6, self.dtype, name="modulation")(c)
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation
 
-        x = summed(x)
+        x = gradient_barrier(x)
         h = modulated_norm(x, shift_attn, scale_attn)
         attention = Attention(
             self.num_heads, self.grid, self.relative_bias, self.dtype, name="attention"
         )
         x = add_gated(x, gate_attn, attention(h, where, seen))
 
-        x = summed(x)
+        x = gradient_barrier(x)
         h = modulated_norm(x, shift_mlp, scale_mlp)
         h = Linear(4 * dim, dtype=self.dtype, name="mlp_in")(h)
         h = Linear(dim, dtype=self.dtype, name="mlp_out")(gelu(h))
@@ -263,7 +263,7 @@ class MDT(nn.Module):
             unroll=count if self.unroll else 1,
         )(self.num_heads, self.grid, self.relative_bias, self.dtype)
 
-    def apart(self, params: dict) -> Callable[[], dict]:
+    def unstack_blocks(self, params: dict) -> Callable[[], dict]:
         """Takes the stacked parameters of laid out blocks apart; what it returns stacks them again.
 
         XLA sees that the two cancel out: a loop in which they are stacked has each block's as they
@@ -276,7 +276,7 @@ class MDT(nn.Module):
         each = [list(leaf) for leaf in leaves]
         return lambda: params | jax.tree.unflatten(tree, [jnp.stack(leaf) for leaf in each])
 
-    def gather_rest(self, params: dict) -> dict:
+    def gather_unstacked(self, params: dict) -> dict:
         """The parameters with those brought together that belong to no block."""
         if self.gather is None:
             return params

@@ -26,7 +26,7 @@ SAID = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "can't start new thread", "ba
 
 
 @contextlib.contextmanager
-def whole(
+def atomic_write(
     path: str | os.PathLike, failures: tuple[type[Exception], ...] = ()
 ) -> Iterator[pathlib.Path]:
     """A path to write to, which becomes `path` when the block ends well; else nothing is left.
@@ -35,13 +35,13 @@ def whole(
     for these.
     """
     path = pathlib.Path(path)
-    temporary = beside(path)
+    temporary = temp_path(path)
     try:
         temporary.touch()
         mode = stat.S_IMODE(temporary.stat().st_mode)
         yield temporary
         os.chmod(temporary, mode)  # some writers replace the file by one that nobody else may read
-        settle(temporary)
+        fsync(temporary)
         os.replace(temporary, path)
     except (OSError, *failures) as error:
         raise UserError(f"{path} could not be written: {reason(error)}{free(path)}") from None
@@ -52,18 +52,18 @@ def whole(
 
 def save_arrays(path: str | os.PathLike, arrays: Mapping[str, np.ndarray]) -> None:
     """Write an npz, whole or not at all. Raises UserError where the disk is full."""
-    with whole(path) as temporary, open(temporary, "wb") as file:
+    with atomic_write(path) as temporary, open(temporary, "wb") as file:
         # NumPy's stub takes every keyword for its own `allow_pickle`, too.
         np.savez(file, **arrays)  # pyright: ignore[reportArgumentType]
 
 
-def settle(path: pathlib.Path) -> None:
+def fsync(path: pathlib.Path) -> None:
     """Wait until a file is on the disk, so that a power cut cannot leave its name without it."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())
 
 
-def beside(path: pathlib.Path) -> pathlib.Path:
+def temp_path(path: pathlib.Path) -> pathlib.Path:
     """A temporary name in the same folder that nobody else uses."""
     return path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
 
@@ -93,11 +93,11 @@ def check_writable(folder: pathlib.Path, name: str) -> None:
             place = place.parent
         if not place.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, f"{place} is a file, not a folder")
-        probe = beside(place / ".write-test")
+        probe = temp_path(place / ".write-test")
         try:
             with open(probe, "xb") as file:
                 file.write(bytes(4096))
-            settle(probe)
+            fsync(probe)
         finally:
             with contextlib.suppress(OSError):
                 probe.unlink()

@@ -90,7 +90,7 @@ def start(how: str, num_processes: int, process_id: int, timeout: int, patience:
     if several():
         _meet(timeout)
     else:
-        say(f"process 0 on {_devices()}")
+        log0(f"process 0 on {_devices()}")
 
 
 def _unheard_kubernetes() -> bool:
@@ -113,10 +113,10 @@ def name() -> str:
     return f"process {_state.process_id}: "
 
 
-def say(line: str) -> None:
+def log0(line: str) -> None:
     """`progress.say`, once for all processes."""
     if is_first():
-        progress.say(line)
+        progress.log(line)
 
 
 def _roll_call(timeout: float, arrived: threading.Event) -> None:
@@ -147,7 +147,7 @@ def _meet(timeout: int) -> None:
     late.daemon = True
     late.start()
     for process, text in enumerate(_exchange("host", _devices())):
-        say(f"process {process} on {text}")
+        log0(f"process {process} on {text}")
     mesh = parallel.make_mesh()
     ones = parallel.put(np.ones(mesh.size), parallel.split_batch(mesh))
     add = jax.jit(lambda x: x.sum(), out_shardings=NamedSharding(mesh, PartitionSpec()))
@@ -172,7 +172,7 @@ def _client() -> Any:
     return _state.client
 
 
-def _tell(key: str, text: str) -> None:
+def _leave_signed(key: str, text: str) -> None:
     """Leave a text for the others. Raises UserError where somebody else has set the key."""
     try:
         _client().key_value_set_bytes(key, signing.sign(key, text))
@@ -182,7 +182,7 @@ def _tell(key: str, text: str) -> None:
         raise
 
 
-def _told(key: str, seconds: int) -> str:
+def _read_signed(key: str, seconds: int) -> str:
     """What a process of this run has left there. Raises UserError where it was somebody else."""
     text = signing.signed_text(key, _client().blocking_key_value_get_bytes(key, seconds * 1000))
     if text is None:
@@ -206,9 +206,9 @@ def _exchange(what: str, value: str) -> list[str]:
     """
     place, count = f"mdt_jax/exchange/{next(_calls)}", _state.num_processes
     try:
-        _tell(f"{place}/{_state.process_id}", f"{what}\n{value}")
+        _leave_signed(f"{place}/{_state.process_id}", f"{what}\n{value}")
         _client().wait_at_barrier(place, LONGEST_WAIT * 1000)
-        found = [_told(f"{place}/{process}", 60) for process in range(count)]
+        found = [_read_signed(f"{place}/{process}", 60) for process in range(count)]
     except Exception as error:
         if not may_be_lost(error):
             raise
@@ -236,12 +236,12 @@ def agree(values: Mapping[str, object], hint: str = "") -> None:
                 )
 
 
-def everyone(yes: bool, what: str = "vote") -> bool:
+def all_hosts(yes: bool, what: str = "vote") -> bool:
     """Whether `yes` is so in every process; all of them must ask, and about the same."""
     return all(answer == "1" for answer in _exchange(what, str(int(yes)))) if several() else yes
 
 
-def of_first(value: str) -> str:
+def broadcast(value: str) -> str:
     """Process 0's value, in every process; all of them must ask."""
     return _exchange("of_first", value)[0] if several() else value
 
@@ -256,7 +256,7 @@ def alone(lock: pathlib.Path, what: str) -> Iterator[None]:
                 stack.enter_context(locks.held(lock, what))
             except UserError as error:
                 refused = str(error)
-        if refused := of_first(refused):
+        if refused := broadcast(refused):
             raise UserError(refused)
         yield
 
@@ -266,7 +266,7 @@ def fetch(array: jax.Array) -> np.ndarray:
     array.block_until_ready()
     if array.is_fully_addressable:
         return np.asarray(array)
-    everyone(True)
+    all_hosts(True)
     return multihost_utils.process_allgather(array, tiled=True)
 
 
@@ -293,7 +293,7 @@ def _listen() -> None:
     """End this process once another says that it leaves, or the coordinator is gone."""
     while not _left.is_set():
         try:
-            said = _told(LEFT, LONGEST_WAIT)
+            said = _read_signed(LEFT, LONGEST_WAIT)
         except UserError as error:
             said = f"2 {error}"
         except Exception as error:
@@ -307,7 +307,7 @@ def _listen() -> None:
 
 def _die(line: str, code: int = 2) -> None:
     """End this process at once: what JAX does at exit would wait for processes that are gone."""
-    progress.say(f"{'error: ' * bool(code)}process {_state.process_id}: {line}")
+    progress.log(f"{'error: ' * bool(code)}process {_state.process_id}: {line}")
     leave_at_once(code)
 
 
@@ -317,7 +317,7 @@ def leave_at_once(code: int, reason: str = "") -> None:
     if reason:
         with contextlib.suppress(Exception):  # perhaps somebody left before
             line = f"{code} process {_state.process_id} stopped: {reason}"
-            _tell(LEFT, line)
+            _leave_signed(LEFT, line)
     if several() and is_first():
         time.sleep(3)  # with the coordinator gone, JAX aborts the others in the midst of leaving
     for stream in (sys.stdout, sys.stderr):
@@ -334,14 +334,14 @@ def may_be_lost(error: Exception) -> bool:
 def await_verdict(error: Exception) -> None:
     """After an error that a lost process may have caused: wait until the watch says which."""
     if may_be_lost(error):
-        progress.say(
+        progress.log(
             f"process {_state.process_id}: {' '.join(str(error).split())[:200]}; looking who is "
             "gone …"
         )
         time.sleep(_patience * 1.5)
 
 
-def part() -> None:
+def shutdown() -> None:
     """At the end of a run: wait for all, so that no one is missed."""
     if several():
         _exchange("part", "")

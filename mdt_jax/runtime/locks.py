@@ -14,7 +14,7 @@ from typing import BinaryIO
 
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.runtime.files import reason
-from mdt_jax.runtime.progress import say
+from mdt_jax.runtime.progress import log
 
 BEAT = 5.0  # seconds from one sign of life to the next
 WATCH = 15.0  # seconds in which a holder that lives gives one
@@ -138,7 +138,7 @@ def _who(holder: dict) -> str:
 
 def _lives(path: pathlib.Path, holder: dict) -> bool:
     """Whether the file is touched within WATCH seconds; no clocks are compared."""
-    say(
+    log(
         f"{path} was left by process {holder.get('process')} on {holder.get('host')}; looking for "
         f"{WATCH:.0f} s whether it still runs …"
     )

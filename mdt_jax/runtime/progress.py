@@ -60,7 +60,7 @@ def progress_bar(total: int, show: bool, what: str, unit: str, initial: int = 0)
     )  # fmt: skip
 
 
-def say(line: str) -> None:
+def log(line: str) -> None:
     """Print a line to stderr, above a bar that may be there, with control characters as escapes."""
     text = CONTROL.sub(_escaped, line)
     with _kept(sys.stderr) as stream:
@@ -70,7 +70,7 @@ def say(line: str) -> None:
             print(text, file=stream)
 
 
-def tell(text: str) -> None:
+def print_result(text: str) -> None:
     """Print a result to stdout at once, control characters but line ends and tabs as escapes.
 
     Where stdout takes no more the work goes on, and `lost` says so at its end.

@@ -85,7 +85,7 @@ def network_of(
 
     keep_ids: [K], what is known of every sample, for a masked pass.
     """
-    stacked = model.apart(params)
+    stacked = model.unstack_blocks(params)
 
     def network(x, t, y) -> Any:  # Flax annotates `apply` with all that it may return
         ids = None if keep_ids is None else jnp.broadcast_to(keep_ids, (len(x), len(keep_ids)))

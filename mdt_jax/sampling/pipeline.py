@@ -144,7 +144,7 @@ def find_vae(
         raise UserError(f"--vae_scale={vae_scale}, but {checkpoint} was trained with {trained}")
     vae, params = load_vae(path)
     if weights.vae_sha256 not in (None, sha256(params)):
-        hosts.say(
+        hosts.log0(
             f"warning: the VAE {path} is another than the one that {checkpoint} was trained with"
         )
     if vae.latent_channels != model.in_channels:
@@ -207,7 +207,7 @@ def _write_samples(asked: Request, sink: Sink, to_images: Callable, progress: bo
     if is_first() and not there:
         sink.begin()
         there = " ".join(str(s) for s in starts if sink.done(s, min(size, total - s)))
-    there = hosts.of_first(there)
+    there = hosts.broadcast(there)
     if there == "all":
         return False
     done = {int(start) for start in there.split()}

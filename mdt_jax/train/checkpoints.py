@@ -76,7 +76,7 @@ class Checkpoints:
             if hosts.is_first():
                 aside.parent.mkdir(exist_ok=True)
                 (self.directory / str(step)).rename(aside)
-            hosts.say(f"going on without step {step}, now in {aside}")
+            hosts.log0(f"going on without step {step}, now in {aside}")
         state = TrainState(params=items["params"], ema=items["ema"], **items["progress"])
         return state, items["meta"]
 
@@ -113,7 +113,7 @@ class Checkpoints:
         if hosts.is_first():
             for step in filter(chosen, steps_of(self.directory)):
                 shutil.rmtree(self.directory / str(step))
-        hosts.everyone(True)  # wait for it
+        hosts.all_hosts(True)  # wait for it
 
     def metas(self) -> list[dict]:
         """The meta of each finished step that can be read, the newest first."""

@@ -9,14 +9,14 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mdt_jax.data import latents, pipeline, sources
-from mdt_jax.data.crops import Squares
+from mdt_jax.data.crops import CroppedImages
 from mdt_jax.data.pipeline import Source
 from mdt_jax.diffusion.options import UNGUIDED, SampleOptions
 from mdt_jax.models.autoencoder import AutoencoderKL
 from mdt_jax.models.mdt import VAE_CHANNELS, VAE_FACTOR
 from mdt_jax.runtime import hosts, parallel
 from mdt_jax.runtime.errors import UserError
-from mdt_jax.runtime.hosts import say
+from mdt_jax.runtime.hosts import log0
 from mdt_jax.weights import networks, vae
 
 
@@ -84,7 +84,7 @@ def open_data(config: ConfigDict) -> tuple[Source, sources.Images | None]:
         raise UserError(
             f"{name} holds {len(source)} images, fewer than data.batch_size {data.batch_size}"
         )
-    left_out = source.files.left_out if isinstance(source, Squares) else ""
+    left_out = source.files.left_out if isinstance(source, CroppedImages) else ""
     check_classes(name, len(source.classes), config.model.num_classes, left_out)
     return source, held_out
 
@@ -96,10 +96,10 @@ def name_of(data: ConfigDict) -> str:
 
 def say_found(data: ConfigDict, source: Source) -> None:
     """Say once what a set of image files holds, what it leaves out, and what its images lose."""
-    if isinstance(source, Squares) and hosts.is_first():
-        hosts.say(f"{name_of(data)}: {source.files.found}")
+    if isinstance(source, CroppedImages) and hosts.is_first():
+        hosts.log0(f"{name_of(data)}: {source.files.found}")
         for line in source.losses():
-            hosts.say(f"warning: {name_of(data)}: {line}")
+            hosts.log0(f"warning: {name_of(data)}: {line}")
 
 
 def check_classes(name: str, found: int, num_classes: int, left_out: str = "") -> None:
@@ -130,7 +130,7 @@ def settle(config: ConfigDict, found: int, said: Collection[str] = ()) -> None:
     if config.model.num_classes < 0:
         config.model.num_classes = found if found > 1 else 0
         has = {0: "no labels", 1: "one class, nothing to tell apart"}.get(found, f"{found} classes")
-        say(f"model.num_classes is {config.model.num_classes}: the data has {has}")
+        log0(f"model.num_classes is {config.model.num_classes}: the data has {has}")
     if config.model.num_classes or not SampleOptions.from_config(config).guided:
         return
     for name, value in UNGUIDED.items():
@@ -141,7 +141,7 @@ def settle(config: ConfigDict, found: int, said: Collection[str] = ()) -> None:
                 f"sample.{name} is {config.sample[name]}, but model.num_classes is 0: an "
                 "unconditional model takes no guidance; leave the flag out, or train with classes"
             )
-        say(f"sample.{name} is {value}, not {config.sample[name]}: there are no classes")
+        log0(f"sample.{name} is {value}, not {config.sample[name]}: there are no classes")
         config.sample[name] = value
 
 
@@ -166,7 +166,7 @@ def check_cache(cache: latents.Latents, config: ConfigDict, found: Vae) -> None:
         raise UserError(f"{cache.folder} was made with {'; '.join(other)}")
     precision = made.get("precision", config.train.precision)
     if precision != config.train.precision:
-        say(
+        log0(
             f"warning: {cache.folder} was made with train.precision {precision}, not "
             f"{config.train.precision}"
         )

@@ -23,7 +23,7 @@ from mdt_jax.evaluation.measuring import Evaluator
 from mdt_jax.models.mdt import MDT
 from mdt_jax.runtime import hosts
 from mdt_jax.runtime.errors import NotFiniteError, UserError
-from mdt_jax.runtime.hosts import is_first, say
+from mdt_jax.runtime.hosts import is_first, log0
 from mdt_jax.sampling import pipeline
 from mdt_jax.sampling.generation import Request, request
 from mdt_jax.sampling.pipeline import Vae, decoder
@@ -33,7 +33,7 @@ from mdt_jax.weights import networks
 
 
 @dataclasses.dataclass(frozen=True)
-class Drawn:
+class LazySamples:
     """Samples as an `ImageSet`, drawn as they are read, never kept.
 
     to_images: as of `decoder`; shape: (H, W, C) of an image.
@@ -61,7 +61,7 @@ class Drawn:
             yield start, self.to_images(seen[-1], start)
 
 
-class Drawer:
+class RunSampler:
     """Draws with a run's model as its config says, as images; the same noise each time."""
 
     def __init__(self, config: ConfigDict, model: MDT, vae: Vae | None):
@@ -77,8 +77,8 @@ class Drawer:
         size, seed = self.config.sample.batch_size, self.config.train.seed
         return request(self.model, params, labels, seed=seed, batch_size=size, options=self.options)
 
-    def samples(self, params, count: int) -> Drawn:
-        return Drawn(self.request(params, count), self.to_images, self.shape)
+    def samples(self, params, count: int) -> LazySamples:
+        return LazySamples(self.request(params, count), self.to_images, self.shape)
 
 
 def open_evaluator(
@@ -101,7 +101,7 @@ def open_evaluator(
         return None
     size, images = config.data.image_size, reference.images
     if isinstance(images, image_sets.Files):
-        say(f"evaluation.reference {images.found}")
+        log0(f"evaluation.reference {images.found}")
     if images is not None and images.shape != (size, size, config.data.channels):
         there = "×".join(map(str, images.shape))
         raise UserError(
@@ -121,7 +121,7 @@ def identities(found: inputs.Vae | None, evaluator: Evaluator | None) -> dict[st
     told = {} if found is None else {"vae.path": found.sha256}
     if evaluator is not None:
         first = evaluator.reference.sha256 if is_first() else ""
-        told["evaluation.reference"] = hosts.of_first(first)
+        told["evaluation.reference"] = hosts.broadcast(first)
         if "inception" in evaluator.networks:
             told["evaluation.inception"] = evaluator.networks["inception"].note["inception_sha256"]
     return told
@@ -133,28 +133,28 @@ def going_on_without(what: str):
     try:
         yield
     except NotFiniteError as error:
-        say(f"warning: {what}: {error}")
+        log0(f"warning: {what}: {error}")
 
 
 def describe(config: ConfigDict, images: int, parameters: int, mesh: Mesh) -> None:
     """Say what is trained, on what, for how long."""
     size, steps, name = config.data.batch_size, config.train.steps, config.data.name
     classes = config.model.num_classes
-    say(
+    log0(
         f"data: {images:,} images of {name}, {f'{classes} classes' if classes else 'no classes'}; "
         f"{steps:,} steps of {size:,} are {steps * size / images:.4g} epochs"
     )
-    say(
+    log0(
         f"network: {parameters:,} parameters; matmuls and activations {config.train.dtype}, "
         f"float32 matmuls of precision {config.train.precision}"
     )
     kind = jax.devices()[0].device_kind
     axes = " × ".join(f"{axis} {count}" for axis, count in mesh.shape.items())
-    say(f"devices: {mesh.size} × {kind}, as a mesh of {axes}")
+    log0(f"devices: {mesh.size} × {kind}, as a mesh of {axes}")
 
 
 def note_of(
-    workdir: pathlib.Path, drawer: Drawer, state: TrainState, classes: list[str], asked
+    workdir: pathlib.Path, drawer: RunSampler, state: TrainState, classes: list[str], asked
 ) -> dict:
     """How samples of a run come about, as `mdt_jax.sample` notes it. asked: a Request."""
     config, step = drawer.config, int(state.step)
@@ -164,7 +164,7 @@ def note_of(
 
 
 def save_sample_grid(
-    path: pathlib.Path, drawer: Drawer, state: TrainState, classes: list[str]
+    path: pathlib.Path, drawer: RunSampler, state: TrainState, classes: list[str]
 ) -> None:
     """A PNG of one batch of samples, which says how they came about."""
     asked = drawer.request(state.ema, drawer.config.sample.batch_size)
@@ -178,7 +178,7 @@ def save_sample_grid(
 
 def sample_and_measure(
     workdir: pathlib.Path,
-    drawer: Drawer,
+    drawer: RunSampler,
     state: TrainState,
     classes: list[str],
     evaluator: Evaluator | None,
@@ -195,7 +195,7 @@ def sample_and_measure(
         sink.give_way()
     pipeline.write_samples(asked, sink, drawer.to_images)
     seconds = time.perf_counter() - started
-    hosts.everyone(True)  # the others wait until it is there
+    hosts.all_hosts(True)  # the others wait until it is there
     samples = image_sets.open_images(str(out), labelled=True)
     if is_first():
         shown = samples.take(np.arange(min(100, len(samples))))

@@ -43,8 +43,8 @@ def abstract_state(model: MDT, optimizer: optax.GradientTransformation, mesh: Me
     """The shapes, dtypes and shardings of a state on a mesh; nothing is computed."""
     shapes = jax.eval_shape(lambda key: init_state(model, optimizer, key), keys.key(0))
 
-    def lying(leaf):
+    def shardings(leaf):
         sharding = parallel.sharded(mesh, leaf.shape)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    return jax.tree.map(lying, shapes)
+    return jax.tree.map(shardings, shapes)

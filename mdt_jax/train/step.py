@@ -132,7 +132,7 @@ def sample_losses(
     for each sample, [B] float32: of each pass `loss`, `mse` (not weighted), `vb`, and
     `weighted_mse` where the weight is not 1.
     """
-    params = model.gather_rest(params)
+    params = model.gather_unstacked(params)
     schedule = linear_schedule(objective.steps)
     weights = extract(LOSS_WEIGHTS[objective.loss_weight](schedule), draws.t).reshape(-1)
     passes = {}
@@ -288,8 +288,8 @@ def trace_step(
     key = jax.eval_shape(keys.key, 0)
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole)
     rate = jax.ShapeDtypeStruct((), jnp.float32, sharding=whole)
-    lies = jax.tree.map(lambda leaf: leaf.sharding, state)
-    jitted = jax.jit(step_with_draws, donate_argnums=0, out_shardings=(lies, whole))
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    jitted = jax.jit(step_with_draws, donate_argnums=0, out_shardings=(shardings, whole))
     with of_products(config.train.precision):
         return jitted.trace(state, batch, key, rate)
 

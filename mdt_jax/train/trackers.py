@@ -11,8 +11,8 @@ import numpy as np
 
 from mdt_jax.data.pictures import opened
 from mdt_jax.runtime.errors import UserError
-from mdt_jax.runtime.files import whole
-from mdt_jax.runtime.hosts import say
+from mdt_jax.runtime.files import atomic_write
+from mdt_jax.runtime.hosts import log0
 
 
 class Tracker(Protocol):
@@ -102,7 +102,7 @@ class Wandb:
         known = number.read_text(errors="replace") if number.exists() else ""
         if not re.fullmatch(r"[\w-]+", known):  # a crash may leave it empty, or full of zeros
             known = secrets.token_hex(8)
-            with whole(number) as temporary:
+            with atomic_write(number) as temporary:
                 temporary.write_text(known)
         self._image = wandb.Image
         try:
@@ -139,14 +139,14 @@ class Lines:
         if "loss" not in metrics:  # what was measured of samples is said where it is measured
             return
         left = datetime.timedelta(seconds=round(float(metrics["eta_seconds"])))
-        say(
+        log0(
             f"step {step}/{self._steps}: loss {metrics['loss']:.4f}, "
             f"grad_norm {metrics['grad_norm']:.3g}, "
             f"{metrics['images_per_second']:.4g} img/s, {left} left"
         )
 
     def image(self, step: int, path: pathlib.Path) -> None:
-        say(f"step {step}: samples in {path}")
+        log0(f"step {step}: samples in {path}")
 
     def flush(self) -> None:
         """Each line is there once it is printed."""

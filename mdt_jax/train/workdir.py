@@ -15,7 +15,7 @@ from mdt_jax import config as configs
 from mdt_jax.data import sample_notes
 from mdt_jax.runtime import files, hosts
 from mdt_jax.runtime.errors import DamagedError, UserError
-from mdt_jax.runtime.files import read_json, whole
+from mdt_jax.runtime.files import atomic_write, read_json
 from mdt_jax.train import inputs
 from mdt_jax.train.checkpoints import Checkpoints
 from mdt_jax.train.metrics import MetricsLog, read_steps
@@ -45,7 +45,7 @@ def check_same_run(meta: dict, config: ConfigDict, workdir: pathlib.Path, about_
             f"the data now has {inputs.describe_classes(now)}"
         )
     if meta.get("images_sha256", about_data["images_sha256"]) != about_data["images_sha256"]:
-        hosts.say("going on with another list of images than before")
+        hosts.log0("going on with another list of images than before")
     old, new = configs.complete(meta["config"]).to_dict(), config.to_dict()
     changed = []
     for group, fields in new.items():
@@ -74,7 +74,7 @@ def check_same_run(meta: dict, config: ConfigDict, workdir: pathlib.Path, about_
                 "another workdir"
             )
     for name, was, now in changed:
-        hosts.say(f"going on with {name} changed from {was} to {now}")
+        hosts.log0(f"going on with {name} changed from {was} to {now}")
 
 
 def check_nothing_is_lost(workdir: pathlib.Path) -> None:
@@ -92,7 +92,7 @@ def check_nothing_is_lost(workdir: pathlib.Path) -> None:
             f"{workdir} holds the metrics of {steps[-1]} steps but no checkpoint; put its "
             "checkpoints back, or train anew in another workdir"
         )
-    hosts.say(f"{workdir} was stopped after {steps[-1]} steps, before a checkpoint")
+    hosts.log0(f"{workdir} was stopped after {steps[-1]} steps, before a checkpoint")
 
 
 def agree_on_config(config: ConfigDict) -> None:
@@ -122,7 +122,7 @@ def begin(
     write_json(workdir / "config.json", config.to_dict())
     if classes:
         write_json(workdir / "classes.json", classes)
-        hosts.say(f"classes: {inputs.describe_classes(classes)}")
+        hosts.log0(f"classes: {inputs.describe_classes(classes)}")
     return [MetricsLog(workdir / "metrics.jsonl", start)]
 
 
@@ -145,7 +145,7 @@ def _stored(path: pathlib.Path) -> dict:
     try:
         return read_json(path) or {}
     except DamagedError as error:
-        hosts.say(f"{error}; it is written anew")
+        hosts.log0(f"{error}; it is written anew")
         return {}
 
 
@@ -154,10 +154,10 @@ def measured_steps(workdir: pathlib.Path, measures: Sequence[str], start: int) -
     found = read_steps(workdir / "metrics.jsonl") if hosts.is_first() else []
     found = [(step, json.loads(line)) for step, line in found if step <= start]
     steps = [step for step, line in found if not set(measures).isdisjoint(line)]
-    return {int(step) for step in hosts.of_first(" ".join(map(str, steps))).split()}
+    return {int(step) for step in hosts.broadcast(" ".join(map(str, steps))).split()}
 
 
-def least(best: Checkpoints, config: ConfigDict, name: str) -> float:
+def best_so_far(best: Checkpoints, config: ConfigDict, name: str) -> float:
     """The measure `name` of the best checkpoint; infinite where none was measured the same way."""
 
     def way(fields: dict) -> dict:
@@ -174,7 +174,7 @@ def least(best: Checkpoints, config: ConfigDict, name: str) -> float:
         for meta in best.metas()
         if way(configs.complete(meta["config"]).to_dict()) == way(config.to_dict())
     ]
-    return float(hosts.of_first(str(min(found, default=math.inf))))
+    return float(hosts.broadcast(str(min(found, default=math.inf))))
 
 
 @contextlib.contextmanager
@@ -186,7 +186,7 @@ def alone(workdir: pathlib.Path) -> Iterator[None]:
 
 def check_free(workdir: pathlib.Path) -> None:
     """Raise UserError where a run is at work in a workdir, which need not be there."""
-    if hosts.of_first("locked" if os.path.exists(workdir / LOCK) else ""):
+    if hosts.broadcast("locked" if os.path.exists(workdir / LOCK) else ""):
         with alone(workdir):
             pass
 
@@ -207,13 +207,13 @@ def make(workdir: pathlib.Path) -> None:
         if hosts.is_first():
             workdir.mkdir(parents=True, exist_ok=True)
             probe.touch()
-        hosts.everyone(True)  # wait for it
+        hosts.all_hosts(True)  # wait for it
         if not _is_seen(probe):
             raise UserError(
                 f"workdir {workdir} is not one folder for all processes: what process 0 writes "
                 "there cannot be seen from this one"
             )
-        hosts.everyone(True)
+        hosts.all_hosts(True)
         if hosts.is_first():
             probe.unlink()
     except OSError as error:
@@ -228,5 +228,5 @@ def _is_seen(path: pathlib.Path) -> bool:
 
 def write_json(path: pathlib.Path, content: object) -> None:
     """Whole or not at all."""
-    with whole(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n")

@@ -22,7 +22,7 @@ from mdt_jax.models.resize import resize_grid
 from mdt_jax.runtime import hub, keys
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.runtime.files import reason
-from mdt_jax.runtime.progress import say
+from mdt_jax.runtime.progress import log
 from mdt_jax.weights import inception_names, mdt_names, orbax_folders, torch_files, vae_names
 
 ITEMS = ("ema", "raw")
@@ -219,7 +219,7 @@ def load_weights(
     if min(height, width) < patch or height % patch or width % patch:
         raise UserError(f"input_size is {height}×{width}; {path} asks for multiples of {patch}")
     model = found.model.clone(input_size=(height, width))
-    say(f"{path}: {_resampled(found.model, model)}")
+    log(f"{path}: {_resampled(found.model, model)}")
     resampled = resize_grid(found.params, found.model.grid, model.grid)
     return found._replace(model=model, params=resampled)
 
@@ -307,7 +307,7 @@ def save(path: str | os.PathLike, weights: Weights) -> None:
     orbax_folders.save_folder(path, _ONLY, weights.params, meta)
 
 
-def not_told(weights: Weights) -> list[str]:
+def unrecorded(weights: Weights) -> list[str]:
     """What a published file of a network does not tell, for whoever reads it."""
     said, model = [], weights.model
     if isinstance(model, MDT):

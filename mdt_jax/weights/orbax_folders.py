@@ -26,7 +26,7 @@ import orbax.checkpoint as ocp
 from mdt_jax.runtime import hosts
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.runtime.files import check_regular, check_room, free, is_text, passes, reason
-from mdt_jax.runtime.progress import say
+from mdt_jax.runtime.progress import log
 
 FOLDER = "checkpoints"
 FORMAT = 1  # of a step folder; a newer one is not for this code
@@ -69,7 +69,7 @@ def restore(folder: pathlib.Path, items: dict[str, Any]) -> dict[str, Any]:
     except Exception as raised:  # whatever Orbax makes of a damaged folder
         error = raised
     # Where the files of one process are damaged, the others must not begin a sum with it.
-    if not hosts.everyone(error is None, f"checkpoint {folder.name}"):
+    if not hosts.all_hosts(error is None, f"checkpoint {folder.name}"):
         raise error or ValueError("another process cannot read it")
     for name in items:
         if int(_checksum(restored[name])) != restored["meta"]["checksums"][name]:
@@ -255,7 +255,7 @@ def newest_sound(
         except Exception as error:  # whatever Orbax makes of a damaged folder
             check_readable(directory / str(step), error)
             damaged.append(step)
-            say(f"checkpoint {directory / str(step)} is damaged: {reason(error)}")
+            log(f"checkpoint {directory / str(step)} is damaged: {reason(error)}")
     if damaged:
         raise UserError(
             f"none of the {len(damaged)} checkpoints in {directory} can be read; restore "

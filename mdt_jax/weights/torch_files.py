@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from mdt_jax.runtime.errors import UserError
-from mdt_jax.runtime.files import reason, whole
+from mdt_jax.runtime.files import atomic_write, reason
 
 PICKLED = (".pt", ".pth", ".bin", ".ckpt")
 SUFFIXES = (*PICKLED, ".safetensors")
@@ -201,7 +201,7 @@ def write(
     if path.suffix == ".safetensors":
         import safetensors.numpy
 
-        with whole(path, (safetensors.SafetensorError,)) as temporary:
+        with atomic_write(path, (safetensors.SafetensorError,)) as temporary:
             note = {CLASSES: json.dumps(classes)} if classes else None
             safetensors.numpy.save_file(dict(arrays), temporary, metadata=note)
     else:
@@ -209,7 +209,7 @@ def write(
         tensors = {
             name: torch.from_numpy(np.require(a, None, ["C", "W"])) for name, a in arrays.items()
         }
-        with whole(path, (RuntimeError,)) as temporary:
+        with atomic_write(path, (RuntimeError,)) as temporary:
             torch.save(tensors, temporary)
             if classes:
                 with zipfile.ZipFile(temporary, "a") as archive:

@@ -33,7 +33,7 @@ def make(folder, images=20, shard_images=8, damaged=(), shards=None):
         "format": 1, "images": images, "shard_images": shard_images, "latents": list(SHAPE),
         "classes": ["a", "b", "c"], "image_size": 32, "vae": {"path": "v"}, "scale": 1.0,
     }  # fmt: skip
-    making = latents_making.Making(folder, what)
+    making = latents_making.CacheWriter(folder, what)
     making.start()
     for shard in range(making.num_shards) if shards is None else shards:
         making.write(shard, batches(making.items(shard), damaged))

@@ -2,7 +2,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mdt_jax.diffusion.guidance import constant, guide, power_cosine, power_cosine_printed, within
+from mdt_jax.diffusion.guidance import (
+    constant,
+    guide,
+    limit_to_interval,
+    power_cosine,
+    power_cosine_printed,
+)
 
 T = jnp.array([999, 750, 500, 400, 300, 200, 100, 50, 0])
 
@@ -45,5 +51,5 @@ def test_a_constant_weight_and_one_of_each_sample():
 
 
 def test_a_limited_interval():
-    weight = within(T, constant(T, 3.0), 0.1, 0.5, 1000)
+    weight = limit_to_interval(T, constant(T, 3.0), 0.1, 0.5, 1000)
     np.testing.assert_array_equal(weight, [1, 1, 3, 3, 3, 3, 3, 1, 1])

@@ -116,7 +116,7 @@ def test_forward_derivatives_are_the_plain_ones(dtype):
     functions = {
         affine: (plain_affine, [(48, 32), (32, 24), (24,)]),
         gelu: (functools.partial(nn.gelu, approximate=True), [(6, 40)]),
-        layers.summed: (lambda x: x, [(6, 40)]),
+        layers.gradient_barrier: (lambda x: x, [(6, 40)]),
         attend: (plain_attention, [*[(2, 3, 7, 16)] * 3, (3, 1, 7)]),
         lambda table: bias_at(table, where, (3, 4)): (
             lambda table: jnp.moveaxis(table[where.index], -1, 1), [(bias_rows((3, 4)), 2)]
@@ -199,9 +199,9 @@ def test_a_residual_streams_gradient_is_summed_once():
     x = normal(4, 8)
 
     def stream(x):
-        return jnp.sin(layers.summed(x)) + x
+        return jnp.sin(layers.gradient_barrier(x)) + x
 
-    np.testing.assert_array_equal(layers.summed(x), x)
+    np.testing.assert_array_equal(layers.gradient_barrier(x), x)
     (expected,) = gradients(lambda x: jnp.sin(x) + x, x)
     assert relative_error(gradients(stream, x)[0], expected) < 1e-6
     assert "optimization_barrier" in str(jax.make_jaxpr(jax.grad(lambda x: stream(x).sum()))(x))

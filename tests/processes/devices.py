@@ -68,10 +68,10 @@ def run(name: str) -> dict[str, np.ndarray]:
     mesh = parallel.make_mesh(0, fsdp, jax.devices()[:devices])
     model, optimizer = MDT.from_config(config), make_optimizer(config.optim)
     abstract = abstract_state(model, optimizer, mesh)
-    lies = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     state = first_state(version)
     before = flat(state.params)
-    state = jax.device_put(state, lies)
+    state = jax.device_put(state, shardings)
     if fsdp > 1:
         kernel = state.params["side_interpolater"]["mlp_in"]["kernel"]
         held = {shard.data.size for shard in kernel.addressable_shards}
