@@ -24,7 +24,7 @@ from tests.runs import SAMPLE
 
 HOLD = """
 import pathlib, sys, time
-from mdt_jax import locks
+from mdt_jax.runtime import locks
 with locks.held(pathlib.Path(sys.argv[1]), "it"):
     print("held", flush=True)
     time.sleep(600)

@@ -28,7 +28,7 @@ def server():
         yield server
 
 
-def start(path, home, function="interop.hub.local_path", **environment):
+def start(path, home, function="runtime.hub.local_path", **environment):
     """A process that looks for the file and prints where it is, or what else a function says."""
     module, _, name = function.rpartition(".")
     code = (
@@ -86,9 +86,9 @@ def test_a_vaes_config_comes_with_it(ask):
         ("hf://someone/vae", "0.13025"), (f"hf://someone/vae/{VAE}", "0.13025"),
         ("hf://someone/bare", "None"),
     ):  # fmt: skip
-        assert ask(path, function="weights.vae_scale") == (0, scale)
+        assert ask(path, function="weights.networks.vae_scale") == (0, scale)
     offline = {"HF_HUB_OFFLINE": "1"}
-    assert ask("hf://someone/vae", function="weights.vae_scale", **offline) == (0, "0.13025")
+    assert ask("hf://someone/vae", function="weights.networks.vae_scale", **offline) == (0, "0.13025")
 
 
 @pytest.mark.parametrize(
