@@ -14,6 +14,7 @@ from tests.hub_server import serve
 pytest.importorskip("huggingface_hub")
 WEIGHTS = bytes(range(256)) * 1000
 VAE = "diffusion_pytorch_model.safetensors"
+SCALE = "weights.networks.vae_scale"
 FILES = {
     "/someone/model/resolve/main/weights.pt": WEIGHTS,
     f"/someone/vae/resolve/main/{VAE}": WEIGHTS,
@@ -86,9 +87,9 @@ def test_a_vaes_config_comes_with_it(ask):
         ("hf://someone/vae", "0.13025"), (f"hf://someone/vae/{VAE}", "0.13025"),
         ("hf://someone/bare", "None"),
     ):  # fmt: skip
-        assert ask(path, function="weights.networks.vae_scale") == (0, scale)
+        assert ask(path, function=SCALE) == (0, scale)
     offline = {"HF_HUB_OFFLINE": "1"}
-    assert ask("hf://someone/vae", function="weights.networks.vae_scale", **offline) == (0, "0.13025")
+    assert ask("hf://someone/vae", function=SCALE, **offline) == (0, "0.13025")
 
 
 @pytest.mark.parametrize(
