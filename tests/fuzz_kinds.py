@@ -24,7 +24,7 @@ from mdt_jax.runtime.errors import UserError
 from mdt_jax.sampling import pipeline
 from mdt_jax.train import workdir
 from mdt_jax.train.checkpoints import Checkpoints
-from mdt_jax.train.metrics import MetricsLog
+from mdt_jax.train.log import MetricsLog
 from mdt_jax.train.state import TrainState
 from mdt_jax.weights import networks
 from tests.models.common import random_params

@@ -117,7 +117,7 @@ def test_what_is_lost_with_a_checkpoint_is_measured_again(run, tmp_path):
     (tmp_path / "run" / "report.json").unlink()
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "6" / "params")
     printed = train_here(*MEASURING, "--config.train.steps=6", f"--workdir={tmp_path}/run")
-    assert "going on from step 4" in printed
+    assert "resuming from step 4" in printed
     assert measured(tmp_path / "run") == measured(run[0])
 
 

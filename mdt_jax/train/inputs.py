@@ -12,6 +12,7 @@ from mdt_jax.data import latents, pipeline, sources
 from mdt_jax.data.crops import CroppedImages
 from mdt_jax.data.pipeline import Source
 from mdt_jax.diffusion.options import UNGUIDED, SampleOptions
+from mdt_jax.evaluation.measuring import Evaluator
 from mdt_jax.models.autoencoder import AutoencoderKL
 from mdt_jax.models.mdt import VAE_CHANNELS, VAE_FACTOR
 from mdt_jax.runtime import hosts, parallel
@@ -62,6 +63,49 @@ def check_scale(config: ConfigDict) -> None:
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class Inputs:
+    """What a run reads: training data, the held-out images of a packaged set, and a VAE."""
+
+    source: Source
+    held_out: sources.Images | None
+    vae: Vae | None
+
+    def identity(self, evaluator: Evaluator | None, num_classes: int) -> dict:
+        """Classes and hashes of the data and files that a run depends on, for its checkpoints.
+
+        The first process reads all of the evaluator's reference.
+        """
+        hashes = {} if self.vae is None else {"vae.path": self.vae.sha256}
+        if evaluator is not None:
+            reference = evaluator.reference.sha256 if hosts.is_first() else ""
+            hashes["evaluation.reference"] = hosts.broadcast(reference)
+            if "inception" in evaluator.networks:
+                note = evaluator.networks["inception"].note
+                hashes["evaluation.inception"] = note["inception_sha256"]
+        return {
+            "classes": self.source.classes if num_classes else [],
+            "images_sha256": self.source.identity,
+            "files_sha256": hashes,
+        }
+
+
+def open_inputs(config: ConfigDict, set_fields: Collection[str] = ()) -> Inputs:
+    """Open and check the data and the VAE of a config, which is completed by `complete_config`.
+
+    Raises UserError where they do not exist, or do not fit the config or each other.
+    """
+    source, held_out = open_data(config)
+    complete_config(config, len(source.classes), set_fields)
+    vae = load_vae(config)
+    check_scale(config)
+    if isinstance(source, latents.Latents) and vae is not None:  # a config of latents has a VAE
+        check_cache(source, config, vae)
+        if doubt := doubt_scale(source.manifest["latent_std"], config.vae.scale):
+            log0(f"warning: {source.folder}: {doubt}")
+    return Inputs(source, held_out, vae)
+
+
 def open_data(config: ConfigDict) -> tuple[Source, sources.Images | None]:
     """The training images or latents of a config, and of a packaged set the held-out images.
 
@@ -94,8 +138,8 @@ def name_of(data: ConfigDict) -> str:
     return f"{data.name} {data.path}".strip()
 
 
-def say_found(data: ConfigDict, source: Source) -> None:
-    """Say once what a set of image files holds, what it leaves out, and what its images lose."""
+def log_contents(data: ConfigDict, source: Source) -> None:
+    """Print what a set of image files holds, what it leaves out, and what its images lose."""
     if isinstance(source, CroppedImages) and hosts.is_first():
         hosts.log0(f"{name_of(data)}: {source.files.found}")
         for line in source.losses():
@@ -120,23 +164,23 @@ def check_classes(name: str, found: int, num_classes: int, left_out: str = "") -
     raise UserError(f"{name} has {what}; {advice}")
 
 
-def settle(config: ConfigDict, found: int, said: Collection[str] = ()) -> None:
-    """Write into a config what follows from the number of classes that its data has, and say so.
+def complete_config(config: ConfigDict, classes: int, set_fields: Collection[str] = ()) -> None:
+    """Set the config fields that depend on the number of classes in the data, with a line for each.
 
     model.num_classes=-1 becomes that number, or 0 for fewer than two. Without classes there is no
-    guidance. said: fields that a person has set, such as sample.guidance_scale. Raises UserError
-    where guidance is among them and there are no classes.
+    guidance. set_fields: the fields that the user set, for example sample.guidance_scale. Raises
+    UserError where guidance is among them and there are no classes.
     """
     if config.model.num_classes < 0:
-        config.model.num_classes = found if found > 1 else 0
-        has = {0: "no labels", 1: "one class, nothing to tell apart"}.get(found, f"{found} classes")
-        log0(f"model.num_classes is {config.model.num_classes}: the data has {has}")
+        config.model.num_classes = classes if classes > 1 else 0
+        text = {0: "no labels", 1: "a single class"}.get(classes, f"{classes} classes")
+        log0(f"model.num_classes is {config.model.num_classes}: the data has {text}")
     if config.model.num_classes or not SampleOptions.from_config(config).guided:
         return
     for name, value in UNGUIDED.items():
         if config.sample[name] in (value, "constant"):  # of which a scale of 1 guides nothing
             continue
-        if f"sample.{name}" in said:
+        if f"sample.{name}" in set_fields:
             raise UserError(
                 f"sample.{name} is {config.sample[name]}, but model.num_classes is 0: an "
                 "unconditional model takes no guidance; leave the flag out, or train with classes"
@@ -191,12 +235,14 @@ def describe_scale(std: float, scale: float) -> str:
 
 
 def feed(
-    config: ConfigDict, source: Source, mesh: Mesh, found: Vae | None, start: int
+    config: ConfigDict, data: Inputs, mesh: Mesh, start: int
 ) -> Generator[dict[str, jax.Array], None, None]:
-    """Batch `start`, `start` + 1, … on the devices, as `train.step.batch_shapes` says.
+    """Batches number `start`, `start` + 1, … on the devices, as `train.step.batch_shapes` has them.
 
-    Each process reads what its devices hold. found: the VAE that encodes images on the way, if any.
+    Each process reads what its devices hold. Images are encoded on the way where the config has a
+    VAE.
     """
+    source, found = data.source, data.vae if config.data.name != "latents" else None
     size, split = config.data.batch_size, parallel.split_batch(mesh)
     rows = parallel.local_rows(split, size)
     plan = pipeline.Shuffled(len(source), config.train.seed, size, rows, start)

@@ -1,12 +1,16 @@
 """How fast a run is, and how much of its machine it uses."""
 
 import contextlib
+import pathlib
+import re
 import resource
 import sys
 import time
 from collections.abc import Iterator
 
 import jax
+
+from mdt_jax.runtime.errors import UserError
 
 
 class Clock:
@@ -76,3 +80,33 @@ def memory_high_water() -> int:
         return max(stats["peak_bytes_in_use"] for stats in told)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+class Profile:
+    """A profiler trace of some steps, for the viewers of TensorBoard and Perfetto.
+
+    steps: the first and the last step, for example "10:13", counted as in metrics.jsonl; "" for no
+    trace. Raises UserError for anything else.
+    """
+
+    def __init__(self, steps: str, folder: pathlib.Path):
+        found = re.fullmatch(r"([0-9]+):([0-9]+)", steps)
+        if steps and (not found or not 1 <= int(found[1]) <= int(found[2])):
+            raise UserError(f"--profile_steps={steps} must be FIRST:LAST, for example 10:13")
+        self._first, self._last = (int(found[1]), int(found[2])) if found else (0, 0)
+        self._folder, self._running = folder, False
+
+    def before(self, step: int, state) -> None:
+        """Start or stop the trace; call it before each step, with the state that it starts from."""
+        if self._first <= step <= self._last and not self._running:
+            jax.block_until_ready(state)
+            jax.profiler.start_trace(str(self._folder))
+            self._running = True
+        elif self._running and step > self._last:
+            jax.block_until_ready(state)
+            self.close()
+
+    def close(self) -> None:
+        if self._running:
+            jax.profiler.stop_trace()
+        self._running = False

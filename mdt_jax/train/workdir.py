@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import math
 import os
 import pathlib
 from collections.abc import Iterator, Sequence
@@ -17,10 +16,8 @@ from mdt_jax.runtime import files, hosts
 from mdt_jax.runtime.errors import DamagedError, UserError
 from mdt_jax.runtime.files import atomic_write, read_json
 from mdt_jax.train import inputs
-from mdt_jax.train.checkpoints import Checkpoints
-from mdt_jax.train.metrics import MetricsLog, read_steps
-from mdt_jax.train.trackers import Tracker
-from mdt_jax.weights.orbax_folders import FOLDER, steps_in
+from mdt_jax.train.log import read_steps
+from mdt_jax.weights.orbax_folders import FOLDER, check_path, steps_in
 
 LOCK = ".lock"
 # The folders of a run that it writes to, which may be links, or of somebody else.
@@ -109,12 +106,11 @@ def agree_on_start(workdir: pathlib.Path, about_data: dict) -> None:
     hosts.agree(found, f": {workdir} must be one folder for all")
 
 
-def begin(
-    workdir: pathlib.Path, config: ConfigDict, classes: list[str], start: int
-) -> list[Tracker]:
-    """Write what a run is of, and open its log, of the first process alone."""
-    if not hosts.is_first():
-        return []
+def begin(workdir: pathlib.Path, config: ConfigDict, classes: list[str], start: int) -> None:
+    """Write config.json and classes.json, and remove results that the run makes anew.
+
+    Only the first process calls it.
+    """
     (workdir / "report.json").unlink(missing_ok=True)
     if start < config.train.steps:  # samples are of the step that the report is of
         for name in ("samples.npz", "samples.png"):
@@ -123,7 +119,6 @@ def begin(
     if classes:
         write_json(workdir / "classes.json", classes)
         hosts.log0(f"classes: {inputs.describe_classes(classes)}")
-    return [MetricsLog(workdir / "metrics.jsonl", start)]
 
 
 def is_reported(workdir: pathlib.Path, config: ConfigDict, step: int) -> bool:
@@ -157,26 +152,6 @@ def measured_steps(workdir: pathlib.Path, measures: Sequence[str], start: int) -
     return {int(step) for step in hosts.broadcast(" ".join(map(str, steps))).split()}
 
 
-def best_so_far(best: Checkpoints, config: ConfigDict, name: str) -> float:
-    """The measure `name` of the best checkpoint; infinite where none was measured the same way."""
-
-    def way(fields: dict) -> dict:
-        of = {"evaluation": ("every",), "sample": ("num_samples", "batch_size")}
-        return {
-            f"{group}.{field}": value
-            for group, but in of.items()
-            for field, value in fields[group].items()
-            if field not in but
-        }
-
-    found = [
-        meta["measured"].get(name, math.inf)
-        for meta in best.metas()
-        if way(configs.complete(meta["config"]).to_dict()) == way(config.to_dict())
-    ]
-    return float(hosts.broadcast(str(min(found, default=math.inf))))
-
-
 @contextlib.contextmanager
 def alone(workdir: pathlib.Path) -> Iterator[None]:
     """Keep other runs out of a workdir that is there; UserError where one is at work in it."""
@@ -184,17 +159,16 @@ def alone(workdir: pathlib.Path) -> Iterator[None]:
         yield
 
 
-def check_free(workdir: pathlib.Path) -> None:
-    """Raise UserError where a run is at work in a workdir, which need not be there."""
+def check_usable(workdir: pathlib.Path) -> None:
+    """Raise UserError where a run cannot work in a workdir, which need not exist.
+
+    Either another run works there, or this process cannot write to it or to one of its folders:
+    every process writes checkpoints.
+    """
+    check_path(workdir)
     if hosts.broadcast("locked" if os.path.exists(workdir / LOCK) else ""):
         with alone(workdir):
             pass
-
-
-def check_writable(workdir: pathlib.Path) -> None:
-    """Raise UserError where this process can make no files in a workdir, which need not be there,
-    or in one of its folders. All processes write checkpoints.
-    """
     for name in ("", *WRITTEN):
         if not name or os.path.lexists(workdir / name):
             files.check_writable(workdir / name, f"workdir {workdir / name}")
