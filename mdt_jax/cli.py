@@ -16,9 +16,9 @@ from ml_collections import ConfigDict, config_flags
 
 from mdt_jax import config as configs
 from mdt_jax.models.autoencoder import VAE_SCALE
-from mdt_jax.runtime import accelerators, files, hosts, hub, interrupts, limits, progress
+from mdt_jax.runtime import backend, files, hosts, hub, interrupts, limits, progress
+from mdt_jax.runtime.backend import PRECISIONS
 from mdt_jax.runtime.errors import UserError
-from mdt_jax.runtime.precision import PRECISIONS
 
 LONGEST = 1000  # characters of an error
 
@@ -31,7 +31,7 @@ def run(main: Callable[[list[str]], None]) -> None:
     one ends the process at once. Where a run has several processes, the others hear why this one
     left.
     """
-    accelerators.keep_compilations()
+    backend.keep_compilations()
     _print_anywhere()
     with interrupts.answered():
         _run(main)
