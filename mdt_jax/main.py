@@ -9,7 +9,7 @@ import pathlib
 from typing import Any
 
 from mdt_jax import cli
-from mdt_jax.runtime import accelerators, allocator, files, hosts
+from mdt_jax.runtime import backend, cluster, files
 from mdt_jax.train.loop import train
 from mdt_jax.train.stopping import StopSignal
 from mdt_jax.train.trackers import Monitoring
@@ -30,14 +30,14 @@ def main(argv: list[str]) -> None:
         "profile_steps": ("", "first and last step of a trace: 10:13"),
     }
     stop = StopSignal()
-    allocator.keep_freed_memory()
+    backend.keep_freed_memory()
     config, flags = cli.parse_config(
         argv, usage, optional, workdir="where checkpoints and results go"
     )
     workdir = pathlib.Path(files.local(flags.workdir))
     processes: list[Any] = [flags[name].value for name in cli.PROCESSES]
-    hosts.start(*processes)
-    accelerators.start()
+    cluster.start(*processes)
+    backend.start()
     show = Monitoring(flags.tensorboard, flags.wandb, flags.profile_steps)
     train(config, workdir, show, cli.said(flags), stop)
 

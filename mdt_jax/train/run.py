@@ -119,9 +119,7 @@ class Run:
             _log_setup(self.config, len(data.source), parameter_count(abstract), mesh)
         return trackers
 
-    def compile(
-        self, compile_step: Callable[[], jax.stages.Compiled]
-    ) -> jax.stages.Compiled | None:
+    def compile(self, compile_step: Callable[[], jax.stages.Compiled]) -> Any:
         """The training step, compiled ahead of time, or None where no step is left.
 
         The clock of the run starts when it returns.

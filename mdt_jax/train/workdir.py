@@ -149,7 +149,7 @@ def measured_steps(workdir: pathlib.Path, measures: Sequence[str], start: int) -
     found = read_steps(workdir / "metrics.jsonl") if hosts.is_first() else []
     found = [(step, json.loads(line)) for step, line in found if step <= start]
     steps = [step for step, line in found if not set(measures).isdisjoint(line)]
-    return {int(step) for step in hosts.broadcast(" ".join(map(str, steps))).split()}
+    return set(hosts.broadcast(steps))
 
 
 @contextlib.contextmanager
@@ -166,7 +166,7 @@ def check_usable(workdir: pathlib.Path) -> None:
     every process writes checkpoints.
     """
     check_path(workdir)
-    if hosts.broadcast("locked" if os.path.exists(workdir / LOCK) else ""):
+    if hosts.broadcast(os.path.exists(workdir / LOCK)):
         with alone(workdir):
             pass
     for name in ("", *WRITTEN):
