@@ -4,6 +4,7 @@ import contextlib
 import json
 import pathlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
