@@ -43,7 +43,7 @@ def check_tokens(tokens: int, hidden_size: int) -> None:
     """Raise UserError if an image has more tokens than the position embeddings allow."""
     if tokens > MOST_TOKENS or tokens * hidden_size > 2**26:
         raise UserError(
-            f"an image has {tokens:,} tokens of model.hidden_size {hidden_size}; it may have at "
+            f"an image makes {tokens:,} tokens of model.hidden_size {hidden_size}; it may make at "
             f"most {MOST_TOKENS:,} tokens, and 2^26 numbers in all: decrease data.image_size or "
             "increase model.patch_size"
         )
