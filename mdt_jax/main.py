@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 from mdt_jax import cli
 from mdt_jax import config as configs
 from mdt_jax.data.latents import Latents
-from mdt_jax.evaluation.measuring import BEST
+from mdt_jax.evaluation.evaluator import BEST
 from mdt_jax.models.mdt import MDT
 from mdt_jax.runtime import accelerators, allocator, files, hosts, interrupts, keys, parallel
 from mdt_jax.runtime.errors import UserError

@@ -115,7 +115,7 @@ def samples_npz(folder: pathlib.Path) -> sample_files.Npz:
 
 
 def read_samples(folder: pathlib.Path):
-    found = image_sets.open_images(str(folder / "s.npz"), labelled=True, drawn=True)
+    found = image_sets.open_images(str(folder / "s.npz"), labelled=True, generated=True)
     read = [part.tobytes() for _, part in found.slices(3)]
     return found.shape, read, np.asarray(found.labels).tolist(), list(found.classes)
 
@@ -155,7 +155,7 @@ def make_sample_folder(folder: pathlib.Path) -> None:
 
 def read_sample_folder(folder: pathlib.Path):
     anew = finish_samples(samples_folder(folder), folder)
-    found = image_sets.open_images(str(folder / "s"), labelled=True, drawn=True)
+    found = image_sets.open_images(str(folder / "s"), labelled=True, generated=True)
     if anew:
         raise FellBack
     return [part.tobytes() for _, part in found.slices(8)], np.asarray(found.labels).tolist()

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import pathlib
@@ -167,6 +168,12 @@ def read_json(path: pathlib.Path) -> dict | None:
     if not isinstance(found, dict):
         raise DamagedError(f"{path} is damaged, or was edited: it holds no JSON object")
     return found
+
+
+def file_sha256(path: str | os.PathLike) -> str:
+    """SHA-256 of a file's content, hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def local(path: str) -> str:

@@ -17,9 +17,9 @@ from mdt_jax.data.pipeline import Source
 from mdt_jax.data.sample_files import Npz
 from mdt_jax.data.sample_notes import written
 from mdt_jax.diffusion.options import SampleOptions, balanced_labels
-from mdt_jax.evaluation import image_sets, references
-from mdt_jax.evaluation.image_sets import Slices
-from mdt_jax.evaluation.measuring import Evaluator
+from mdt_jax.evaluation import references
+from mdt_jax.evaluation.evaluator import Evaluator
+from mdt_jax.evaluation.image_sets import Slices, open_images
 from mdt_jax.models.mdt import MDT
 from mdt_jax.runtime import hosts
 from mdt_jax.runtime.errors import NotFiniteError, UserError
@@ -100,8 +100,8 @@ def open_evaluator(
     else:
         return None
     size, images = config.data.image_size, reference.images
-    if isinstance(images, image_sets.Files):
-        log0(f"evaluation.reference {images.found}")
+    if images is not None and images.summary:
+        log0(f"evaluation.reference {images.summary}")
     if images is not None and images.shape != (size, size, config.data.channels):
         there = "×".join(map(str, images.shape))
         raise UserError(
@@ -196,7 +196,7 @@ def sample_and_measure(
     pipeline.write_samples(asked, sink, drawer.to_images)
     seconds = time.perf_counter() - started
     hosts.all_hosts(True)  # the others wait until it is there
-    samples = image_sets.open_images(str(out), labelled=True)
+    samples = open_images(str(out), labelled=True)
     if is_first():
         shown = samples.take(np.arange(min(100, len(samples))))
         text = written(note)
