@@ -20,7 +20,7 @@ from mdt_jax.evaluation.features import FeatureCache, extract
 from mdt_jax.evaluation.image_sets import StoredImages, open_images
 from mdt_jax.evaluation.npz_files import read_headers
 from mdt_jax.evaluation.reconstruction import Reconstructed, measure_vae
-from mdt_jax.runtime import accelerators, hosts, locks
+from mdt_jax.runtime import backend, cluster, hosts, locks
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.runtime.hosts import is_first, log0
 from mdt_jax.runtime.progress import print_result
@@ -194,8 +194,8 @@ def print_summaries(*image_sets: StoredImages | None) -> None:
 def main(argv: list[str]) -> None:
     """Parse the flags, and run the command they name."""
     args, way = parse(argv)
-    hosts.start(*(getattr(args, name) for name in cli.PROCESSES))
-    accelerators.start()
+    cluster.start(*(getattr(args, name) for name in cli.PROCESSES))
+    backend.start()
     if way == "samples":
         evaluate(args)
     elif way == "make_reference":

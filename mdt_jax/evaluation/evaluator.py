@@ -1,6 +1,5 @@
 """The evaluator: metrics of samples against a reference."""
 
-import json
 import os
 from collections.abc import Sequence
 
@@ -98,7 +97,7 @@ class Evaluator:
         features = extract(self.networks.values(), samples, samples_cache, progress)
         self._extract_reference(reference_cache, progress)
         report = {} if features is None else self._report(samples, features, progress)
-        return json.loads(hosts.broadcast(json.dumps(report)))
+        return hosts.broadcast(report)
 
     def _extract_reference(self, cache: FeatureCache | None, progress: bool) -> None:
         """Extract the reference's features in all processes, the first time; process 0 keeps them.

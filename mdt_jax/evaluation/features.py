@@ -89,7 +89,7 @@ def extract(
         for start, features in cache.resume():
             accumulator.add(start, features)
             cached.append(start)
-    cached = json.loads(hosts.broadcast(json.dumps(cached)))
+    cached = hosts.broadcast(cached)
 
     done = sum(min(SLICE, len(images) - start) for start in cached)
     bar = progress_bar(len(images), progress and first, "measuring", "image", initial=done)

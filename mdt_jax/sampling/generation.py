@@ -24,7 +24,6 @@ from mdt_jax.diffusion.samplers import State, sample
 from mdt_jax.models.mdt import MDT
 from mdt_jax.runtime import hosts, keys, parallel
 from mdt_jax.runtime.errors import UserError
-from mdt_jax.runtime.precision import of_products
 from mdt_jax.runtime.progress import progress_bar
 
 # Where the progress is shown, a batch is drawn in about so many pieces.
@@ -89,7 +88,7 @@ def network_of(
 
     def network(x, t, y) -> Any:  # Flax annotates `apply` with all that it may return
         ids = None if keep_ids is None else jnp.broadcast_to(keep_ids, (len(x), len(keep_ids)))
-        with of_products(options.precision):
+        with jax.default_matmul_precision(options.precision):
             return model.apply({"params": stacked()}, x, t, y, keep_ids=ids)
 
     if not doubled:

@@ -13,8 +13,8 @@ from mdt_jax.data.images import to_float
 from mdt_jax.diffusion.options import check_finite
 from mdt_jax.models.autoencoder import VAE_SCALE, AutoencoderKL
 from mdt_jax.runtime import hosts, parallel
+from mdt_jax.runtime.backend import HIGHEST
 from mdt_jax.runtime.errors import UserError
-from mdt_jax.runtime.precision import HIGHEST, of_products
 from mdt_jax.runtime.progress import progress_bar
 
 
@@ -58,7 +58,7 @@ def encoder(vae: AutoencoderKL, mesh: Mesh, precision: str = HIGHEST) -> Callabl
         size = next(n for n in range(most, 0, -1) if count % n == 0)
 
         def one_slice(images):
-            with of_products(precision):
+            with jax.default_matmul_precision(precision):
                 return vae.apply({"params": params}, from_uint8(images), method="encode")
 
         slices = images.reshape(-1, size, *images.shape[1:])
@@ -74,7 +74,7 @@ def encoder(vae: AutoencoderKL, mesh: Mesh, precision: str = HIGHEST) -> Callabl
 
 @functools.partial(jax.jit, static_argnames=("vae", "precision"))
 def _decode_slice(vae: AutoencoderKL, precision: str, params, latents):
-    with of_products(precision):
+    with jax.default_matmul_precision(precision):
         return vae.apply({"params": params}, latents, method="decode")
 
 
