@@ -19,13 +19,13 @@ from mdt_jax.evaluation.feature_networks import load_inception
 from mdt_jax.evaluation.features import FeatureCache, extract
 from mdt_jax.evaluation.image_sets import StoredImages, open_images
 from mdt_jax.evaluation.npz_files import read_headers
-from mdt_jax.evaluation.reconstruction import Reconstructed, measure_vae
+from mdt_jax.evaluation.reconstruction import check_reconstructible, measure_vae
 from mdt_jax.runtime import backend, cluster, hosts, locks
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.runtime.hosts import is_first, log0
 from mdt_jax.runtime.progress import print_result
 from mdt_jax.sampling import pipeline
-from mdt_jax.weights import networks, vae
+from mdt_jax.weights.vae import Vae
 
 # What each way of calling needs and may have, besides --image_size and --inception.
 WAYS = {
@@ -149,21 +149,21 @@ def make_reference(args) -> None:
 def evaluate_vae(args) -> None:
     """Measure what a VAE loses of images."""
     out = output_path(args.out, ".json") if args.out else None
-    network, params = networks.load_vae(args.vae)
+    vae = Vae.load(args.vae, scale=1.0)  # latents stay as the encoder gives them
     images = open_images(args.images, args.image_size, num=args.num_samples)
     inception = load_inception(args.inception) if args.inception else None
-    reconstructed = Reconstructed(network, params, images)
+    check_reconstructible(vae, images)
     print_summaries(images)
     settings = {
         "vae": args.vae,
-        "vae_sha256": vae.sha256(params),
+        "vae_sha256": vae.sha256,
         "latents": "the mean of the posterior",
         "uint8": UINT8_RULE,
         "images": describe_images(images),
         "features": [inception.note] if inception else [],
     }
     with locked(out):
-        metrics = measure_vae(reconstructed, images, inception, progress=True)
+        metrics = measure_vae(vae, images, inception, progress=True)
         if is_first():
             report(f"{images.path} through {args.vae}:", metrics, settings, out)
             if inception is None:

@@ -18,7 +18,7 @@ from mdt_jax.evaluation.evaluator import Evaluator
 from mdt_jax.evaluation.metrics import precision_recall
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.runtime.files import file_sha256
-from mdt_jax.weights import networks
+from mdt_jax.weights.vae import Vae
 from tests.conftest import exits_with_one_line, run_here
 from tests.measuring import assert_equal, crops, flags, make_sets, measured, quick_inception
 from tests.runs import DIGITS
@@ -53,7 +53,7 @@ def test_fid_from_python(sets):
     assert mdt_jax.fid(*paths) == pytest.approx(expected, rel=1e-6)
     samples, real = (np.load(path)["arr_0"] for path in paths[:2])
     assert mdt_jax.fid(samples, real, paths[2]) == pytest.approx(expected, rel=1e-6)
-    with pytest.raises(UserError, match="the samples are float32 of the shape .*FID takes uint8"):
+    with pytest.raises(UserError, match="the samples is float32 of shape .*images must be uint8"):
         mdt_jax.fid(samples.astype(np.float32), real, paths[2])
 
 
@@ -350,7 +350,8 @@ def test_what_a_vae_loses(sets, tmp_path):
     assert "PSNR (dB)" in printed and "rFID" in printed
     card = json.loads((tmp_path / "vae.json").read_text())
     images = image_sets.open_images(str(pictures), 32).take(range(9))
-    network, params = networks.load_vae(vae)
+    vae = Vae.load(vae)
+    network, params = vae.network, vae.params
     x = images.astype(np.float32) / 127.5 - 1
     mean, _ = jax.jit(functools.partial(network.apply, method="encode"))({"params": params}, x)
     decode = jax.jit(functools.partial(network.apply, method="decode"))
@@ -446,11 +447,23 @@ BAD = {
     "empty folder": (["--samples=BAD/empty", R, PIXELS], "empty holds no images"),
     "no zip": (["--samples=BAD/text.npz", R, PIXELS], "text.npz could not be read"),
     "cut short": (["--samples=BAD/cut.npz", R, PIXELS], "cut.npz could not be read"),
-    "floats": (["--samples=BAD/float.npz", R, PIXELS], "arr_0 is float32; images must be uint8"),
-    "channels first": (["--samples=BAD/first.npz", R, PIXELS], "its channels come first"),
-    "three axes": (["--samples=BAD/grey.npz", R, PIXELS], "has the shape [5, 32, 32]"),
-    "Fortran's order": (["--samples=BAD/columns.npz", R, PIXELS], "in Fortran order"),
-    "no images in it": (["--samples=BAD/none.npz", R, PIXELS], "none.npz holds no images"),
+    "floats": (["--samples=BAD/float.npz", R, PIXELS], "arr_0 is float32 of shape [5, 32, 32, 3]"),
+    "channels first": (
+        ["--samples=BAD/first.npz", R, PIXELS],
+        "arr_0 is uint8 of shape [5, 3, 32, 32]; images must be",
+    ),
+    "three axes": (
+        ["--samples=BAD/grey.npz", R, PIXELS],
+        "is uint8 of shape [5, 32, 32]; images must be",
+    ),
+    "Fortran's order": (
+        ["--samples=BAD/columns.npz", R, PIXELS],
+        "of shape [5, 32, 32, 3], in Fortran order; images must be",
+    ),
+    "no images in it": (
+        ["--samples=BAD/none.npz", R, PIXELS],
+        "none.npz: arr_0 is uint8 of shape [0, 32, 32, 3]; images",
+    ),
     "another name": (
         ["--samples=BAD/named.npz", R, PIXELS],
         "holds no arr_0, the images; its arrays are",

@@ -14,12 +14,12 @@ from mdt_jax.evaluation.feature_networks import (
     load_inception,
 )
 from mdt_jax.evaluation.features import FeatureCache, FeatureSet, extract
-from mdt_jax.evaluation.image_sets import ArrayImages, ImageSet, open_images
+from mdt_jax.evaluation.image_sets import ArrayImages, ImageSet, check_images, open_images
+from mdt_jax.evaluation.npz_files import Header
 from mdt_jax.evaluation.references import Reference
 from mdt_jax.runtime import hosts
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.runtime.hosts import log0
-from mdt_jax.runtime.progress import progress_bar
 
 FEATURES = ("inception", "pixels", "classifier")
 BEST = ("fid", "frechet_distance")  # metrics that choose a run's best checkpoint; less is better
@@ -135,11 +135,9 @@ class Evaluator:
         rows = samples.rows
         report["inception_score"] = metrics.inception_score(rows["logits"], rows["pixels"])
         if real is not None:
-            steps = metrics.comparisons(real.count, samples.count)
-            with progress_bar(steps, progress and steps > 9, "comparing", "step") as bar:
-                report["precision"], report["recall"] = metrics.precision_recall(
-                    real.rows["pool"], rows["pool"], NEIGHBOURS, bar.update
-                )
+            report["precision"], report["recall"] = metrics.precision_recall(
+                real.rows["pool"], rows["pool"], NEIGHBOURS, progress
+            )
         return report
 
     def _compare_pixels(self, samples: FeatureSet) -> dict[str, float]:
@@ -213,9 +211,5 @@ def fid(
 
 
 def _array_images(name: str, images: np.ndarray) -> ArrayImages:
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3):
-        raise UserError(
-            f"{name} are {images.dtype} of the shape {list(images.shape)}; FID takes uint8 images "
-            "[N, H, W, C] of 1 or 3 channels, which mdt_jax.to_uint8 makes of samples"
-        )
+    check_images(name, Header(images.shape, False, images.dtype))
     return ArrayImages(name, images)

@@ -16,7 +16,7 @@ from mdt_jax.evaluation.references import Reference
 from mdt_jax.models.inception import POOL, SPATIAL, WHERE, Features, Inception
 from mdt_jax.runtime import hosts, parallel
 from mdt_jax.runtime.errors import UserError
-from mdt_jax.weights import networks, vae
+from mdt_jax.weights.networks import params_sha256, read_network
 
 EACH_DEVICE = 16  # images a device takes at once; fixed, so that rounding is the same everywhere
 MAX_VALUES = 4096  # H·W·C of images whose pixels are compared: their covariance has its square
@@ -60,8 +60,8 @@ def load_inception(path: str) -> InceptionFeatures:
     """FID's Inception with the weights of a file or folder. Raises UserError."""
     if not path:
         raise UserError(f"inception needs weights, --inception=FILE: {WHERE}")
-    weights = networks.read(path, wanted="inception")
-    sha256 = vae.sha256(weights.params)
+    weights = read_network(path, kind="inception")
+    sha256 = params_sha256(weights.params)
     hosts.agree({"inception_sha256": sha256})
     note = {"inception": path, "inception_sha256": sha256}
     return InceptionFeatures(weights.model, weights.params, note)

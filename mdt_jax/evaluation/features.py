@@ -6,7 +6,9 @@ A feature network takes images [n, H, W, C] uint8 to a dict of arrays of n rows:
 - "logits" [n, classes] float32, the Inception's, for the Inception Score;
 - "pixels" [n, 32] uint8, the SHA-256 of each image, which orders images for the Inception Score;
 - "vectors" [n, D] float32, the pixels of small images, for a Fréchet distance;
-- "classes" [n], the class that a classifier predicts for each image.
+- "classes" [n], the class that a classifier predicts for each image;
+- "psnr", "ssim" [n] float64, of a VAE's reconstruction, and "reconstructed" [n, D] float32, "pool"
+  of the reconstruction.
 """
 
 import contextlib
@@ -26,8 +28,8 @@ from mdt_jax.runtime.files import atomic_write, check_regular, passes, reason, s
 from mdt_jax.runtime.progress import progress_bar
 
 SLICE = 512  # images in memory at once, and in a file of the cache
-DISTRIBUTIONS = ("pool", "spatial", "vectors")  # features of which mean and covariance are needed
-UNUSED_ROWS = ("spatial", "vectors")  # large features of which nothing else is needed
+DISTRIBUTIONS = ("pool", "spatial", "vectors", "reconstructed")  # mean and covariance are needed
+UNUSED_ROWS = ("spatial", "vectors", "reconstructed")  # of which nothing else is needed
 SETTINGS = "features.json"
 
 FeatureNetwork = Callable[[np.ndarray], dict[str, np.ndarray]]
@@ -106,8 +108,8 @@ def extract(
 
 
 def _check_finite(images: ImageSet, start: int, features: dict[str, np.ndarray]) -> None:
-    for rows in features.values():
-        if rows.dtype.kind == "f" and not np.isfinite(rows).all():
+    for name, rows in features.items():
+        if name != "psnr" and rows.dtype.kind == "f" and not np.isfinite(rows).all():
             finite = np.isfinite(rows).reshape(len(rows), -1).all(1)
             raise UserError(
                 f"{images.name(start + int(finite.argmin()))} has features that are not finite: "

@@ -15,9 +15,9 @@ import numpy as np
 
 from mdt_jax.data import folders, pictures, sample_notes, sources, tars, tfds_sets
 from mdt_jax.data.crops import center_crop, to_rgb
-from mdt_jax.evaluation.npz_files import Header, read_array, read_headers
+from mdt_jax.evaluation.npz_files import Header, read_array, read_headers, reading
 from mdt_jax.runtime.errors import UserError
-from mdt_jax.runtime.files import file_sha256, reason
+from mdt_jax.runtime.files import file_sha256
 
 Slices = Generator[tuple[int, np.ndarray], None, None]
 Files = folders.Files | tars.Members | tfds_sets.Prepared
@@ -138,7 +138,8 @@ class NpzImages(StoredImages):
         if "arr_0" not in headers:
             names = ", ".join(headers) or "none"
             raise UserError(f"{path} holds no arr_0, the images; its arrays are {names}")
-        shape = _check_images(path, headers["arr_0"])
+        check_images(f"{path}: arr_0", headers["arr_0"])
+        shape = headers["arr_0"].shape
         super().__init__(path, shape[0], shape[1:])
         if labelled and "arr_1" in headers:
             header = headers["arr_1"]
@@ -161,13 +162,14 @@ class NpzImages(StoredImages):
     @functools.cached_property
     def _content(self) -> tuple[IO[bytes], int]:
         """The open array, since seeking from its beginning is slow; and where its images begin."""
-        file = zipfile.ZipFile(self.path).open("arr_0.npy")
+        archive = zipfile.ZipFile(self.path)
+        file = archive.open("arr_0.npy")
         sample_notes.read_header(file)
         return file, file.tell()
 
     def take(self, items: Sequence[int] | np.ndarray) -> np.ndarray:
         images = np.empty((len(items), *self.shape), np.uint8)
-        try:
+        with reading(self.path):
             file, begin = self._content
             for image, item in zip(images, items, strict=True):
                 file.seek(begin + int(item) * image.nbytes)
@@ -175,26 +177,19 @@ class NpzImages(StoredImages):
                 if len(content) < image.nbytes:
                     raise EOFError("it is cut short")
                 image[:] = np.frombuffer(content, np.uint8).reshape(self.shape)
-        except Exception as error:  # zipfile raises many kinds for damaged files
-            raise UserError(f"{self.path} could not be read: {reason(error)}") from None
         return images
 
 
-def _check_images(path: str, header: Header) -> tuple[int, ...]:
-    """The shape of an array of images. Raises UserError for any other array."""
+def check_images(name: str, header: Header) -> None:
+    """Raise UserError for an array that does not hold images."""
     shape, fortran_order, dtype = header
-    if dtype != np.uint8:
-        raise UserError(f"{path}: arr_0 is {dtype}; images must be uint8, from 0 to 255")
-    if len(shape) != 4 or shape[-1] not in (1, 3):
-        hint = "; its channels come first" if len(shape) == 4 and shape[1] in (1, 3) else ""
+    images = len(shape) == 4 and 0 not in shape and shape[-1] in (1, 3)
+    if not images or fortran_order or dtype != np.uint8:
+        order = ", in Fortran order" if fortran_order else ""
         raise UserError(
-            f"{path}: arr_0 has the shape {list(shape)}; images must be [N, H, W, 3]{hint}"
+            f"{name} is {dtype} of shape {list(shape)}{order}; images must be uint8 [N, H, W, C], "
+            "in C order, with 1 or 3 channels (mdt_jax.to_uint8 makes them of samples)"
         )
-    if 0 in shape:
-        raise UserError(f"{path} holds no images: arr_0 has the shape {list(shape)}")
-    if fortran_order:
-        raise UserError(f"{path}: arr_0 is in Fortran order; save np.ascontiguousarray of it")
-    return shape
 
 
 class FileImages(StoredImages):
@@ -271,13 +266,8 @@ class FileImages(StoredImages):
     @contextlib.contextmanager
     def _opened(self, i: int):
         """Image i as a PIL.Image. Raises UserError if it cannot be read or is too large."""
-        try:
-            with pictures.opened(self._files.read(i)[0]) as image:
-                yield image
-        except UserError:
-            raise
-        except Exception as error:  # Pillow raises many kinds for damaged files
-            raise UserError(f"{self.name(i)} could not be read: {reason(error)}") from None
+        with reading(self.name(i)), pictures.opened(self._files.read(i)[0]) as image:
+            yield image
 
     def _header(self, i: int) -> tuple[str, tuple[int, int]]:
         """(Pillow's mode, (height, width)) of image i. Raises UserError."""

@@ -11,6 +11,8 @@ from collections.abc import Callable
 
 import numpy as np
 
+from mdt_jax.runtime.progress import progress_bar
+
 TILE = 4096  # rows compared at once, which bounds the memory of precision and recall
 ROUNDING = 1e-13  # rounding error of a squared distance, relative to the squared norms
 
@@ -192,36 +194,34 @@ def _smallest(nearest: np.ndarray, distances: np.ndarray) -> np.ndarray:
     return np.partition(both, count - 1, axis=1)[:, :count]
 
 
-def comparisons(count: int, others: int) -> int:
-    """How many times `precision_recall` calls `advance` for sets of these sizes."""
-    a, b = len(_tiles(count)), len(_tiles(others))
-    return a * (a + 1) // 2 + b * (b + 1) // 2 + a * b
-
-
 def precision_recall(
     reference: np.ndarray,
     samples: np.ndarray,
     k: int = 3,
-    advance: Callable[[int], object] = lambda steps: None,
+    progress: bool = False,
 ) -> tuple[float, float]:
     """Precision and recall (Kynkäänniemi et al. 2019, arXiv 1904.06991).
 
     Precision is the share of samples in the manifold of the reference, recall the share of the
     reference in the manifold of the samples. A manifold is the union of balls around all features
     of a set, each with its k-th nearest neighbour on the surface. reference, samples: features
-    [N, D] and [M, D], N and M above k. advance: called with 1 after each of `comparisons` steps.
+    [N, D] and [M, D], N and M above k.
     """
     origin = reference.mean(0, dtype=np.float64)
-    reference_radii = _squared_radii(reference, k, origin, advance)
-    sample_radii = _squared_radii(samples, k, origin, advance)
+    sample_tiles, reference_tiles = _tiles(len(samples)), _tiles(len(reference))
+    a, b = len(sample_tiles), len(reference_tiles)
+    steps = a * (a + 1) // 2 + b * (b + 1) // 2 + a * b
     recalled = np.zeros(len(reference), bool)
     precise = np.zeros(len(samples), bool)
-    for rows in _tiles(len(samples)):
-        for others in _tiles(len(reference)):
-            distances = _squared_distances(samples[rows], reference[others], origin)
-            precise[rows] |= (distances <= reference_radii[others]).any(1)
-            recalled[others] |= (distances <= sample_radii[rows, None]).any(0)
-            advance(1)
+    with progress_bar(steps, progress and steps > 9, "comparing", "step") as bar:
+        reference_radii = _squared_radii(reference, k, origin, bar.update)
+        sample_radii = _squared_radii(samples, k, origin, bar.update)
+        for rows in sample_tiles:
+            for others in reference_tiles:
+                distances = _squared_distances(samples[rows], reference[others], origin)
+                precise[rows] |= (distances <= reference_radii[others]).any(1)
+                recalled[others] |= (distances <= sample_radii[rows, None]).any(0)
+                bar.update(1)
     return float(precise.mean()), float(recalled.mean())
 
 

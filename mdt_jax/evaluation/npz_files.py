@@ -1,7 +1,9 @@
 """Arrays of an npz file, and what their headers say without reading them."""
 
+import contextlib
 import os
 import zipfile
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -19,25 +21,31 @@ class Header(NamedTuple):
     dtype: np.dtype
 
 
+@contextlib.contextmanager
+def reading(name: str | os.PathLike) -> Iterator[None]:
+    """Raise UserError for whatever reading a damaged file raises in the block."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # zipfile, NumPy and Pillow raise many kinds
+        raise UserError(f"{name} could not be read: {reason(error)}") from None
+
+
 def read_headers(path: str | os.PathLike) -> dict[str, Header]:
     """The headers of all arrays of an npz file, by name. Raises UserError."""
-    try:
+    headers = {}
+    with reading(path):
         check_regular(path)
         with zipfile.ZipFile(path) as archive:
-            headers = {}
             for name in archive.namelist():
                 if name.endswith(".npy"):
                     with archive.open(name) as file:
                         headers[name.removesuffix(".npy")] = Header(*read_header(file))
-            return headers
-    except Exception as error:  # NumPy and zipfile raise many kinds for damaged files
-        raise UserError(f"{path} could not be read: {reason(error)}") from None
+    return headers
 
 
 def read_array(path: str | os.PathLike, name: str) -> np.ndarray:
     """One array of an npz file. Raises UserError."""
-    try:
-        with np.load(path) as arrays:
-            return arrays[name]
-    except Exception as error:  # NumPy and zipfile raise many kinds for damaged files
-        raise UserError(f"{path}: {name} could not be read: {reason(error)}") from None
+    with reading(f"{path}: {name}"), np.load(path) as arrays:
+        return arrays[name]

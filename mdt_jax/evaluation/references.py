@@ -105,7 +105,7 @@ def _read_gaussian(
     """The mean and covariance with these names, checked. Raises UserError."""
     mu_name, sigma_name = names
     mu_shape, sigma_shape = headers[mu_name].shape, headers[sigma_name].shape
-    if len(mu_shape) != 1 or not mu_shape[0] or sigma_shape != mu_shape * 2:
+    if len(mu_shape) != 1 or mu_shape[0] == 0 or sigma_shape != mu_shape * 2:
         raise UserError(
             f"{path}: {mu_name} has the shape {list(mu_shape)} and {sigma_name} "
             f"{list(sigma_shape)}; they must be [D] and [D, D]"
