@@ -24,7 +24,7 @@ from mdt_jax import cli
 from mdt_jax.data import sources
 from mdt_jax.data.images import to_uint8
 from mdt_jax.diffusion.options import SampleOptions, balanced_labels
-from mdt_jax.evaluation import measuring
+from mdt_jax.evaluation.evaluator import evaluate_samples
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.sampling.generation import generate
 from mdt_jax.train import loop
@@ -115,7 +115,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, samples: int) -> dict:
         options = SampleOptions.from_config(config)
         size = config.sample.batch_size
         drawn = generate(model, params, labels, batch_size=size, options=options)
-        measured = measuring.evaluate_samples(to_uint8(drawn), labels, train, held_out)
+        measured = evaluate_samples(to_uint8(drawn), labels, train, held_out)
         points.append({"step": step, "seconds": seconds[step], **measured})
     curve = {**wanted, "points": points}
     write_json(path, curve)

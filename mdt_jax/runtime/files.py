@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import pathlib
@@ -165,6 +166,12 @@ def read_json(path: pathlib.Path) -> dict | None:
     if not isinstance(content, dict):
         raise DamagedError(f"{path} is damaged, or was edited: expected a JSON object")
     return content
+
+
+def file_sha256(path: str | os.PathLike) -> str:
+    """SHA-256 of a file's content, hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def local(path: str) -> str:

@@ -10,7 +10,6 @@ from ml_collections import ConfigDict
 from mdt_jax import config as configs
 from mdt_jax.models.mdt import MDT
 from mdt_jax.runtime import interrupts, parallel
-from mdt_jax.sampling import pipeline
 from mdt_jax.train import costs, inputs, warm_start, workdir
 from mdt_jax.train.log import Log
 from mdt_jax.train.optimizers import learning_rate, make_optimizer
@@ -66,10 +65,7 @@ def train(
             return True
         if state is None:
             state = initial_state(model, optimizer, init_key, abstract, weights)
-        vae = data.vae and pipeline.Vae(
-            data.vae.path, config.vae.scale, data.vae.network, data.vae.params
-        )
-        sampler = RunSampler(config, model, vae)
+        sampler = RunSampler(config, model, data.vae)
         trackers = run.begin(data, abstract, mesh, show)
         batches = inputs.feed(config, data, mesh, run.start)
         rate = learning_rate(config.optim, mesh)

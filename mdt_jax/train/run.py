@@ -10,7 +10,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from mdt_jax.evaluation.measuring import BEST, Evaluator
+from mdt_jax.evaluation.evaluator import BEST, Evaluator
 from mdt_jax.runtime import hosts
 from mdt_jax.runtime.errors import NotFiniteError
 from mdt_jax.runtime.hosts import log0

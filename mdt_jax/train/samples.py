@@ -14,18 +14,19 @@ from mdt_jax.data.pipeline import Source
 from mdt_jax.data.sample_files import Npz
 from mdt_jax.data.sample_notes import written
 from mdt_jax.diffusion.options import SampleOptions, balanced_labels
-from mdt_jax.evaluation import image_sets, references
-from mdt_jax.evaluation.image_sets import Slices
-from mdt_jax.evaluation.measuring import Evaluator
+from mdt_jax.evaluation import references
+from mdt_jax.evaluation.evaluator import Evaluator
+from mdt_jax.evaluation.image_sets import Slices, open_images
 from mdt_jax.models.mdt import MDT
 from mdt_jax.runtime import hosts
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.runtime.hosts import is_first, log0
 from mdt_jax.sampling import pipeline
 from mdt_jax.sampling.generation import Request, request
-from mdt_jax.sampling.pipeline import Vae, decoder
+from mdt_jax.sampling.pipeline import decoder
 from mdt_jax.train.state import TrainState
 from mdt_jax.weights import networks
+from mdt_jax.weights.vae import Vae
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,8 +97,8 @@ def open_evaluator(
     else:
         return None
     size, images = config.data.image_size, reference.images
-    if isinstance(images, image_sets.Files):
-        log0(f"evaluation.reference {images.found}")
+    if images is not None and images.summary:
+        log0(f"evaluation.reference {images.summary}")
     if images is not None and images.shape != (size, size, config.data.channels):
         there = "×".join(map(str, images.shape))
         raise UserError(
@@ -152,7 +153,7 @@ def sample_and_measure(
     pipeline.write_samples(asked, sink, drawer.to_images)
     seconds = time.perf_counter() - started
     hosts.all_hosts(True)  # the others wait until it is there
-    samples = image_sets.open_images(str(out), labelled=True)
+    samples = open_images(str(out), labelled=True)
     if is_first():
         shown = samples.take(np.arange(min(100, len(samples))))
         text = written(note)
