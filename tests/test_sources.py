@@ -179,7 +179,7 @@ def test_a_run_goes_on_with_the_same_batches_and_classes(place, from_folder, tmp
     more = shutil.copytree(place / "folder", tmp_path / "more")
     (more / "9" / "001.jpg").rename(more / "9" / "002.jpg")
     argv = [*arguments(place, "folder", more), *NO_SAMPLES, workdir, "--config.train.steps=4"]
-    assert "going on with another list of images than before" in train_here(*argv)
+    assert "resuming with another list of images than before" in train_here(*argv)
     other = shutil.copytree(place / "folder", tmp_path / "other")
     (other / "9").rename(other / "3")
     argv = [*arguments(place, "folder", other), workdir, "--config.train.steps=5"]

@@ -71,7 +71,7 @@ def train(
         rate = learning_rate(config.optim, mesh)
         train_step = run.compile(lambda: compile_step(config, model, optimizer, abstract, mesh))
         log = Log(run, model, len(data.source), trackers)
-        stop.wait_for_steps()
+        stop.start_training()
 
         # Each turn: save → sample → measure → next batch → step → log the step before.
         # A state is saved first, so that a kill while sampling loses nothing. Metrics are logged
@@ -82,7 +82,7 @@ def train(
         with log, closing(batches), closing(profile), jax.transfer_guard("disallow"):
             try:
                 for step in range(run.start, steps + 1):
-                    if stop.asked(step):
+                    if stop.requested(step):
                         raise Stopped
                     measure = run.must_measure(step)
                     if run.must_save(step, measure):
@@ -91,7 +91,7 @@ def train(
                         # then kept, unless the run ends here.
                         if step == steps or not log.skipping:
                             run.save(state, log)
-                    with stop.raising():
+                    with stop.interruptible():
                         if run.must_sample(step):
                             run.save_grid(step, sampler, state, log)
                         if measure:

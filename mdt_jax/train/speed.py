@@ -1,4 +1,4 @@
-"""How fast a run is, and how much of its machine it uses."""
+"""Time, throughput, memory and profiler traces of a run."""
 
 import contextlib
 import pathlib
@@ -14,7 +14,10 @@ from mdt_jax.runtime.errors import UserError
 
 
 class Clock:
-    """Seconds of training, without pauses; and how many of them were spent waiting for data."""
+    """Counts the seconds of training, without pauses. waited: those spent waiting for data.
+
+    before: seconds of training in earlier processes.
+    """
 
     def __init__(self, before: float = 0.0):
         self._began = time.perf_counter() - before
@@ -39,11 +42,10 @@ class Clock:
 
 
 class Speed:
-    """What is logged of it, each time since the time before.
+    """Throughput since the last line of the log.
 
-    images: in a step, over all devices; flops: operations that training takes for each, as the
-    model asks for them (recomputed ones are not counted); peak: what a device does in a second at
-    most, if known.
+    images: the global batch size. flops: floating-point operations of training for each image,
+    recomputation not counted. peak: the most of them that a device does in a second, if known.
     """
 
     def __init__(self, clock: Clock, step: int, images: int, flops: int, peak: float | None):
@@ -51,7 +53,7 @@ class Speed:
         self._last = step, clock.seconds(), clock.waited
 
     def since(self, step: int, steps: int) -> dict[str, float]:
-        """Up to `step`, of a run of `steps`: see README, "Read the log"."""
+        """The fields of the log up to `step` of `steps`, which docs/training.md explains."""
         (step_before, seconds_before, waited_before), now = self._last, self._clock.seconds()
         self._last = step, now, self._clock.waited
         spent, done = max(now - seconds_before, 1e-9), step - step_before
@@ -71,13 +73,13 @@ class Speed:
 
 
 def memory_high_water() -> int:
-    """The most bytes that were in use at once on one of this process's devices.
+    """The peak of bytes in use on one of this process's devices.
 
-    On a CPU, where devices do not tell, it is the process's resident memory.
+    CPU devices do not report it; there it is the peak of the process's resident memory.
     """
-    told = [device.memory_stats() for device in jax.local_devices()]
-    if all(stats and "peak_bytes_in_use" in stats for stats in told):
-        return max(stats["peak_bytes_in_use"] for stats in told)
+    statistics = [device.memory_stats() for device in jax.local_devices()]
+    if all(stats and "peak_bytes_in_use" in stats for stats in statistics):
+        return max(stats["peak_bytes_in_use"] for stats in statistics)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
@@ -90,10 +92,10 @@ class Profile:
     """
 
     def __init__(self, steps: str, folder: pathlib.Path):
-        found = re.fullmatch(r"([0-9]+):([0-9]+)", steps)
-        if steps and (not found or not 1 <= int(found[1]) <= int(found[2])):
+        match = re.fullmatch(r"([0-9]+):([0-9]+)", steps)
+        if steps and (not match or not 1 <= int(match[1]) <= int(match[2])):
             raise UserError(f"--profile_steps={steps} must be FIRST:LAST, for example 10:13")
-        self._first, self._last = (int(found[1]), int(found[2])) if found else (0, 0)
+        self._first, self._last = (int(match[1]), int(match[2])) if match else (0, 0)
         self._folder, self._running = folder, False
 
     def before(self, step: int, state) -> None:
