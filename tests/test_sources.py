@@ -255,7 +255,9 @@ def test_what_is_found_is_said_and_the_advice_is_right(place, tmp_path):
     for printed in (train_here(*argv, workdir, expect=2), of_encode):
         (last,) = printed.splitlines()
         assert "unknown suffix .jfif: 8 (such as 10/002.jfif)" in last
-        assert "has 2 classes, but model.num_classes is 3; see whether what is left out (" in last
+        assert (
+            "has 2 classes, but model.num_classes is 3; check whether the files left out (" in last
+        )
         assert "folder without images: 1 (10)) holds the others, or set it to 2, or to 0" in last
 
 
