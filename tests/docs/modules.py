@@ -10,8 +10,9 @@ from tests.conftest import ROOT
 
 PAGE = ROOT / "docs" / "architecture.md"
 LIST = re.compile(r"(?<=<!-- modules -->\n).*(?=<!-- end of modules -->)", re.S)
-# The order of the levels of import, from the top.
-FOLDERS = ["", "train", "sampling", "evaluation", "weights", "data", "diffusion", "models", "runtime"]
+# From the top level of imports to the bottom.
+FOLDERS = ["", "train", "sampling", "evaluation", "weights", "config"]
+FOLDERS += ["data", "diffusion", "models", "runtime"]
 
 
 def sentence(docstring: str) -> str:
@@ -24,8 +25,10 @@ def markdown() -> str:
     """A table for each folder of the package."""
     lines = []
     for folder in FOLDERS:
-        lines += ["", f"### mdt_jax/{folder}", "", "| module | |", "| --- | --- |"]
-        for path in sorted((ROOT / "mdt_jax" / folder).glob("*.py")):
+        paths = sorted((ROOT / "mdt_jax" / folder).glob("*.py"))
+        if paths:
+            lines += ["", f"### mdt_jax/{folder}".rstrip("/"), "", "| module | |", "| --- | --- |"]
+        for path in paths:
             docstring = ast.get_docstring(ast.parse(path.read_text()))
             if docstring:
                 link = f"[{path.name}](../{path.relative_to(ROOT).as_posix()})"
