@@ -7,7 +7,6 @@ import sys
 
 import numpy as np
 import pytest
-from sklearn.datasets import load_digits
 
 from mdt_jax.weights import torch_files
 from tests.conftest import ROOT
@@ -34,7 +33,7 @@ def folder(tmp_path_factory):
     from tests.fid_packages import random_state
 
     torch_files.write(folder / "pt_inception-2015-12-05-6726825d.pth", random_state())
-    images = load_digits().images[:8].astype(np.uint8)[..., None]
+    images = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), np.uint8)
     np.savez(folder / "VIRTUAL_imagenet256_labeled.npz", arr_0=images)
     write_vae(folder / "vae")
     run_smoke(MODULE_COMMANDS[0], folder)
@@ -58,7 +57,7 @@ def hub(tmp_path_factory):
         yield environment
 
 
-@pytest.mark.parametrize("command", MODULE_COMMANDS)
+@pytest.mark.parametrize("command", MODULE_COMMANDS, ids=str)
 def test_module_commands(command, folder, hub):
     """In this process, but for what must be known when Python starts: devices, the hub's address.
 
