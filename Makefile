@@ -27,7 +27,7 @@ test test-versions: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 test: lint
 	$(VENV)/bin/python -m pytest -m "not (processes or docs or benches or combinations)"
 
-# Kills, several hosts, Slurm, the README's commands, notebooks, benches, every recipe and every pair
+# Kills, several hosts, Slurm, the pages' commands, notebooks, benches, every recipe and every pair
 # of switches. Processes wait for each other, which leaves room for a third test at once.
 test-rest: $(VENV)/.installed-test
 	$(VENV)/bin/python -m pytest -m "processes or docs or benches or combinations" --numprocesses=3
