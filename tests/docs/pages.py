@@ -8,7 +8,6 @@ import sys
 
 import pytest
 
-from mdt_jax.evaluation import features
 from tests.conftest import ROOT, XLA_FLAGS, run_here
 
 # In the order in which their commands run: later pages use the runs of earlier ones.
@@ -72,6 +71,8 @@ def smoke(command: str) -> str:
 
 def run_smoke(command: str, folder: pathlib.Path) -> str:
     """Run it in this process, with Inception on two images at a time; returns what it printed."""
+    from mdt_jax.evaluation import features
+
     _, _, module, *arguments = shlex.split(smoke(command))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(features, "EACH_DEVICE", 2)
