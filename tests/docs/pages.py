@@ -41,6 +41,7 @@ REPLACED = {
     "num_steps=50": "num_steps=12",
     "evaluation.every=500": "evaluation.every=1",
     "evaluation.num_samples=1000": "evaluation.num_samples=20",
+    "mesh.fsdp=8": "mesh.fsdp=1",
     "=docs/": f"={ROOT}/docs/",
 }
 
