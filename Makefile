@@ -1,6 +1,6 @@
 # make demo: train on handwritten digits, sample, report. make test: the tests to run each time.
 # make test-all: all tests. make test-versions: the core tests on three sets of versions.
-# Each makes its own virtual environments first.
+# make docs: the pages as a site, in .site. Each makes its own virtual environments first.
 PYTHON ?= python3
 OLDEST ?= python3.13
 NEWEST ?= python3.13
@@ -8,10 +8,13 @@ VENV ?= .venv
 CONFIG ?= configs/digits.py
 WORKDIR ?= runs/digits
 
-.PHONY: demo lint test test-rest test-all test-versions clean
+.PHONY: demo docs lint test test-rest test-all test-versions clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/python -m mdt_jax.main --config=$(CONFIG) --workdir=$(WORKDIR)
+
+docs: $(VENV)/.installed-docs
+	$(VENV)/bin/mkdocs build --strict
 
 lint: $(VENV)/.installed-test
 	$(VENV)/bin/ruff check .
@@ -24,7 +27,7 @@ test test-versions: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 test: lint
 	$(VENV)/bin/python -m pytest -m "not (processes or docs or benches or combinations)"
 
-# Kills, several hosts, Slurm, the README's commands, notebooks, benches, every recipe and every pair
+# Kills, several hosts, Slurm, the pages' commands, notebooks, benches, every recipe and every pair
 # of switches. Processes wait for each other, which leaves room for a third test at once.
 test-rest: $(VENV)/.installed-test
 	$(VENV)/bin/python -m pytest -m "processes or docs or benches or combinations" --numprocesses=3
@@ -53,12 +56,13 @@ $(ENVIRONMENTS): pyproject.toml tests/constraints-oldest.txt
 	$@/bin/python -m pip install --quiet $(PINS) --editable ".[test-core]" || (rm -rf $@; false)
 	touch $@
 
+$(VENV)/.installed-docs: EXTRAS = [docs]
 $(VENV)/.installed-test: EXTRAS = [test]
-$(VENV)/.installed $(VENV)/.installed-test: pyproject.toml
+$(VENV)/.installed $(VENV)/.installed-docs $(VENV)/.installed-test: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --upgrade pip
 	$(VENV)/bin/python -m pip install --quiet --editable ".$(EXTRAS)"
 	touch $@
 
 clean:
-	rm -rf $(VENV) .versions .jax_cache
+	rm -rf $(VENV) .versions .jax_cache .site

@@ -79,7 +79,8 @@ def test_pre_commit_runs_the_ruff_of_make_lint():
 
 def test_messages_name_extras_that_exist():
     named = set()
-    for path in [*ROOT.glob("mdt_jax/**/*.py"), ROOT / "README.md", *ROOT.glob("launch/**/*.md")]:
+    pages = [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("launch/**/*.md")]
+    for path in [*ROOT.glob("mdt_jax/**/*.py"), *pages]:
         for extras in re.findall(r"""install -e ["']\.\[([\w,-]+)\]""", path.read_text()):
             named |= set(extras.split(","))
     assert {"cuda", "data", "k8s", "weights"} <= named <= set(EXTRAS)
