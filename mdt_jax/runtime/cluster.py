@@ -17,6 +17,7 @@ import numpy as np
 from mdt_jax.runtime import hosts, parallel, progress, rendezvous
 from mdt_jax.runtime.coordination import connection
 from mdt_jax.runtime.errors import UserError
+from mdt_jax.runtime.files import reason
 
 LEFT = "mdt_jax/left"  # the key under which a process says why it ends
 RESUME = "this process stops, too; rerun the same command to resume from the last checkpoint"
@@ -148,7 +149,7 @@ def _local_devices() -> str:
     try:
         devices = jax.local_devices()
     except Exception as error:
-        raise UserError(f"JAX finds no devices: {' '.join(str(error).split())[:300]}") from None
+        raise UserError(f"JAX finds no devices: {reason(error)}") from None
     ids = ", ".join(str(device.id) for device in devices)
     return f"{socket.gethostname()}: {len(devices)} × {devices[0].device_kind} ({ids})"
 
@@ -168,8 +169,7 @@ def _dead_processes(error: Exception) -> str:
     """The message for a barrier's error, which lists the processes that did not reach it."""
     listed = str(error).partition("task names:")[2].partition("RPC:")[0]
     numbers = [int(number) for number in re.findall(r"^\s*(\d+)\s*$", listed, re.M)]
-    brief = " ".join(str(error).split())[:200]
-    dead = rendezvous.join_numbers(numbers) if numbers else f"another process ({brief})"
+    dead = rendezvous.join_numbers(numbers) if numbers else f"another process ({reason(error)})"
     return f"{dead} did not answer for {connection.patience:.0f} s; {RESUME}"
 
 

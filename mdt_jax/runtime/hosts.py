@@ -19,6 +19,7 @@ from jax.experimental import multihost_utils
 from mdt_jax.runtime import locks, progress
 from mdt_jax.runtime.coordination import connection
 from mdt_jax.runtime.errors import UserError
+from mdt_jax.runtime.files import reason
 
 LONGEST_WAIT = 3600  # seconds in which all processes must reach an exchange
 
@@ -61,7 +62,7 @@ def exchange(topic: str, value: Any) -> list[Any]:
         if not may_be_lost(error):
             raise
         await_verdict(error)
-        raise UserError(f"the processes could not exchange '{topic}': {_brief(error)}") from None
+        raise UserError(f"the processes could not exchange '{topic}': {reason(error)}") from None
     topics, values = zip(*map(json.loads, texts), strict=True)
     for process, other in enumerate(topics):
         if other != topic:
@@ -124,9 +125,5 @@ def may_be_lost(error: Exception) -> bool:
 def await_verdict(error: Exception) -> None:
     """If another process may have died, wait: `cluster` then ends this process and names it."""
     if may_be_lost(error):
-        progress.log(f"{name()}: {_brief(error)}; looking for a process that died …")
+        progress.log(f"{name()}: {reason(error)}; looking for a process that died …")
         time.sleep(connection.patience * 1.5)
-
-
-def _brief(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
