@@ -22,10 +22,12 @@ TOKEN = "MDT_JAX_RUN_TOKEN"  # an environment variable, the same in all processe
 class Connection:
     """This process's connection to the others of its run.
 
-    service: JAX's client of the service (None in a run of one process), with the number of this
-        process, the number of processes and the coordinator's address.
+    service: JAX's state of the service: client (None in a run of one process), process_id,
+        num_processes and coordinator_address.
     patience: seconds after which a process that does not answer counts as dead.
-    ended: set when the other processes are no longer watched, at the end of the run.
+    ended: set at the end of the run, when a process that leaves is no error any more.
+    watchers: the threads of `cluster` that watch the other processes.
+    exchanges: the numbers of the exchanges, in the same order in all processes.
     """
 
     def __init__(self):
