@@ -36,7 +36,7 @@ elif place == "lists":
 elif place == "reads":
     main.inputs.sources.Images.take = waits
 elif place == "samples":
-    sample.drawing.load = stuck
+    sample.backend.start = stuck
 cli.run(sample.main if place == "samples" else main.main)
 """
 
