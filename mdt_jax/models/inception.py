@@ -70,9 +70,9 @@ class ConvNorm(nn.Module):
     """Convolution without bias, batch normalisation, ReLU."""
 
     features: int
-    kernel: tuple[int, int]
-    stride: int
-    padding: str
+    kernel: tuple[int, int] = (1, 1)
+    stride: int = 1
+    padding: str = "SAME"
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -86,18 +86,6 @@ class ConvNorm(nn.Module):
             name="conv",
         )
         return nn.relu(BatchNorm(name="bn")(conv(x)))
-
-
-def _conv(
-    x: jax.Array, name: str, features: int, height: int = 1, width: int = 1, valid: bool = False
-) -> jax.Array:
-    """A stride-1 ConvNorm; valid: without padding."""
-    return ConvNorm(features, (height, width), 1, "VALID" if valid else "SAME", name=name)(x)
-
-
-def _reduce(x: jax.Array, name: str, features: int) -> jax.Array:
-    """A 3×3 ConvNorm of stride 2 without padding."""
-    return ConvNorm(features, (3, 3), 2, "VALID", name=name)(x)
 
 
 def _max_pool(x: jax.Array, stride: int = 2, padding: str = "VALID") -> jax.Array:
@@ -120,13 +108,13 @@ class InceptionA(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        one = _conv(x, "branch1x1", 64)
-        five = _conv(x, "branch5x5_1", 48)
-        five = _conv(five, "branch5x5_2", 64, 5, 5)
-        double = _conv(x, "branch3x3dbl_1", 64)
-        double = _conv(double, "branch3x3dbl_2", 96, 3, 3)
-        double = _conv(double, "branch3x3dbl_3", 96, 3, 3)
-        pool = _conv(_mean_pool(x), "branch_pool", self.pool_features)
+        one = ConvNorm(64, name="branch1x1")(x)
+        five = ConvNorm(48, name="branch5x5_1")(x)
+        five = ConvNorm(64, (5, 5), name="branch5x5_2")(five)
+        double = ConvNorm(64, name="branch3x3dbl_1")(x)
+        double = ConvNorm(96, (3, 3), name="branch3x3dbl_2")(double)
+        double = ConvNorm(96, (3, 3), name="branch3x3dbl_3")(double)
+        pool = ConvNorm(self.pool_features, name="branch_pool")(_mean_pool(x))
         return _concat(one, five, double, pool)
 
 
@@ -135,10 +123,10 @@ class InceptionB(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        three = _reduce(x, "branch3x3", 384)
-        double = _conv(x, "branch3x3dbl_1", 64)
-        double = _conv(double, "branch3x3dbl_2", 96, 3, 3)
-        double = _reduce(double, "branch3x3dbl_3", 96)
+        three = ConvNorm(384, (3, 3), 2, "VALID", name="branch3x3")(x)
+        double = ConvNorm(64, name="branch3x3dbl_1")(x)
+        double = ConvNorm(96, (3, 3), name="branch3x3dbl_2")(double)
+        double = ConvNorm(96, (3, 3), 2, "VALID", name="branch3x3dbl_3")(double)
         return _concat(three, double, _max_pool(x))
 
 
@@ -150,16 +138,16 @@ class InceptionC(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         mid = self.mid_features
-        one = _conv(x, "branch1x1", 192)
-        seven = _conv(x, "branch7x7_1", mid)
-        seven = _conv(seven, "branch7x7_2", mid, 1, 7)
-        seven = _conv(seven, "branch7x7_3", 192, 7, 1)
-        double = _conv(x, "branch7x7dbl_1", mid)
-        double = _conv(double, "branch7x7dbl_2", mid, 7, 1)
-        double = _conv(double, "branch7x7dbl_3", mid, 1, 7)
-        double = _conv(double, "branch7x7dbl_4", mid, 7, 1)
-        double = _conv(double, "branch7x7dbl_5", 192, 1, 7)
-        pool = _conv(_mean_pool(x), "branch_pool", 192)
+        one = ConvNorm(192, name="branch1x1")(x)
+        seven = ConvNorm(mid, name="branch7x7_1")(x)
+        seven = ConvNorm(mid, (1, 7), name="branch7x7_2")(seven)
+        seven = ConvNorm(192, (7, 1), name="branch7x7_3")(seven)
+        double = ConvNorm(mid, name="branch7x7dbl_1")(x)
+        double = ConvNorm(mid, (7, 1), name="branch7x7dbl_2")(double)
+        double = ConvNorm(mid, (1, 7), name="branch7x7dbl_3")(double)
+        double = ConvNorm(mid, (7, 1), name="branch7x7dbl_4")(double)
+        double = ConvNorm(192, (1, 7), name="branch7x7dbl_5")(double)
+        pool = ConvNorm(192, name="branch_pool")(_mean_pool(x))
         return _concat(one, seven, double, pool)
 
 
@@ -168,12 +156,12 @@ class InceptionD(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        three = _conv(x, "branch3x3_1", 192)
-        three = _reduce(three, "branch3x3_2", 320)
-        seven = _conv(x, "branch7x7x3_1", 192)
-        seven = _conv(seven, "branch7x7x3_2", 192, 1, 7)
-        seven = _conv(seven, "branch7x7x3_3", 192, 7, 1)
-        seven = _reduce(seven, "branch7x7x3_4", 192)
+        three = ConvNorm(192, name="branch3x3_1")(x)
+        three = ConvNorm(320, (3, 3), 2, "VALID", name="branch3x3_2")(three)
+        seven = ConvNorm(192, name="branch7x7x3_1")(x)
+        seven = ConvNorm(192, (1, 7), name="branch7x7x3_2")(seven)
+        seven = ConvNorm(192, (7, 1), name="branch7x7x3_3")(seven)
+        seven = ConvNorm(192, (3, 3), 2, "VALID", name="branch7x7x3_4")(seven)
         return _concat(three, seven, _max_pool(x))
 
 
@@ -184,18 +172,20 @@ class InceptionE(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        one = _conv(x, "branch1x1", 320)
-        three = _conv(x, "branch3x3_1", 384)
+        one = ConvNorm(320, name="branch1x1")(x)
+        three = ConvNorm(384, name="branch3x3_1")(x)
         three = _concat(
-            _conv(three, "branch3x3_2a", 384, 1, 3), _conv(three, "branch3x3_2b", 384, 3, 1)
+            ConvNorm(384, (1, 3), name="branch3x3_2a")(three),
+            ConvNorm(384, (3, 1), name="branch3x3_2b")(three),
         )
-        double = _conv(x, "branch3x3dbl_1", 448)
-        double = _conv(double, "branch3x3dbl_2", 384, 3, 3)
+        double = ConvNorm(448, name="branch3x3dbl_1")(x)
+        double = ConvNorm(384, (3, 3), name="branch3x3dbl_2")(double)
         double = _concat(
-            _conv(double, "branch3x3dbl_3a", 384, 1, 3), _conv(double, "branch3x3dbl_3b", 384, 3, 1)
+            ConvNorm(384, (1, 3), name="branch3x3dbl_3a")(double),
+            ConvNorm(384, (3, 1), name="branch3x3dbl_3b")(double),
         )
         pool = _max_pool(x, 1, "SAME") if self.use_max_pool else _mean_pool(x)
-        return _concat(one, three, double, _conv(pool, "branch_pool", 192))
+        return _concat(one, three, double, ConvNorm(192, name="branch_pool")(pool))
 
 
 class Logits(nn.Module):
@@ -219,11 +209,11 @@ class Inception(nn.Module):
     def __call__(self, images: jax.Array) -> Features:
         """images: [B, H, W, 3], values from 0 to 255, of any real type."""
         x = (resize_bilinear(images.astype(jnp.float32), SIZE) - 128) / 128
-        x = _reduce(x, "Conv2d_1a_3x3", 32)
-        x = _conv(x, "Conv2d_2a_3x3", 32, 3, 3, valid=True)
-        x = _conv(x, "Conv2d_2b_3x3", 64, 3, 3)
-        x = _conv(_max_pool(x), "Conv2d_3b_1x1", 80)
-        x = _conv(x, "Conv2d_4a_3x3", 192, 3, 3, valid=True)
+        x = ConvNorm(32, (3, 3), 2, "VALID", name="Conv2d_1a_3x3")(x)
+        x = ConvNorm(32, (3, 3), padding="VALID", name="Conv2d_2a_3x3")(x)
+        x = ConvNorm(64, (3, 3), name="Conv2d_2b_3x3")(x)
+        x = ConvNorm(80, name="Conv2d_3b_1x1")(_max_pool(x))
+        x = ConvNorm(192, (3, 3), padding="VALID", name="Conv2d_4a_3x3")(x)
         x = InceptionA(32, name="Mixed_5b")(_max_pool(x))
         x = InceptionA(64, name="Mixed_5c")(x)
         x = InceptionA(64, name="Mixed_5d")(x)

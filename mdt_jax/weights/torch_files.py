@@ -45,7 +45,7 @@ def read_arrays(path: str | os.PathLike) -> dict[str, np.ndarray]:
     for name, array in arrays.items():
         if array.dtype.kind not in "fiu" and array.dtype.name != "bfloat16":
             raise UserError(
-                f"{path}: {name} has the type {array.dtype}; weights must be integers or floats"
+                f"{path}: {name} is of type {array.dtype}; weights must be integers or floats"
             )
     return _without_prefixes(arrays)
 
