@@ -26,7 +26,7 @@ from mdt_jax.runtime import backend, cluster, files, hosts, interrupts, keys, pa
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.runtime.hosts import is_first, log0
 from mdt_jax.runtime.progress import print_result, progress_bar
-from mdt_jax.train import costs, inputs
+from mdt_jax.train import costs, inputs, warm_start
 from mdt_jax.train import workdir as folder
 from mdt_jax.train.checkpoints import Checkpoints
 from mdt_jax.train.metrics import Means
@@ -45,8 +45,7 @@ from mdt_jax.train.state import abstract_state, init_state
 from mdt_jax.train.step import compile_step
 from mdt_jax.train.stopping import Stopped, StopSignal
 from mdt_jax.train.trackers import Lines, Profile, open_trackers
-from mdt_jax.weights import networks
-from mdt_jax.weights.orbax_folders import check_path, steps_in
+from mdt_jax.weights.orbax_folders import check_path
 from mdt_jax.weights.vae import Vae
 
 # Of a process that was told to stop while it waited for data, whose readers may wait for ever.
@@ -125,7 +124,7 @@ def _train(
                         out_shardings=whole)  # fmt: skip
     seed_key, init_key = make_keys()
     folder.agree_on_start(workdir, about_data)
-    taken = take_weights(config, model, init_key) if not steps_in(workdir) else None
+    taken = warm_start.read_weights(config, workdir, model, init_key)
     folder.make(workdir)
     held.enter_context(folder.alone(workdir))
     checkpoints = Checkpoints(workdir, config.train.keep)
@@ -334,16 +333,6 @@ def _train(
         samples = ", samples.npz, samples.png" if config.sample.num_samples else ""
         log0(f"{workdir} has report.json, metrics.jsonl, checkpoints/{steps}{samples}")
     return True
-
-
-def take_weights(config: ConfigDict, model: MDT, key: jax.Array) -> dict | None:
-    """{"params", "ema"} of init.checkpoint, if there is one, each with memory of its own."""
-    if not config.init.checkpoint:
-        return None
-    params, ema, said = networks.start_from(config, model, key)
-    for line in [f"parameters and EMA are those of {config.init.checkpoint}", *said]:
-        log0(f"init.checkpoint: {line}")
-    return {"params": params, "ema": jax.tree.map(np.array, ema)}
 
 
 def main(argv: list[str]) -> None:

@@ -295,7 +295,7 @@ FOLDERS = {
     "scale": ({"scaling_factor": 0.13025}, 0.13025),
     "neutral": ({"scaling_factor": 1, "shift_factor": None, "latents_mean": [0, 0, 0, 0],
                  "latents_std": [1.0] * 4}, 1),
-    "shift": ({"shift_factor": 0.1}, "shift_factor is 0.1, but here latents are multiplied by one"),
+    "shift": ({"shift_factor": 0.1}, "shift_factor is 0.1, but mdt_jax only multiplies latents by"),
     "means": ({"latents_mean": [0, 0, 0.5, 0]}, "latents_mean is [0, 0, 0.5, 0], but"),
     "deviations": ({"latents_std": [1, 1, 1, 2]}, "latents_std is [1, 1, 1, 2], but"),
     "words": ({"scaling_factor": "0.2"}, "scaling_factor is 0.2; it must be a positive number"),

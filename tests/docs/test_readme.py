@@ -78,7 +78,7 @@ def runs(tmp_path_factory):
     write_pictures(folder / "imagenet" / "val", count=6)
     from tests.fid_packages import random_state
 
-    torch_files.write(folder / "pt_inception-2015-12-05-6726825d.pth", random_state())
+    torch_files.write_arrays(folder / "pt_inception-2015-12-05-6726825d.pth", random_state())
     images = load_digits().images[:8].astype(np.uint8)[..., None]
     np.savez(folder / "VIRTUAL_imagenet256_labeled.npz", arr_0=images)
     write_vae(folder / "vae")
