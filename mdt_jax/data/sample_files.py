@@ -18,8 +18,7 @@ from typing import Protocol
 
 import numpy as np
 
-from mdt_jax.data.images import check_grid, save_grid, save_image
-from mdt_jax.data.pictures import opened
+from mdt_jax.data.images import check_grid, open_image, save_grid, save_image
 from mdt_jax.data.sample_notes import (
     SETTINGS,
     check_readable,
@@ -252,7 +251,7 @@ class Folder:
     def _is_there(self, number: int) -> bool:
         """Whether a PNG can be read to its end, and is of the right size."""
         try:
-            with opened(self._path(number)) as image:
+            with open_image(self._path(number)) as image:
                 image.load()
                 bands = 1 if image.mode == "L" else 3 if image.mode == "RGB" else 0
                 return (image.height, image.width, bands) == self.shape

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mdt_jax.data.folders import Files
+from mdt_jax.data.folders import FolderFiles
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.runtime.files import check_regular, passes, reason
 
@@ -95,7 +95,7 @@ def parsed(note: str | None) -> dict | None:
     return found if isinstance(found, dict) and "mdt_jax" in found else None
 
 
-def in_order(files: Files) -> Files:
+def in_order(files: FolderFiles) -> FolderFiles:
     """Samples that are all [LABEL_]NUMBER.png in the order in which they were drawn, as in an npz.
 
     By name they are in the order of their labels.

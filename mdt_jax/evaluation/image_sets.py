@@ -12,8 +12,10 @@ from typing import Protocol
 
 import numpy as np
 
-from mdt_jax.data import folders, pictures, sample_notes, sources, tars, tfds_sets
-from mdt_jax.data.crops import ImageFiles, center_crop, to_rgb
+from mdt_jax.data import folders, sample_notes, sources, tars, tfds_sets
+from mdt_jax.data.crops import center_crop
+from mdt_jax.data.image_files import ImageFiles
+from mdt_jax.data.images import MAX_PIXELS, open_image, to_rgb
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.runtime.files import check_regular, reason
 
@@ -190,8 +192,8 @@ class Files:
         A prepared set of TFDS is told by its name, version and length.
         """
         digest = hashlib.sha256(self.files.contents.encode(errors="replace"))
-        paths = [self.files.path] if isinstance(self.files, tars.Members) else []
-        if isinstance(self.files, folders.Files):
+        paths = [self.files.path] if isinstance(self.files, tars.TarFiles) else []
+        if isinstance(self.files, folders.FolderFiles):
             paths = map(self.files.name, range(len(self)))
         for path in paths:
             digest.update(bytes.fromhex(file_sha256(path)))
@@ -200,7 +202,7 @@ class Files:
     @property
     def found(self) -> str:
         """What they are and what is left out, in a line."""
-        return f"{self.path}: {self.files.found}"
+        return f"{self.path}: {self.files.summary}"
 
     @property
     def note(self) -> dict | None:
@@ -254,7 +256,7 @@ def open_images(
     are samples, so that LABEL_NUMBER.png tells the number of a class, not a name, and stands in the
     order of NUMBER. Raises UserError for anything else.
     """
-    if image_size is not None and image_size**2 > pictures.MAX_PIXELS:
+    if image_size is not None and image_size**2 > MAX_PIXELS:
         raise UserError(f"image_size is {image_size}, larger than images that are read")
     if path.endswith(".npz"):
         images = _open_npz(path, labelled)
@@ -321,7 +323,7 @@ def _open_files(path: str, size: int | None, labelled: bool, drawn: bool) -> Fil
         raise UserError(str(error).removeprefix("data.path ")) from None
     labels = None
     if labelled and files.classes:
-        if isinstance(files, tfds_sets.Prepared):  # which tells them with each image only
+        if isinstance(files, tfds_sets.TfdsFiles):  # which tells them with each image only
             labels = np.array([files.read(i)[1] for i in range(len(files))])
         else:
             labels = files.labels
@@ -330,7 +332,7 @@ def _open_files(path: str, size: int | None, labelled: bool, drawn: bool) -> Fil
     images = Files(path, files, len(files), first.shape, size, labels, files.classes)
     if size is None:
         images.check_sizes()
-    if labels is None or not isinstance(files, folders.Files):
+    if labels is None or not isinstance(files, folders.FolderFiles):
         return images
     labels, classes = sample_notes.labels_in(files.paths, labels, files.classes, images.note, drawn)
     return dataclasses.replace(images, labels=labels, classes=classes)
@@ -340,7 +342,7 @@ def _open_files(path: str, size: int | None, labelled: bool, drawn: bool) -> Fil
 def _opened(files: ImageFiles, i: int):
     """A PIL.Image. Raises UserError for what cannot be read, or is too large."""
     try:
-        with pictures.opened(files.read(i)[0]) as image:
+        with open_image(files.read(i)[0]) as image:
             yield image
     except UserError:
         raise
