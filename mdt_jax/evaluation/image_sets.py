@@ -17,7 +17,7 @@ from mdt_jax.data.crops import center_crop
 from mdt_jax.data.image_files import ImageFiles
 from mdt_jax.data.images import MAX_PIXELS, open_image, to_rgb
 from mdt_jax.runtime.errors import UserError
-from mdt_jax.runtime.files import check_regular, reason
+from mdt_jax.runtime.files import check_regular, file_sha256, reason
 
 Slices = Generator[tuple[int, np.ndarray], None, None]
 
@@ -388,9 +388,3 @@ def read_array(path: str, name: str) -> np.ndarray:
             return arrays[name]
     except Exception as error:  # of many kinds, by what is damaged
         raise UserError(f"{path}: {name} could not be read: {reason(error)}") from None
-
-
-def file_sha256(path: str | os.PathLike) -> str:
-    """Of a file, hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -3,7 +3,6 @@
 import collections
 import contextlib
 import dataclasses
-import functools
 import pathlib
 from collections.abc import Collection, Generator, Iterator
 
@@ -20,7 +19,7 @@ from mdt_jax.runtime import files, parallel
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.runtime.progress import log, print_result, progress_bar
 from mdt_jax.train import inputs
-from mdt_jax.weights import vae as vae_lib
+from mdt_jax.weights.vae import Vae
 
 EACH_DEVICE = 16  # images in a batch; the VAE takes a few of them at a time
 MEASURED = 4096  # images whose latents tell the scale
@@ -39,7 +38,7 @@ def encode(config: ConfigDict, out: pathlib.Path, shard_images: int, part: tuple
     inputs.check_classes(name, len(images.classes), config.model.num_classes, left_out)
     inputs.settle(config, len(images.classes))
     vae = _load_vae(config)
-    inputs.check_scale(config)
+    vae.check_scale()
     writer = CacheWriter(out, _describe(config, images, vae, shard_images))
     with writer.lock(part):
         if writer.start():
@@ -63,8 +62,9 @@ def encode(config: ConfigDict, out: pathlib.Path, shard_images: int, part: tuple
 def verify(config: ConfigDict, out: pathlib.Path) -> None:
     """Read a finished cache through. Raises UserError for damage, and for another VAE or scale."""
     cache = latents.load(out)
-    inputs.check_cache(cache, config, _load_vae(config))
-    inputs.check_scale(config)
+    vae = _load_vae(config)
+    inputs.check_cache(cache, config, vae)
+    vae.check_scale()
     manifest, sums, errors = cache.manifest, latents.Sums(), []
     with progress_bar(len(cache), True, "verifying", "image") as bar:
         for number, shard in enumerate(manifest["shards"]):
@@ -108,9 +108,9 @@ def estimate_scale(config: ConfigDict) -> None:
     )
 
 
-def _load_vae(config: ConfigDict) -> inputs.Vae:
+def _load_vae(config: ConfigDict) -> Vae:
     """The VAE of a config. Raises UserError where it has none."""
-    vae = inputs.load_vae(config)
+    vae = Vae.from_config(config)
     if vae is None:
         raise UserError(NO_VAE)
     return vae
@@ -128,9 +128,7 @@ def _open_images(config: ConfigDict) -> CroppedImages:
     return dataclasses.replace(images, flip=False)
 
 
-def _describe(
-    config: ConfigDict, images: CroppedImages, vae: inputs.Vae, shard_images: int
-) -> dict:
+def _describe(config: ConfigDict, images: CroppedImages, vae: Vae, shard_images: int) -> dict:
     """The fields of the manifest that describe a cache."""
     data = config.data
     return {
@@ -155,7 +153,7 @@ def _count_damaged(manifest: dict) -> int:
 
 
 def _write_shards(
-    writer: CacheWriter, config: ConfigDict, images: CroppedImages, vae: inputs.Vae, shards: range
+    writer: CacheWriter, config: ConfigDict, images: CroppedImages, vae: Vae, shards: range
 ) -> None:
     """Write those of the shards that are not finished."""
     sidecars = {shard: writer.done(shard) for shard in shards}
@@ -188,7 +186,7 @@ def _next_images(batches: Iterator[dict], count: int, bar) -> Iterator[dict]:
 def _encode_images(
     config: ConfigDict,
     images: CroppedImages,
-    vae: inputs.Vae,
+    vae: Vae,
     parts: list[np.ndarray],
     damaged: Collection[int] = (),
 ) -> Generator[dict[str, np.ndarray], None, None]:
@@ -215,13 +213,11 @@ def _encode_images(
 class _Encoder:
     """A VAE on the devices of this process."""
 
-    def __init__(self, vae: inputs.Vae, precision: str):
+    def __init__(self, vae: Vae, precision: str):
         mesh = parallel.local_mesh()
         self.batch_size, self._split = EACH_DEVICE * mesh.size, parallel.split_batch(mesh)
         self._path = vae.path
-        run = vae_lib.encoder(vae.network, mesh, precision)
-        params = jax.device_put(vae.params, parallel.replicated(mesh))
-        self._run = functools.partial(run, params)
+        self._run = vae.encoder(mesh, precision)
 
     def start(self, pixels: np.ndarray) -> list[jax.Array]:
         """Begin to encode [n, H, W, 3] uint8: mean and std of the images and of their mirrors."""
