@@ -357,7 +357,7 @@ def test_a_finished_npz_of_which_a_byte_changed_is_drawn_again(tmp_path):
     damaged[400] ^= 1  # among the pixels
     out.write_bytes(damaged)
     printed = draw(*flags, f"--out={out}")
-    assert f"{out} is damaged; it is drawn anew" in printed and out.read_bytes() == whole
+    assert f"{out} is damaged; it is drawn again" in printed and out.read_bytes() == whole
 
 
 def parts_of(tmp_path) -> tuple[Npz, np.ndarray]:
