@@ -90,7 +90,7 @@ BAD_CONFIGS = {
     ),
     "optimiser": ([*SMOKE, "--config.optim.name=sgd"], "choose one of adamw, adan"),
     "ImageNet": (["--config=configs/xl2.py"], "tfds build imagenet2012 --file_format=array_record"),
-    "nowhere": (["--config=configs/ffhq.py"], "data.path is empty: set it to where it is"),
+    "nowhere": (["--config=configs/ffhq.py"], "data.path is empty, but data.name is folder: set"),
     "pixels of latents": ([*SMOKE, "--config.data.name=latents"], "needs vae.path"),
     "random middle": (
         [*SMOKE, "--config.data.name=latents", *VAE, "--config.data.crop=random"],

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from mdt_jax.data import latents, pipeline, sources
 from mdt_jax.data.crops import CroppedImages
-from mdt_jax.data.pipeline import Source
+from mdt_jax.data.protocols import Source
 from mdt_jax.diffusion.options import UNGUIDED, SampleOptions
 from mdt_jax.runtime import hosts, parallel
 from mdt_jax.runtime.errors import UserError
@@ -52,8 +52,8 @@ def name_of(data: ConfigDict) -> str:
 def say_found(data: ConfigDict, source: Source) -> None:
     """Say once what a set of image files holds, what it leaves out, and what its images lose."""
     if isinstance(source, CroppedImages) and hosts.is_first():
-        hosts.log0(f"{name_of(data)}: {source.files.found}")
-        for line in source.losses():
+        hosts.log0(f"{name_of(data)}: {source.files.summary}")
+        for line in source.warnings():
             hosts.log0(f"warning: {name_of(data)}: {line}")
 
 
@@ -158,7 +158,7 @@ def feed(
     if found is not None:
         encode = found.encoder(mesh, config.train.precision)
     for arrays in pipeline.batches(source, plan, config.data.workers, config.data.max_damaged):
-        del arrays["damaged"]
+        del arrays["items"], arrays["status"]
         batch = {k: jax.make_array_from_process_local_data(split, v) for k, v in arrays.items()}
         if found is not None:
             batch["mean"], batch["std"] = encode(batch.pop("images"))

@@ -9,7 +9,7 @@ from typing import Protocol
 import jax
 import numpy as np
 
-from mdt_jax.data.pictures import opened
+from mdt_jax.data.images import open_image
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.runtime.files import atomic_write
 from mdt_jax.runtime.hosts import log0
@@ -60,7 +60,7 @@ def _missing(flag: str, package: str) -> UserError:
 
 
 def _picture(path: pathlib.Path) -> np.ndarray:
-    with opened(path) as image:
+    with open_image(path) as image:
         return np.asarray(image.convert("RGB"))
 
 
