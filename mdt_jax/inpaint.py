@@ -19,9 +19,8 @@ import numpy as np
 
 from mdt_jax import cli
 from mdt_jax.data.classes import parse_label
-from mdt_jax.data.crops import center_crop, to_rgb
-from mdt_jax.data.images import check_grid, save_grid, save_image, to_float
-from mdt_jax.data.pictures import opened
+from mdt_jax.data.crops import center_crop
+from mdt_jax.data.images import check_grid, open_image, save_grid, save_image, to_float, to_rgb
 from mdt_jax.data.sample_notes import written
 from mdt_jax.diffusion.options import check_seed
 from mdt_jax.runtime import backend, parallel
@@ -75,7 +74,7 @@ def open_picture(path: str, flag: str):
     from PIL import ImageOps
 
     try:
-        with opened(path) as image:
+        with open_image(path) as image:
             return ImageOps.exif_transpose(image)
     except Exception as error:  # whatever Pillow's readers raise on a damaged file
         raise UserError(f"{flag}={path} could not be read: {reason(error)}") from None

@@ -15,8 +15,9 @@ from PIL import Image
 
 from mdt_jax import config as configs
 from mdt_jax import inpaint
-from mdt_jax.data import folders, latents, latents_making, sample_files, tars
+from mdt_jax.data import folders, latents, latents_writer, sample_files, tars
 from mdt_jax.data.crops import CroppedImages
+from mdt_jax.data.protocols import Status
 from mdt_jax.evaluation import features, image_sets, references
 from mdt_jax.models.mdt import MDT
 from mdt_jax.runtime import locks
@@ -210,12 +211,13 @@ def latent_batches(items: np.ndarray):
     yield {
         "moments": random.normal(size=(len(items), 4, 2, 2, 4)).astype(np.float16),
         "labels": (items % 3).astype(np.int32),
-        "damaged": np.full(len(items), -1),
+        "items": items,
+        "status": np.zeros(len(items), np.int8),
     }
 
 
 def make_unfinished(folder: pathlib.Path) -> None:
-    making = latents_making.CacheWriter(folder / "c", WHAT)
+    making = latents_writer.CacheWriter(folder / "c", WHAT)
     making.start()
     for shard in (0, 2):
         making.write(shard, latent_batches(making.items(shard)))
@@ -228,7 +230,7 @@ def make_latents(folder: pathlib.Path) -> None:
 
 def read_unfinished(folder: pathlib.Path):
     """As `encode` goes on with a cache."""
-    making = latents_making.CacheWriter(folder / "c", WHAT)
+    making = latents_writer.CacheWriter(folder / "c", WHAT)
     if not making.start():
         for shard in range(making.num_shards):
             if making.done(shard) is None:
@@ -241,11 +243,10 @@ def read_latents(folder: pathlib.Path):
     cache = latents.load(folder / "c", flip=True)
     items = np.arange(len(cache))
     taken = [cache.take(items, np.full(len(items), u)) for u in (0.0, 1.0)]
-    if any((view["damaged"] != -1).any() for view in taken):
+    if any(view["status"].any() for view in taken):
         raise FellBack
     for number in range(len(cache.manifest["shards"])):
-        if wrong := latents.measure(cache, number)["wrong"]:
-            raise UserError(wrong)
+        latents.check_shard(cache, number)
     return [bits(view) for view in taken], cache.classes, cache.manifest
 
 
@@ -291,9 +292,9 @@ def make_images(folder: pathlib.Path) -> None:
 def squares_of(files):
     found = CroppedImages(files, 8)
     taken = found.take(np.arange(len(found)), np.zeros(len(found)))
-    found.losses()
-    if (taken["damaged"] != -1).any():
-        for item in taken["damaged"][taken["damaged"] >= 0]:
+    found.warnings()
+    if taken["status"].any():
+        for item in np.flatnonzero(taken["status"] == Status.REPLACED):
             found.why(int(item))
         raise FellBack
     return bits(taken), found.classes, found.identity
@@ -347,7 +348,7 @@ def read_lists(folder: pathlib.Path):
     found = []
     for name in ("a.csv", "a.jsonl", "dataset.json"):
         files = folders.load(str(folder / name), None)
-        found.append((files.contents, files.classes, files.found))
+        found.append((files.contents, files.classes, files.summary))
         files.read(0)
     return found
 

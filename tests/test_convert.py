@@ -49,7 +49,7 @@ def same(a, b):
 def files(tmp_path):
     """v1.pt and v2.pt as the published code would have saved them."""
     for version in VERSIONS:
-        torch_files.write(tmp_path / f"{version}.pt", published_state(f"{version}_state"))
+        torch_files.write_arrays(tmp_path / f"{version}.pt", published_state(f"{version}_state"))
     return tmp_path
 
 
@@ -60,7 +60,10 @@ def test_a_file_to_a_folder_and_back(version, suffix, files, monkeypatch):
     model, params = mdt_jax.load(files / "folder")
     assert model == MODELS[version] and same(params, published_params(f"{version}_state"))
     run(convert, monkeypatch, f"--src={files}/folder", f"--dst={files}/back{suffix}")
-    state, back = published_state(f"{version}_state"), torch_files.read(files / f"back{suffix}")
+    state, back = (
+        published_state(f"{version}_state"),
+        torch_files.read_arrays(files / f"back{suffix}"),
+    )
     assert set(back) == set(state)
     for name, array in state.items():
         assert back[name].dtype == array.dtype
@@ -76,7 +79,7 @@ def test_weights_that_are_not_finite_are_refused(files):
         state[name].shape
     )
     for suffix in (".pt", ".safetensors"):
-        torch_files.write(files / f"bad{suffix}", state)
+        torch_files.write_arrays(files / f"bad{suffix}", state)
         with pytest.raises(UserError, match=r"bad\S+: \S*qkv/kernel is not finite everywhere"):
             mdt_jax.load(files / f"bad{suffix}")
 
@@ -94,7 +97,7 @@ def test_a_loaded_file_gives_the_recorded_numbers(version, files):
 
 def test_a_run_is_exported_ema_or_raw(trained, tmp_path, monkeypatch, capsys):
     run(convert, monkeypatch, f"--src={trained}", f"--dst={tmp_path}/ema.pt")
-    assert "does not tell: to be read with decoder_layers=1" in capsys.readouterr().out
+    assert "cannot record: it must be read with decoder_layers=1" in capsys.readouterr().out
     run(convert, monkeypatch, f"--src={trained}", f"--dst={tmp_path}/raw.pt", "--params=raw")
     model, ema = mdt_jax.load(trained)
     loaded, from_file = mdt_jax.load(tmp_path / "ema.pt", decoder_layers=model.decoder_layers)
@@ -175,7 +178,7 @@ def test_the_scale_of_a_files_latents(latent_model, tmp_path, monkeypatch, capsy
     (tmp_path / "config.json").write_text(json.dumps({"scaling_factor": 0.13025}))
     run(convert, monkeypatch, f"--src={tmp_path / VAE_FILES[0]}", f"--dst={tmp_path}/saved")
     run(convert, monkeypatch, f"--src={tmp_path}/saved", f"--dst={tmp_path}/vae.bin")
-    assert 'beside a config.json of {"scaling_factor": 0.13025}' in capsys.readouterr().out
+    assert 'beside it, a config.json of {"scaling_factor": 0.13025}' in capsys.readouterr().out
     model = networks.load_weights(folder / "mdt.pt")
     of_run = model._replace(config=configs.default())
     for path in (tmp_path, tmp_path / "saved", tmp_path / VAE_FILES[0]):
@@ -250,7 +253,7 @@ def test_class_names_are_kept_where_there_is_a_place(tmp_path, monkeypatch, caps
     torch = pytest.importorskip("torch")
     for mmap in (False, True):
         read = torch.load(tmp_path / "d.pt", weights_only=True, mmap=mmap)
-        assert read.keys() == torch_files.read(tmp_path / "e.safetensors").keys()
+        assert read.keys() == torch_files.read_arrays(tmp_path / "e.safetensors").keys()
     safetensors = pytest.importorskip("safetensors.numpy")
     arrays = safetensors.load_file(tmp_path / "b.safetensors")
     for note in ("[", '"cat"', "[1, 2, 3]", '["a"]'):
@@ -287,7 +290,7 @@ def test_every_kind_of_network_is_told_by_its_names(latent_model, tmp_path, monk
     with pytest.raises(UserError, match="vae holds a VAE, not an MDT"):
         mdt_jax.load(tmp_path / "vae")
 
-    shapes = networks.KINDS["inception"].shapes(Inception())
+    shapes = networks.shapes_of(Inception())
     zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
     networks.save(tmp_path / "fid.pth", networks.Weights(Inception(), zeros))
     run(convert, monkeypatch, f"--src={tmp_path}/fid.pth", f"--dst={tmp_path}/fid")

@@ -41,7 +41,7 @@ def service(monkeypatch) -> Service:
     state = SimpleNamespace(
         client=client, process_id=0, num_processes=2, coordinator_address="10.0.0.1:1234"
     )
-    monkeypatch.setattr(connection, "state", state)
+    monkeypatch.setattr(connection, "service", state)
     monkeypatch.setattr(connection, "exchanges", iter(range(10)))
     monkeypatch.setattr(connection, "patience", 0)
     monkeypatch.setattr(connection, "ended", threading.Event())
@@ -168,7 +168,7 @@ def test_nobody_says_which_processes_there_are(service, monkeypatch):
         raise SystemExit
 
     monkeypatch.setattr(cluster, "_end", end)
-    connection.state.client = None
+    connection.service.client = None
     with pytest.raises(SystemExit):
         cluster._end_if_incomplete(0.2, threading.Event())
     assert ended == ["the scheduler did not list the processes within 0 s"]

@@ -12,7 +12,7 @@ import pytest
 
 from mdt_jax import config as configs
 from mdt_jax import encode, main
-from mdt_jax.data import latents, latents_making
+from mdt_jax.data import latents, latents_writer
 from mdt_jax.runtime import parallel
 from mdt_jax.train import inputs
 from mdt_jax.train.step import Draws, latents_of
@@ -57,7 +57,7 @@ def test_where_things_lie_is_no_matter(place, tmp_path):
 
 def test_another_host_is_quicker_with_the_same_part(place, tmp_path, monkeypatch):
     """It finishes the cache and tidies while a shard is written here: that is no failure."""
-    write = latents_making.CacheWriter.write
+    write = latents_writer.CacheWriter.write
 
     def overtaken(making, shard, batches):
         def and_then_tidied():
@@ -68,7 +68,7 @@ def test_another_host_is_quicker_with_the_same_part(place, tmp_path, monkeypatch
 
         write(making, shard, and_then_tidied())
 
-    monkeypatch.setattr(latents_making.CacheWriter, "write", overtaken)
+    monkeypatch.setattr(latents_writer.CacheWriter, "write", overtaken)
     out = tmp_path / "cache"
     printed = run_here(encode.main, *arguments(place), f"--out={out}", SHARDS)
     assert f"{out}: {IMAGES} images in 13 shards" in printed
@@ -175,7 +175,7 @@ def test_verify(place, tmp_path):
     (copy / "manifest.json").write_text(json.dumps({**manifest, "scale": 0.18215}))
     assert "manifest.json is damaged, or was edited: encode anew" in verify(copy, expect=2)
     said = verify(copy, "--estimate_scale", expect=2)
-    assert "--estimate_scale and --verify are two things" in said
+    assert "--estimate_scale and --verify exclude each other" in said
 
 
 def test_estimate_scale(place):
@@ -213,7 +213,7 @@ BAD_ENCODING = {
     "no out": ([], "--out is missing"),
     "no VAE": (["--out=OUT", "--config.vae.path=nothing"], "nothing"),
     "pixels": (["--out=OUT", "--config.vae.path=identity"], "nothing to encode with"),
-    "random": (["--out=OUT", "--config.data.crop=random"], "a cache is of the middle"),
+    "random": (["--out=OUT", "--config.data.crop=random"], "a cache needs data.crop=center"),
     "latents": (["--out=OUT", "--config.data.name=latents"], "folder, tar and tfds can be encoded"),
     "digits": (
         ["--out=OUT", "--config.data.name=digits", "--config.data.path="],
@@ -222,7 +222,7 @@ BAD_ENCODING = {
     "no images": (["--out=OUT", "--config.data.path=EMPTY"], "holds no images"),
     "classes": (["--out=OUT", "--config.model.num_classes=4"], "has 3 classes, but"),
     "shards": (["--out=OUT", "--shard_images=0"], "it must be at least 1"),
-    "part": (["--out=OUT", "--part=5/4"], "--part=5/4 is not such as 2/4, the second of four"),
+    "part": (["--out=OUT", "--part=5/4"], "--part=5/4: expected K/N, e.g. 2/4"),
     "not finished": (["--out=EMPTY", "--verify"], "holds no manifest.json"),
     "another VAE": (
         ["--out=CACHE", SHARDS, "--config.vae.path=OTHER"],
@@ -295,7 +295,7 @@ FOLDERS = {
     "scale": ({"scaling_factor": 0.13025}, 0.13025),
     "neutral": ({"scaling_factor": 1, "shift_factor": None, "latents_mean": [0, 0, 0, 0],
                  "latents_std": [1.0] * 4}, 1),
-    "shift": ({"shift_factor": 0.1}, "shift_factor is 0.1, but here latents are multiplied by one"),
+    "shift": ({"shift_factor": 0.1}, "shift_factor is 0.1, but mdt_jax only multiplies latents by"),
     "means": ({"latents_mean": [0, 0, 0.5, 0]}, "latents_mean is [0, 0, 0.5, 0], but"),
     "deviations": ({"latents_std": [1, 1, 1, 2]}, "latents_std is [1, 1, 1, 2], but"),
     "words": ({"scaling_factor": "0.2"}, "scaling_factor is 0.2; it must be a positive number"),

@@ -4,12 +4,12 @@ import errno
 import os
 import resource
 import sys
+import tempfile
 
 import numpy as np
 import pytest
 
 from mdt_jax import cli, convert, encode, evaluate, info, inpaint, main, sample
-from mdt_jax.runtime import files
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.train import inputs
 from tests.conftest import ROOT, SMOKE, exits_with_one_line, run_here
@@ -90,7 +90,7 @@ BAD_CONFIGS = {
     ),
     "optimiser": ([*SMOKE, "--config.optim.name=sgd"], "choose one of adamw, adan"),
     "ImageNet": (["--config=configs/xl2.py"], "tfds build imagenet2012 --file_format=array_record"),
-    "nowhere": (["--config=configs/ffhq.py"], "data.path is empty: set it to where it is"),
+    "nowhere": (["--config=configs/ffhq.py"], "data.path is empty, but data.name is folder: set"),
     "pixels of latents": ([*SMOKE, "--config.data.name=latents"], "needs vae.path"),
     "random middle": (
         [*SMOKE, "--config.data.name=latents", *VAE, "--config.data.crop=random"],
@@ -207,12 +207,14 @@ def refused(monkeypatch):
     """refused(folder): it may not be written to. Tests run as root, who may; so it is made up."""
 
     def refuse(folder):
-        def opened(path, mode="r", *more, **named):
-            if os.path.dirname(path) == str(folder) and "r" not in mode:
-                raise PermissionError(errno.EACCES, "Permission denied")
-            return open(path, mode, *more, **named)
+        open_probe = tempfile.TemporaryFile
 
-        monkeypatch.setattr(files, "open", opened, raising=False)
+        def opened(*more, dir=None, **named):
+            if dir == folder:
+                raise PermissionError(errno.EACCES, "Permission denied")
+            return open_probe(*more, dir=dir, **named)
+
+        monkeypatch.setattr(tempfile, "TemporaryFile", opened)
 
     return refuse
 

@@ -92,7 +92,7 @@ def test_a_folder_of_pngs_is_a_data_set(tmp_path):
     draw("--num_samples=30", f"--out={tmp_path / 'pictures'}")
     config = configs.default()
     config.data.update(name="folder", path=str(tmp_path / "pictures"), image_size=8, channels=1)
-    found = sources.squares(config.data, 10, stand_ins=0)
+    found = sources.cropped(config.data, 10, stand_ins=0)
     assert len(found) == 30 and len(found.classes) == 10
 
 
@@ -357,7 +357,7 @@ def test_a_finished_npz_of_which_a_byte_changed_is_drawn_again(tmp_path):
     damaged[400] ^= 1  # among the pixels
     out.write_bytes(damaged)
     printed = draw(*flags, f"--out={out}")
-    assert f"{out} is damaged; it is drawn anew" in printed and out.read_bytes() == whole
+    assert f"{out} is damaged; it is drawn again" in printed and out.read_bytes() == whole
 
 
 def parts_of(tmp_path) -> tuple[Npz, np.ndarray]:

@@ -13,14 +13,15 @@ from typing import IO, Protocol, Self
 
 import numpy as np
 
-from mdt_jax.data import folders, pictures, sample_notes, sources, tars, tfds_sets
-from mdt_jax.data.crops import center_crop, to_rgb
+from mdt_jax.data import folders, sample_notes, sources, tars, tfds_sets
+from mdt_jax.data.crops import center_crop
+from mdt_jax.data.image_files import ImageFiles
+from mdt_jax.data.images import MAX_PIXELS, open_image, to_rgb
 from mdt_jax.evaluation.npz_files import Header, read_array, read_headers, reading
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.runtime.files import file_sha256
 
 Slices = Generator[tuple[int, np.ndarray], None, None]
-Files = folders.Files | tars.Members | tfds_sets.Prepared
 
 
 class ImageSet(Protocol):
@@ -201,7 +202,7 @@ class FileImages(StoredImages):
     def __init__(self, path: str, image_size: int | None, labelled: bool, generated: bool):
         """Arguments as of `open_images`. Reads headers only. Raises UserError."""
         self._files, self._image_size = _list_files(path, labelled), image_size
-        if generated and isinstance(self._files, folders.Files):
+        if generated and isinstance(self._files, folders.FolderFiles):
             self._files = sample_notes.in_order(self._files)
         count = len(self._files)
         grey = all(self._header(i)[0] in ("L", "1") for i in range(count))
@@ -214,13 +215,11 @@ class FileImages(StoredImages):
             self._read_labels(generated)
 
     def _read_labels(self, generated: bool) -> None:
-        files = self._files
-        if isinstance(files, tfds_sets.Prepared):  # which stores labels beside the images
+        files, labels = self._files, self._files.labels
+        if labels is None:  # stored beside the images
             labels = np.array([files.read(i)[1] for i in range(len(files))])
-        else:
-            labels = files.labels
         self.labels, self.classes = labels, files.classes
-        if isinstance(files, folders.Files):
+        if isinstance(files, folders.FolderFiles):
             self.labels, self.classes = sample_notes.labels_in(
                 files.paths, labels, files.classes, self.note, generated
             )
@@ -233,9 +232,9 @@ class FileImages(StoredImages):
         """
         digest = hashlib.sha256(self._files.contents.encode(errors="replace"))
         paths = []
-        if isinstance(self._files, tars.Members):
+        if isinstance(self._files, tars.TarFiles):
             paths = [self._files.path]
-        elif isinstance(self._files, folders.Files):
+        elif isinstance(self._files, folders.FolderFiles):
             paths = map(self.name, range(len(self)))
         for path in paths:
             digest.update(bytes.fromhex(file_sha256(path)))
@@ -247,7 +246,7 @@ class FileImages(StoredImages):
 
     @property
     def summary(self) -> str:
-        return f"{self.path}: {self._files.found}"
+        return f"{self.path}: {self._files.summary}"
 
     def name(self, i: int) -> str:
         return self._files.name(i)
@@ -266,7 +265,7 @@ class FileImages(StoredImages):
     @contextlib.contextmanager
     def _opened(self, i: int):
         """Image i as a PIL.Image. Raises UserError if it cannot be read or is too large."""
-        with reading(self.name(i)), pictures.opened(self._files.read(i)[0]) as image:
+        with reading(self.name(i)), open_image(self._files.read(i)[0]) as image:
             yield image
 
     def _header(self, i: int) -> tuple[str, tuple[int, int]]:
@@ -284,7 +283,7 @@ class FileImages(StoredImages):
             )
 
 
-def _list_files(path: str, labelled: bool) -> Files:
+def _list_files(path: str, labelled: bool) -> ImageFiles:
     try:
         if path.startswith("tfds:"):
             name, _, split = path.removeprefix("tfds:").partition(":")
@@ -312,7 +311,7 @@ def open_images(
     that files named LABEL_NUMBER.png are ordered by NUMBER, and LABEL is the number of a class and
     not its name. Raises UserError.
     """
-    if image_size is not None and image_size**2 > pictures.MAX_PIXELS:
+    if image_size is not None and image_size**2 > MAX_PIXELS:
         raise UserError(f"image_size is {image_size}, larger than images that are read")
     if path.endswith(".npz"):
         images = NpzImages(path, labelled)

@@ -7,7 +7,6 @@ import contextlib
 import os
 import re
 import socket
-import sys
 import threading
 import time
 from typing import Any
@@ -18,6 +17,7 @@ import numpy as np
 from mdt_jax.runtime import hosts, parallel, progress, rendezvous
 from mdt_jax.runtime.coordination import connection
 from mdt_jax.runtime.errors import UserError
+from mdt_jax.runtime.files import reason
 
 LEFT = "mdt_jax/left"  # the key under which a process says why it ends
 RESUME = "this process stops, too; rerun the same command to resume from the last checkpoint"
@@ -106,15 +106,19 @@ def _in_indexed_job() -> bool:
 def _end_if_incomplete(timeout: float, connected: threading.Event) -> None:
     """While JAX waits for all processes: end this one after `timeout` and say which are missing."""
     deadline = time.monotonic() + timeout
-    while connection.client is None or connection.state.coordinator_address is None:
+    service = connection.service
+    while service.client is None or service.coordinator_address is None:
         if connected.wait(0.05):
             return
         if time.monotonic() > deadline:
             _end(f"the scheduler did not list the processes within {timeout:.0f} s")
     message = rendezvous.missing_processes(
-        connection.state.coordinator_address, connection.process, connection.count,
-        deadline - time.monotonic(), connected,
-    )  # fmt: skip
+        service.coordinator_address,
+        service.process_id,
+        service.num_processes,
+        deadline - time.monotonic(),
+        connected,
+    )
     if message is not None:
         _end(message)
 
@@ -136,10 +140,8 @@ def _meet(timeout: int) -> None:
         hosts.log0(f"process {process} on {devices}")
     mesh = parallel.make_mesh()
     ones = parallel.put(np.ones(mesh.size), parallel.split_batch(mesh))
-    total = int(jax.jit(lambda x: x.sum(), out_shardings=parallel.replicated(mesh))(ones))
+    jax.jit(lambda x: x.sum(), out_shardings=parallel.replicated(mesh))(ones).block_until_ready()
     timer.cancel()
-    if total != mesh.size:
-        raise UserError(f"the sum of 1 over {mesh.size} devices is {total}")
 
 
 def _local_devices() -> str:
@@ -147,7 +149,7 @@ def _local_devices() -> str:
     try:
         devices = jax.local_devices()
     except Exception as error:
-        raise UserError(f"JAX finds no devices: {' '.join(str(error).split())[:300]}") from None
+        raise UserError(f"JAX finds no devices: {reason(error)}") from None
     ids = ", ".join(str(device.id) for device in devices)
     return f"{socket.gethostname()}: {len(devices)} × {devices[0].device_kind} ({ids})"
 
@@ -156,7 +158,8 @@ def _watch_barriers() -> None:
     """End this process once another one does not reach a barrier within `patience` seconds."""
     while not connection.ended.wait(connection.patience / 12):
         try:
-            connection.client.wait_at_barrier("mdt_jax/alive", int(connection.patience * 1000))
+            milliseconds = int(connection.patience * 1000)
+            connection.service.client.wait_at_barrier("mdt_jax/alive", milliseconds)
         except Exception as error:
             if not connection.ended.is_set():
                 _end(_dead_processes(error))
@@ -166,8 +169,7 @@ def _dead_processes(error: Exception) -> str:
     """The message for a barrier's error, which lists the processes that did not reach it."""
     listed = str(error).partition("task names:")[2].partition("RPC:")[0]
     numbers = [int(number) for number in re.findall(r"^\s*(\d+)\s*$", listed, re.M)]
-    brief = " ".join(str(error).split())[:200]
-    dead = rendezvous.join_numbers(numbers) if numbers else f"another process ({brief})"
+    dead = rendezvous.join_numbers(numbers) if numbers else f"another process ({reason(error)})"
     return f"{dead} did not answer for {connection.patience:.0f} s; {RESUME}"
 
 
@@ -201,9 +203,6 @@ def leave_at_once(code: int, reason: str = "") -> None:
             connection.put(LEFT, f"{code} {hosts.name()} stopped: {reason}")
     if hosts.several() and hosts.is_first():
         time.sleep(3)  # without the coordinator, JAX would abort the others before they have ended
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, AttributeError):  # full or closed, or None
-            stream.flush()
     os._exit(code)
 
 

@@ -22,36 +22,25 @@ TOKEN = "MDT_JAX_RUN_TOKEN"  # an environment variable, the same in all processe
 class Connection:
     """This process's connection to the others of its run.
 
+    service: JAX's state of the service: client (None in a run of one process), process_id,
+        num_processes and coordinator_address.
     patience: seconds after which a process that does not answer counts as dead.
-    ended: set when the other processes are no longer watched, at the end of the run.
+    ended: set at the end of the run, when a process that leaves is no error any more.
+    watchers: the threads of `cluster` that watch the other processes.
+    exchanges: the numbers of the exchanges, in the same order in all processes.
     """
 
     def __init__(self):
-        self.state: Any = global_state
+        self.service: Any = global_state
         self.patience = 60.0
         self.ended = threading.Event()
         self.watchers: list[threading.Thread] = []
         self.exchanges = itertools.count()
 
-    @property
-    def client(self) -> Any:
-        """JAX's client of the service; None in a run of one process that nobody connected."""
-        return self.state.client
-
-    @property
-    def process(self) -> int:
-        """The number of this process, from 0."""
-        return self.state.process_id
-
-    @property
-    def count(self) -> int:
-        """The number of processes of the run."""
-        return self.state.num_processes
-
     def put(self, key: str, text: str) -> None:
         """Set a key, which nobody may have set before. Raises UserError if somebody has."""
         try:
-            self.client.key_value_set_bytes(key, sign(key, text))
+            self.service.client.key_value_set_bytes(key, sign(key, text))
         except Exception as error:
             if "ALREADY_EXISTS" in str(error):
                 raise self._foreign(key) from None
@@ -59,14 +48,15 @@ class Connection:
 
     def get(self, key: str, seconds: int) -> str:
         """Wait for the value of a key. Raises UserError if no process of this run has signed it."""
-        text = signed_text(key, self.client.blocking_key_value_get_bytes(key, seconds * 1000))
+        value = self.service.client.blocking_key_value_get_bytes(key, seconds * 1000)
+        text = signed_text(key, value)
         if text is None:
             raise self._foreign(key)
         return text
 
     def _foreign(self, key: str) -> UserError:
         return UserError(
-            f"the key {key} at the coordinator {self.state.coordinator_address} was not set by a "
+            f"the key {key} at the coordinator {self.service.coordinator_address} was not set by a "
             f"process of this run: set the same {TOKEN} in all its processes, and keep its ports "
             "on a private network"
         )

@@ -10,6 +10,7 @@ import re
 import secrets
 import shutil
 import stat
+import tempfile
 from collections.abc import Iterator, Mapping
 
 import numpy as np
@@ -96,14 +97,9 @@ def check_writable(folder: pathlib.Path, name: str) -> None:
             existing = existing.parent
         if not existing.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, f"{existing} is a file, not a folder")
-        probe = temp_path(existing / ".write-test")
-        try:
-            with open(probe, "xb") as file:
-                file.write(bytes(4096))
-            fsync(probe)
-        finally:
-            with contextlib.suppress(OSError):
-                probe.unlink()
+        with tempfile.TemporaryFile(dir=existing, buffering=0) as file:
+            file.write(bytes(4096))
+            os.fsync(file.fileno())
     except OSError as error:
         raise UserError(f"{name} cannot be written to: {reason(error)}") from None
 
@@ -193,8 +189,4 @@ def local(path: str) -> str:
 
 def is_text(path: str | os.PathLike) -> bool:
     """Whether a path is valid in the file system's encoding."""
-    try:
-        os.fspath(path).encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    return not re.search("[\ud800-\udfff]", os.fspath(path))

@@ -19,23 +19,24 @@ from jax.experimental import multihost_utils
 from mdt_jax.runtime import locks, progress
 from mdt_jax.runtime.coordination import connection
 from mdt_jax.runtime.errors import UserError
+from mdt_jax.runtime.files import reason
 
 LONGEST_WAIT = 3600  # seconds in which all processes must reach an exchange
 
 
 def several() -> bool:
     """Whether the run has several processes."""
-    return connection.client is not None and connection.count > 1
+    return connection.service.client is not None and connection.service.num_processes > 1
 
 
 def is_first() -> bool:
     """Whether this is process 0, which prints and writes for all."""
-    return connection.process == 0
+    return connection.service.process_id == 0
 
 
 def name() -> str:
     """ "process 2", the subject of a message."""
-    return f"process {connection.process}"
+    return f"process {connection.service.process_id}"
 
 
 def log0(line: str) -> None:
@@ -51,16 +52,17 @@ def exchange(topic: str, value: Any) -> list[Any]:
     does not reach the exchange within LONGEST_WAIT seconds, or if another run set a key. If a
     process died, `cluster` ends this one meanwhile.
     """
+    service = connection.service
     key = f"mdt_jax/exchange/{next(connection.exchanges)}"
     try:
-        connection.put(f"{key}/{connection.process}", json.dumps([topic, value]))
-        connection.client.wait_at_barrier(key, LONGEST_WAIT * 1000)
-        texts = [connection.get(f"{key}/{process}", 60) for process in range(connection.count)]
+        connection.put(f"{key}/{service.process_id}", json.dumps([topic, value]))
+        service.client.wait_at_barrier(key, LONGEST_WAIT * 1000)
+        texts = [connection.get(f"{key}/{number}", 60) for number in range(service.num_processes)]
     except Exception as error:
         if not may_be_lost(error):
             raise
         await_verdict(error)
-        raise UserError(f"the processes could not exchange '{topic}': {_brief(error)}") from None
+        raise UserError(f"the processes could not exchange '{topic}': {reason(error)}") from None
     topics, values = zip(*map(json.loads, texts), strict=True)
     for process, other in enumerate(topics):
         if other != topic:
@@ -123,9 +125,5 @@ def may_be_lost(error: Exception) -> bool:
 def await_verdict(error: Exception) -> None:
     """If another process may have died, wait: `cluster` then ends this process and names it."""
     if may_be_lost(error):
-        progress.log(f"{name()}: {_brief(error)}; looking for a process that died …")
+        progress.log(f"{name()}: {reason(error)}; looking for a process that died …")
         time.sleep(connection.patience * 1.5)
-
-
-def _brief(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

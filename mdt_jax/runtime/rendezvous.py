@@ -23,21 +23,16 @@ def missing_processes(
 
     coordinator: HOST:PORT of process 0. process: the number of this one of `count`.
     """
-    deadline = time.monotonic() + seconds
     host, _, port = coordinator.rpartition(":")
-    host = host.strip("[]")
+    address = (host.strip("[]"), report_port(int(port)))
     if process == 0:
-        message = _collect_reports(coordinator, report_port(int(port)), count, seconds, connected)
+        message = _collect_reports(coordinator, address[1], count, seconds, connected)
     else:
-        message = _report(host, report_port(int(port)), process, deadline, connected)
-    if connected.is_set() or message:
-        return None if connected.is_set() else message
-    if _answers(host, int(port)):
-        return f"not all {count} processes connected within {seconds:.0f} s"
-    return (
-        f"the coordinator, process 0 at {coordinator}, did not answer within {seconds:.0f} s; "
-        "check that it runs there and that the port is open"
-    )
+        message = _report(address, process, seconds, connected) or (
+            f"the coordinator, process 0 at {coordinator}, did not answer within {seconds:.0f} s; "
+            f"check that it runs there and that the ports {port} and {address[1]} are open"
+        )
+    return None if connected.is_set() else message
 
 
 def bind_address(coordinator: str) -> str | None:
@@ -67,26 +62,25 @@ def report_port(port: int) -> int:
     return 1024 + (port + 10_000) % 60_000
 
 
-def _open_server(coordinator: str, port: int) -> socket.socket | None:
-    """A server at a port of the address that process 0 binds; None if it cannot be opened."""
+def _open_server(coordinator: str, port: int) -> socket.socket:
+    """A server at a port of the address that process 0 binds. Raises OSError."""
     host = (bind_address(coordinator) or ":").rpartition(":")[0].strip("[]")
     both = host in ("", "::") and socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if both or ":" in host else socket.AF_INET
-    try:
-        return socket.create_server((host, port), family=family, dualstack_ipv6=both)
-    except OSError:
-        return None
+    return socket.create_server((host, port), family=family, dualstack_ipv6=both)
 
 
 def _collect_reports(
     coordinator: str, port: int, count: int, seconds: float, connected: threading.Event
-) -> str | None:
-    """In process 0: collect the reports, and send the others who is missing after `seconds`."""
-    server = _open_server(coordinator, port)
-    if server is None:
-        connected.wait(seconds)
-        return None
+) -> str:
+    """In process 0: collect the reports, and after `seconds` send the others who is missing."""
     deadline = time.monotonic() + seconds
+    message = f"not all {count} processes connected within {seconds:.0f} s"
+    try:
+        server = _open_server(coordinator, port)
+    except OSError:  # the port is in use
+        connected.wait(seconds)
+        return message
     reporters: dict[int, socket.socket] = {}
     with contextlib.ExitStack() as stack:
         stack.enter_context(server).settimeout(0.2)
@@ -100,23 +94,24 @@ def _collect_reports(
                 else:
                     reporters[int(number)] = client
         missing = sorted(set(range(1, count)) - set(reporters))
-        if connected.is_set() or not missing:
-            return None
-        message = f"{join_numbers(missing)} of {count} did not connect within {seconds:.0f} s"
-        for client in reporters.values():
-            with contextlib.suppress(OSError):
-                client.sendall(sign(VERDICT, message))
-        return message
+        if missing:  # otherwise JAX has not connected all of them
+            message = f"{join_numbers(missing)} of {count} did not connect within {seconds:.0f} s"
+        if not connected.is_set():
+            for client in reporters.values():
+                with contextlib.suppress(OSError):
+                    client.sendall(sign(VERDICT, message))
+    return message
 
 
 def _report(
-    host: str, port: int, process: int, deadline: float, connected: threading.Event
+    address: tuple[str, int], process: int, seconds: float, connected: threading.Event
 ) -> str | None:
     """In another process: report to process 0, and receive who is missing."""
+    deadline = time.monotonic() + seconds
     while not connected.is_set() and time.monotonic() < deadline:
         with (
             contextlib.suppress(OSError),
-            socket.create_connection((host, port), timeout=2) as client,
+            socket.create_connection(address, timeout=2) as client,
         ):
             client.sendall(sign(REPORT, str(process)))
             client.settimeout(deadline + 5 - time.monotonic())
@@ -125,14 +120,6 @@ def _report(
                 return message
         connected.wait(0.2)
     return None
-
-
-def _answers(host: str, port: int) -> bool:
-    try:
-        socket.create_connection((host, port), timeout=2).close()
-        return True
-    except OSError:
-        return False
 
 
 def join_numbers(processes: list[int]) -> str:

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from mdt_jax.data import latents, pipeline, sources
 from mdt_jax.data.crops import CroppedImages
-from mdt_jax.data.pipeline import Source
+from mdt_jax.data.protocols import Source
 from mdt_jax.diffusion.options import UNGUIDED, SampleOptions
 from mdt_jax.evaluation.evaluator import Evaluator
 from mdt_jax.runtime import hosts, parallel
@@ -97,8 +97,8 @@ def name_of(data: ConfigDict) -> str:
 def log_contents(data: ConfigDict, source: Source) -> None:
     """Print what a set of image files holds, what it leaves out, and what its images lose."""
     if isinstance(source, CroppedImages) and hosts.is_first():
-        hosts.log0(f"{name_of(data)}: {source.files.found}")
-        for line in source.losses():
+        hosts.log0(f"{name_of(data)}: {source.files.summary}")
+        for line in source.warnings():
             hosts.log0(f"warning: {name_of(data)}: {line}")
 
 
@@ -205,7 +205,7 @@ def feed(
     rows = parallel.local_rows(split, size)
     plan = pipeline.Shuffled(len(source), config.train.seed, size, rows, start)
     for arrays in pipeline.batches(source, plan, config.data.workers, config.data.max_damaged):
-        del arrays["damaged"]
+        del arrays["items"], arrays["status"]
         batch = {k: jax.make_array_from_process_local_data(split, v) for k, v in arrays.items()}
         if encode is not None:
             batch["mean"], batch["std"] = encode(batch.pop("images"))

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from mdt_jax.data import sources
 from mdt_jax.data.images import save_grid
-from mdt_jax.data.pipeline import Source
+from mdt_jax.data.protocols import Source
 from mdt_jax.data.sample_files import Npz
 from mdt_jax.data.sample_notes import written
 from mdt_jax.diffusion.options import SampleOptions, balanced_labels

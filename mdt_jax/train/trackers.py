@@ -10,7 +10,7 @@ from typing import Protocol
 
 import numpy as np
 
-from mdt_jax.data.pictures import opened
+from mdt_jax.data.images import open_image
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.runtime.files import atomic_write
 from mdt_jax.runtime.hosts import log0
@@ -77,7 +77,7 @@ def _missing(flag: str, package: str) -> UserError:
 
 
 def _picture(path: pathlib.Path) -> np.ndarray:
-    with opened(path) as image:
+    with open_image(path) as image:
         return np.asarray(image.convert("RGB"))
 
 

@@ -123,7 +123,7 @@ def test_paths_without_a_checkpoint(tmp_path):
         mdt_jax.load(tmp_path)
     file = tmp_path / "file"
     file.touch()
-    with pytest.raises(UserError, match="is a file of no kind that holds weights"):
+    with pytest.raises(UserError, match="is neither the folder of a run nor a file of weights"):
         mdt_jax.load(file)
 
 
