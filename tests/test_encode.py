@@ -15,7 +15,7 @@ from mdt_jax import encode, main
 from mdt_jax.data import latents, latents_writer
 from mdt_jax.runtime import parallel
 from mdt_jax.train import inputs
-from mdt_jax.train.step import Draws, latents_of
+from mdt_jax.train.step import batch_latents
 from mdt_jax.weights.vae import VAE_FILES, Vae, recorded_scale
 from tests.conftest import (
     exits_with_one_line,
@@ -111,8 +111,7 @@ def test_online_and_cached_training_see_the_same(place):
     @jax.jit
     def draw(batch, key):
         noise = jax.random.normal(key, batch["mean"].shape)
-        draws = Draws(*[None] * 7, posterior=noise)
-        return latents_of(batch, draws, SCALE)
+        return batch_latents(batch, noise, SCALE)
 
     drawn = {name: [] for name in ("online", "cached")}
     variance = []

@@ -13,6 +13,7 @@ from PIL import Image
 import mdt_jax
 from mdt_jax import config as configs
 from mdt_jax.diffusion.options import SampleOptions, random_labels
+from mdt_jax.models import xla
 from mdt_jax.models.mdt import MDT, init_params
 from mdt_jax.runtime.errors import NotFiniteError, UserError
 from mdt_jax.sampling import generation
@@ -422,7 +423,7 @@ def test_the_loop_does_not_ask_the_host(lively):
     assert "scan[" in text and "while[" not in text and "callback" not in text
 
 
-def test_blocks_are_not_sliced_out_of_their_stack_in_each_turn(lively):
+def test_blocks_are_not_sliced_out_of_their_stack_in_each_turn(lively, monkeypatch):
     """Stacked parameters of laid out blocks are taken apart before the loop."""
     model, params = lively
     model = model.clone(unroll=True)
@@ -440,6 +441,7 @@ def test_blocks_are_not_sliced_out_of_their_stack_in_each_turn(lively):
     count, *shape = params["encoder"]["mlp_in"]["kernel"].shape
     stacked, alone = (f"f32[{','.join(map(str, each))}]" for each in ([count, *shape], shape))
     assert stacked not in carried(model) and alone in carried(model)
+    monkeypatch.setattr(xla, "UNROLL_DEPTH", 0)
     assert stacked in carried(model.clone(unroll=False))
     whole = model.unstack_blocks(params)()
     jax.tree.map(np.testing.assert_array_equal, whole, params)

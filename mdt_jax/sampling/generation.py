@@ -21,6 +21,7 @@ from mdt_jax.diffusion.options import (
     defaults,
 )
 from mdt_jax.diffusion.samplers import State, sample
+from mdt_jax.models import xla
 from mdt_jax.models.mdt import MDT
 from mdt_jax.runtime import hosts, keys, parallel
 from mdt_jax.runtime.errors import UserError
@@ -84,6 +85,7 @@ def network_of(
 
     keep_ids: [K], what is known of every sample, for a masked pass.
     """
+    model = xla.for_devices(model, jax.default_backend(), jax.device_count())
     stacked = model.unstack_blocks(params)
 
     def network(x, t, y) -> Any:  # Flax annotates `apply` with all that it may return

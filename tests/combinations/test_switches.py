@@ -25,7 +25,7 @@ from mdt_jax.sampling import generation
 from mdt_jax.train import inputs
 from mdt_jax.train.optimizers import make_optimizer
 from mdt_jax.train.state import abstract_state, init_state
-from mdt_jax.train.step import Objective, compile_step, draw, make_train_step
+from mdt_jax.train.step import Objective, compile_step, draw_step, make_train_step
 
 BATCH = 4
 # The first value of each field makes up a config that is accepted; the others are all there are, or
@@ -175,7 +175,7 @@ def trace(config: ConfigDict) -> None:
     )
     state = abstract_state(model, optimizer, mesh)
     key = jax.eval_shape(keys.key, 0)
-    drawn = functools.partial(draw, model=model, batch=BATCH, diffusion_steps=objective.steps)
+    drawn = functools.partial(draw_step, model=model, batch=BATCH, diffusion_steps=objective.steps)
     draws = jax.eval_shape(drawn, key, state.step)
     batch = {
         "latents": draws.noise_full,
