@@ -13,7 +13,7 @@ VAE_SCALE = 0.18215
 
 
 class ResnetBlock(nn.Module):
-    """Norm, SiLU, 3×3 convolution, all twice, and a shortcut: [B, H, W, C] → [B, H, W, features]."""
+    """Twice norm, SiLU and 3×3 convolution, and a shortcut: [B, H, W, C] → [B, H, W, features]."""
 
     features: int
     groups: int
