@@ -59,7 +59,7 @@ def main(argv: list[str]) -> None:
     check_destination(dst)
     accelerators.start()
     with locks.held(locks.beside(dst), str(dst)):
-        found = networks.read(args.src, args.params, args.decoder_layers)
+        found = networks.read_network(args.src, args.params, args.decoder_layers)
         networks.save(dst, found)
         print_result(f"wrote {dst}: {networks.describe(found.model)}")
     for line in networks.unrecorded(found) if dst.suffix else []:

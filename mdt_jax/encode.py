@@ -25,7 +25,7 @@ from mdt_jax.runtime import accelerators, files, parallel
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.runtime.progress import log, print_result, progress_bar
 from mdt_jax.train import inputs
-from mdt_jax.weights import vae
+from mdt_jax.weights.vae import Vae
 
 SHARD_IMAGES = 2048
 EACH_DEVICE = 16  # images in a batch; the VAE takes a few of them at a time
@@ -33,9 +33,9 @@ MEASURED = 4096  # images that tell a VAE's scale
 NO_VAE = "vae.path is identity: there is nothing to encode with"
 
 
-def load_vae(config: ConfigDict) -> inputs.Vae:
+def load_vae(config: ConfigDict) -> Vae:
     """The VAE that encodes. Raises UserError where a config has none."""
-    found = inputs.load_vae(config)
+    found = Vae.from_config(config)
     if found is None:
         raise UserError(NO_VAE)
     return found
@@ -56,7 +56,7 @@ def open_images(config: ConfigDict) -> CroppedImages:
 def encoded(
     config: ConfigDict,
     images: CroppedImages,
-    found: inputs.Vae,
+    found: Vae,
     parts: list[np.ndarray],
     known: set[int],
 ) -> Generator[dict[str, np.ndarray], None, None]:
@@ -66,8 +66,7 @@ def encoded(
     """
     mesh = parallel.local_mesh()
     size, split = EACH_DEVICE * mesh.size, parallel.split_batch(mesh)
-    encode = vae.encoder(found.network, mesh, config.train.precision)
-    params = jax.device_put(found.params, parallel.replicated(mesh))
+    encode = found.encoder(mesh, config.train.precision)
     items = [part[i : i + size] for part in parts for i in range(0, len(part), size)]
     plan = [(each, np.ones(len(each))) for each in items]
 
@@ -84,7 +83,7 @@ def encoded(
         pixels = batch.pop("images")
         pixels = np.pad(pixels, [(0, size - len(pixels)), (0, 0), (0, 0), (0, 0)])
         both = jax.device_put((pixels, pixels[:, :, ::-1]), split)
-        return batch, [encode(params, view) for view in both]
+        return batch, [encode(view) for view in both]
 
     waiting, reading = None, (config.data.workers, config.data.max_damaged, known)
     for batch in pipeline.batches(images, plan, *reading):
@@ -96,9 +95,7 @@ def encoded(
         yield finish(*waiting)
 
 
-def describe(
-    config: ConfigDict, images: CroppedImages, found: inputs.Vae, shard_images: int
-) -> dict:
+def describe(config: ConfigDict, images: CroppedImages, found: Vae, shard_images: int) -> dict:
     """All that a cache is of, as its manifest begins."""
     data = config.data
     return {
@@ -127,7 +124,7 @@ def make(config: ConfigDict, out: pathlib.Path, shard_images: int, part: tuple[i
     inputs.check_classes(name, len(images.classes), config.model.num_classes, left_out)
     inputs.settle(config, len(images.classes))
     found = load_vae(config)
-    inputs.check_scale(config)
+    found.check_scale()
     making = latents_making.CacheWriter(out, describe(config, images, found, shard_images))
     with making.alone(part):
         fill(making, config, images, found, part)
@@ -137,7 +134,7 @@ def fill(
     making: latents_making.CacheWriter,
     config: ConfigDict,
     images: CroppedImages,
-    found: inputs.Vae,
+    found: Vae,
     part,
 ) -> None:
     """Encode what is not yet encoded of one part; arguments as of `make`."""
@@ -196,8 +193,9 @@ def parse_part(text: str) -> tuple[int, int]:
 def verify(config: ConfigDict, out: pathlib.Path) -> None:
     """Read a finished cache; UserError for the first thing that is wrong with it."""
     cache = latents.load(out)
-    inputs.check_cache(cache, config, load_vae(config))
-    inputs.check_scale(config)
+    found = load_vae(config)
+    inputs.check_cache(cache, config, found)
+    found.check_scale()
     shards, damaged = [], []
     with progress_bar(len(cache), True, "verifying", "image") as bar:
         for number, shard in enumerate(cache.manifest["shards"]):

@@ -23,7 +23,7 @@ from mdt_jax.runtime.files import atomic_write
 from mdt_jax.runtime.hosts import is_first
 from mdt_jax.runtime.progress import print_result
 from mdt_jax.sampling import pipeline
-from mdt_jax.weights import networks, vae
+from mdt_jax.weights.vae import Vae
 
 NAMES = {
     "fid": "FID",
@@ -213,14 +213,14 @@ def make_reference(args) -> None:
 def evaluate_vae(args) -> None:
     """Images against what a VAE makes of them."""
     out = card_path(args.out)
-    network, params = networks.load_vae(args.vae)
+    vae = Vae.load(args.vae, scale=1.0)  # latents stay as the encoder gives them
     images = open_images(args.images, args.image_size, num=args.num_samples)
     inception = measuring.load_inception(args.inception) if args.inception else None
-    back = measuring.Reconstructed(network, params, images)
+    back = measuring.Reconstructed(vae, images)
     say_found(images)
     settings = {
         "vae": args.vae,
-        "vae_sha256": vae.sha256(params),
+        "vae_sha256": vae.sha256,
         "latents": "the mean of the posterior",
         "uint8": UINT8_RULE,
         "images": about(images),

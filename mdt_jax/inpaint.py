@@ -30,7 +30,7 @@ from mdt_jax.runtime.files import reason
 from mdt_jax.runtime.progress import print_result
 from mdt_jax.sampling import pipeline
 from mdt_jax.sampling.inpainting import MODES, InpaintOptions, check_hidden, inpaint
-from mdt_jax.weights.vae import encoder
+from mdt_jax.weights.vae import Vae
 
 
 def parse(argv: list[str]):
@@ -142,7 +142,7 @@ def fitted(image, size: tuple[int, int], resize: bool, name: str) -> np.ndarray:
 
 
 def encoded(
-    image: np.ndarray, hidden: np.ndarray, vae: pipeline.Vae, precision: str
+    image: np.ndarray, hidden: np.ndarray, vae: Vae, precision: str
 ) -> tuple[np.ndarray, np.ndarray]:
     """Scaled latents [h, w, c] of what is known of an image, and which of them are hidden [h, w].
 
@@ -150,8 +150,8 @@ def encoded(
     any of its pixels is.
     """
     known = np.where(hidden[:, :, None], image[~hidden].mean(0).astype(np.uint8), image)
-    encode = encoder(vae.network, parallel.make_mesh(devices=jax.devices()[:1]), precision)
-    mean, _ = encode(vae.params, known[None])
+    encode = vae.encoder(parallel.make_mesh(devices=jax.devices()[:1]), precision)
+    mean, _ = encode(known[None])
     rows, columns = mean.shape[1:3]
     pixels = hidden.reshape(rows, vae.network.factor, columns, vae.network.factor)
     hidden_there, side = np.asarray(pixels.any((1, 3))), vae.network.factor

@@ -26,7 +26,6 @@ from mdt_jax.runtime import accelerators, allocator, files, hosts, interrupts, k
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.runtime.hosts import is_first, log0
 from mdt_jax.runtime.progress import print_result, progress_bar
-from mdt_jax.sampling import pipeline
 from mdt_jax.train import costs, inputs
 from mdt_jax.train import workdir as folder
 from mdt_jax.train.checkpoints import Checkpoints
@@ -48,6 +47,7 @@ from mdt_jax.train.stopping import Stopped, StopSignal
 from mdt_jax.train.trackers import Lines, Profile, open_trackers
 from mdt_jax.weights import networks
 from mdt_jax.weights.orbax_folders import check_path, steps_in
+from mdt_jax.weights.vae import Vae
 
 # Of a process that was told to stop while it waited for data, whose readers may wait for ever.
 READERS_SECONDS = 30
@@ -98,8 +98,9 @@ def _train(
     profile = Profile(show.profile_steps, workdir / "profile")
     data, held_out = inputs.open_data(config)
     inputs.settle(config, len(data.classes), said)
-    vae = inputs.load_vae(config)
-    inputs.check_scale(config)
+    vae = Vae.from_config(config)
+    if vae is not None:
+        vae.check_scale()
     if isinstance(data, Latents) and vae is not None:  # a config of latents has a VAE
         inputs.check_cache(data, config, vae)
         if doubt := inputs.doubt_scale(data.manifest["latent_std"], config.vae.scale):
@@ -172,8 +173,7 @@ def _train(
     batches = inputs.feed(config, data, mesh, encoding, start)
 
     # One step, compiled once, ahead of time.
-    draws = vae and pipeline.Vae(vae.path, config.vae.scale, vae.network, vae.params)
-    steps, drawer = config.train.steps, RunSampler(config, model, draws)
+    steps, drawer = config.train.steps, RunSampler(config, model, vae)
     if start < steps:
         log0("compiling the training step …")
         clock = Clock()

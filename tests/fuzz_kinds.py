@@ -27,6 +27,7 @@ from mdt_jax.train.checkpoints import Checkpoints
 from mdt_jax.train.metrics import MetricsLog
 from mdt_jax.train.state import TrainState
 from mdt_jax.weights import networks
+from mdt_jax.weights.vae import VAE_FILES, Vae, recorded_scale
 from tests.models.common import random_params
 from tests.small_data import VAE, write_vae
 
@@ -78,8 +79,8 @@ def write_weights(name: str):
 
 def read_weights(name: str):
     def read(folder: pathlib.Path):
-        found = networks.read(
-            folder / name, decoder_layers=1 if "." in name else None, wanted="mdt"
+        found = networks.read_network(
+            folder / name, decoder_layers=1 if "." in name else None, kind="mdt"
         )
         return bits(found.params), found.classes, networks.describe(found.model)
 
@@ -87,7 +88,7 @@ def read_weights(name: str):
 
 
 def make_vae(folder: pathlib.Path) -> None:
-    write_vae(folder / networks.VAE_FILES[0])
+    write_vae(folder / VAE_FILES[0])
     told = {
         "norm_num_groups": 4,
         "scaling_factor": 0.3,
@@ -98,8 +99,8 @@ def make_vae(folder: pathlib.Path) -> None:
 
 
 def read_vae(folder: pathlib.Path):
-    network, params = networks.load_vae(folder)
-    return bits(params), network.groups, networks.vae_scale(folder)
+    vae = Vae.load(folder)
+    return bits(vae.params), vae.network.groups, recorded_scale(folder)
 
 
 def make_samples(folder: pathlib.Path) -> None:

@@ -16,7 +16,7 @@ from mdt_jax.data import latents, latents_making
 from mdt_jax.runtime import parallel
 from mdt_jax.train import inputs
 from mdt_jax.train.step import Draws, latents_of
-from mdt_jax.weights import networks
+from mdt_jax.weights.vae import VAE_FILES, Vae, recorded_scale
 from tests.conftest import (
     exits_with_one_line,
     run_here,
@@ -88,8 +88,8 @@ def test_what_a_cache_holds(place):
     # Each record against the VAE itself, image by image.
     images, _ = inputs.open_data(config_of(place))
     images = dataclasses.replace(images, flip=False).take(np.arange(IMAGES), np.ones(IMAGES))
-    network, params = networks.load_vae(place / "vae")
-    run = jax.jit(lambda x: network.apply({"params": params}, x, method="encode"))
+    vae = Vae.load(place / "vae")
+    run = jax.jit(lambda x: vae.network.apply({"params": vae.params}, x, method="encode"))
     for flip, pixels in ((False, images["images"]), (True, images["images"][:, :, ::-1])):
         found = latents.load(place / "cache", flip).take(np.arange(IMAGES), np.zeros(IMAGES))
         mean, std = run(jnp.asarray(pixels, jnp.float32) / 127.5 - 1)
@@ -102,7 +102,7 @@ def test_online_and_cached_training_see_the_same(place):
     """The images in the same order with the same mirrors; only the posterior's noise differs."""
     mesh = parallel.make_mesh()
     online, cached = config_of(place), config_of(place, "latents", "cache")
-    vae = inputs.load_vae(online)
+    vae = Vae.from_config(online)
     streams = [
         inputs.feed(config, inputs.open_data(config)[0], mesh, found, 0)
         for config, found in ((online, vae), (cached, None))
@@ -313,7 +313,7 @@ def test_the_scale_that_a_vaes_folder_says(name, place, tmp_path, monkeypatch):
     told, expected = FOLDERS[name]
     folder = tmp_path / "vae"
     folder.mkdir()
-    write_vae(folder / networks.VAE_FILES[0])
+    write_vae(folder / VAE_FILES[0])
     if isinstance(told, dict):
         told = {"norm_num_groups": 4, **told}
     (folder / "config.json").write_text(told if isinstance(told, str) else json.dumps(told))
@@ -321,7 +321,7 @@ def test_the_scale_that_a_vaes_folder_says(name, place, tmp_path, monkeypatch):
     run = [*argv, *ONE_STEP, f"--workdir={tmp_path / 'run'}"]
     encoding = [*argv, f"--out={tmp_path / 'cache'}"]
     if expected == "any":
-        assert networks.vae_scale(folder) is None
+        assert recorded_scale(folder) is None
         return
     said = expected
     if not isinstance(expected, str):

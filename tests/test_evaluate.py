@@ -16,7 +16,8 @@ from mdt_jax.data import sample_files, sources
 from mdt_jax.evaluation import features, image_sets, measuring, metrics, references
 from mdt_jax.evaluation.metrics import precision_recall
 from mdt_jax.runtime.errors import UserError
-from mdt_jax.weights import networks
+from mdt_jax.runtime.files import file_sha256
+from mdt_jax.weights.vae import Vae
 from tests.conftest import exits_with_one_line, run_here
 from tests.measuring import assert_equal, crops, flags, make_sets, measured, quick_inception
 from tests.runs import DIGITS
@@ -68,8 +69,8 @@ def test_the_card_and_its_measures_by_hand(sets):
     score = fid.metric_isc.isc_features_to_metric(torch.tensor(a["logits"]), 1, shuffle=False)
     assert ours["inception_score"] == pytest.approx(score["inception_score_mean"], rel=1e-6)
     assert ours["num_samples"] == 6
-    assert card["samples"]["sha256"] == image_sets.file_sha256(sets / "samples.npz")
-    assert card["reference"]["sha256"] == image_sets.file_sha256(sets / "real.npz")
+    assert card["samples"]["sha256"] == file_sha256(sets / "samples.npz")
+    assert card["reference"]["sha256"] == file_sha256(sets / "real.npz")
     assert card["samples"]["shape"] == [32, 32, 3] and card["samples"]["how"] is None
     assert card["features"][0]["inception_sha256"] and card["neighbours"] == 3
 
@@ -340,7 +341,8 @@ def test_what_a_vae_loses(sets, tmp_path):
     assert "PSNR (dB)" in printed and "rFID" in printed
     card = json.loads((tmp_path / "vae.json").read_text())
     images = image_sets.open_images(str(pictures), 32).take(range(9))
-    network, params = networks.load_vae(vae)
+    vae = Vae.load(vae)
+    network, params = vae.network, vae.params
     x = images.astype(np.float32) / 127.5 - 1
     mean, _ = jax.jit(functools.partial(network.apply, method="encode"))({"params": params}, x)
     decode = jax.jit(functools.partial(network.apply, method="decode"))

@@ -189,7 +189,7 @@ def test_two_encoders_of_one_part(tmp_path):
 def test_encode_holds_its_part(monkeypatch, tmp_path):
     """The whole command, up to where it would write."""
     monkeypatch.setattr(encode, "open_images", lambda config: mock.MagicMock(classes=[]))
-    monkeypatch.setattr(encode, "load_vae", lambda config: None)
+    monkeypatch.setattr(encode, "load_vae", lambda config: mock.MagicMock())
     monkeypatch.setattr(encode, "describe", lambda *_: {"images": 8, "shard_images": 2})
     config = configs.default()
     config.model.num_classes = 0

@@ -246,8 +246,8 @@ def test_a_workdir_of_somebody_else(
         (encode, "--config=configs/xl2.py --out=OUT", "encode.open_images"),
         (evaluate, "--samples=X --reference=digits --out=OUT.json", "evaluate.open_images"),
         (evaluate, "--make_reference=X --out=OUT.npz", "evaluate.open_images"),
-        (evaluate, "--vae=X --images=X --out=OUT.json", "weights.load_vae"),
-        (convert, "--src=X --dst=OUT.pt", "weights.read"),
+        (evaluate, "--vae=X --images=X --out=OUT.json", "weights.vae.Vae.load"),
+        (convert, "--src=X --dst=OUT.pt", "weights.networks.read_network"),
     ],
 )
 def test_an_out_of_somebody_else(

@@ -19,7 +19,7 @@ import numpy as np
 
 from mdt_jax.data.pipeline import UNREADABLE
 from mdt_jax.runtime.errors import UserError
-from mdt_jax.runtime.files import is_text, read_json
+from mdt_jax.runtime.files import file_sha256, is_text, read_json
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -167,7 +167,7 @@ def measure(cache: Latents, number: int) -> dict:
         cache.manifest["shards"][number],
         cache.folder / cache.manifest["shards"][number]["file"],
     )
-    if sha256(path) != shard["sha256"]:
+    if file_sha256(path) != shard["sha256"]:
         return {"wrong": f"{path} is damaged: delete it and run the same mdt_jax.encode again"}
     alone = Latents(cache.folder, {**cache.manifest, "shards": [shard]}, flip=True)
     summed = {"records": 0, "sum": 0.0, "squares": 0.0}
@@ -208,9 +208,3 @@ def is_there(folder: pathlib.Path, shard: dict) -> bool:
         return os.stat(folder / shard["file"]).st_size == shard["bytes"]
     except (FileNotFoundError, NotADirectoryError):
         return False
-
-
-def sha256(path: pathlib.Path) -> str:
-    """Of a file, hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -23,7 +23,6 @@ from mdt_jax.data.latents import (
     is_there,
     read_manifest,
     record_bytes,
-    sha256,
     sums,
 )
 from mdt_jax.runtime import locks
@@ -31,6 +30,7 @@ from mdt_jax.runtime.errors import DamagedError, UserError
 from mdt_jax.runtime.files import (
     atomic_write,
     check_room,
+    file_sha256,
     free,
     fsync,
     read_json,
@@ -182,7 +182,7 @@ class CacheWriter:
                 noted = {
                     "file": path.name,
                     "bytes": os.stat(temporary).st_size,
-                    "sha256": sha256(temporary),
+                    "sha256": file_sha256(temporary),
                     "crc32": base64.b64encode(np.array(crcs, CRC).tobytes()).decode(),
                     "damaged": damaged,
                     **summed,

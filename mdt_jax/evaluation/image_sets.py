@@ -15,7 +15,7 @@ import numpy as np
 from mdt_jax.data import folders, pictures, sample_notes, sources, tars, tfds_sets
 from mdt_jax.data.crops import ImageFiles, center_crop, to_rgb
 from mdt_jax.runtime.errors import UserError
-from mdt_jax.runtime.files import check_regular, reason
+from mdt_jax.runtime.files import check_regular, file_sha256, reason
 
 Slices = Generator[tuple[int, np.ndarray], None, None]
 
@@ -386,9 +386,3 @@ def read_array(path: str, name: str) -> np.ndarray:
             return arrays[name]
     except Exception as error:  # of many kinds, by what is damaged
         raise UserError(f"{path}: {name} could not be read: {reason(error)}") from None
-
-
-def file_sha256(path: str | os.PathLike) -> str:
-    """Of a file, hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

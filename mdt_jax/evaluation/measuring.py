@@ -32,13 +32,13 @@ from mdt_jax.evaluation.metrics import (
     ssim,
 )
 from mdt_jax.evaluation.references import Reference
-from mdt_jax.models.autoencoder import AutoencoderKL
 from mdt_jax.models.inception import WHERE
 from mdt_jax.runtime import hosts, parallel
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.runtime.hosts import log0
 from mdt_jax.runtime.progress import progress_bar
-from mdt_jax.weights import networks, vae
+from mdt_jax.weights import networks
+from mdt_jax.weights.vae import Vae
 
 FEATURES = ("inception", "pixels", "classifier")
 # What tells which of a run's parameters are the best, the less the better.
@@ -50,8 +50,8 @@ def load_inception(path: str) -> InceptionFeatures:
     """From a file or folder of its weights. Raises UserError."""
     if not path:
         raise UserError(f"inception needs weights, --inception=FILE: {WHERE}")
-    found = networks.read(path, wanted="inception")
-    note = {"inception": path, "inception_sha256": vae.sha256(found.params)}
+    found = networks.read_network(path, kind="inception")
+    note = {"inception": path, "inception_sha256": networks.params_sha256(found.params)}
     hosts.agree({"inception_sha256": note["inception_sha256"]})
     return InceptionFeatures(found.model, found.params, note)
 
@@ -299,22 +299,21 @@ class Reconstructed:
 
     labels, classes, note = None, (), None
 
-    def __init__(self, network: AutoencoderKL, params: dict, images: ImageSet):
+    def __init__(self, vae: Vae, images: ImageSet):
         """Raises UserError for images of a size, or of a number, that cannot be measured."""
         if len(images) < 2:
             raise UserError(f"{images.path} has one image; rFID compares two at least")
         if importlib.util.find_spec("skimage") is None:
             raise UserError("SSIM needs scikit-image: pip install scikit-image")
         height, width, _ = self.shape = (*images.shape[:2], 3)
-        if height % network.factor or width % network.factor or min(height, width) < 11:
+        if height % vae.network.factor or width % vae.network.factor or min(height, width) < 11:
             raise UserError(
                 f"the images of {images.path} are {height}×{width}; the VAE takes multiples of "
-                f"{network.factor}, and SSIM 11×11 at least; --image_size cuts image files"
+                f"{vae.network.factor}, and SSIM 11×11 at least; --image_size cuts image files"
             )
         self.path = f"{images.path} through the VAE"
-        self._network, self._images = network, images
+        self._vae, self._images = vae, images
         self._mesh = parallel.make_mesh()
-        self._params = parallel.put(params, parallel.replicated(self._mesh))
         self.psnr, self.ssim = [], []
 
     def __len__(self) -> int:
@@ -325,16 +324,15 @@ class Reconstructed:
 
     def slices(self, size: int, done: Collection[int] = ()) -> Slices:
         """As of the images; each slice is compared with what it is made of."""
-        encode, split = vae.encoder(self._network, self._mesh), parallel.split_batch(self._mesh)
+        encode, split = self._vae.encoder(self._mesh), parallel.split_batch(self._mesh)
         for start, images in self._images.slices(size, done):
             images = np.broadcast_to(images, (*images.shape[:3], 3))
             padded = np.pad(images, [(0, -len(images) % self._mesh.size), (0, 0), (0, 0), (0, 0)])
-            mean, _ = encode(self._params, parallel.put(padded, split))
+            mean, _ = encode(parallel.put(padded, split))
             latents = hosts.fetch(mean)[: len(images)]
-            back = to_uint8(vae.decode(
-                self._network, self._params, latents, scale=1.0,
-                name=lambda i, at=start: self._images.name(at + i),
-            ))  # fmt: skip
+            back = to_uint8(
+                self._vae.decode(latents, name=lambda i, at=start: self._images.name(at + i))
+            )
             self.psnr.append(psnr(images, back))
             self.ssim.append(ssim(images, back))
             yield start, back

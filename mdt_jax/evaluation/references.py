@@ -13,7 +13,7 @@ from mdt_jax.evaluation import image_sets
 from mdt_jax.evaluation.features import FeatureSet
 from mdt_jax.evaluation.metrics import Gaussian
 from mdt_jax.runtime.errors import UserError
-from mdt_jax.runtime.files import save_arrays
+from mdt_jax.runtime.files import file_sha256, save_arrays
 
 KEPT = 10_000  # images of a reference for precision and recall, as ADM's files have them
 SUFFIXES = {"pool": "", "spatial": "_s"}  # of mu and sigma
@@ -36,7 +36,7 @@ class Reference:
     def sha256(self) -> str:
         """Of the file, or of what the images are, hexadecimal."""
         if self.images is None or (os.path.isfile(self.path) and self.path.endswith(".npz")):
-            return image_sets.file_sha256(self.path)
+            return file_sha256(self.path)
         return self.images.sha256
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import pathlib
@@ -184,6 +185,12 @@ def local(path: str) -> str:
         what = "user" if found[0] == "~" else "environment variable"
         raise UserError(f"{path}: there is no {what} of this name; a file of this name is ./{path}")
     return found
+
+
+def file_sha256(path: str | os.PathLike) -> str:
+    """SHA-256 of a file's content, hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def is_text(path: str | os.PathLike) -> bool:

@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import pathlib
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,16 +20,14 @@ from mdt_jax.diffusion.options import (
     defaults,
     random_labels,
 )
-from mdt_jax.models.autoencoder import VAE_SCALE, AutoencoderKL
 from mdt_jax.models.mdt import MDT
 from mdt_jax.runtime import files, hosts
 from mdt_jax.runtime.errors import NotFiniteError, UserError
 from mdt_jax.runtime.files import check_regular, reason
 from mdt_jax.runtime.hosts import is_first
 from mdt_jax.sampling.generation import Request
-from mdt_jax.weights.networks import Weights, describe, load_vae, load_weights
-from mdt_jax.weights.networks import vae_scale as read_scale
-from mdt_jax.weights.vae import at_once, decode, sha256
+from mdt_jax.weights.networks import Weights, describe, load_weights, params_sha256
+from mdt_jax.weights.vae import Vae, recorded_scale, slice_size
 
 PIXELS = "identity"
 
@@ -70,15 +67,6 @@ def draws_pixels(model: MDT, vae: str | None) -> bool:
     return vae == PIXELS or (vae is None and model.in_channels in (1, 3))
 
 
-class Vae(NamedTuple):
-    """The VAE between a model's latents and images of [H, W, 3], and their scale."""
-
-    path: str
-    scale: float
-    network: AutoencoderKL
-    params: dict
-
-
 def note_of(
     checkpoint: str,
     weights: Weights[MDT],
@@ -92,7 +80,7 @@ def note_of(
         "checkpoint": checkpoint,
         "step": weights.step,
         "parameters": weights.item or "those of the file",
-        "parameters_sha256": sha256(weights.params),
+        "parameters_sha256": params_sha256(weights.params),
         "network": describe(weights.model),
         "num_classes": weights.model.num_classes,
         **({"classes": list(weights.classes)} if weights.classes else {}),
@@ -102,7 +90,7 @@ def note_of(
         "uint8": UINT8_RULE,
     }
     if vae is not None:
-        note |= {"vae": vae.path, "vae_scale": vae.scale, "vae_sha256": sha256(vae.params)}
+        note |= {"vae": vae.path, "vae_scale": vae.scale, "vae_sha256": vae.sha256}
     return note
 
 
@@ -142,23 +130,24 @@ def find_vae(
     trained = config.vae.scale if config is not None else None
     if trained is not None and vae_scale not in (None, trained):
         raise UserError(f"--vae_scale={vae_scale}, but {checkpoint} was trained with {trained}")
-    vae, params = load_vae(path)
-    if weights.vae_sha256 not in (None, sha256(params)):
+    vae = Vae.load(path, trained or vae_scale)
+    if weights.vae_sha256 not in (None, vae.sha256):
         hosts.log0(
             f"warning: the VAE {path} is another than the one that {checkpoint} was trained with"
         )
-    if vae.latent_channels != model.in_channels:
+    if vae.network.latent_channels != model.in_channels:
         raise UserError(
-            f"the latents of {path} have {vae.latent_channels} channels, but the model draws "
-            f"{model.in_channels}"
+            f"the latents of {path} have {vae.network.latent_channels} channels, but the "
+            f"model draws {model.in_channels}"
         )
     # A run with its own VAE draws latents as it was trained, whatever is said beside that VAE.
-    said = read_scale(path) if given is not None or trained is None else None
-    scale = trained or vae_scale or said or VAE_SCALE
-    if said not in (None, scale):
-        asked = f"{checkpoint} was trained with" if trained else "--vae_scale is"
-        raise UserError(f"the scaling_factor of --vae={path} is {said}, but {asked} {scale}")
-    return Vae(path, scale, vae, params)
+    recorded = recorded_scale(path) if given is not None or trained is None else None
+    if recorded not in (None, vae.scale):
+        other = f"{checkpoint} was trained with" if trained else "--vae_scale is"
+        raise UserError(
+            f"the scaling_factor of --vae={path} is {recorded}, but {other} {vae.scale}"
+        )
+    return vae
 
 
 def decoder(
@@ -174,16 +163,13 @@ def decoder(
         return lambda samples, first=0: to_uint8(samples), (*model.input_size, model.in_channels)
 
     height, width = (vae.network.factor * side for side in model.input_size)
-    size = min(batch_size, at_once(height, width) * jax.device_count())
+    size = min(batch_size, slice_size(height, width) * jax.device_count())
 
     def to_images(latents, first=0):
         def name(i):
             return f"sample {first + i}"
 
-        images = decode(
-            vae.network, vae.params, latents, scale=vae.scale, batch_size=size,
-            precision=precision, name=name,
-        )  # fmt: skip
+        images = vae.decode(latents, batch_size=size, precision=precision, name=name)
         return to_uint8(images)
 
     return to_images, (height, width, 3)

@@ -13,6 +13,7 @@ from mdt_jax.models.mdt import MDT
 from mdt_jax.runtime.accelerators import keep_compilations
 from mdt_jax.sampling import generation, pipeline
 from mdt_jax.weights.networks import Weights, load_weights
+from mdt_jax.weights.vae import Vae
 
 
 class Run(tuple[MDT, dict]):
@@ -67,7 +68,7 @@ class Run(tuple[MDT, dict]):
         return pipeline.options_of(self.weights, self._vae[0])
 
     @functools.cached_property
-    def vae(self) -> pipeline.Vae | None:
+    def vae(self) -> Vae | None:
         """The VAE of a model of latents, read when it is first asked for; None for pixels.
 
         Raises UserError where it is not known where it lies.

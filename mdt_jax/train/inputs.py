@@ -1,7 +1,6 @@
 """What a run is trained on: a config's images or latents, checked, as batches on the devices."""
 
 import dataclasses
-import functools
 from collections.abc import Collection, Generator
 
 import jax
@@ -12,54 +11,10 @@ from mdt_jax.data import latents, pipeline, sources
 from mdt_jax.data.crops import CroppedImages
 from mdt_jax.data.pipeline import Source
 from mdt_jax.diffusion.options import UNGUIDED, SampleOptions
-from mdt_jax.models.autoencoder import AutoencoderKL
-from mdt_jax.models.mdt import VAE_CHANNELS, VAE_FACTOR
 from mdt_jax.runtime import hosts, parallel
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.runtime.hosts import log0
-from mdt_jax.weights import networks, vae
-
-
-@dataclasses.dataclass(frozen=True)
-class Vae:
-    """A VAE with its parameters, and the path they were read from."""
-
-    path: str
-    network: AutoencoderKL
-    params: dict
-
-    @functools.cached_property
-    def sha256(self) -> str:
-        """Of the parameters, hexadecimal."""
-        return vae.sha256(self.params)
-
-    def __post_init__(self):
-        found = self.network.latent_channels, self.network.factor
-        if found != (VAE_CHANNELS, VAE_FACTOR):
-            raise UserError(
-                f"vae.path {self.path} has latents of {found[0]} channels at 1/{found[1]} of the "
-                f"size; they must have {VAE_CHANNELS} at 1/{VAE_FACTOR}"
-            )
-
-
-def load_vae(config: ConfigDict) -> Vae | None:
-    """The VAE of a config, if it has one: to encode, to decode, or to compare with a cache's."""
-    if config.vae.path == "identity":
-        return None
-    return Vae(config.vae.path, *networks.load_vae(config.vae.path))
-
-
-def check_scale(config: ConfigDict) -> None:
-    """Raise UserError where the folder of a config's VAE says another scale than vae.scale."""
-    if config.vae.path == "identity":
-        return
-    said = networks.vae_scale(config.vae.path)
-    if said not in (None, config.vae.scale):
-        raise UserError(
-            f"vae.scale is {config.vae.scale}, but the scaling_factor of {config.vae.path} is "
-            f"{said}: set vae.scale to it, or to train with your own take scaling_factor out of "
-            "the VAE's config.json"
-        )
+from mdt_jax.weights.vae import Vae
 
 
 def open_data(config: ConfigDict) -> tuple[Source, sources.Images | None]:
@@ -201,13 +156,12 @@ def feed(
     rows = parallel.local_rows(split, size)
     plan = pipeline.Shuffled(len(source), config.train.seed, size, rows, start)
     if found is not None:
-        encode = vae.encoder(found.network, mesh, config.train.precision)
-        params = parallel.put(found.params, parallel.replicated(mesh))
+        encode = found.encoder(mesh, config.train.precision)
     for arrays in pipeline.batches(source, plan, config.data.workers, config.data.max_damaged):
         del arrays["damaged"]
         batch = {k: jax.make_array_from_process_local_data(split, v) for k, v in arrays.items()}
         if found is not None:
-            batch["mean"], batch["std"] = encode(params, batch.pop("images"))
+            batch["mean"], batch["std"] = encode(batch.pop("images"))
         yield batch
 
 

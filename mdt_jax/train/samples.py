@@ -26,10 +26,10 @@ from mdt_jax.runtime.errors import NotFiniteError, UserError
 from mdt_jax.runtime.hosts import is_first, log0
 from mdt_jax.sampling import pipeline
 from mdt_jax.sampling.generation import Request, request
-from mdt_jax.sampling.pipeline import Vae, decoder
-from mdt_jax.train import inputs
+from mdt_jax.sampling.pipeline import decoder
 from mdt_jax.train.state import TrainState
 from mdt_jax.weights import networks
+from mdt_jax.weights.vae import Vae
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +113,7 @@ def open_evaluator(
     return Evaluator(reference, features, asked.inception)
 
 
-def identities(found: inputs.Vae | None, evaluator: Evaluator | None) -> dict[str, str]:
+def identities(found: Vae | None, evaluator: Evaluator | None) -> dict[str, str]:
     """SHA-256 of what a run reads besides its data, by the config's field that says where it lies.
 
     All of a reference is read for it, by the first process.

@@ -1,8 +1,7 @@
 """Networks and their parameters from wherever they lie, and to where others can read them."""
 
-import contextlib
 import dataclasses
-import functools
+import hashlib
 import json
 import os
 import pathlib
@@ -19,7 +18,7 @@ from mdt_jax.models.autoencoder import AutoencoderKL
 from mdt_jax.models.inception import Inception
 from mdt_jax.models.mdt import MDT, init_params
 from mdt_jax.models.resize import resize_grid
-from mdt_jax.runtime import hub, keys
+from mdt_jax.runtime import hosts, hub, keys
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.runtime.files import reason
 from mdt_jax.runtime.progress import log
@@ -101,15 +100,15 @@ def describe(model: Network) -> str:
     return f"FID's Inception with {model.num_classes} logits"
 
 
-def read(
+def read_network(
     path: str | os.PathLike,
     params: str = "ema",
     decoder_layers: int | None = None,
-    wanted: str | None = None,
+    kind: str | None = None,
 ) -> Weights[Any]:
     """Any network's weights; arguments as in `load_weights`.
 
-    wanted: a key of KINDS; anything else there is refused. Raises UserError.
+    kind: the key in KINDS that the network must have. Raises UserError.
     """
     if params not in ITEMS:
         raise UserError(f"params is {params!r}; choose one of {', '.join(ITEMS)}")
@@ -122,7 +121,7 @@ def read(
         found = _read_folder(local, params)
     else:
         try:
-            found = _from_published(torch_files.read(local), decoder_layers, wanted, local)
+            found = _from_published(torch_files.read(local), decoder_layers, kind, local)
             # Now the file is let go. Saving would make one more copy of NumPy's arrays.
             found = found._replace(params=jax.tree.map(jnp.asarray, found.params))
             classes = torch_files.read_classes(local)
@@ -135,8 +134,9 @@ def read(
             # Shapes that nobody thought of, in a file by the right names.
             raise UserError(f"{path}: its arrays do not fit together: {reason(error)}") from None
     _check_finite(found.params, path)
-    if wanted not in (None, kind := kind_of(found.model)):
-        raise UserError(f"{path} holds {KINDS[kind].name}, not {KINDS[wanted].name}")
+    if kind is not None and not isinstance(found.model, KINDS[kind].model):
+        held = KINDS[kind_of(found.model)].name
+        raise UserError(f"{path} holds {held}, not {KINDS[kind].name}")
     return found
 
 
@@ -212,7 +212,7 @@ def load_weights(
     another size, position embeddings and bias tables are resampled, and this is said on stderr.
     Raises UserError where there is nothing to load, or what is there is damaged or another network.
     """
-    found = read(path, params, decoder_layers, "mdt")
+    found = read_network(path, params, decoder_layers, "mdt")
     if input_size is None or tuple(input_size) == found.model.input_size:
         return found
     patch, (height, width) = found.model.patch_size, input_size
@@ -229,59 +229,14 @@ def _resampled(old: MDT, new: MDT) -> str:
     return "position embeddings and bias tables resampled from {} to {} tokens".format(*sizes)
 
 
-# Files of a VAE in a folder of diffusers.
-VAE_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
-
-
-def load_vae(path: str | os.PathLike) -> tuple[AutoencoderKL, dict]:
-    """(network, float32 parameters) of a Stable Diffusion VAE.
-
-    path: a file (.safetensors, .bin, .pt, .ckpt; in diffusers' or CompVis's layout), a folder of
-    diffusers or of `convert`, or hf://OWNER/REPOSITORY[/FILE]. Raises UserError where there is
-    none.
-    """
-    path, found = str(path), _vae_file(str(path))
-    if found == path and os.path.isdir(path) and not orbax_folders.is_saved(path):
-        inside = os.path.join(path, "vae")
-        hint = f"; {inside} may be it" if os.path.isdir(inside) else ""
-        raise UserError(f"{path} holds no VAE: expected {' or '.join(VAE_FILES)}{hint}")
-    return read(found, wanted="vae")[:2]
-
-
-def vae_scale(path: str | os.PathLike) -> float | None:
-    """What the latents of a VAE are multiplied by, as its folder says: scaling_factor in diffusers'
-    config.json, which `convert` keeps.
-
-    path: as in `load_vae`, which can read it. Returns None where it does not say. Raises UserError
-    where it says more than a scale.
-    """
-    found = hub.local_path(_vae_file(str(path)))
-    try:
-        if found.is_dir():
-            latents = orbax_folders.read_meta(found).get("latents") or {}
-        else:
-            latents = vae_names.about_latents(vae_names.read_config(found))
-        return vae_names.scaling_factor(latents)
-    except UserError as error:
-        raise UserError(f"the VAE {path}: {error}") from None
-
-
-def _vae_file(path: str) -> str:
-    """The file in a folder or repository of diffusers; else the path as it is."""
-    if path.startswith(hub.SCHEME):
-        if path.removeprefix(hub.SCHEME).count("/") == 1:
-            path = f"{path}/{VAE_FILES[0]}"
-        _fetch_config(path.rpartition("/")[0])
-        return path
-    files = [os.path.join(path, name) for name in VAE_FILES]
-    return next((file for file in files if os.path.isfile(file)), path)
-
-
-@functools.cache
-def _fetch_config(folder: str) -> None:
-    """Bring config.json beside the file of a folder on the hub, if it has one."""
-    with contextlib.suppress(UserError):  # what else is wrong is told of the file itself
-        hub.local_path(f"{folder}/config.json")
+def params_sha256(params: dict) -> str:
+    """SHA-256 of a network's parameters by name, independent of their file; hexadecimal."""
+    digest = hashlib.sha256()
+    for path, leaf in sorted(jax.tree_util.tree_leaves_with_path(params), key=lambda x: str(x[0])):
+        digest.update(f"{jax.tree_util.keystr(path)} {leaf.shape} ".encode())
+        leaf = hosts.fetch(leaf) if isinstance(leaf, jax.Array) else leaf
+        digest.update(np.ascontiguousarray(leaf, "<f4").data)
+    return digest.hexdigest()
 
 
 def save(path: str | os.PathLike, weights: Weights) -> None:

@@ -69,12 +69,12 @@ def encoding(precision: str) -> jax.stages.Traced:
     images = jnp.zeros((2, 16, 16, 3), jnp.uint8)
     params = abstract(VAE, jnp.zeros((1, 16, 16, 3)))
     mesh = parallel.make_mesh(devices=jax.devices()[:1])
-    return vae.encoder(VAE, mesh, precision).trace(params, images)
+    return vae._encode(VAE, mesh, precision).trace(params, images)
 
 
 def decoding(precision: str) -> jax.stages.Traced:
     params = abstract(VAE, jnp.zeros((1, 16, 16, 3)))
-    return vae._decode_slice.trace(VAE, precision, params, jnp.zeros((2, 2, 2, 4)))
+    return vae._decode.trace(VAE, precision, params, jnp.zeros((2, 2, 2, 4)))
 
 
 def features() -> jax.stages.Traced:
