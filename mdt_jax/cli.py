@@ -16,9 +16,9 @@ from ml_collections import ConfigDict, config_flags
 
 from mdt_jax import config as configs
 from mdt_jax.models.autoencoder import VAE_SCALE
-from mdt_jax.runtime import accelerators, files, hosts, hub, interrupts, limits, progress
+from mdt_jax.runtime import backend, cluster, files, hosts, hub, interrupts, limits, progress
+from mdt_jax.runtime.backend import PRECISIONS
 from mdt_jax.runtime.errors import UserError
-from mdt_jax.runtime.precision import PRECISIONS
 
 LONGEST = 1000  # characters of an error
 
@@ -31,7 +31,7 @@ def run(main: Callable[[list[str]], None]) -> None:
     one ends the process at once. Where a run has several processes, the others hear why this one
     left.
     """
-    accelerators.keep_compilations()
+    backend.keep_compilations()
     _print_anywhere()
     with interrupts.answered():
         _run(main)
@@ -40,7 +40,7 @@ def run(main: Callable[[list[str]], None]) -> None:
 def _run(main: Callable[[list[str]], None]) -> None:
     try:
         main(sys.argv)
-        hosts.shutdown()
+        cluster.shutdown()
         _exit_if_lost()
     except KeyboardInterrupt:
         progress.log("stopped")
@@ -51,7 +51,7 @@ def _run(main: Callable[[list[str]], None]) -> None:
         _exit(exit_.code or 0, "it was told to")
     except Exception as error:
         if line := one_line(error):
-            who = hosts.name() if hosts.several() else ""
+            who = f"{hosts.name()}: " if hosts.several() else ""
             progress.log(f"error: {who}{line}")
             _exit(2, line)
         if hosts.several():
@@ -105,11 +105,11 @@ def _print_anywhere() -> None:
 
 def _exit(code: str | int, reason: str) -> None:
     if hosts.several():
-        hosts.leave_at_once(code if isinstance(code, int) else 1, reason)
+        cluster.leave_at_once(code if isinstance(code, int) else 1, reason)
     sys.exit(code)
 
 
-# Flags of `hosts.start`: name → (default, help).
+# Flags of `cluster.start`: name → (default, help).
 PROCESSES = {
     "distributed": ("auto", "off, HOST:PORT of process 0, or auto: what the scheduler says"),
     "num_processes": (0, "with HOST:PORT: how many processes there are"),

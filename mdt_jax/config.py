@@ -17,8 +17,8 @@ from mdt_jax.diffusion.options import CLIPPING, SampleOptions
 from mdt_jax.models.autoencoder import VAE_SCALE
 from mdt_jax.models.mdt import REMAT, VAE_FACTOR, input_shape
 from mdt_jax.runtime import files, hub, limits
+from mdt_jax.runtime.backend import HIGHEST, PRECISIONS
 from mdt_jax.runtime.errors import UserError
-from mdt_jax.runtime.precision import HIGHEST, PRECISIONS
 
 OPTIMIZERS = ("adamw", "adan")
 # Fields that hold paths, and what understands them.

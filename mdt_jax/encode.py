@@ -21,7 +21,7 @@ from mdt_jax import config as configs
 from mdt_jax.data import latents, latents_making, pipeline, sources
 from mdt_jax.data.crops import CroppedImages
 from mdt_jax.models.mdt import input_shape
-from mdt_jax.runtime import accelerators, files, parallel
+from mdt_jax.runtime import backend, files, parallel
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.runtime.progress import log, print_result, progress_bar
 from mdt_jax.train import inputs
@@ -252,7 +252,7 @@ def main(argv: list[str]) -> None:
         "shard_images": (SHARD_IMAGES, "images in a shard, which is what a stop may cost"),
     }
     config, flags = cli.parse_config(argv, usage, optional)
-    accelerators.start()
+    backend.start()
     out = pathlib.Path(files.local(flags.out))
     configs.validate(config)
     if flags.shard_images < 1:

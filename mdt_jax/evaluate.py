@@ -17,7 +17,7 @@ from mdt_jax.data.images import UINT8_RULE
 from mdt_jax.evaluation import measuring, references
 from mdt_jax.evaluation.features import Parts, extract
 from mdt_jax.evaluation.image_sets import Files, StoredSet, open_arrays, open_images
-from mdt_jax.runtime import accelerators, hosts, locks
+from mdt_jax.runtime import backend, cluster, hosts, locks
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.runtime.files import atomic_write
 from mdt_jax.runtime.hosts import is_first
@@ -269,8 +269,8 @@ def show(title: str, measured: dict, out: pathlib.Path | None) -> None:
 def main(argv: list[str]) -> None:
     """Parse the flags, and do what they say."""
     args, way = parse(argv)
-    hosts.start(*(getattr(args, name) for name in cli.PROCESSES))
-    accelerators.start()
+    cluster.start(*(getattr(args, name) for name in cli.PROCESSES))
+    backend.start()
     {"samples": evaluate, "make_reference": make_reference, "vae": evaluate_vae}[way](args)
 
 

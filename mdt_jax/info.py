@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from mdt_jax import cli
 from mdt_jax import config as configs
 from mdt_jax.models.mdt import MDT
-from mdt_jax.runtime import accelerators
+from mdt_jax.runtime import backend
 from mdt_jax.runtime.progress import log, print_result
 from mdt_jax.train import costs
 
@@ -61,7 +61,7 @@ def main(argv: list[str]) -> None:
         "Fields and defaults: mdt_jax/config.py"
     )
     config, _ = cli.parse_config(argv, usage)
-    accelerators.start()
+    backend.start()
     configs.validate(config, jax.device_count())
     if config.model.num_classes < 0:
         log("model.num_classes is -1, and no data is read: counted as 0")

@@ -24,7 +24,7 @@ from mdt_jax.data.images import check_grid, save_grid, save_image, to_float
 from mdt_jax.data.pictures import opened
 from mdt_jax.data.sample_notes import written
 from mdt_jax.diffusion.options import check_seed
-from mdt_jax.runtime import accelerators, allocator, parallel
+from mdt_jax.runtime import backend, parallel
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.runtime.files import reason
 from mdt_jax.runtime.progress import print_result
@@ -180,7 +180,7 @@ def inpaint_options(args) -> InpaintOptions:
 
 def main(argv: list[str]) -> None:
     """Parse the flags, read image and mask, draw, put the known pixels back, write."""
-    allocator.keep_freed_memory()
+    backend.keep_freed_memory()
     args = parse(argv)
     out = pathlib.Path(args.out)
     if out.suffix != ".png":
@@ -189,7 +189,7 @@ def main(argv: list[str]) -> None:
     if args.guidance_skip_tolerance:
         raise UserError("--guidance_skip_tolerance saves nothing here; it is for mdt_jax.sample")
     check_seed(args.seed)
-    accelerators.start()
+    backend.start()
     pipeline.check_writable(out)
     weights, options, scales = pipeline.load(
         args.checkpoint, args.decoder_layers, args.dtype, vars(args)

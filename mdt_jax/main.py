@@ -22,7 +22,7 @@ from mdt_jax import config as configs
 from mdt_jax.data.latents import Latents
 from mdt_jax.evaluation.measuring import BEST
 from mdt_jax.models.mdt import MDT
-from mdt_jax.runtime import accelerators, allocator, files, hosts, interrupts, keys, parallel
+from mdt_jax.runtime import backend, cluster, files, hosts, interrupts, keys, parallel
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.runtime.hosts import is_first, log0
 from mdt_jax.runtime.progress import print_result, progress_bar
@@ -361,14 +361,14 @@ def main(argv: list[str]) -> None:
         "profile_steps": ("", "first and last step of a trace: 10:13"),
     }
     stop = StopSignal()
-    allocator.keep_freed_memory()
+    backend.keep_freed_memory()
     config, flags = cli.parse_config(
         argv, usage, optional, workdir="where checkpoints and results go"
     )
     workdir = pathlib.Path(files.local(flags.workdir))
     processes: list[Any] = [flags[name].value for name in cli.PROCESSES]
-    hosts.start(*processes)
-    accelerators.start()
+    cluster.start(*processes)
+    backend.start()
     show = Monitoring(flags.tensorboard, flags.wandb, flags.profile_steps)
     train(config, workdir, show, cli.said(flags), stop)
 

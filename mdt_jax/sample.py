@@ -15,7 +15,7 @@ from mdt_jax.data.images import check_grid, save_animation, save_grid
 from mdt_jax.data.sample_files import Folder, Grid, Npz
 from mdt_jax.data.sample_notes import written
 from mdt_jax.diffusion.options import check_seed
-from mdt_jax.runtime import accelerators, allocator, files, hosts, locks
+from mdt_jax.runtime import backend, cluster, files, hosts, locks
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.runtime.hosts import is_first, log0
 from mdt_jax.runtime.progress import print_result
@@ -98,15 +98,15 @@ def check_out(out: str, show: str | None) -> tuple[pathlib.Path, str]:
 
 def main(argv: list[str]) -> None:
     """Parse the flags, load the EMA parameters, sample, decode, write."""
-    allocator.keep_freed_memory()
+    backend.keep_freed_memory()
     args = parse(argv)
     out, suffix = check_out(args.out, args.show)
     if args.frames is not None and not args.show:
         raise UserError(f"--frames={args.frames} is for --show")
     cli.check_positive(args, "num_samples", "batch_size", "vae_scale", "frames")
     check_seed(args.seed)
-    hosts.start(*(getattr(args, name) for name in cli.PROCESSES))
-    accelerators.start()
+    cluster.start(*(getattr(args, name) for name in cli.PROCESSES))
+    backend.start()
     if suffix:
         pipeline.check_writable(out)
     elif is_first():

@@ -276,10 +276,10 @@ def test_workdir_missing_or_not_writable(capsys, monkeypatch, in_root, keep_sign
 @pytest.mark.parametrize(
     ("flags", "line"),
     [
-        (["--distributed=somewhere"], "is none of auto, off, HOST:PORT"),
-        (["--distributed=127.0.0.1:1"], "needs --num_processes and a --process_id below it"),
-        (["--distributed=127.0.0.1:1", "--num_processes=2", "--process_id=2"], "they are 2 and 2"),
-        (["--num_processes=2"], "need --distributed=HOST:PORT; it is auto"),
+        (["--distributed=somewhere"], "must be auto, off or HOST:PORT"),
+        (["--distributed=127.0.0.1:1"], "requires --num_processes and a --process_id below it"),
+        (["--distributed=127.0.0.1:1", "--num_processes=2", "--process_id=2"], "not 2 and 2"),
+        (["--num_processes=2"], "require --distributed=HOST:PORT, not auto"),
         (["--patience=0"], "--patience=0 at least 5"),
         (["--profile_steps=3"], "is not such as 10:13"),
     ],

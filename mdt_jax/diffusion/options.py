@@ -13,8 +13,8 @@ from mdt_jax.diffusion import schedule as sch
 from mdt_jax.diffusion.guidance import WEIGHTS, limit_to_interval, snap_to_one
 from mdt_jax.diffusion.samplers import SAMPLERS, Sampler, visited
 from mdt_jax.runtime import limits
+from mdt_jax.runtime.backend import HIGHEST, PRECISIONS
 from mdt_jax.runtime.errors import NotFiniteError, UserError
-from mdt_jax.runtime.precision import HIGHEST, PRECISIONS
 
 # What a model without classes takes.
 UNGUIDED: dict[str, Any] = {"guidance_scale": 1.0, "guidance": "power_cosine"}

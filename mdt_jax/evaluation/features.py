@@ -133,7 +133,7 @@ def extract(
     """
     first = hosts.is_first()
     kept = parts.begin() if parts is not None and first else ()
-    done = {int(start) for start in hosts.broadcast(" ".join(map(str, kept))).split()}
+    done = set(hosts.broadcast(sorted(kept)))
     moments, rows = {}, {}  # by network and feature
 
     def take(start: int, found: dict[tuple[str, str], np.ndarray]) -> None:

@@ -1,7 +1,6 @@
 """How good samples are: features of them and of real images, compared."""
 
 import importlib.util
-import json
 import os
 from collections.abc import Collection, Iterator, Sequence
 
@@ -157,7 +156,7 @@ class Evaluator:
             right = found["classifier"].rows["classes"] == asked
             report["class_agreement"] = float(np.mean(right))
             report["classifier_accuracy"] = self._accuracy
-        return json.loads(hosts.broadcast(json.dumps(report)))
+        return hosts.broadcast(report)
 
     def check(self, samples: ImageSet) -> None:
         """Raise UserError for what cannot be compared."""
@@ -364,4 +363,4 @@ def measure_vae(
         for line in reliability_warnings(*compared):
             log0(f"warning: {line}")
         report["rfid"] = frechet(*(gaussian_ for _, gaussian_ in compared))
-    return json.loads(hosts.broadcast(json.dumps(report)))
+    return hosts.broadcast(report)

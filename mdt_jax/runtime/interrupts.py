@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Iterator
 
-from mdt_jax.runtime import hosts
+from mdt_jax.runtime import cluster, hosts
 
 GRACE = 3.0  # seconds in which the main thread may leave by itself
 _line: str | None = None  # what is said where any signal is to end the process
@@ -68,7 +68,7 @@ def _watch(reading: int) -> None:
         if told[0] == signal.SIGINT and interrupted:
             _print("stopped at once by the second Ctrl-C")
             if hosts.several():
-                hosts.leave_at_once(128 + signal.SIGINT, "Ctrl-C")
+                cluster.leave_at_once(128 + signal.SIGINT, "Ctrl-C")
             os._exit(128 + signal.SIGINT)
         interrupted |= told[0] == signal.SIGINT
         if _line is not None and deadline is None and told[0] in (signal.SIGINT, signal.SIGTERM):

@@ -189,14 +189,13 @@ def write_samples(asked: Request, sink: Sink, to_images: Callable, progress: boo
 def _write_samples(asked: Request, sink: Sink, to_images: Callable, progress: bool) -> bool:
     total, size = len(asked.labels), asked.batch_size
     starts = range(0, total, size)
-    there = "all" if is_first() and sink.finished() else ""
-    if is_first() and not there:
-        sink.begin()
-        there = " ".join(str(s) for s in starts if sink.done(s, min(size, total - s)))
-    there = hosts.broadcast(there)
-    if there == "all":
+    if hosts.broadcast(is_first() and sink.finished()):
         return False
-    done = {int(start) for start in there.split()}
+    done = []
+    if is_first():
+        sink.begin()
+        done = [start for start in starts if sink.done(start, min(size, total - start))]
+    done = set(hosts.broadcast(done))
     try:
         for start, seen in asked.batches(progress=progress, done=done):
             images = to_images(seen[-1], start)

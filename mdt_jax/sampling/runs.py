@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from mdt_jax.data.classes import parse_label
 from mdt_jax.diffusion.options import SampleOptions, check_labels
 from mdt_jax.models.mdt import MDT
-from mdt_jax.runtime.accelerators import keep_compilations
+from mdt_jax.runtime.backend import keep_compilations
 from mdt_jax.sampling import generation, pipeline
 from mdt_jax.weights.networks import Weights, load_weights
 from mdt_jax.weights.vae import Vae

@@ -16,7 +16,6 @@ from mdt_jax.diffusion.schedule import extract, linear_schedule
 from mdt_jax.models import masking
 from mdt_jax.models.mdt import MDT
 from mdt_jax.runtime import keys, parallel
-from mdt_jax.runtime.precision import of_products
 from mdt_jax.train.state import TrainState
 from mdt_jax.weights.vae import from_uint8
 
@@ -290,7 +289,7 @@ def trace_step(
     rate = jax.ShapeDtypeStruct((), jnp.float32, sharding=whole)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     jitted = jax.jit(step_with_draws, donate_argnums=0, out_shardings=(shardings, whole))
-    with of_products(config.train.precision):
+    with jax.default_matmul_precision(config.train.precision):
         return jitted.trace(state, batch, key, rate)
 
 

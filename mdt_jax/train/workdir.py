@@ -154,7 +154,7 @@ def measured_steps(workdir: pathlib.Path, measures: Sequence[str], start: int) -
     found = read_steps(workdir / "metrics.jsonl") if hosts.is_first() else []
     found = [(step, json.loads(line)) for step, line in found if step <= start]
     steps = [step for step, line in found if not set(measures).isdisjoint(line)]
-    return {int(step) for step in hosts.broadcast(" ".join(map(str, steps))).split()}
+    return set(hosts.broadcast(steps))
 
 
 def best_so_far(best: Checkpoints, config: ConfigDict, name: str) -> float:
@@ -174,7 +174,7 @@ def best_so_far(best: Checkpoints, config: ConfigDict, name: str) -> float:
         for meta in best.metas()
         if way(configs.complete(meta["config"]).to_dict()) == way(config.to_dict())
     ]
-    return float(hosts.broadcast(str(min(found, default=math.inf))))
+    return hosts.broadcast(min(found, default=math.inf))
 
 
 @contextlib.contextmanager
@@ -186,7 +186,7 @@ def alone(workdir: pathlib.Path) -> Iterator[None]:
 
 def check_free(workdir: pathlib.Path) -> None:
     """Raise UserError where a run is at work in a workdir, which need not be there."""
-    if hosts.broadcast("locked" if os.path.exists(workdir / LOCK) else ""):
+    if hosts.broadcast(os.path.exists(workdir / LOCK)):
         with alone(workdir):
             pass
 

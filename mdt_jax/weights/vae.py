@@ -17,8 +17,8 @@ from mdt_jax.diffusion.options import check_finite
 from mdt_jax.models.autoencoder import VAE_SCALE, AutoencoderKL
 from mdt_jax.models.mdt import VAE_CHANNELS, VAE_FACTOR
 from mdt_jax.runtime import hosts, hub, parallel
+from mdt_jax.runtime.backend import HIGHEST
 from mdt_jax.runtime.errors import UserError
-from mdt_jax.runtime.precision import HIGHEST, of_products
 from mdt_jax.weights import networks, orbax_folders, vae_names
 
 # A VAE's file in a folder of diffusers.
@@ -193,7 +193,7 @@ def _encode(network: AutoencoderKL, mesh: Mesh, precision: str) -> jax.stages.Wr
         size = next(n for n in range(most, 0, -1) if count % n == 0)
 
         def of_slice(images):
-            with of_products(precision):
+            with jax.default_matmul_precision(precision):
                 return network.apply({"params": params}, from_uint8(images), method="encode")
 
         slices = images.reshape(-1, size, *images.shape[1:])
@@ -207,5 +207,5 @@ def _encode(network: AutoencoderKL, mesh: Mesh, precision: str) -> jax.stages.Wr
 
 @functools.partial(jax.jit, static_argnames=("network", "precision"))
 def _decode(network: AutoencoderKL, precision: str, params, latents):
-    with of_products(precision):
+    with jax.default_matmul_precision(precision):
         return network.apply({"params": params}, latents, method="decode")

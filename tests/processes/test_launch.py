@@ -22,7 +22,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 from mdt_jax import main
-from mdt_jax.runtime.signing import TOKEN
+from mdt_jax.runtime.coordination import TOKEN
 from tests.conftest import ROOT
 from tests.runs import LONG, lines_of, steps_of
 

@@ -102,8 +102,8 @@ def test_the_step_compiles_once(tmp_path):
 def test_compiled_programs_are_kept_for_the_next_time(tmp_path):
     code = """
 import jax
-from mdt_jax import cli
-accelerators.keep_compilations()
+from mdt_jax.runtime import backend
+backend.keep_compilations()
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 jax.jit(lambda x: x + 1)(1)
