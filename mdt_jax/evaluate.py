@@ -22,7 +22,7 @@ from mdt_jax.runtime.errors import UserError
 from mdt_jax.runtime.files import atomic_write
 from mdt_jax.runtime.hosts import is_first
 from mdt_jax.runtime.progress import print_result
-from mdt_jax.sampling import pipeline
+from mdt_jax.sampling.writing import check_writable
 from mdt_jax.weights.vae import Vae
 
 NAMES = {
@@ -164,7 +164,7 @@ def card_path(text: str | None) -> pathlib.Path | None:
     out = pathlib.Path(text)
     if out.suffix != ".json":
         raise UserError(f"--out={out}: unknown suffix {out.suffix!r}; use .json")
-    pipeline.check_writable(out)
+    check_writable(out)
     return out
 
 
@@ -192,7 +192,7 @@ def make_reference(args) -> None:
     out = pathlib.Path(args.out)
     if out.suffix != ".npz":
         raise UserError(f"--out={out}: unknown suffix {out.suffix!r}; use .npz")
-    pipeline.check_writable(out)
+    check_writable(out)
     images = open_images(args.make_reference, args.image_size)
     if out.exists() and "mu" not in open_arrays(args.out):
         raise UserError(f"--out={out} exists and is no reference; choose another name")

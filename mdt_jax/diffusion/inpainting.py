@@ -63,8 +63,8 @@ class RePaint:
     ) -> jax.Array:
         """Make `count` evaluations of the walk in one loop, from number `start` on (may be traced).
 
-        network: as in `samplers.sample`. x: [B, H, W, C], the noisy sample. noise: number of a draw, a scalar → [B, H, W, C]
-        standard normal; each evaluation takes three draws.
+        network: as in `samplers.sample`. x: [B, H, W, C], the noisy sample. noise: number of a
+        draw, a scalar → [B, H, W, C] standard normal; each evaluation takes three draws.
         """
         steps, timesteps = jnp.asarray(self.walk), visited(self.schedule, self.walk[:-1])
         # ᾱ of step i is at [i + 1], that of the clean end at [0].

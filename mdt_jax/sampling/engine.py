@@ -118,9 +118,9 @@ class Program:
         unstacked = self.model.unstack_blocks(params)
 
         def apply(x, t, y) -> Any:  # Flax annotates `apply` with all that it may return
-            keep_ids = None
-            if segment.masked:
-                keep_ids = jnp.broadcast_to(batch.keep_ids, (len(x), len(batch.keep_ids)))
+            keep_ids = batch.keep_ids if segment.masked else None
+            if keep_ids is not None:
+                keep_ids = jnp.broadcast_to(keep_ids, (len(x), len(keep_ids)))
             with jax.default_matmul_precision(self.options.precision):
                 return self.model.apply({"params": unstacked()}, x, t, y, keep_ids=keep_ids)
 
@@ -160,17 +160,18 @@ def run(
     A segment is enqueued before the one before it is done, so that the devices never wait for the
     host. A yielded state is donated to the next segment. bar: a progress bar of evaluations.
     """
-    state, enqueued, running = start(program, batch), 0, []
+    state, enqueued = start(program, batch), 0
+    running: list[tuple[jax.Array, int]] = []
     for segment in chain:
         state, done = run_segment(program, segment, params, batch, state, enqueued)
         enqueued += segment.count
         running.append((done, segment.count))
         if len(running) > 1:
-            _wait(*running.pop(0), bar)
+            _wait(bar, *running.pop(0))
         yield enqueued, state
-    _wait(*running.pop(), bar)
+    _wait(bar, *running.pop())
 
 
-def _wait(done: jax.Array, count: int, bar) -> None:
+def _wait(bar, done: jax.Array, count: int) -> None:
     done.block_until_ready()
     bar.update(count)

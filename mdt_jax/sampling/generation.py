@@ -2,9 +2,9 @@
 
 import dataclasses
 import functools
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from numbers import Integral
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import numpy as np
@@ -22,7 +22,7 @@ from mdt_jax.runtime import hosts, keys, parallel
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.runtime.progress import progress_bar
 from mdt_jax.sampling import engine
-from mdt_jax.sampling.engine import Batch, Program, Segment
+from mdt_jax.sampling.engine import Batch, Program
 from mdt_jax.sampling.noise import Noise
 
 
@@ -79,9 +79,7 @@ class Request:
         starts = range(0, len(self.labels), self.size)
         left = [start for start in starts if start not in done]
         show, drawn = progress and hosts.is_first(), len(starts) - len(left)
-        with progress_bar(
-            len(starts) * total, show, self.title, "step", drawn * total
-        ) as bar:
+        with progress_bar(len(starts) * total, show, self.title, "step", drawn * total) as bar:
             for start in left:
                 batch, arrays = self.batch(start, key, mesh), []
                 for count, state in engine.run(program, chain, params, batch, bar):
@@ -149,10 +147,7 @@ def request(
     """Check the arguments of `generate`, which describes them. Raises UserError."""
     if guidance_scale is not None and not np.ndim(guidance_scale):
         changes["guidance_scale"] = guidance_scale
-    unknown = changes.keys() - {field.name for field in dataclasses.fields(SampleOptions)}
-    if unknown:
-        raise UserError(f"unknown option {min(unknown)!r}; the options are SampleOptions' fields")
-    options = dataclasses.replace(options or defaults(model.num_classes), **changes)
+    options = changed(options or defaults(model.num_classes), changes)
     options = options.clipping_for(model.in_channels in (1, 3))
     scales = [options.guidance_scale]
     if guidance_scale is not None and np.ndim(guidance_scale):
@@ -178,6 +173,15 @@ def request(
         seed=seed,
         batch_size=int(batch_size),
     )
+
+
+def changed(options: SampleOptions, changes: Mapping[str, Any]) -> SampleOptions:
+    """The options with other values for some of them. Raises UserError for an unknown name."""
+    known = [field.name for field in dataclasses.fields(SampleOptions)]
+    unknown = changes.keys() - known
+    if unknown:
+        raise UserError(f"unknown option {min(unknown)!r}; choose from {', '.join(known)}")
+    return dataclasses.replace(options, **changes)
 
 
 def _checked_numbers(numbers: Sequence[int] | np.ndarray | None, count: int) -> np.ndarray:

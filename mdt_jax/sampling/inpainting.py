@@ -17,6 +17,7 @@ from mdt_jax.runtime import keys, limits, parallel
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.sampling.engine import Batch, Program, Segment
 from mdt_jax.sampling.generation import Request, request
+from mdt_jax.weights.vae import Vae
 
 MODES = ("repaint", "side_interpolater")
 # x̂₀ is clipped to this in masked passes, even without `clip_denoised`: MDT v1 cannot predict the
@@ -192,3 +193,26 @@ def inpaint(
     limit = PIXEL_LIMIT if pixels else LATENT_LIMIT
     completed = InpaintRequest(**vars(plain), images=images, hidden=hidden, how=how, limit=limit)
     return np.where(hidden[None, :, :, None], completed.draw(progress), images)
+
+
+def encode_known(
+    image: np.ndarray, hidden: np.ndarray, vae: Vae, precision: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Encode the known part of an image: scaled latents [h, w, c], and the hidden ones [h, w] bool.
+
+    image: [H, W, 3] uint8; hidden: [H, W] bool. The mean of the known pixels replaces the hidden
+    ones, so that they do not influence the latents. A latent is hidden if one of its pixels is.
+    Raises UserError if all are.
+    """
+    known = np.where(hidden[:, :, None], image[~hidden].mean(0).astype(np.uint8), image)
+    encode = vae.encoder(parallel.make_mesh(devices=jax.devices()[:1]), precision)
+    mean, _ = encode(known[None])
+    rows, columns = mean.shape[1:3]
+    side = vae.network.factor
+    hidden_latents = np.asarray(hidden.reshape(rows, side, columns, side).any((1, 3)))
+    if hidden_latents.all():
+        raise UserError(
+            f"the mask leaves no {side}×{side} pixels whole, so that no latent is known; use one "
+            "that leaves larger parts"
+        )
+    return np.asarray(mean[0]) * np.float32(vae.scale), hidden_latents
