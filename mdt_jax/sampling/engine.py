@@ -39,8 +39,7 @@ class Segment(NamedTuple):
 
 def segments(
     guided: Sequence[bool],
-    masked: Sequence[bool] | None = None,
-    *,
+    masked: Sequence[bool],
     ends: Collection[int] = (),
     progress: bool = False,
 ) -> list[Segment]:
@@ -49,7 +48,6 @@ def segments(
     guided, masked: of each evaluation. ends: numbers of evaluations after which a segment must end.
     progress: cut long segments, so that a progress bar moves.
     """
-    masked = [False] * len(guided) if masked is None else masked
     part = [sum(end <= k for end in ends) for k in range(len(guided))]
     kinds = itertools.groupby(zip(guided, masked, part, strict=True))
     whole = [Segment(kind[0], len(list(run)), kind[1]) for kind, run in kinds]

@@ -25,6 +25,8 @@ from mdt_jax.sampling import engine
 from mdt_jax.sampling.engine import Batch, Program
 from mdt_jax.sampling.noise import Noise
 
+Labels = Sequence[int] | np.ndarray
+
 
 class Samples(NamedTuple):
     """A batch of samples.
@@ -75,8 +77,8 @@ class Request:
         program, guided, masked = self.program(), *self.evaluations()
         total = len(guided)
         moments = [round(total * frame / frames) for frame in range(1, frames + 1)]
-        chain = engine.segments(guided, masked, ends=moments, progress=progress)
-        starts = range(0, len(self.labels), self.size)
+        chain = engine.segments(guided, masked, moments, progress)
+        starts = range(0, len(self.labels), self.batch_size)
         left = [start for start in starts if start not in done]
         show, drawn = progress and hosts.is_first(), len(starts) - len(left)
         with progress_bar(len(starts) * total, show, self.title, "step", drawn * total) as bar:
@@ -87,11 +89,6 @@ class Request:
                         arrays.append(self.fetch(state.x if count == total else state.x0, start))
                 *predictions, samples = arrays
                 yield Samples(start, samples, predictions)
-
-    @property
-    def size(self) -> int:
-        """The samples of a batch, before it is padded to a multiple of the devices."""
-        return max(min(self.batch_size, len(self.labels)), 1)
 
     def program(self) -> Program:
         """What is compiled."""
@@ -115,9 +112,9 @@ class Request:
 
         All batches have one shape, a multiple of the devices, so that the program compiles once.
         """
-        padded = -(-self.size // mesh.size) * mesh.size
-        last = min(start + self.size, len(self.labels)) - 1
-        return np.minimum(start + np.arange(padded), last)
+        total = len(self.labels)
+        padded = -(-min(self.batch_size, total) // mesh.size) * mesh.size
+        return np.minimum(start + np.arange(padded), min(start + self.batch_size, total) - 1)
 
     def batch(self, start: int, key: jax.Array, mesh: Mesh) -> Batch:
         """The batch from sample `start` on, split over the devices."""
@@ -127,7 +124,7 @@ class Request:
 
     def fetch(self, array: jax.Array, start: int) -> np.ndarray:
         """The array of a batch without its padding. Raises NotFiniteError."""
-        fetched = hosts.fetch(array)[: min(self.size, len(self.labels) - start)]
+        fetched = hosts.fetch(array)[: min(self.batch_size, len(self.labels) - start)]
         check_finite(fetched, lambda i: f"sample {self.noise.number[start + i]}")
         return fetched
 
@@ -135,7 +132,7 @@ class Request:
 def request(
     model: MDT,
     params: dict,
-    labels: Sequence[int] | np.ndarray,
+    labels: Labels,
     *,
     seed: int = 0,
     batch_size: int = 64,
@@ -163,16 +160,10 @@ def request(
     if not isinstance(batch_size, Integral) or batch_size < 1:
         raise UserError(f"batch_size is {batch_size}; it must be a whole number from 1")
     check_seed(seed)
-    return Request(
-        model=model,
-        params=params,
-        options=options,
-        labels=np.asarray(labels, np.int32),
-        scales=np.resize(scales, len(labels)).astype(np.float32),
-        noise=Noise(_checked_numbers(numbers, len(labels))),
-        seed=seed,
-        batch_size=int(batch_size),
-    )
+    scales = np.resize(scales, len(labels)).astype(np.float32)
+    noise = Noise(_checked_numbers(numbers, len(labels)))
+    labels = np.asarray(labels, np.int32)
+    return Request(model, params, options, labels, scales, noise, seed, int(batch_size))
 
 
 def changed(options: SampleOptions, changes: Mapping[str, Any]) -> SampleOptions:
@@ -199,7 +190,7 @@ def _checked_numbers(numbers: Sequence[int] | np.ndarray | None, count: int) -> 
 def generate(
     model: MDT,
     params: dict,
-    labels: Sequence[int] | np.ndarray,
+    labels: Labels,
     *,
     seed: int = 0,
     batch_size: int = 64,

@@ -1,7 +1,6 @@
 """Images with a hidden part → complete images, with any checkpoint, in two modes."""
 
 import dataclasses
-from collections.abc import Sequence
 from typing import ClassVar, cast
 
 import jax
@@ -16,7 +15,7 @@ from mdt_jax.models.mdt import MDT
 from mdt_jax.runtime import keys, limits, parallel
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.sampling.engine import Batch, Program, Segment
-from mdt_jax.sampling.generation import Request, request
+from mdt_jax.sampling.generation import Labels, Request, request
 from mdt_jax.weights.vae import Vae
 
 MODES = ("repaint", "side_interpolater")
@@ -155,7 +154,7 @@ def inpaint(
     params: dict,
     images: np.ndarray,
     hidden: np.ndarray,
-    labels: Sequence[int] | np.ndarray,
+    labels: Labels,
     *,
     how: InpaintOptions | None = None,
     progress: bool = False,

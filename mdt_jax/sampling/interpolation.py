@@ -1,7 +1,6 @@
 """Predictions on the way from noise to sample, and interpolation between noises and classes."""
 
 import dataclasses
-from collections.abc import Sequence
 from numbers import Integral
 
 import jax.numpy as jnp
@@ -10,14 +9,14 @@ import numpy as np
 from mdt_jax.diffusion.options import check_labels
 from mdt_jax.models.mdt import MDT
 from mdt_jax.runtime.errors import UserError
-from mdt_jax.sampling.generation import generate, request
+from mdt_jax.sampling.generation import Labels, generate, request
 from mdt_jax.sampling.noise import Noise
 
 
 def trajectory(
     model: MDT,
     params: dict,
-    labels: Sequence[int] | np.ndarray,
+    labels: Labels,
     *,
     frames: int = 10,
     progress: bool = False,
@@ -41,7 +40,7 @@ def trajectory(
 def interpolate_noise(
     model: MDT,
     params: dict,
-    labels: Sequence[int] | np.ndarray,
+    labels: Labels,
     *,
     frames: int = 10,
     progress: bool = False,
@@ -64,7 +63,7 @@ def interpolate_noise(
 
 
 def interpolate_classes(
-    model: MDT, params: dict, labels: Sequence[int] | np.ndarray, *, frames: int = 10, **sampling
+    model: MDT, params: dict, labels: Labels, *, frames: int = 10, **sampling
 ) -> np.ndarray:
     """Interpolate linearly from the embedding of each of N labels to that of the next.
 
