@@ -29,7 +29,7 @@ from mdt_jax import cli
 from mdt_jax.data import sources
 from mdt_jax.data.images import to_uint8
 from mdt_jax.diffusion.options import SampleOptions, balanced_labels
-from mdt_jax.evaluation import measuring
+from mdt_jax.evaluation.evaluator import evaluate_samples
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.sampling.generation import generate
 from mdt_jax.train.workdir import make, write_json
@@ -99,7 +99,7 @@ class Cells:
         drawn = generate(model, params, labels, seed=seed, batch_size=size, options=options)
         train, held_out = sources.load(config.data.name)
         cell["evaluations"] = len(options.guided_evaluations())
-        cell |= measuring.evaluate_samples(to_uint8(drawn), labels, train, held_out)
+        cell |= evaluate_samples(to_uint8(drawn), labels, train, held_out)
         self.kept.append(cell)
         write_json(self.path, {**MACHINE, **self.what, "cells": self.kept})
         return cell

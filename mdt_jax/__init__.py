@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from mdt_jax.data.images import to_uint8
     from mdt_jax.diffusion.options import SampleOptions
-    from mdt_jax.evaluation.measuring import fid
+    from mdt_jax.evaluation.evaluator import fid
     from mdt_jax.models.mdt import MDT
     from mdt_jax.runtime.errors import UserError
     from mdt_jax.sampling.generation import generate
@@ -35,7 +35,7 @@ _PUBLIC = {
     "Run": "mdt_jax.sampling.pipeline",
     "SampleOptions": "mdt_jax.diffusion.options",
     "UserError": "mdt_jax.runtime.errors",
-    "fid": "mdt_jax.evaluation.measuring",
+    "fid": "mdt_jax.evaluation.evaluator",
     "generate": "mdt_jax.sampling.generation",
     "interpolate_classes": "mdt_jax.sampling.interpolation",
     "interpolate_noise": "mdt_jax.sampling.interpolation",

@@ -18,7 +18,7 @@ from mdt_jax import config as configs
 from mdt_jax.models.autoencoder import VAE_SCALE
 from mdt_jax.runtime import backend, cluster, files, hosts, hub, interrupts, limits, progress
 from mdt_jax.runtime.backend import PRECISIONS
-from mdt_jax.runtime.errors import UserError
+from mdt_jax.runtime.errors import UserError, exceeded_limit
 
 LONGEST = 1000  # characters of an error
 
@@ -68,7 +68,7 @@ def one_line(error: Exception) -> str:
     Names and values of damaged files may hold anything: control characters are written as escapes,
     and of what is longer than LONGEST the middle is left out.
     """
-    met = limits.met(error)
+    met = exceeded_limit(error)
     if met:  # libraries then print tracebacks of what they could not even begin
         sys.unraisablehook = lambda _: None
         warnings.simplefilter("ignore")
@@ -79,14 +79,14 @@ def one_line(error: Exception) -> str:
     else:
         return ""
     words = " ".join(said.split())
-    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in words)
+    text = progress.escape(words)
     half = LONGEST // 2
     return text if len(text) <= LONGEST else f"{text[:half]} … {text[-half:]}"
 
 
 def _exit_if_lost() -> None:
     """At a good end, which a pipe that nobody reads any more is for Unix tools, too: by SIGPIPE."""
-    error = progress.lost()
+    error = progress.stdout_error()
     if isinstance(error, BrokenPipeError):
         sys.exit(128 + signal.SIGPIPE)
     if error is not None:

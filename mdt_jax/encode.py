@@ -122,7 +122,7 @@ def make(config: ConfigDict, out: pathlib.Path, shard_images: int, part: tuple[i
     name = inputs.name_of(config.data)
     left_out = images.files.left_out
     inputs.check_classes(name, len(images.classes), config.model.num_classes, left_out)
-    inputs.settle(config, len(images.classes))
+    inputs.complete_config(config, len(images.classes))
     found = load_vae(config)
     found.check_scale()
     making = latents_making.CacheWriter(out, describe(config, images, found, shard_images))
@@ -142,7 +142,7 @@ def fill(
     if making.start():
         log(f"{out} is finished already; --verify reads all of it")
         return
-    inputs.say_found(config.data, images)
+    inputs.log_contents(config.data, images)
     own = range(part[0], making.num_shards, part[1])
     noted = {shard: making.done(shard) for shard in own}
     left = [shard for shard in own if noted[shard] is None]

@@ -24,7 +24,7 @@ from mdt_jax.runtime.errors import UserError
 from mdt_jax.sampling import labels
 from mdt_jax.train import workdir
 from mdt_jax.train.checkpoints import Checkpoints
-from mdt_jax.train.metrics import MetricsLog
+from mdt_jax.train.log import MetricsLog
 from mdt_jax.train.state import TrainState
 from mdt_jax.weights import networks
 from mdt_jax.weights.vae import VAE_FILES, Vae, recorded_scale
@@ -116,7 +116,7 @@ def samples_npz(folder: pathlib.Path) -> sample_files.Npz:
 
 
 def read_samples(folder: pathlib.Path):
-    found = image_sets.open_images(str(folder / "s.npz"), labelled=True, drawn=True)
+    found = image_sets.open_images(str(folder / "s.npz"), labelled=True, generated=True)
     read = [part.tobytes() for _, part in found.slices(3)]
     return found.shape, read, np.asarray(found.labels).tolist(), list(found.classes)
 
@@ -156,7 +156,7 @@ def make_sample_folder(folder: pathlib.Path) -> None:
 
 def read_sample_folder(folder: pathlib.Path):
     anew = finish_samples(samples_folder(folder), folder)
-    found = image_sets.open_images(str(folder / "s"), labelled=True, drawn=True)
+    found = image_sets.open_images(str(folder / "s"), labelled=True, generated=True)
     if anew:
         raise FellBack
     return [part.tobytes() for _, part in found.slices(8)], np.asarray(found.labels).tolist()

@@ -281,7 +281,7 @@ def test_workdir_missing_or_not_writable(capsys, monkeypatch, in_root, keep_sign
         (["--distributed=127.0.0.1:1", "--num_processes=2", "--process_id=2"], "not 2 and 2"),
         (["--num_processes=2"], "require --distributed=HOST:PORT, not auto"),
         (["--patience=0"], "--patience=0 at least 5"),
-        (["--profile_steps=3"], "is not such as 10:13"),
+        (["--profile_steps=3"], "must be FIRST:LAST, for example 10:13"),
     ],
 )
 def test_flags_that_make_no_sense(

@@ -179,7 +179,7 @@ def test_a_run_goes_on_with_the_same_batches_and_classes(place, from_folder, tmp
     more = shutil.copytree(place / "folder", tmp_path / "more")
     (more / "9" / "001.jpg").rename(more / "9" / "002.jpg")
     argv = [*arguments(place, "folder", more), *NO_SAMPLES, workdir, "--config.train.steps=4"]
-    assert "going on with another list of images than before" in train_here(*argv)
+    assert "resuming with another list of images than before" in train_here(*argv)
     other = shutil.copytree(place / "folder", tmp_path / "other")
     (other / "9").rename(other / "3")
     argv = [*arguments(place, "folder", other), workdir, "--config.train.steps=5"]
@@ -255,7 +255,9 @@ def test_what_is_found_is_said_and_the_advice_is_right(place, tmp_path):
     for printed in (train_here(*argv, workdir, expect=2), of_encode):
         (last,) = printed.splitlines()
         assert "unknown suffix .jfif: 8 (such as 10/002.jfif)" in last
-        assert "has 2 classes, but model.num_classes is 3; see whether what is left out (" in last
+        assert (
+            "has 2 classes, but model.num_classes is 3; check whether the files left out (" in last
+        )
         assert "folder without images: 1 (10)) holds the others, or set it to 2, or to 0" in last
 
 

@@ -2,12 +2,15 @@
 
 import functools
 import math
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from mdt_jax.runtime import hosts
 from mdt_jax.runtime.errors import UserError
 
 AXES = ("data", "fsdp")  # batches are split over both, parameters over `fsdp` alone
@@ -131,3 +134,29 @@ def put(tree, sharding: NamedSharding):
 @functools.cache
 def _relay(sharding: NamedSharding):
     return jax.jit(lambda tree: tree, out_shardings=sharding)
+
+
+def map_in_batches(
+    function: Callable[[jax.Array], Any], array: np.ndarray, size: int, mesh: Mesh
+) -> Iterator[Any]:
+    """Apply a function to an array, `size` rows at a time, on all devices of a mesh.
+
+    function: takes [size, …], split over the mesh, and returns a tree of arrays [size, …]. array:
+    [N, …]; size: a multiple of the mesh's devices. The last batch is padded with zeros, so that one
+    compiled program serves all of them, and the padding is cut from its results. Yields a tree of
+    NumPy arrays for each batch in order, while the devices already compute the batch that follows.
+    """
+    split, running = split_batch(mesh), None
+    for start in range(0, len(array), size):
+        rows = array[start : start + size]
+        padding = [(0, size - len(rows)), *[(0, 0)] * (array.ndim - 1)]
+        following = len(rows), function(put(np.pad(rows, padding), split))
+        if running is not None:
+            yield _fetch_rows(*running)
+        running = following
+    if running is not None:
+        yield _fetch_rows(*running)
+
+
+def _fetch_rows(count: int, tree: Any) -> Any:
+    return jax.tree.map(lambda array: hosts.fetch(array)[:count], tree)

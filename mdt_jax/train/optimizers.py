@@ -4,8 +4,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
+
+from mdt_jax.runtime import parallel
 
 
 class AdanState(NamedTuple):
@@ -67,3 +71,8 @@ def make_optimizer(optim: ConfigDict) -> optax.GradientTransformation:
     # The same state with and without clipping, so that a run can go on with it switched.
     clip = optax.clip_by_global_norm(optim.clip_norm) if optim.clip_norm > 0 else optax.identity()
     return optax.chain(clip, optimizer)
+
+
+def learning_rate(optim: ConfigDict, mesh: Mesh) -> jax.Array:
+    """optim.lr as float32, on every device of a mesh: an input of the step, not a constant."""
+    return parallel.put(np.float32(optim.lr), parallel.replicated(mesh))

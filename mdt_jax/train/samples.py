@@ -1,14 +1,11 @@
 """What a run in training shows of its samples: grids, measurements, and those at its end."""
 
-import contextlib
 import dataclasses
 import pathlib
 import time
 from collections.abc import Collection, Sequence
 
-import jax
 import numpy as np
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mdt_jax.data import sources
@@ -17,12 +14,12 @@ from mdt_jax.data.pipeline import Source
 from mdt_jax.data.sample_files import Npz
 from mdt_jax.data.sample_notes import written
 from mdt_jax.diffusion.options import balanced_labels
-from mdt_jax.evaluation import image_sets, references
-from mdt_jax.evaluation.image_sets import Slices
-from mdt_jax.evaluation.measuring import Evaluator
+from mdt_jax.evaluation import references
+from mdt_jax.evaluation.evaluator import Evaluator
+from mdt_jax.evaluation.image_sets import Slices, open_images
 from mdt_jax.models.mdt import MDT
 from mdt_jax.runtime import hosts
-from mdt_jax.runtime.errors import NotFiniteError, UserError
+from mdt_jax.runtime.errors import UserError
 from mdt_jax.runtime.hosts import is_first, log0
 from mdt_jax.sampling.generation import Request
 from mdt_jax.sampling.pipeline import Pipeline
@@ -103,8 +100,8 @@ def open_evaluator(
     else:
         return None
     size, images = config.data.image_size, reference.images
-    if isinstance(images, image_sets.Files):
-        log0(f"evaluation.reference {images.found}")
+    if images is not None and images.summary:
+        log0(f"evaluation.reference {images.summary}")
     if images is not None and images.shape != (size, size, config.data.channels):
         there = "×".join(map(str, images.shape))
         raise UserError(
@@ -114,46 +111,6 @@ def open_evaluator(
     pixels = ("pixels", "classifier") if labelled else ("pixels",)
     features = ("inception",) if asked.inception else pixels
     return Evaluator(reference, features, asked.inception)
-
-
-def identities(found: Vae | None, evaluator: Evaluator | None) -> dict[str, str]:
-    """SHA-256 of what a run reads besides its data, by the config's field that says where it lies.
-
-    All of a reference is read for it, by the first process.
-    """
-    told = {} if found is None else {"vae.path": found.sha256}
-    if evaluator is not None:
-        first = evaluator.reference.sha256 if is_first() else ""
-        told["evaluation.reference"] = hosts.broadcast(first)
-        if "inception" in evaluator.networks:
-            told["evaluation.inception"] = evaluator.networks["inception"].note["inception_sha256"]
-    return told
-
-
-@contextlib.contextmanager
-def going_on_without(what: str):
-    """Say it where samples are not finite: an EMA of bad steps may still come right."""
-    try:
-        yield
-    except NotFiniteError as error:
-        log0(f"warning: {what}: {error}")
-
-
-def describe(config: ConfigDict, images: int, parameters: int, mesh: Mesh) -> None:
-    """Say what is trained, on what, for how long."""
-    size, steps, name = config.data.batch_size, config.train.steps, config.data.name
-    classes = config.model.num_classes
-    log0(
-        f"data: {images:,} images of {name}, {f'{classes} classes' if classes else 'no classes'}; "
-        f"{steps:,} steps of {size:,} are {steps * size / images:.4g} epochs"
-    )
-    log0(
-        f"network: {parameters:,} parameters; matmuls and activations {config.train.dtype}, "
-        f"float32 matmuls of precision {config.train.precision}"
-    )
-    kind = jax.devices()[0].device_kind
-    axes = " × ".join(f"{axis} {count}" for axis, count in mesh.shape.items())
-    log0(f"devices: {mesh.size} × {kind}, as a mesh of {axes}")
 
 
 def save_sample_grid(
@@ -190,7 +147,7 @@ def sample_and_measure(
     write_samples(pipeline, request, sink)
     seconds = time.perf_counter() - started
     hosts.all_hosts(True)  # the others wait until it is there
-    samples = image_sets.open_images(str(out), labelled=True)
+    samples = open_images(str(out), labelled=True)
     if is_first():
         shown = samples.take(np.arange(min(100, len(samples))))
         text = written(note)

@@ -48,3 +48,33 @@ def abstract_state(model: MDT, optimizer: optax.GradientTransformation, mesh: Me
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     return jax.tree.map(shardings, shapes)
+
+
+def run_keys(seed: int, mesh: Mesh) -> tuple[jax.Array, jax.Array]:
+    """(key of all training steps, key of initialisation) of a seed, on every device of a mesh."""
+    purposes = (keys.Purpose.TRAINING, keys.Purpose.INIT)
+
+    def make():
+        return tuple(keys.of(seed, purpose) for purpose in purposes)
+
+    return jax.jit(make, out_shardings=parallel.replicated(mesh))()
+
+
+def initial_state(
+    model: MDT,
+    optimizer: optax.GradientTransformation,
+    key: jax.Array,
+    abstract: TrainState,
+    weights: dict | None = None,
+) -> TrainState:
+    """The state at step 0, with the shardings of `abstract`.
+
+    weights: {"params", "ema"} that replace the freshly initialised ones.
+    """
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    init = jax.jit(init_state, static_argnums=(0, 1), out_shardings=shardings)
+    state = init(model, optimizer, key)
+    if weights is None:
+        return state
+    targets = {"params": shardings.params, "ema": shardings.ema}
+    return state.replace(**jax.tree.map(parallel.put, weights, targets))

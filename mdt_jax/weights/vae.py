@@ -16,7 +16,7 @@ from mdt_jax.data.images import to_float
 from mdt_jax.diffusion.options import check_finite
 from mdt_jax.models.autoencoder import VAE_SCALE, AutoencoderKL
 from mdt_jax.models.mdt import VAE_CHANNELS, VAE_FACTOR
-from mdt_jax.runtime import hosts, hub, parallel
+from mdt_jax.runtime import hub, parallel
 from mdt_jax.runtime.backend import HIGHEST
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.weights import networks, orbax_folders, vae_names
@@ -123,16 +123,11 @@ class Vae:
         if batch_size is None:
             batch_size = slice_size(height, width) * mesh.size
         size = -(-batch_size // mesh.size) * mesh.size
-        images = [np.zeros((0, height, width, 3), np.float32)]
-        for start in range(0, len(latents), size):
-            part = latents[start : start + size] / np.float32(self.scale)
-            # The last batch is padded, so that one program decodes any number of latents.
-            padded = np.pad(part, [(0, size - len(part)), (0, 0), (0, 0), (0, 0)])
-            padded = parallel.put(padded, parallel.split_batch(mesh))
-            decoded = hosts.fetch(_decode(self.network, precision, params, padded))[: len(part)]
-            check_finite(decoded, lambda i, at=start: f"{name(at + i)}, decoded by the VAE,")
-            images.append(decoded)
-        return np.concatenate(images)
+        decode = functools.partial(_decode, self.network, precision, params)
+        batches = parallel.map_in_batches(decode, latents / np.float32(self.scale), size, mesh)
+        images = np.concatenate([np.zeros((0, height, width, 3), np.float32), *batches])
+        check_finite(images, lambda i: f"{name(i)}, decoded by the VAE,")
+        return images
 
 
 def recorded_scale(path: str | os.PathLike) -> float | None:

@@ -90,7 +90,7 @@ def config_of(chosen: dict) -> ConfigDict:
     for field, value in chosen.items():
         group, name = field.split(".")
         config[group][name] = value
-    inputs.settle(config, config.model.num_classes)
+    inputs.complete_config(config, config.model.num_classes)
     return config
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from mdt_jax.evaluation import features
+from mdt_jax.evaluation import feature_networks
 from mdt_jax.weights import torch_files
 from tests.conftest import ROOT, XLA_FLAGS, run_here
 from tests.hub_server import released
@@ -39,7 +39,7 @@ def here(command: str, folder) -> str:
     """Run it in this process, with Inception on two images at a time."""
     _, _, module, *arguments = shlex.split(smoke(command))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(features, "EACH_DEVICE", 2)
+        patch.setattr(feature_networks, "EACH_DEVICE", 2)
         return run_here(importlib.import_module(module).main, *arguments, cwd=folder)
 
 

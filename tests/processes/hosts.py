@@ -16,12 +16,12 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from mdt_jax import cli, encode, main
+from mdt_jax import cli, encode
 from mdt_jax import config as configs
 from mdt_jax.models.mdt import MDT
 from mdt_jax.runtime import hosts, parallel
 from mdt_jax.runtime.errors import UserError
-from mdt_jax.train import inputs
+from mdt_jax.train import inputs, loop
 from mdt_jax.train.checkpoints import Checkpoints
 from mdt_jax.train.optimizers import make_optimizer
 from mdt_jax.train.state import abstract_state
@@ -84,7 +84,7 @@ def refused(cases: str) -> None:
         os.chdir(folder)
         config, values = parse(*flags, workdir="")
         try:
-            main.train(config, pathlib.Path(values.workdir))
+            loop.train(config, pathlib.Path(values.workdir))
             print("refused: no")
         except UserError as error:
             print("refused:", " ".join(str(error).split()))

@@ -109,7 +109,7 @@ def test_two_go_on_from_four_with_another_mesh(alone, four, tmp_path):
     shutil.rmtree(next((two / "checkpoints" / "8" / "ema").glob("ocdbt.process_3")))
     more = ["--config.train.steps=11", "--config.train.accumulate=2", "--config.mesh.fsdp=1"]
     printed = all_well(start_run(2, two, *more))
-    assert "going on without step 8" in printed and "going on from step 4" in printed
+    assert "going on without step 8" in printed and "resuming from step 4" in printed
     assert "mesh.fsdp changed from 2 to 1" in printed
     train_here(*RUN, *more, f"--workdir={one}")
     assert steps_of(two) == list(range(1, 12))
@@ -129,7 +129,7 @@ def test_one_of_four_is_killed_and_the_same_command_goes_on(four, tmp_path):
         assert re.search(rf"error: process {number}: process 2 did not answer", ended[number][1])
     flags += ["--config.train.sample_every=0", "--config.sample.num_samples=0"]  # compared: bits
     printed = all_well(start_run(4, workdir, *flags))
-    assert re.search("going on from step [48]", printed)
+    assert re.search("resuming from step [48]", printed)
     assert steps_of(workdir) == list(range(1, 9))
     for item in ("params", "ema", "progress"):
         for a, b in zip(arrays(workdir, item), arrays(four[0], item), strict=True):

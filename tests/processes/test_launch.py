@@ -253,7 +253,7 @@ def test_command_lines(flags, monkeypatch):
     ran = []
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(main, "train", lambda config, *_: ran.append(config))
-    monkeypatch.setattr(main.distributed, "start", lambda *_: None)
+    monkeypatch.setattr(main.cluster, "start", lambda *_: None)
     monkeypatch.setattr("sys.argv", ["main", *flags])
     main.main(sys.argv)
     assert ran

@@ -69,7 +69,7 @@ def test_killed_twice_ends_with_the_same_bits(undisturbed, tmp_path):
         code, _ = kill_after(workdir, moment, signal.SIGKILL, random_.random() / 20)
         assert code == -signal.SIGKILL
     printed = run_command("mdt_jax.main", *LONG, f"--workdir={workdir}")
-    assert "going on from step" in printed
+    assert "resuming from step" in printed
     assert_same_run(workdir, undisturbed)
 
 
@@ -82,7 +82,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(undisturbed, tmp_path):
     assert steps_of(workdir) == list(range(1, stopped + 1))
     assert not (workdir / "report.json").exists()
     printed = run_command("mdt_jax.main", *LONG, f"--workdir={workdir}")
-    assert f"going on from step {stopped}" in printed
+    assert f"resuming from step {stopped}" in printed
     assert_same_run(workdir, undisturbed)
 
 
