@@ -15,7 +15,8 @@ from mdt_jax.data.crops import CROPS
 from mdt_jax.diffusion.losses import LOSS_WEIGHTS
 from mdt_jax.diffusion.options import CLIPPING, SampleOptions
 from mdt_jax.models.autoencoder import VAE_SCALE
-from mdt_jax.models.mdt import REMAT, VAE_FACTOR, input_shape
+from mdt_jax.models.mdt import VAE_FACTOR, input_shape
+from mdt_jax.models.xla import REMAT
 from mdt_jax.runtime import files, hub, limits
 from mdt_jax.runtime.backend import HIGHEST, PRECISIONS
 from mdt_jax.runtime.errors import UserError

@@ -104,6 +104,13 @@ def test_flags_are_read_in_entry_points_only():
             assert not {"argparse", "absl.flags", "absl"} & set(names), path
 
 
+def test_models_do_not_depend_on_the_devices():
+    """The caller sets the fields that suit its devices: the same model is the same program."""
+    for path in (PACKAGE / "models").glob("*.py"):
+        read = re.findall(r"device_count|default_backend|devices\(\)", path.read_text())
+        assert not read, path
+
+
 def test_files_are_short():
     for path in MODULES:
         assert len((ROOT / path).read_text().splitlines()) <= 400, path

@@ -17,6 +17,7 @@ from mdt_jax.diffusion.options import (
     check_seed,
     defaults,
 )
+from mdt_jax.models import xla
 from mdt_jax.models.mdt import MDT
 from mdt_jax.runtime import hosts, keys, parallel
 from mdt_jax.runtime.errors import UserError
@@ -92,7 +93,8 @@ class Request:
 
     def program(self) -> Program:
         """What is compiled."""
-        return Program(self.model, dataclasses.replace(self.options, guidance_scale=1.0))
+        model = xla.for_devices(self.model, jax.default_backend(), jax.device_count())
+        return Program(model, dataclasses.replace(self.options, guidance_scale=1.0))
 
     def evaluations(self) -> tuple[list[bool], list[bool]]:
         """For each evaluation of the network: whether it is guided, and whether it is masked."""

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from mdt_jax.diffusion.losses import LOSS_WEIGHTS, diffusion_losses
 from mdt_jax.diffusion.schedule import extract, linear_schedule
-from mdt_jax.models import masking
+from mdt_jax.models import masking, xla
 from mdt_jax.models.mdt import MDT
 from mdt_jax.runtime import keys, parallel
 from mdt_jax.train.state import TrainState
@@ -269,6 +269,7 @@ def trace_step(
     learning rate is [] float32; optim.lr does not change the program.
     """
     objective, size = Objective.from_config(config), config.data.batch_size
+    model = xla.for_devices(model, mesh.devices.flat[0].platform, mesh.size)
     if mesh.shape["fsdp"] > 1:
         model = model.clone(gather=functools.partial(parallel.gathered, mesh))
     train_step = make_train_step(

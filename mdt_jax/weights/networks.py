@@ -282,7 +282,7 @@ def unrecorded(weights: Weights) -> list[str]:
 
 def _fields(model: Network) -> dict:
     """What makes the network: every field but those that only say how it is computed."""
-    computed = ("dtype", "remat", "gather", "unroll", "parent", "name")
+    computed = ("dtype", "remat", "gather", "unroll", "transpose", "parent", "name")
     fields = {field.name: getattr(model, field.name) for field in dataclasses.fields(model)}
     return {name: value for name, value in fields.items() if name not in computed}
 
