@@ -56,8 +56,8 @@ def parse(argv: list[str]):
     add(
         "--show",
         choices=ROWS,
-        help="a row for each: predictions on the way from noise; from one noise, or one class, to "
-        "the next",
+        help="rows of frames instead of samples: predicted clean samples x̂₀ at successive "
+        "denoising steps; or interpolation from one noise, or one class, to the next",
     )
     add("--frames", type=int, help="with --show: how many (default: 10)")
     cli.add_sampling_flags(parser)
