@@ -24,7 +24,7 @@ from mdt_jax.runtime import backend, cluster, hosts, locks
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.runtime.hosts import is_first, log0
 from mdt_jax.runtime.progress import print_result
-from mdt_jax.sampling import pipeline
+from mdt_jax.sampling.writing import check_writable
 from mdt_jax.weights.vae import Vae
 
 # What each way of calling needs and may have, besides --image_size and --inception.
@@ -175,7 +175,7 @@ def output_path(text: str, suffix: str) -> pathlib.Path:
     out = pathlib.Path(text)
     if out.suffix != suffix:
         raise UserError(f"--out={out}: unknown suffix {out.suffix!r}; use {suffix}")
-    pipeline.check_writable(out)
+    check_writable(out)
     return out
 
 

@@ -22,7 +22,7 @@ from mdt_jax.evaluation import features, image_sets, references
 from mdt_jax.models.mdt import MDT
 from mdt_jax.runtime import locks
 from mdt_jax.runtime.errors import UserError
-from mdt_jax.sampling import pipeline
+from mdt_jax.sampling import labels
 from mdt_jax.train import workdir
 from mdt_jax.train.checkpoints import Checkpoints
 from mdt_jax.train.log import MetricsLog
@@ -383,7 +383,7 @@ def make_labels(folder: pathlib.Path) -> None:
 
 
 def read_labels(folder: pathlib.Path):
-    return [pipeline.read_labels(str(folder / name), 3, NAMES) for name in ("l.npy", "l.txt")]
+    return [labels.read_labels(str(folder / name), 3, NAMES) for name in ("l.npy", "l.txt")]
 
 
 def make_mask(folder: pathlib.Path) -> None:

@@ -18,7 +18,7 @@ from mdt_jax.models.inception import Inception
 from mdt_jax.models.mdt import MDT
 from mdt_jax.models.resize import resize_grid
 from mdt_jax.runtime.errors import UserError
-from mdt_jax.sampling import pipeline
+from mdt_jax.sampling.pipeline import Pipeline
 from mdt_jax.weights import networks, torch_files
 from mdt_jax.weights.vae import VAE_FILES, Vae, _decode
 from tests.conftest import FULL_COMPILE, exits_with_one_line
@@ -181,18 +181,22 @@ def test_the_scale_of_a_files_latents(latent_model, tmp_path, monkeypatch, capsy
     assert 'beside it, a config.json of {"scaling_factor": 0.13025}' in capsys.readouterr().out
     model = networks.load_weights(folder / "mdt.pt")
     of_run = model._replace(config=configs.default())
+
+    def scale(name, weights, **how):
+        return Pipeline(name, weights, **how).vae.scale
+
     for path in (tmp_path, tmp_path / "saved", tmp_path / VAE_FILES[0]):
-        assert pipeline.find_vae("mdt.pt", model, str(path)).scale == 0.13025
-        assert pipeline.find_vae("mdt.pt", model, str(path), 0.13025).scale == 0.13025
+        assert scale("mdt.pt", model, vae=str(path)) == 0.13025
+        assert scale("mdt.pt", model, vae=str(path), vae_scale=0.13025) == 0.13025
         with pytest.raises(UserError, match=r"is 0\.13025, but --vae_scale is 0\.18215"):
-            pipeline.find_vae("mdt.pt", model, str(path), 0.18215)
+            scale("mdt.pt", model, vae=str(path), vae_scale=0.18215)
         with pytest.raises(UserError, match=r"is 0\.13025, but run was trained with 0\.18215"):
-            pipeline.find_vae("run", of_run, str(path))
+            scale("run", of_run, vae=str(path))
     of_run.config.vae.path = str(tmp_path)  # what a run was trained with, it is drawn with
-    assert pipeline.find_vae("run", of_run).scale == 0.18215
+    assert scale("run", of_run) == 0.18215
     (tmp_path / "config.json").unlink()
-    assert pipeline.find_vae("mdt.pt", model, str(tmp_path)).scale == 0.18215
-    assert pipeline.find_vae("mdt.pt", model, str(tmp_path), 0.5).scale == 0.5
+    assert scale("mdt.pt", model, vae=str(tmp_path)) == 0.18215
+    assert scale("mdt.pt", model, vae=str(tmp_path), vae_scale=0.5) == 0.5
 
 
 BAD_LATENTS = {
@@ -347,10 +351,10 @@ def test_any_number_of_latents_is_decoded_by_one_program(latent_model):
     alone = jax.jit(functools.partial(vae.apply, method="decode"))
     expected = mdt_jax.to_uint8(alone({"params": params}, latents / 0.5)).astype(int)
     scaled = Vae("vae", 0.5, vae, params)
-    to_images, _ = pipeline.decoder(model, scaled, 12, "highest")
+    to_images = Pipeline("mdt", networks.Weights(model, {}), vae=scaled).to_images
     before = _decode._cache_size()
     for count in (20, 3, 5, 7):
-        np.testing.assert_allclose(to_images(latents[:count]), expected[:count], atol=1)
+        np.testing.assert_allclose(to_images(latents[:count], 12), expected[:count], atol=1)
     assert _decode._cache_size() == before + 1
     # Without a batch size, too: as many latents as a device takes at once.
     few, more = (scaled.decode(latents[:count]) for count in (2, 20))

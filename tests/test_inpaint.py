@@ -10,7 +10,7 @@ from sklearn.svm import SVC
 
 import mdt_jax
 from mdt_jax import inpaint, sample
-from mdt_jax.data import sources
+from mdt_jax.data import masks, sources
 from mdt_jax.data.images import to_float, to_uint8
 from mdt_jax.diffusion.options import SampleOptions
 from mdt_jax.models.mdt import MDT, init_params
@@ -250,7 +250,7 @@ def test_the_command_resizes_when_asked_to(files, capsys, monkeypatch):
 
 def read_pair(files, resize=True):
     paths = str(files / "in.png"), str(files / "mask.png")
-    return inpaint.read_pair(*paths, (8, 8, 1), resize)
+    return masks.read_pair(*paths, (8, 8, 1), resize)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -305,8 +305,8 @@ def test_a_smaller_mask_of_the_same_proportions(files):
     mask[:, 15:] = 255
     Image.fromarray(mask).save(files / "mask.png")
     np.testing.assert_array_equal(read_pair(files)[1], HALVES["right"])
-    assert inpaint.scaled_alike((33, 22), (100, 67)) and inpaint.scaled_alike((100, 67), (33, 22))
-    assert not inpaint.scaled_alike((64, 64), (64, 60))
+    assert masks.scaled_alike((33, 22), (100, 67)) and masks.scaled_alike((100, 67), (33, 22))
+    assert not masks.scaled_alike((64, 64), (64, 60))
 
 
 def test_the_command_on_latents(tmp_path):

@@ -19,7 +19,7 @@ from mdt_jax.data.sample_files import Folder, Grid, Npz
 from mdt_jax.data.sample_notes import parsed
 from mdt_jax.models.mdt import MDT, init_params
 from mdt_jax.runtime.errors import UserError
-from mdt_jax.sampling import pipeline
+from mdt_jax.sampling.labels import parse_labels
 from mdt_jax.weights import networks
 from tests.conftest import exits_with_one_line, run_here
 from tests.models.common import random_params
@@ -269,7 +269,7 @@ def test_names_that_say_where_labels_come_from(tmp_path):
     classes = ("a.txt", "cat, tabby", "random", "pure random")
 
     def labels(text):
-        return pipeline.parse_labels(text, None, 4, classes).tolist()
+        return parse_labels(text, None, 4, classes).tolist()
 
     assert labels("cat, tabby") == [1] and labels("pure random") == [3]
     assert labels("name:a.txt") == [0] and labels("name:random,name:a.txt") == [2, 0]

@@ -13,10 +13,10 @@ from PIL import Image
 import mdt_jax
 from mdt_jax import config as configs
 from mdt_jax.diffusion.options import SampleOptions, random_labels
-from mdt_jax.models import xla
 from mdt_jax.models.mdt import MDT, init_params
 from mdt_jax.runtime.errors import NotFiniteError, UserError
-from mdt_jax.sampling import generation
+from mdt_jax.sampling import engine, generation
+from mdt_jax.sampling.noise import Noise
 from tests.conftest import ROOT, XLA_FLAGS, run_command
 
 # Not clipped: tolerances are relative to the samples, which those of `load_lively` make large.
@@ -401,47 +401,42 @@ def test_bfloat16_is_near(lively, reference):
 
 def test_the_program_is_compiled_once(lively):
     """For all batches, a partial one, and other scales, seeds and labels."""
-    before = generation._run._cache_size()
+    before = engine.run_segment._cache_size()
     for changes in ({}, {"seed": 9}, {"guidance_scale": 3.3}, {"guidance_scale": 1.5}):
         options = {**OPTIONS, "num_steps": 3, **changes}
         mdt_jax.generate(*lively, LABELS[:11], batch_size=4, **options)
-    assert generation._run._cache_size() == before + 1
+    assert engine.run_segment._cache_size() == before + 1
+
+
+def seven_evaluations(model, params) -> tuple:
+    """The arguments of `engine.run_segment`."""
+    program = engine.Program(model, SampleOptions(num_steps=7))
+    key, noise = jax.random.key(0), Noise(jnp.arange(2))
+    batch = engine.Batch(key, noise, jnp.zeros(2, jnp.int32), jnp.ones(2))
+    return program, engine.Segment(True, 7), params, batch, engine.start(program, batch), 0
 
 
 def test_the_loop_does_not_ask_the_host(lively):
     """Its number of turns is static: a scan, no while loop with a condition to be looked at."""
     model, params = lively
-    options = SampleOptions(num_steps=7)
-    noise = generation.Noise(jnp.arange(2))
-    labels, scales, key = jnp.zeros(2, jnp.int32), jnp.ones(2), jax.random.key(0)
-    state = generation._begin(model, options, key, noise)
-    text = str(
-        generation._run.trace(
-            model, options, ((True, 7),), params, key, noise, labels, scales, state, 0
-        ).jaxpr
-    )
+    text = str(engine.run_segment.trace(*seven_evaluations(model, params)).jaxpr)
     assert "scan[" in text and "while[" not in text and "callback" not in text
 
 
-def test_blocks_are_not_sliced_out_of_their_stack_in_each_turn(lively, monkeypatch):
+def test_blocks_are_not_sliced_out_of_their_stack_in_each_turn(lively):
     """Stacked parameters of laid out blocks are taken apart before the loop."""
     model, params = lively
     model = model.clone(unroll=True)
-    options, noise = SampleOptions(num_steps=7), generation.Noise(jnp.arange(2))
-    labels, scales, key = jnp.zeros(2, jnp.int32), jnp.ones(2), jax.random.key(0)
-    state = generation._begin(model, options, key, noise)
 
     def carried(model):
         """The shapes that loops of the compiled program take."""
-        rest = (params, key, noise, labels, scales, state, 0)
-        compiled = generation._run.lower(model, options, ((True, 7),), *rest).compile()
+        compiled = engine.run_segment.lower(*seven_evaluations(model, params)).compile()
         lines = [line for line in compiled.as_text().splitlines() if " while(" in line]
         return {shape for line in lines for shape in re.findall(r"\w+\[[\d,]*\]", line)}
 
     count, *shape = params["encoder"]["mlp_in"]["kernel"].shape
     stacked, alone = (f"f32[{','.join(map(str, each))}]" for each in ([count, *shape], shape))
     assert stacked not in carried(model) and alone in carried(model)
-    monkeypatch.setattr(xla, "UNROLL_DEPTH", 0)
     assert stacked in carried(model.clone(unroll=False))
     whole = model.unstack_blocks(params)()
     jax.tree.map(np.testing.assert_array_equal, whole, params)

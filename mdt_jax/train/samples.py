@@ -3,7 +3,7 @@
 import dataclasses
 import pathlib
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Collection, Sequence
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -13,7 +13,7 @@ from mdt_jax.data.images import save_grid
 from mdt_jax.data.protocols import Source
 from mdt_jax.data.sample_files import Npz
 from mdt_jax.data.sample_notes import written
-from mdt_jax.diffusion.options import SampleOptions, balanced_labels
+from mdt_jax.diffusion.options import balanced_labels
 from mdt_jax.evaluation import references
 from mdt_jax.evaluation.evaluator import Evaluator
 from mdt_jax.evaluation.image_sets import Slices, open_images
@@ -21,24 +21,20 @@ from mdt_jax.models.mdt import MDT
 from mdt_jax.runtime import hosts
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.runtime.hosts import is_first, log0
-from mdt_jax.sampling import pipeline
-from mdt_jax.sampling.generation import Request, request
-from mdt_jax.sampling.pipeline import decoder
+from mdt_jax.sampling.generation import Request
+from mdt_jax.sampling.pipeline import Pipeline
+from mdt_jax.sampling.writing import write_samples
 from mdt_jax.train.state import TrainState
-from mdt_jax.weights import networks
+from mdt_jax.weights.networks import Weights
 from mdt_jax.weights.vae import Vae
 
 
 @dataclasses.dataclass(frozen=True)
 class LazySamples:
-    """Samples as an `ImageSet`, drawn as they are read, never kept.
+    """Samples as an `ImageSet`, drawn as they are read, never kept."""
 
-    to_images: as of `decoder`; shape: (H, W, C) of an image.
-    """
-
+    pipeline: Pipeline
     request: Request
-    to_images: Callable[..., np.ndarray]
-    shape: tuple[int, int, int]
     path = "the samples"
     classes = ()
 
@@ -49,33 +45,40 @@ class LazySamples:
     def labels(self) -> np.ndarray:
         return self.request.labels
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.pipeline.image_shape
+
     def name(self, i: int) -> str:
         return f"sample {i}"
 
     def slices(self, size: int = 0, done: Collection[int] = ()) -> Slices:
         """The batches of the request; their size is its own."""
-        for start, seen in self.request.batches(done=done):
-            yield start, self.to_images(seen[-1], start)
+        for batch in self.request.batches(done=done):
+            images = self.pipeline.to_images(batch.samples, self.request.batch_size, batch.start)
+            yield batch.start, images
 
 
 class RunSampler:
-    """Draws with a run's model as its config says, as images; the same noise each time."""
+    """Draws samples of a run in training as its config says; the same noise each time."""
 
     def __init__(self, config: ConfigDict, model: MDT, vae: Vae | None):
-        self.config, self.model = config, model
-        self.options = SampleOptions.from_config(config)
-        self.vae = vae
-        self.to_images, self.shape = decoder(
-            model, vae, config.sample.batch_size, self.options.precision
-        )
+        self.config, self.model, self.vae = config, model, vae
 
-    def request(self, params, count: int) -> Request:
+    def pipeline(
+        self, params, path: str = "", step: int | None = None, classes: Sequence[str] = ()
+    ) -> Pipeline:
+        weights = Weights(self.model, params, self.config, "ema", tuple(classes), step)
+        return Pipeline(path, weights, vae=self.vae)
+
+    def request(self, pipeline: Pipeline, count: int) -> Request:
         labels = balanced_labels(count, self.model.num_classes)
         size, seed = self.config.sample.batch_size, self.config.train.seed
-        return request(self.model, params, labels, seed=seed, batch_size=size, options=self.options)
+        return pipeline.request(labels, seed=seed, batch_size=size)
 
     def samples(self, params, count: int) -> LazySamples:
-        return LazySamples(self.request(params, count), self.to_images, self.shape)
+        pipeline = self.pipeline(params)
+        return LazySamples(pipeline, self.request(pipeline, count))
 
 
 def open_evaluator(
@@ -110,32 +113,22 @@ def open_evaluator(
     return Evaluator(reference, features, asked.inception)
 
 
-def note_of(
-    workdir: pathlib.Path, drawer: RunSampler, state: TrainState, classes: list[str], asked
-) -> dict:
-    """How samples of a run come about, as `mdt_jax.sample` notes it. asked: a Request."""
-    config, step = drawer.config, int(state.step)
-    of = networks.Weights(drawer.model, state.ema, config, "ema", tuple(classes), step)
-    note = pipeline.note_of(str(workdir), of, drawer.options, vae=drawer.vae)
-    return note | pipeline.note_of_labels(asked.labels, None, asked.seed, asked.batch_size)
-
-
 def save_sample_grid(
-    path: pathlib.Path, drawer: RunSampler, state: TrainState, classes: list[str]
+    path: pathlib.Path, sampler: RunSampler, state: TrainState, classes: list[str]
 ) -> None:
-    """A PNG of one batch of samples, which says how they came about."""
-    asked = drawer.request(state.ema, drawer.config.sample.batch_size)
-    note = note_of(path.parents[1], drawer, state, classes, asked)
-    ((start, seen),) = asked.batches(progress=True)
-    images = drawer.to_images(seen[-1], start)
+    """Write a PNG of one batch of samples, with a note of how they are made."""
+    size = sampler.config.sample.batch_size
+    pipeline = sampler.pipeline(state.ema, str(path.parents[1]), int(state.step), classes)
+    request = sampler.request(pipeline, size)
+    images = pipeline.to_images(request.draw(progress=True), size)
     if is_first():
         path.parent.mkdir(exist_ok=True)
-        save_grid(str(path), images, note=written(note))
+        save_grid(str(path), images, note=written(pipeline.note(request)))
 
 
 def sample_and_measure(
     workdir: pathlib.Path,
-    drawer: RunSampler,
+    sampler: RunSampler,
     state: TrainState,
     classes: list[str],
     evaluator: Evaluator | None,
@@ -144,13 +137,14 @@ def sample_and_measure(
 
     Raises NotFiniteError.
     """
-    started, config, out = time.perf_counter(), drawer.config, workdir / "samples.npz"
-    asked = drawer.request(state.ema, config.sample.num_samples)
-    note = note_of(workdir, drawer, state, classes, asked)
-    sink = Npz(out, asked.labels, drawer.shape, note)
+    started, out = time.perf_counter(), workdir / "samples.npz"
+    pipeline = sampler.pipeline(state.ema, str(workdir), int(state.step), classes)
+    request = sampler.request(pipeline, sampler.config.sample.num_samples)
+    note = pipeline.note(request)
+    sink = Npz(out, request.labels, pipeline.image_shape, note)
     if is_first():
         sink.give_way()
-    pipeline.write_samples(asked, sink, drawer.to_images)
+    write_samples(pipeline, request, sink)
     seconds = time.perf_counter() - started
     hosts.all_hosts(True)  # the others wait until it is there
     samples = open_images(str(out), labelled=True)

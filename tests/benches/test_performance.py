@@ -12,8 +12,9 @@ import pytest
 from mdt_jax.diffusion.options import SampleOptions
 from mdt_jax.models.mdt import MDT
 from mdt_jax.runtime import keys
-from mdt_jax.sampling.generation import Noise, generate
-from mdt_jax.sampling.generation import draw as draw_noise
+from mdt_jax.sampling.generation import generate
+from mdt_jax.sampling.noise import Noise
+from mdt_jax.sampling.noise import draw as draw_noise
 from mdt_jax.train.step import Draws, Objective, sample_losses
 from mdt_jax.weights.mdt_names import to_published
 from tests.benches.test_benchmarks import rows_of, script

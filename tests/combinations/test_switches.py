@@ -21,7 +21,8 @@ from mdt_jax.diffusion.options import SampleOptions, balanced_labels
 from mdt_jax.models.mdt import MDT
 from mdt_jax.runtime import keys, parallel
 from mdt_jax.runtime.errors import UserError
-from mdt_jax.sampling import generation
+from mdt_jax.sampling import engine, generation
+from mdt_jax.sampling.noise import Noise
 from mdt_jax.train import inputs
 from mdt_jax.train.optimizers import make_optimizer
 from mdt_jax.train.state import abstract_state, init_state
@@ -185,14 +186,14 @@ def trace(config: ConfigDict) -> None:
     assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
 
     asked = requested(config, model, {})
-    options = asked.traced_options()
-    doubled = asked.options.guided_evaluations(asked.scales).tolist()
+    program, chain = asked.program(), engine.segments(*asked.evaluations())
 
     def sampled(params, key, labels, scales):
-        noise = generation.Noise(labels)
-        state = generation._begin(model, options, key, noise)
-        piece = generation.stretches(doubled)
-        return generation._run(model, options, piece, params, key, noise, labels, scales, state, 0)
+        batch = engine.Batch(key, Noise(labels), labels, scales)
+        state, done = engine.start(program, batch), 0
+        for segment in chain:
+            state, done = engine.run_segment(program, segment, params, batch, state, done)
+        return state, done
 
     scales = jax.ShapeDtypeStruct((BATCH,), jnp.float32)
     drawn, _ = jax.eval_shape(sampled, state.ema, key, batch["labels"], scales)
@@ -216,8 +217,7 @@ def run(config: ConfigDict) -> None:
     batch = parallel.put(batch, parallel.split_batch(mesh))
     state, metrics = step(state, batch, keys.key(1), np.float32(config.optim.lr))
     assert np.isfinite(metrics["loss"]) and metrics["skipped"] == 0
-    ((_, seen),) = requested(config, model, state.ema).batches()
-    assert np.isfinite(seen[-1]).all()
+    assert np.isfinite(requested(config, model, state.ema).draw()).all()
 
 
 def said(chosen: dict) -> str:
