@@ -7,7 +7,7 @@ What is at --src says what network it is; the suffix of --dst says where it goes
 import pathlib
 
 from mdt_jax import cli
-from mdt_jax.runtime import accelerators, files, locks
+from mdt_jax.runtime import files, locks
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.runtime.progress import print_result
 from mdt_jax.weights import networks, torch_files
@@ -57,7 +57,7 @@ def main(argv: list[str]) -> None:
     args = parse(argv)
     dst = pathlib.Path(args.dst)
     check_destination(dst)
-    accelerators.start()
+    cli.start(args)
     with locks.held(locks.beside(dst), str(dst)):
         found = networks.read(args.src, args.params, args.decoder_layers)
         networks.save(dst, found)

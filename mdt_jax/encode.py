@@ -6,6 +6,7 @@ on. The same command again goes on where it was stopped. To train on them:
 --config.data.name=latents --config.data.path=latents/imagenet
 """
 
+import argparse
 import contextlib
 import dataclasses
 import pathlib
@@ -21,7 +22,7 @@ from mdt_jax import config as configs
 from mdt_jax.data import latents, latents_making, pipeline, sources
 from mdt_jax.data.crops import CroppedImages
 from mdt_jax.models.mdt import input_shape
-from mdt_jax.runtime import accelerators, files, parallel
+from mdt_jax.runtime import files, parallel
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.runtime.progress import log, print_result, progress_bar
 from mdt_jax.train import inputs
@@ -238,37 +239,54 @@ def estimate_scale(config: ConfigDict) -> None:
     )
 
 
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = cli.Parser(
+        prog="python -m mdt_jax.encode",
+        usage="python -m mdt_jax.encode --config=FILE --out=FOLDER [--flag=value …]",
+        description="Encode images with a VAE, once for all runs. --config.GROUP.FIELD=VALUE sets "
+        "a field.",
+    )
+    add = parser.add_argument
+    add("--out", default="", type=cli.local, help="folder of the latents")
+    add(
+        "--part",
+        default="",
+        metavar="K/N",
+        help="encode part K of N, for example 2/4: several machines can fill one folder at once",
+    )
+    add(
+        "--shard_images",
+        type=cli.count,
+        default=SHARD_IMAGES,
+        help="images in a shard, which is the most that is encoded again after a stop "
+        f"(default: {SHARD_IMAGES})",
+    )
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument(
+        "--verify", **cli.SWITCH, help="read a finished cache and compare it with its manifest"
+    )
+    instead.add_argument(
+        "--estimate_scale", **cli.SWITCH, help="measure the VAE's scale; nothing is written"
+    )
+    parser.add_config()
+    args = parser.parse_args(argv[1:])
+    if not (args.out or args.estimate_scale):
+        raise UserError("--out is missing: the folder of the latents")
+    return args
+
+
 def main(argv: list[str]) -> None:
     """Parse the flags and encode, verify or estimate."""
-    usage = (
-        "usage: python -m mdt_jax.encode --config=configs/xl2.py --out=FOLDER "
-        "[--verify | --estimate_scale] [--part=2/4] [--shard_images=2048] "
-        "[--config.field=value …]\n"
-        "Fields and defaults: mdt_jax/config.py"
-    )
-    optional = {
-        "out": ("", "where the latents go"),
-        "verify": (False, "read a finished cache and compare it with its manifest"),
-        "estimate_scale": (False, "measure what vae.scale should be; nothing is written"),
-        "part": ("", "of several machines that fill one folder at once, which this is: 2/4"),
-        "shard_images": (SHARD_IMAGES, "images in a shard, which is what a stop may cost"),
-    }
-    config, flags = cli.parse_config(argv, usage, optional)
-    accelerators.start()
-    out = pathlib.Path(files.local(flags.out))
+    args = parse(argv)
+    config, _ = cli.read_config(args)
+    cli.start(args)
     configs.validate(config)
-    if flags.shard_images < 1:
-        raise UserError(f"--shard_images={flags.shard_images}; it must be at least 1")
-    if flags.estimate_scale and flags.verify:
-        raise UserError("--estimate_scale and --verify are two things: give one")
-    if flags.estimate_scale:
+    if args.estimate_scale:
         estimate_scale(config)
-    elif not flags.out:
-        raise UserError(f"--out is missing; {usage.splitlines()[0]}")
-    elif flags.verify:
-        verify(config, out)
+    elif args.verify:
+        verify(config, pathlib.Path(args.out))
     else:
-        make(config, out, flags.shard_images, parse_part(flags.part))
+        make(config, pathlib.Path(args.out), args.shard_images, parse_part(args.part))
 
 
 if __name__ == "__main__":

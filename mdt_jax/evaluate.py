@@ -17,7 +17,7 @@ from mdt_jax.data.images import UINT8_RULE
 from mdt_jax.evaluation import measuring, references
 from mdt_jax.evaluation.features import Parts, extract
 from mdt_jax.evaluation.image_sets import Files, StoredSet, open_arrays, open_images
-from mdt_jax.runtime import accelerators, hosts, locks
+from mdt_jax.runtime import hosts, locks
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.runtime.files import atomic_write
 from mdt_jax.runtime.hosts import is_first
@@ -73,8 +73,8 @@ def parse(argv: list[str]):
         "--features",
         help="inception (default), pixels or classifier, or several: pixels,classifier",
     )
-    add("--num_samples", type=int, help="the first N of the images are measured")
-    add("--image_size", type=int, help="image files are cut to this size, as for training")
+    add("--num_samples", type=cli.count, help="the first N of the images are measured")
+    add("--image_size", type=cli.count, help="image files are cut to this size, as for training")
     add(
         "--out",
         type=cli.local,
@@ -89,9 +89,7 @@ def parse(argv: list[str]):
     )
     add("--vae", type=cli.on_disk, help="measure what is lost in encoding and decoding --images")
     add("--images", metavar="IMAGES", type=cli.local, help="with --vae")
-    group = parser.add_argument_group("several processes")
-    for name, (default, help_) in cli.PROCESSES.items():
-        group.add_argument(f"--{name}", type=type(default), default=default, help=help_)
+    parser.add_processes()
     args = parser.parse_args(argv[1:])
     asked = [way for way in WAYS if getattr(args, way)]
     if len(asked) != 1:
@@ -102,7 +100,6 @@ def parse(argv: list[str]):
     for other in sorted({name for names in WAYS.values() for name in names} - set(WAYS[way])):
         if getattr(args, other) is not None:
             raise UserError(f"--{other} is not for --{way}")
-    cli.check_positive(args, "num_samples", "image_size")
     return args, way
 
 
@@ -269,8 +266,7 @@ def show(title: str, measured: dict, out: pathlib.Path | None) -> None:
 def main(argv: list[str]) -> None:
     """Parse the flags, and do what they say."""
     args, way = parse(argv)
-    hosts.start(*(getattr(args, name) for name in cli.PROCESSES))
-    accelerators.start()
+    cli.start(args)
     {"samples": evaluate, "make_reference": make_reference, "vae": evaluate_vae}[way](args)
 
 

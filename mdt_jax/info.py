@@ -5,6 +5,7 @@ of a training step as the compiler for this machine's devices plans it, and what
 Nothing is trained, and none of that memory is needed.
 """
 
+import argparse
 import platform
 
 import jax
@@ -12,8 +13,8 @@ from ml_collections import ConfigDict
 
 from mdt_jax import cli
 from mdt_jax import config as configs
+from mdt_jax.config.fields import markdown
 from mdt_jax.models.mdt import MDT
-from mdt_jax.runtime import accelerators
 from mdt_jax.runtime.progress import log, print_result
 from mdt_jax.train import costs
 
@@ -54,14 +55,32 @@ def _range(values) -> str:
     return fewest if fewest == most else f"{fewest}–{most}"
 
 
+class _PrintFields(argparse.Action):
+    """--fields: print the list of fields and exit, as --help does."""
+
+    def __call__(self, parser, *_):
+        print_result(markdown())
+        parser.exit()
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = cli.Parser(
+        prog="python -m mdt_jax.info",
+        usage="python -m mdt_jax.info --config=FILE [--config.GROUP.FIELD=VALUE …] | --fields",
+        description="Print what training a config costs.",
+    )
+    parser.add_argument(
+        "--fields", nargs=0, action=_PrintFields, help="print all fields of a config as Markdown"
+    )
+    parser.add_config()
+    return parser.parse_args(argv[1:])
+
+
 def main(argv: list[str]) -> None:
     """Parse the flags and print."""
-    usage = (
-        "usage: python -m mdt_jax.info --config=configs/v2_xl2.py [--config.field=value …]\n"
-        "Fields and defaults: mdt_jax/config.py"
-    )
-    config, _ = cli.parse_config(argv, usage)
-    accelerators.start()
+    args = parse(argv)
+    config, _ = cli.read_config(args)
+    cli.start(args)
     configs.validate(config, jax.device_count())
     if config.model.num_classes < 0:
         log("model.num_classes is -1, and no data is read: counted as 0")

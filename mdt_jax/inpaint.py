@@ -24,7 +24,7 @@ from mdt_jax.data.images import check_grid, save_grid, save_image, to_float
 from mdt_jax.data.pictures import opened
 from mdt_jax.data.sample_notes import written
 from mdt_jax.diffusion.options import check_seed
-from mdt_jax.runtime import accelerators, allocator, parallel
+from mdt_jax.runtime import parallel
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.runtime.files import reason
 from mdt_jax.runtime.progress import print_result
@@ -50,8 +50,8 @@ def parse(argv: list[str]):
     )
     add("--label", help="its class, a number or a name; none for an unconditional model")
     add("--out", required=True, type=cli.local, help="out.png; for several completions a grid")
-    add("--num_samples", type=int, default=1, help="how many completions")
-    add("--resize", action="store_true", help="cut and resize image and mask to the model's size")
+    add("--num_samples", type=cli.count, default=1, help="how many completions")
+    add("--resize", **cli.SWITCH, help="cut and resize image and mask to the model's size")
     own = InpaintOptions()
     add("--mode", choices=MODES, default=own.mode)
     add("--jump_length", type=int, help=f"repaint: steps of a jump (default: {own.jump_length})")
@@ -66,7 +66,7 @@ def parse(argv: list[str]):
         help="side_interpolater: share of the steps that take the masked pass (default: "
         f"{own.masked_share})",
     )
-    cli.add_sampling_flags(parser)
+    parser.add_sampling()
     return parser.parse_args(argv[1:])
 
 
@@ -180,16 +180,14 @@ def inpaint_options(args) -> InpaintOptions:
 
 def main(argv: list[str]) -> None:
     """Parse the flags, read image and mask, draw, put the known pixels back, write."""
-    allocator.keep_freed_memory()
     args = parse(argv)
     out = pathlib.Path(args.out)
     if out.suffix != ".png":
         raise UserError(f"--out={out}: unknown suffix {out.suffix!r}; use .png")
-    cli.check_positive(args, "num_samples", "batch_size", "vae_scale")
     if args.guidance_skip_tolerance:
         raise UserError("--guidance_skip_tolerance saves nothing here; it is for mdt_jax.sample")
     check_seed(args.seed)
-    accelerators.start()
+    cli.start(args, keep_memory=True)
     pipeline.check_writable(out)
     weights, options, scales = pipeline.load(
         args.checkpoint, args.decoder_layers, args.dtype, vars(args)

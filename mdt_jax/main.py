@@ -5,13 +5,13 @@ on where the run stopped, to the same bits as if it had not stopped (on a GPU, a
 with XLA_FLAGS=--xla_gpu_deterministic_ops=true); SIGTERM and Ctrl-C save first.
 """
 
+import argparse
 import contextlib
 import dataclasses
 import json
 import pathlib
 import sys
 from collections.abc import Collection
-from typing import Any
 
 import jax
 import numpy as np
@@ -22,7 +22,7 @@ from mdt_jax import config as configs
 from mdt_jax.data.latents import Latents
 from mdt_jax.evaluation.measuring import BEST
 from mdt_jax.models.mdt import MDT
-from mdt_jax.runtime import accelerators, allocator, files, hosts, interrupts, keys, parallel
+from mdt_jax.runtime import hosts, interrupts, keys, parallel
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.runtime.hosts import is_first, log0
 from mdt_jax.runtime.progress import print_result, progress_bar
@@ -346,31 +346,38 @@ def take_weights(config: ConfigDict, model: MDT, key: jax.Array) -> dict | None:
     return {"params": params, "ema": jax.tree.map(np.array, ema)}
 
 
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = cli.Parser(
+        prog="python -m mdt_jax.main",
+        usage="python -m mdt_jax.main --config=FILE --workdir=FOLDER [--flag=value …]",
+        description="Train a model, or resume its run. --config.GROUP.FIELD=VALUE sets a field.",
+    )
+    add = parser.add_argument
+    add("--workdir", default="", type=cli.local, help="folder of the run's checkpoints and results")
+    add("--tensorboard", **cli.SWITCH, help="write event files to the workdir")
+    add("--wandb", default="", metavar="PROJECT", help="log to a project of Weights & Biases")
+    add(
+        "--profile_steps",
+        default="",
+        metavar="FIRST:LAST",
+        help="steps of a profiler's trace, for example 10:13",
+    )
+    parser.add_processes()
+    parser.add_config()
+    args = parser.parse_args(argv[1:])
+    if not args.workdir:
+        raise UserError("--workdir is missing: the folder of the run's checkpoints and results")
+    return args
+
+
 def main(argv: list[str]) -> None:
     """Parse the flags and train."""
-    usage = (
-        "usage: python -m mdt_jax.main --config=configs/digits.py --workdir=runs/digits "
-        "[--distributed=auto|off|HOST:PORT --num_processes=N --process_id=I] [--start_timeout=300] "
-        "[--patience=60] [--tensorboard] [--wandb=PROJECT] [--profile_steps=10:13] "
-        "[--config.field=value …]\nFields and defaults: mdt_jax/config.py"
-    )
-    optional = {
-        **cli.PROCESSES,
-        "tensorboard": (False, "write event files to the workdir"),
-        "wandb": ("", "the project of Weights & Biases to log to"),
-        "profile_steps": ("", "first and last step of a trace: 10:13"),
-    }
     stop = StopSignal()
-    allocator.keep_freed_memory()
-    config, flags = cli.parse_config(
-        argv, usage, optional, workdir="where checkpoints and results go"
-    )
-    workdir = pathlib.Path(files.local(flags.workdir))
-    processes: list[Any] = [flags[name].value for name in cli.PROCESSES]
-    hosts.start(*processes)
-    accelerators.start()
-    show = Monitoring(flags.tensorboard, flags.wandb, flags.profile_steps)
-    train(config, workdir, show, cli.said(flags), stop)
+    args = parse(argv)
+    config, given = cli.read_config(args)
+    cli.start(args, keep_memory=True)
+    show = Monitoring(args.tensorboard, args.wandb, args.profile_steps)
+    train(config, pathlib.Path(args.workdir), show, given, stop)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from mdt_jax.data.images import check_grid, save_animation, save_grid
 from mdt_jax.data.sample_files import Folder, Grid, Npz
 from mdt_jax.data.sample_notes import written
 from mdt_jax.diffusion.options import check_seed
-from mdt_jax.runtime import accelerators, allocator, files, hosts, locks
+from mdt_jax.runtime import files, hosts, locks
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.runtime.hosts import is_first, log0
 from mdt_jax.runtime.progress import print_result
@@ -44,7 +44,7 @@ def parse(argv: list[str]):
         type=cli.local,
         help="grid.png, samples.npz, a folder, or with --show a .gif",
     )
-    add("--num_samples", type=int, help="default: as many as --labels, or 100 without")
+    add("--num_samples", type=cli.count, help="default: as many as --labels, or 100 without")
     add(
         "--labels",
         type=_file_or_classes,
@@ -58,11 +58,9 @@ def parse(argv: list[str]):
         help="a row for each: predictions on the way from noise; from one noise, or one class, to "
         "the next",
     )
-    add("--frames", type=int, help="with --show: how many (default: 10)")
-    cli.add_sampling_flags(parser)
-    group = parser.add_argument_group("several processes")
-    for name, (default, help_) in cli.PROCESSES.items():
-        group.add_argument(f"--{name}", type=type(default), default=default, help=help_)
+    add("--frames", type=cli.count, help="with --show: how many (default: 10)")
+    parser.add_sampling()
+    parser.add_processes()
     return parser.parse_args(argv[1:])
 
 
@@ -98,15 +96,12 @@ def check_out(out: str, show: str | None) -> tuple[pathlib.Path, str]:
 
 def main(argv: list[str]) -> None:
     """Parse the flags, load the EMA parameters, sample, decode, write."""
-    allocator.keep_freed_memory()
     args = parse(argv)
     out, suffix = check_out(args.out, args.show)
     if args.frames is not None and not args.show:
         raise UserError(f"--frames={args.frames} is for --show")
-    cli.check_positive(args, "num_samples", "batch_size", "vae_scale", "frames")
     check_seed(args.seed)
-    hosts.start(*(getattr(args, name) for name in cli.PROCESSES))
-    accelerators.start()
+    cli.start(args, keep_memory=True)
     if suffix:
         pipeline.check_writable(out)
     elif is_first():

@@ -447,7 +447,7 @@ BAD = {
     "few samples": (["--samples=BAD/few.npz", R, W], "few.npz has too few images: 3; at least 4"),
     "few real images": ([S, "--reference=BAD/few.npz", W], "few.npz has too few images: 3"),
     "more than there are": ([S, R, PIXELS, "--num_samples=99"], "has 6 images, fewer than the 99"),
-    "no samples": ([S, R, PIXELS, "--num_samples=0"], "--num_samples=0 must be positive"),
+    "no samples": ([S, R, PIXELS, "--num_samples=0"], "--num_samples: 0 must be at least 1"),
     "another resolution": (
         [S, "--reference=BAD/other.npz", PIXELS],
         "other.npz are 24×24×3, but those of",
