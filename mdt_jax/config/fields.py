@@ -206,4 +206,4 @@ def markdown() -> str:
             bound = f"; must be {field.bound.words}" if field.bound.words else ""
             text = f"- `{name}`: {field.help}. Default: {field.default_text}{bound}."
             lines.append(textwrap.fill(text, 100, subsequent_indent="  ", break_on_hyphens=False))
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
