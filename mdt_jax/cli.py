@@ -36,12 +36,11 @@ LONGEST = 1000  # characters of an error
 
 
 def run(main: Callable[[list[str]], None]) -> None:
-    """Call main(argv); a mistake of the user's or of the file system is one line, exit code 2, and
-    so is a limit of the machine: too many open files, no more memory.
+    """Call main(argv), and print the errors that a user can do something about as one line.
 
-    So is Ctrl-C where main leaves it to Python, with the code that shells have for it; the second
-    one ends the process at once. Where a run has several processes, the others hear why this one
-    left.
+    Exit codes: 2 for a UserError, for an OSError and for a limit of the machine (open files,
+    memory); 130 for Ctrl-C. A second Ctrl-C ends the process at once. Before it leaves, one of
+    several processes tells the others why.
     """
     accelerators.keep_compilations()
     _print_anywhere()
@@ -60,7 +59,7 @@ def _run(main: Callable[[list[str]], None]) -> None:
     except SystemExit as exit_:
         if not exit_.code and not hosts.several():
             _exit_if_lost()
-        _exit(exit_.code or 0, "it was told to")
+        _exit(exit_.code or 0, "it exited")
     except Exception as error:
         if line := one_line(error):
             who = hosts.name() if hosts.several() else ""
@@ -97,19 +96,19 @@ def one_line(error: Exception) -> str:
 
 
 def _exit_if_lost() -> None:
-    """At a good end, which a pipe that nobody reads any more is for Unix tools, too: by SIGPIPE."""
+    """Exit where stdout could not be written: as after SIGPIPE for a closed pipe, else with 2."""
     error = progress.lost()
     if isinstance(error, BrokenPipeError):
         sys.exit(128 + signal.SIGPIPE)
     if error is not None:
         progress.log(
-            f"error: stdout could not be written: {files.reason(error)}; what goes to files is done"
+            f"error: stdout could not be written: {files.reason(error)}; all files are written"
         )
         sys.exit(2)
 
 
 def _print_anywhere() -> None:
-    """Characters that a terminal's encoding lacks are printed as escapes, not raised as errors."""
+    """Print characters that the encoding of a terminal lacks as escapes, instead of raising."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -191,6 +190,16 @@ OPTION_FLAGS: dict[str, dict[str, Any]] = {
 }
 
 
+# Flags of `hosts.start`: name → (default, help).
+PROCESSES: dict[str, tuple[int | str, str]] = {
+    "distributed": ("auto", "off, HOST:PORT of process 0, or auto: as the scheduler says"),
+    "num_processes": (0, "with HOST:PORT: number of processes"),
+    "process_id": (-1, "with HOST:PORT: number of this process, from 0"),
+    "start_timeout": (300, "seconds within which all processes must start"),
+    "patience": (60, "seconds after which a process that does not answer is given up"),
+}
+
+
 class Parser(argparse.ArgumentParser):
     """The flags of a command. Every option of JAX is one of them: --jax_debug_nans=true.
 
@@ -235,13 +244,8 @@ class Parser(argparse.ArgumentParser):
 
     def add_config(self) -> None:
         """--config and a flag for each field of a config; see `read_config`."""
-        self.add_argument(
-            "--config",
-            required=True,
-            type=local,
-            metavar="FILE",
-            help="a recipe, FILE.py or FILE.py:VARIANT, or the config.json of a run",
-        )
+        text = "a recipe, FILE.py or FILE.py:VARIANT, or the config.json of a run"
+        self.add_argument("--config", required=True, type=local, metavar="FILE", help=text)
         for group, fields in FIELDS.items():
             add = self.add_argument_group(f"config fields: {group}").add_argument
             for name, field in fields.items():
@@ -254,64 +258,30 @@ class Parser(argparse.ArgumentParser):
     def add_sampling(self) -> None:
         """The checkpoint to sample from, and how to sample."""
         add = self.add_argument
-        add(
-            "--checkpoint",
-            required=True,
-            type=on_disk,
-            help="a workdir or a step of it, .pt, .safetensors, hf://…",
-        )
-        add("--seed", type=int, default=0, help="seed; sample n depends on it, n and its label")
+        add("--checkpoint", required=True, type=on_disk, help="a run, a step of it, a file, hf://…")
+        add("--seed", type=int, default=0, help="sample n depends on it, n and its label alone")
         add("--batch_size", type=count, default=100, help="changes the speed, not the samples")
         add("--dtype", choices=DTYPES, help="of matmuls and activations (default: the run's)")
         add(
-            "--vae",
-            type=on_disk,
-            help="VAE of a model of latents: a file, a folder or hf://OWNER/REPOSITORY (default: "
-            "the run's)",
+            "--vae", type=on_disk, help="file, folder or hf://OWNER/REPOSITORY (default: the run's)"
         )
-        add(
-            "--vae_scale",
-            type=positive,
-            help=f"factor of a file's latents (default: the VAE's, or {VAE_SCALE})",
-        )
-        add(
-            "--decoder_layers",
-            type=int,
-            help="decoder blocks of an MDT v1 file, which does not state them (default: 2)",
-        )
-        group = self.add_argument_group(
-            "sampling options",
-            "By default those of the checkpoint's run. Samples take several guidance scales in "
-            "turn.",
-        )
+        add("--vae_scale", type=positive, help=f"of latents (default: the VAE's, or {VAE_SCALE})")
+        add("--decoder_layers", type=int, help="of an MDT v1 file, which lacks them (default: 2)")
+        add = self.add_argument_group(
+            "sampling options (default: the run's); several guidance scales are used in turn"
+        ).add_argument
         for option in dataclasses.fields(SampleOptions):
             if option.name != "diffusion_steps":  # the network was trained for them
                 values = dict(OPTION_FLAGS.get(option.name) or _flag_of(option.type), default=None)
                 text = _help(option.metadata["help"], option.metadata["bound"])
-                group.add_argument(f"--{option.name}", **values, help=text)
+                add(f"--{option.name}", **values, help=text)
 
     def add_processes(self) -> None:
         """The flags of `hosts.start`."""
         add = self.add_argument_group("several processes").add_argument
-        add(
-            "--distributed",
-            default="auto",
-            help="off, HOST:PORT of process 0, or auto (default): as the cluster's scheduler says",
-        )
-        add("--num_processes", type=int, default=0, help="with HOST:PORT: number of processes")
-        add("--process_id", type=int, default=-1, help="with HOST:PORT: this process, from 0")
-        add(
-            "--start_timeout",
-            type=int,
-            default=300,
-            help="seconds within which all processes must have started (default: 300)",
-        )
-        add(
-            "--patience",
-            type=int,
-            default=60,
-            help="seconds after which a process that does not answer is given up (default: 60)",
-        )
+        for name, (default, text) in PROCESSES.items():
+            help_text = f"{text} (default: {default})"
+            add(f"--{name}", type=type(default), default=default, help=help_text)
 
 
 def _flag_of(kind: Any, default: Any = None) -> dict[str, Any]:
@@ -364,7 +334,5 @@ def start(args: argparse.Namespace, keep_memory: bool = False) -> None:
     if keep_memory:
         allocator.keep_freed_memory()
     if "distributed" in args:
-        hosts.start(
-            args.distributed, args.num_processes, args.process_id, args.start_timeout, args.patience
-        )
+        hosts.start(*(getattr(args, name) for name in PROCESSES))
     accelerators.start()

@@ -4,6 +4,7 @@ What is at --src says what network it is; the suffix of --dst says where it goes
 .safetensors, which the published PyTorch code loads with strict=True, or a folder (Orbax).
 """
 
+import argparse
 import pathlib
 
 from mdt_jax import cli
@@ -14,25 +15,15 @@ from mdt_jax.weights import networks, torch_files
 from mdt_jax.weights.orbax_folders import check_path
 
 
-def parse(argv: list[str]):
+def parse(argv: list[str]) -> argparse.Namespace:
     parser = cli.Parser(
-        prog="python -m mdt_jax.convert", description=(__doc__ or "").partition("\n")[0]
+        prog="python -m mdt_jax.convert", description="Convert weights from one format to another."
     )
     add = parser.add_argument
-    add(
-        "--src",
-        required=True,
-        type=cli.on_disk,
-        help="a workdir, a folder, .pt, .safetensors, or hf://OWNER/REPO/FILE",
-    )
-    add(
-        "--dst",
-        required=True,
-        type=cli.local,
-        help="FILE.pt, FILE.safetensors, or a folder to be made",
-    )
+    add("--src", required=True, type=cli.on_disk, help="a run, folder, .pt, .safetensors or hf://…")
+    add("--dst", required=True, type=cli.local, help="FILE.pt, FILE.safetensors, or a new folder")
     add("--params", choices=networks.ITEMS, default="ema", help="which of a run's parameters")
-    add("--decoder_layers", type=int, help="what MDT v1's files do not tell (default: 2)")
+    add("--decoder_layers", type=int, help="of an MDT v1 file, which lacks them (default: 2)")
     return parser.parse_args(argv[1:])
 
 

@@ -248,26 +248,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--out", default="", type=cli.local, help="folder of the latents")
-    add(
-        "--part",
-        default="",
-        metavar="K/N",
-        help="encode part K of N, for example 2/4: several machines can fill one folder at once",
-    )
-    add(
-        "--shard_images",
-        type=cli.count,
-        default=SHARD_IMAGES,
-        help="images in a shard, which is the most that is encoded again after a stop "
-        f"(default: {SHARD_IMAGES})",
-    )
-    instead = parser.add_mutually_exclusive_group()
-    instead.add_argument(
-        "--verify", **cli.SWITCH, help="read a finished cache and compare it with its manifest"
-    )
-    instead.add_argument(
-        "--estimate_scale", **cli.SWITCH, help="measure the VAE's scale; nothing is written"
-    )
+    add("--part", default="", metavar="K/N", help="part K of N, for several machines: 2/4")
+    text = f"images of a shard; a stop loses one shard at most (default: {SHARD_IMAGES})"
+    add("--shard_images", type=cli.count, default=SHARD_IMAGES, help=text)
+    add = parser.add_mutually_exclusive_group().add_argument
+    add("--verify", **cli.SWITCH, help="read a finished cache and compare it with its manifest")
+    add("--estimate_scale", **cli.SWITCH, help="measure the VAE's scale; nothing is written")
     parser.add_config()
     args = parser.parse_args(argv[1:])
     if not (args.out or args.estimate_scale):

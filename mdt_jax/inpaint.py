@@ -9,6 +9,7 @@ In Python `mdt_jax.inpaint(model, params, images, hidden, labels)` is the functi
 `mdt_jax.sampling.inpainting`.
 """
 
+import argparse
 import inspect
 import pathlib
 import sys
@@ -33,39 +34,26 @@ from mdt_jax.sampling.inpainting import MODES, InpaintOptions, check_hidden, inp
 from mdt_jax.weights.vae import encoder
 
 
-def parse(argv: list[str]):
+def parse(argv: list[str]) -> argparse.Namespace:
     parser = cli.Parser(
         prog="python -m mdt_jax.inpaint",
         usage="python -m mdt_jax.inpaint --checkpoint=PATH --image=PNG --mask=PNG --label=CLASS "
         "--out=PNG [--flag=value …]",
-        description="Draw what a mask hides of an image, and leave the rest as it was.",
+        description="Draw the part of an image that a mask hides, and leave the rest as it was.",
     )
+    own = InpaintOptions()
     add = parser.add_argument
     add("--image", required=True, type=cli.local, help="the image to complete")
-    add(
-        "--mask",
-        required=True,
-        type=cli.local,
-        help="as large: white is hidden; black or transparent is known",
-    )
-    add("--label", help="its class, a number or a name; none for an unconditional model")
+    add("--mask", required=True, type=cli.local, help="white is hidden, black or transparent known")
+    add("--label", help="class of the image, a number or a name; none for an unconditional model")
     add("--out", required=True, type=cli.local, help="out.png; for several completions a grid")
-    add("--num_samples", type=cli.count, default=1, help="how many completions")
-    add("--resize", **cli.SWITCH, help="cut and resize image and mask to the model's size")
-    own = InpaintOptions()
+    add("--num_samples", type=cli.count, default=1, help="number of completions")
+    add("--resize", **cli.SWITCH, help="crop and resize image and mask to the model's size")
     add("--mode", choices=MODES, default=own.mode)
     add("--jump_length", type=int, help=f"repaint: steps of a jump (default: {own.jump_length})")
-    add(
-        "--num_resamples",
-        type=int,
-        help=f"repaint: passes of each stretch; 1: no jumps (default: {own.num_resamples})",
-    )
-    add(
-        "--masked_share",
-        type=float,
-        help="side_interpolater: share of the steps that take the masked pass (default: "
-        f"{own.masked_share})",
-    )
+    resamples, share = own.num_resamples, own.masked_share
+    add("--num_resamples", type=int, help=f"repaint: passes of each stretch (default: {resamples})")
+    add("--masked_share", type=float, help=f"side_interpolater: masked steps (default: {share})")
     parser.add_sampling()
     return parser.parse_args(argv[1:])
 

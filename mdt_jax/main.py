@@ -356,12 +356,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--workdir", default="", type=cli.local, help="folder of the run's checkpoints and results")
     add("--tensorboard", **cli.SWITCH, help="write event files to the workdir")
     add("--wandb", default="", metavar="PROJECT", help="log to a project of Weights & Biases")
-    add(
-        "--profile_steps",
-        default="",
-        metavar="FIRST:LAST",
-        help="steps of a profiler's trace, for example 10:13",
-    )
+    add("--profile_steps", default="", metavar="FIRST:LAST", help="steps to profile, as 10:13")
     parser.add_processes()
     parser.add_config()
     args = parser.parse_args(argv[1:])

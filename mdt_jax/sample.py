@@ -6,6 +6,7 @@ the same command goes on where it was stopped. How they came about is kept insid
 of latents needs a VAE: --vae=hf://OWNER/REPOSITORY.
 """
 
+import argparse
 import pathlib
 
 import numpy as np
@@ -31,34 +32,29 @@ WALKS = {
 }
 
 
-def parse(argv: list[str]):
+def parse(argv: list[str]) -> argparse.Namespace:
     parser = cli.Parser(
         prog="python -m mdt_jax.sample",
         usage="python -m mdt_jax.sample --checkpoint=PATH --out=PATH [--flag=value …]",
         description="Draw samples from a run, a file or a released checkpoint.",
     )
     add = parser.add_argument
-    add(
-        "--out",
-        required=True,
-        type=cli.local,
-        help="grid.png, samples.npz, a folder, or with --show a .gif",
-    )
+    add("--out", required=True, type=cli.local, help="grid.png, samples.npz or a folder; or a .gif")
     add("--num_samples", type=cli.count, help="default: as many as --labels, or 100 without")
     add(
         "--labels",
         type=_file_or_classes,
-        help='classes, taken in turn: 0,1,2 or "golden retriever" (name:1 or number:1 where 1 may '
-        "be either); a .txt or .npy of one for each sample; random; balanced, all classes in turn "
-        "(the default)",
+        help='classes, used in turn: 0,1,2 or "golden retriever" (name:1 or number:1 where 1 may '
+        "be either); a .txt or .npy with a class for each sample; random; or balanced, all classes "
+        "in turn (default)",
     )
     add(
         "--show",
         choices=WALKS,
-        help="a row for each: predictions on the way from noise; from one noise, or one class, to "
-        "the next",
+        help="a row of frames for each sample: predicted clean images from noise to sample, or the "
+        "interpolation to the next noise or class",
     )
-    add("--frames", type=cli.count, help="with --show: how many (default: 10)")
+    add("--frames", type=cli.count, help="with --show: frames of a row (default: 10)")
     parser.add_sampling()
     parser.add_processes()
     return parser.parse_args(argv[1:])

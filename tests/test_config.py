@@ -41,7 +41,7 @@ def test_sample_options_are_the_fields_of_the_group_sample():
 
 def test_messages_of_rules_name_fields_that_exist():
     values = _derived(configs.default())
-    for holds, message in RULES:
+    for message, holds in RULES.items():
         assert holds(values), message
         assert "{" not in message.format_map(vars(values))
     names = dict(flat_fields())

@@ -418,8 +418,8 @@ def bad(tmp_path_factory, sets):
 S, R, W = "--samples=SETS/samples.npz", "--reference=SETS/real.npz", "--inception=SETS/fid.pth"
 PIXELS = "--features=pixels"
 BAD = {
-    "nothing": ([], "--samples, --make_reference and --vae"),
-    "two things": ([S, "--vae=x", R], "--samples, --make_reference and --vae"),
+    "nothing": ([], "one of the arguments --samples --make_reference --vae is required"),
+    "two things": ([S, "--vae=x", R], "argument --vae: not allowed with argument --samples"),
     "no reference": ([S], "--reference is missing"),
     "no images": (["--vae=BAD/vae.safetensors"], "--images is missing"),
     "no out": (["--make_reference=SETS/real.npz"], "--out is missing"),

@@ -9,15 +9,11 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from mdt_jax.config.fields import FIELDS, flat_fields
-from mdt_jax.config.rules import check_fields, get, validate
+from mdt_jax.config.rules import check_fields, get
+from mdt_jax.config.rules import validate as validate
 from mdt_jax.data import sources
 from mdt_jax.runtime import files
 from mdt_jax.runtime.errors import UserError
-
-__all__ = [
-    "base", "check_fields", "complete", "default", "expand_paths", "load", "override", "validate",
-    "variant",
-]  # fmt: skip
 
 
 def default() -> ConfigDict:

@@ -54,26 +54,16 @@ def _sample_fields() -> dict[str, Field]:
 
 FIELDS: dict[str, dict[str, Field]] = dict(
     model=dict(
-        version=Field(
-            "v1",
-            "version of MDT; v2 adds long skips in the encoder and input skips into the decoder",
-            one_of(("v1", "v2")),
-        ),
+        version=Field("v1", "v2 adds long skips in the encoder and input skips into the decoder",
+                      one_of(("v1", "v2"))),
         hidden_size=Field(384, "width of a token", at_least(1)),
         depth=Field(12, "encoder and decoder blocks together", at_least(1)),
         num_heads=Field(6, "attention heads of a block", at_least(1)),
         patch_size=Field(2, "side of the square that makes a token", at_least(1)),
         decoder_layers=Field(2, "decoder blocks; 0: a DiT, which has no masked pass", at_least(0)),
-        side_layers=Field(
-            1,
-            "blocks of the side-interpolater",
-            at_least(1, "; for none, set model.side_interpolater=False"),
-        ),
-        num_classes=Field(
-            10,
-            "classes; 0: unconditional, -1: as many as the data has",
-            at_least(-1),
-        ),
+        side_layers=Field(1, "blocks of the side-interpolater",
+                          at_least(1, "; for none, set model.side_interpolater=False")),
+        num_classes=Field(10, "0: unconditional; -1: as many as the data has", at_least(-1)),
         relative_bias=Field(True, "the attention has a relative position bias"),
         learned_position=Field(True, "if False, both position embeddings stay sine-cosine"),
         side_interpolater=Field(True, "if False, mask tokens go straight to the decoder"),
@@ -81,31 +71,22 @@ FIELDS: dict[str, dict[str, Field]] = dict(
     ),
     mask=dict(
         ratio=Field(0.3, "share of the tokens that the masked pass hides", half_open(0, 1)),
-        ratio_max=Field(
-            0.0, "each step draws its ratio from [ratio, ratio_max); 0: fixed", half_open(0, 1)
-        ),
+        ratio_max=Field(0.0, "if above ratio, each step draws its ratio from [ratio, ratio_max)",
+                        half_open(0, 1)),
         passes=Field("both", "passes of a training step", one_of(("both", "full", "masked"))),
         loss_on=Field("all", "tokens in the loss of the masked pass", one_of(("all", "masked"))),
         asymmetric=Field(True, "if False, the decoder sees kept tokens only, as the encoder does"),
     ),
     diffusion=dict(
-        steps=Field(
-            1000,
-            "steps of the linear β schedule",
-            at_least(21, ", or the last β would reach 1"),
-        ),
+        steps=Field(1000, "steps of the linear β schedule",
+                    at_least(21, ", or the last β would reach 1")),
         loss_weight=Field("uniform", "weight of the squared error over time", one_of(LOSS_WEIGHTS)),
     ),
     data=dict(
-        name=Field(
-            "digits",
-            "a data set in a package, or a kind of data: folder, tar, tfds, latents",
-            one_of(sources.NAMES),
-        ),
-        path=Field(
-            "", "path of a folder, tar, tfds or latents; for tfds also the set's name",
-            path=files.local,
-        ),  # fmt: skip
+        name=Field("digits", "a data set of a package, or the kind of your own",
+                   one_of(sources.NAMES)),
+        path=Field("", "path of a folder, tar, tfds or latents; for tfds also the set's name",
+                   path=files.local),
         split=Field("train", "split of a tfds set"),
         image_size=Field(8, "height and width to which images are cropped", at_least(1)),
         channels=Field(1, "colour channels: 3, or 1 for grey", at_least(1)),
@@ -116,17 +97,13 @@ FIELDS: dict[str, dict[str, Field]] = dict(
         max_damaged=Field(0, "damaged images that each host skips before it stops", at_least(0)),
     ),
     vae=dict(
-        path=Field(
-            "identity", "file, folder or hf://OWNER/REPOSITORY; identity: train on pixels",
-            path=hub.on_disk,
-        ),  # fmt: skip
+        path=Field("identity", "file, folder or hf://OWNER/REPOSITORY; identity: train on pixels",
+                   path=hub.on_disk),
         scale=Field(VAE_SCALE, "factor by which latents are multiplied", above(0)),
     ),
     init=dict(
-        checkpoint=Field(
-            "", "weights a new run starts from: a run, a file or hf://OWNER/REPOSITORY/FILE",
-            path=hub.on_disk,
-        ),  # fmt: skip
+        checkpoint=Field("", "weights a new run starts from: a run, a file or hf://…/FILE",
+                         path=hub.on_disk),
         resize=Field(False, "resample these weights where the grid of tokens differs"),
     ),
     optim=dict(
@@ -138,14 +115,9 @@ FIELDS: dict[str, dict[str, Field]] = dict(
     train=dict(
         steps=Field(400_000, "training steps", at_least(1)),
         seed=Field(0, "seed of the whole run", half_open(0, 2**31, "2^31")),
-        dtype=Field(
-            "float32", "type of matmuls and activations", one_of(("float32", "bfloat16"))
-        ),
-        precision=Field(
-            HIGHEST,
-            "precision of float32 matmuls on accelerators, the VAE's too",
-            one_of(PRECISIONS),
-        ),
+        dtype=Field("float32", "type of matmuls and activations", one_of(("float32", "bfloat16"))),
+        precision=Field(HIGHEST, "precision of float32 matmuls on accelerators, the VAE's too",
+                        one_of(PRECISIONS)),
         remat=Field("none", "part of a block that the backward pass recomputes", one_of(REMAT)),
         accumulate=Field(1, "parts of the batch that a step takes one after another", at_least(1)),
         log_every=Field(100, "steps between lines of metrics.jsonl", at_least(1)),
@@ -155,31 +127,21 @@ FIELDS: dict[str, dict[str, Field]] = dict(
         max_skipped=Field(20, "non-finite steps in a row that stop the run", at_least(1)),
     ),
     mesh=dict(
-        data=Field(
-            0, "groups of devices that split the batch; 0: as many as there are", at_least(0)
-        ),
-        fsdp=Field(
-            1, "devices of a group, which split parameters, optimizer and EMA too", at_least(1)
-        ),
+        data=Field(0, "groups of devices that split the batch; 0: all there are", at_least(0)),
+        fsdp=Field(1, "devices of a group, which split parameters and EMA too", at_least(1)),
     ),
     sample=dict(
         **_sample_fields(),
-        num_samples=Field(
-            0, "samples drawn and measured at the end of training; 0: none", at_least(0)
-        ),
+        num_samples=Field(0, "samples drawn and measured when training ends", at_least(0)),
         batch_size=Field(100, "samples at once; changes the speed, not the samples", at_least(1)),
     ),
     evaluation=dict(
         every=Field(0, "steps between measurements of EMA samples; 0: none", at_least(0)),
         num_samples=Field(10_000, "samples of a measurement", at_least(4)),
-        reference=Field(
-            "", "real images or an npz; empty: the held-out part of a packaged set",
-            path=files.local,
-        ),  # fmt: skip
-        inception=Field(
-            "", "weights of FID's Inception; empty: compare images by their pixels",
-            path=hub.on_disk,
-        ),  # fmt: skip
+        reference=Field("", "real images or an npz; empty: the held-out part of a packaged set",
+                        path=files.local),
+        inception=Field("", "weights of FID's Inception; empty: compare images by their pixels",
+                        path=hub.on_disk),
     ),
 )  # fmt: skip
 

@@ -25,113 +25,62 @@ WITHOUT_EFFECT = {
     ("model.side_interpolater", False): ("model.side_layers", "model.masked_shortcut"),
 }  # fmt: skip
 
-# (rule, message where it is broken); both take the groups of a config and the values of `_derived`.
-RULES: tuple[tuple[Callable[[Any], bool], str], ...] = (
-    (
+# The message for a config that breaks a rule, and the rule. Both take the groups of the config and
+# the values of `_derived`.
+RULES: dict[str, Callable[[Any], bool]] = {
+    "data.path={data.path} has no effect with data.name={data.name}, which is in a package":
         lambda c: not c.data.path or c.data.name in sources.STORED,
-        "data.path={data.path} has no effect with data.name={data.name}, which is in a package",
-    ),
-    (
+    "data.crop={data.crop} has no effect with data.name=latents, which were cropped already":
         lambda c: c.data.name != "latents" or c.data.crop == "center",
-        "data.crop={data.crop} has no effect with data.name=latents, which were cropped already",
-    ),
-    (
+    "data.name=latents requires vae.path, the VAE that encoded them":
         lambda c: c.data.name != "latents" or not c.on_pixels,
-        "data.name=latents requires vae.path, the VAE that encoded them",
-    ),
-    (
+    "data.channels is {data.channels}; it must be 3, or 1 for grey images":
         lambda c: c.data.channels in (1, 3) or c.packaged,
-        "data.channels is {data.channels}; it must be 3, or 1 for grey images",
-    ),
-    (
+    "data.channels is {data.channels}; the VAE requires 3":
         lambda c: c.on_pixels or c.data.channels == 3,
-        "data.channels is {data.channels}; the VAE requires 3",
-    ),
-    (
+    f"data.image_size {{data.image_size}} must be a multiple of {VAE_FACTOR} for the VAE":
         lambda c: c.on_pixels or c.data.image_size % VAE_FACTOR == 0,
-        f"data.image_size {{data.image_size}} must be a multiple of {VAE_FACTOR} for the VAE",
-    ),
-    (
+    "model.patch_size {model.patch_size} does not divide {input_name} {input_size}":
         lambda c: c.input_size % c.model.patch_size == 0,
-        "model.patch_size {model.patch_size} does not divide {input_name} {input_size}",
-    ),
-    (
+    "model.hidden_size {model.hidden_size} is not divisible by model.num_heads {model.num_heads}":
         lambda c: c.model.hidden_size % c.model.num_heads == 0,
-        "model.hidden_size {model.hidden_size} is not divisible by model.num_heads "
-        "{model.num_heads}",
-    ),
-    (
+    "model.hidden_size {model.hidden_size} must be a multiple of 4: sine and cosine of two axes":
         lambda c: c.model.hidden_size % 4 == 0,
-        "model.hidden_size {model.hidden_size} must be a multiple of 4, for sine and cosine of two "
-        "axes",
-    ),
-    (
+    "model.decoder_layers is {model.decoder_layers}; it must be below model.depth {model.depth}, "
+    "since the encoder needs a block":
         lambda c: c.model.decoder_layers < c.model.depth,
-        "model.decoder_layers is {model.decoder_layers}; it must be below model.depth "
-        "{model.depth}, since the encoder needs a block",
-    ),
-    (
+    "model.depth {model.depth} less model.decoder_layers {model.decoder_layers} leaves "
+    "{encoder_layers} encoder blocks; v2 requires an even number, for its long skips":
         lambda c: c.model.version == "v1" or c.encoder_layers % 2 == 0,
-        "model.depth {model.depth} less model.decoder_layers {model.decoder_layers} leaves "
-        "{encoder_layers} encoder blocks; v2 requires an even number, for its long skips",
-    ),
-    (
+    "mask.ratio_max is {mask.ratio_max}; it must be above mask.ratio {mask.ratio}, or 0: fixed":
         lambda c: c.mask.ratio_max == 0 or c.mask.ratio <= c.mask.ratio_max,
-        "mask.ratio_max is {mask.ratio_max}; it must be above mask.ratio {mask.ratio}, or 0 for a "
-        "fixed ratio",
-    ),
-    (
+    "a mask ratio of {highest_ratio} leaves none of the {tokens} tokens to the encoder":
         lambda c: keep_length(c.tokens, c.highest_ratio) >= 1,
-        "a mask ratio of {highest_ratio} leaves none of the {tokens} tokens to the encoder",
-    ),
-    (
+    "model.decoder_layers is 0: without a decoder there is no masked pass; set mask.passes=full":
         lambda c: not c.masked_pass or c.model.decoder_layers > 0,
-        "model.decoder_layers is 0: without a decoder there is no masked pass; set "
-        "mask.passes=full",
-    ),
-    (
+    "mask.asymmetric=False requires model.side_interpolater=True: without it no block would see "
+    "the masked tokens":
         lambda c: not c.masked_pass or c.mask.asymmetric or c.model.side_interpolater,
-        "mask.asymmetric=False requires model.side_interpolater=True: without it no block would "
-        "see the masked tokens",
-    ),
-    (
-        lambda c: (
-            not c.masked_pass
-            or c.mask.loss_on == "all"
-            or keep_length(c.tokens, c.mask.ratio) < c.tokens
-        ),
-        "mask.loss_on=masked requires a higher mask.ratio than {mask.ratio}: none of the {tokens} "
-        "tokens is masked",
-    ),
-    (
+    "mask.loss_on=masked requires a higher mask.ratio than {mask.ratio}: none of the {tokens} "
+    "tokens is masked":
+        lambda c: not c.masked_loss or keep_length(c.tokens, c.mask.ratio) < c.tokens,
+    "sample.num_samples is 1; it must be 0, or at least 2 to be measured":
         lambda c: c.sample.num_samples != 1,
-        "sample.num_samples is 1; it must be 0, or at least 2 to be measured",
-    ),
-    (
-        lambda c: (
-            not (c.evaluation.every or c.evaluation.inception)
-            or c.evaluation.reference
-            or c.packaged
-        ),
-        "evaluation.reference is empty, and {data.name} has no held-out images: set it to a folder "
-        "or to an npz, for example VIRTUAL_imagenet256_labeled.npz",
-    ),
-    (
-        lambda c: (
-            not (c.evaluation.every or c.evaluation.reference)
-            or c.evaluation.inception
-            or c.on_pixels
-        ),
-        "evaluation.inception is empty, and the images are too large to be compared by their "
-        f"pixels: set it to {WHERE}",
-    ),
-)
+    "evaluation.reference is empty, and {data.name} has no held-out images: set it to a folder or "
+    "to an npz, for example VIRTUAL_imagenet256_labeled.npz":
+        lambda c: c.evaluation.reference or c.packaged
+        or not (c.evaluation.every or c.evaluation.inception),
+    "evaluation.inception is empty, and the images are too large to be compared by their pixels: "
+    f"set it to {WHERE}":
+        lambda c: c.evaluation.inception or c.on_pixels
+        or not (c.evaluation.every or c.evaluation.reference),
+}  # fmt: skip
 
 
 def _derived(config: ConfigDict) -> types.SimpleNamespace:
     """The groups of a config and the values that rules compare, by name."""
     model, mask, size = config.model, config.mask, input_shape(config)[0]
-    on_pixels = config.vae.path == "identity"
+    on_pixels, masked_pass = config.vae.path == "identity", mask.passes != "full"
     return types.SimpleNamespace(
         **{group: config[group] for group in FIELDS},
         on_pixels=on_pixels,
@@ -141,7 +90,8 @@ def _derived(config: ConfigDict) -> types.SimpleNamespace:
         tokens=(size // model.patch_size) ** 2,
         encoder_layers=model.depth - model.decoder_layers,
         highest_ratio=max(mask.ratio, mask.ratio_max),
-        masked_pass=mask.passes != "full",
+        masked_pass=masked_pass,
+        masked_loss=masked_pass and mask.loss_on == "masked",
     )
 
 
@@ -180,7 +130,7 @@ def validate(config: ConfigDict, num_devices: int | None = None) -> None:
         if get(config, switch) == state:
             _check_defaults(config, names, f"{switch}={state}")
     values = _derived(config)
-    for holds, message in RULES:
+    for message, holds in RULES.items():
         if not holds(values):
             raise UserError(message.format_map(vars(values)))
     limits.check_tokens(values.tokens, config.model.hidden_size)

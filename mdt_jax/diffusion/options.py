@@ -39,50 +39,36 @@ class SampleOptions:
 
     sampler: str = option("ddpm", "update rule of a sampling step", one_of(SAMPLERS))
     num_steps: int = option(
-        250,
-        "steps taken of the schedule's; each evaluates the network once, but heun's twice except "
-        "for the last",
-        at_least(1),
+        250, "sampling steps; heun evaluates the network twice each", at_least(1)
     )
     spacing: str = option(
-        "even", "spacing of the steps: even in t; stride as in the published ddimN",
-        one_of(sch.SPACINGS),
-    )  # fmt: skip
+        "even", "spacing of the steps; stride: as the published ddimN", one_of(sch.SPACINGS)
+    )
     eta: float = option(0.0, "noise of ddim, from 0 (deterministic) to 1", between(0, 1))
     guidance_scale: float = option(3.8, "scale of classifier-free guidance; 1: no guidance")
-    guidance_power: float = option(
-        4.0, "exponent of the guidance weight over time; 0: constant weight", at_least(0)
-    )
+    guidance_power: float = option(4.0, "exponent of power_cosine; 0: constant", at_least(0))
     guidance: str = option(
         "power_cosine",
-        "guidance weight over time: power_cosine as in the published code, power_cosine_printed as "
-        "in the paper",
+        "guidance weight over time: power_cosine as in the code, power_cosine_printed as in the "
+        "paper of MDT",
         one_of(WEIGHTS),
     )
-    guidance_channels: int = option(
-        3, "guidance acts on the first N channels of ε; 0: on all", at_least(0)
-    )
+    guidance_channels: int = option(3, "first channels of ε to guide; 0: all", at_least(0))
     guidance_low: float = option(
-        0.0, "guidance acts from this share of the diffusion's steps; 0 is the clean end",
-        between(0, 1),
-    )  # fmt: skip
+        0.0, "guidance acts from this share of the timesteps (0: clean)", between(0, 1)
+    )
     guidance_high: float = option(
-        1.0, "guidance acts up to this share of the diffusion's steps", between(0, 1)
+        1.0, "guidance acts up to this share of the timesteps (1: noise)", between(0, 1)
     )
     guidance_skip_tolerance: float = option(
-        0.0, "a guidance weight this close to 1 counts as 1, which halves the work of its step",
-        at_least(0),
-    )  # fmt: skip
+        0.0, "guidance weights this close to 1 count as 1 and cost half", at_least(0)
+    )
     clip_denoised: bool | None = option(
-        None,
-        "clip the predicted clean sample to [-1, 1] at each step; by default for pixels, not for "
-        "latents",
+        None, "clip the predicted clean sample to [-1, 1] at each step (default: pixels only)"
     )
     diffusion_steps: int = option(1000, "steps of the training schedule")
     precision: str = option(
-        HIGHEST,
-        "precision of float32 matmuls on accelerators, the VAE's too",
-        one_of(PRECISIONS),
+        HIGHEST, "precision of float32 matmuls on accelerators, the VAE's too", one_of(PRECISIONS)
     )
 
     @classmethod
@@ -106,26 +92,20 @@ class SampleOptions:
         """Raise UserError, naming the option, for options that a model cannot be sampled with."""
         for field in dataclasses.fields(self):
             check(field.name, getattr(self, field.name), field.type, field.metadata["bound"])
-        if self.num_steps > self.diffusion_steps:
+        steps, low, high = self.num_steps, self.guidance_low, self.guidance_high
+        if steps > self.diffusion_steps:
             raise UserError(
-                f"num_steps is {self.num_steps}; it must be between 1 and the "
-                f"{self.diffusion_steps} steps of the training schedule"
+                f"num_steps is {steps}; it must be between 1 and the {self.diffusion_steps} steps "
+                "of the training schedule"
             )
         try:
             self.schedule()
         except ValueError as error:
-            raise UserError(
-                f"num_steps {self.num_steps} with spacing {self.spacing}: {error}"
-            ) from None
+            raise UserError(f"num_steps {steps} with spacing {self.spacing}: {error}") from None
         if self.eta and self.sampler != "ddim":
-            raise UserError(
-                f"eta is {self.eta}; the sampler {self.sampler} has no eta, only ddim has"
-            )
-        if self.guidance_low > self.guidance_high:
-            raise UserError(
-                f"guidance_low {self.guidance_low} is above guidance_high {self.guidance_high}; "
-                "swap them"
-            )
+            raise UserError(f"eta is {self.eta}; the sampler {self.sampler} has no eta")
+        if low > high:
+            raise UserError(f"guidance_low {low} is above guidance_high {high}; swap them")
         if self.guided and not num_classes:
             raise UserError(
                 "an unconditional model takes no guidance: set guidance_scale to 1 and guidance to "
@@ -170,6 +150,12 @@ class SampleOptions:
             weights = [np.asarray(self.weight(t, float(scale))) for scale in each]
             needed &= (np.stack(weights) != 1).any(0)
         return needed
+
+
+SampleOptions.__doc__ = "\n    ".join(
+    [SampleOptions.__doc__ or ""]
+    + [f"{field.name}: {field.metadata['help']}" for field in dataclasses.fields(SampleOptions)]
+)
 
 
 def defaults(num_classes: int) -> SampleOptions:
