@@ -1,8 +1,9 @@
 """What a config costs: python -m mdt_jax.info --config=configs/v2_xl2.py
 
-Prints parameters, multiply-accumulates of both passes, the tokens the masked pass keeps, the memory
-of a training step as the compiler for this machine's devices plans it, and what machine that is.
-Nothing is trained, and none of that memory is needed.
+Prints the number of parameters, the multiply-accumulates of both passes, the tokens that the masked
+pass keeps, the memory that a training step needs by the compiler's plan for this machine's devices,
+and these devices. Nothing is trained, and that memory is not allocated. --fields prints all fields
+of a config.
 """
 
 import argparse
@@ -20,25 +21,22 @@ from mdt_jax.train import costs
 
 
 def report(config: ConfigDict) -> dict[str, str]:
-    """What is printed, line by line."""
+    """The lines to print, by name."""
     model = MDT.from_config(config)
     total, sampling = costs.parameter_counts(model)
-    full = costs.pass_macs(model)
     lines = {
         "parameters": f"{total:,} ({sampling:,} without the training-only part)",
-        "full pass": f"{full / 1e9:.2f} GMAC an image",
+        "full pass": f"{costs.pass_macs(model) / 1e9:.2f} GMAC an image",
     }
     lengths = costs.kept_lengths(config, model.num_tokens)
     if lengths is not None:
-        masked = [costs.pass_macs(model, kept) for kept in lengths]
-        lines["masked pass"] = f"{_range(f'{macs / 1e9:.2f}' for macs in masked)} GMAC an image"
-        lines["kept lengths"] = f"{_range(map(str, lengths))} of {model.num_tokens} tokens" + (
-            ", drawn for each step" if lengths[0] < lengths[1] else ""
-        )
+        work = [f"{costs.pass_macs(model, kept) / 1e9:.2f}" for kept in lengths]
+        drawn = ", drawn for each step" if lengths[0] < lengths[1] else ""
+        lines["masked pass"] = f"{_range(*work)} GMAC an image"
+        lines["kept lengths"] = f"{_range(*lengths)} of {model.num_tokens} tokens{drawn}"
     lines["training"] = f"{costs.training_flops(config, model) / 1e12:.2g} TFLOP an image"
-    memory = costs.step_memory(config, model)
+    memory, devices = costs.step_memory(config, model), jax.device_count()
     parts = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in memory.items())
-    devices = jax.device_count()
     lines["memory of a step"] = (
         f"{sum(memory.values()) / 2**30:.2f} GiB on each device for a batch of "
         f"{config.data.batch_size // devices} ({parts})"
@@ -50,9 +48,8 @@ def report(config: ConfigDict) -> dict[str, str]:
     return lines
 
 
-def _range(values) -> str:
-    fewest, most = values
-    return fewest if fewest == most else f"{fewest}–{most}"
+def _range(low: object, high: object) -> str:
+    return f"{low}" if low == high else f"{low}–{high}"
 
 
 class _PrintFields(argparse.Action):
@@ -83,9 +80,9 @@ def main(argv: list[str]) -> None:
     cli.start(args)
     configs.validate(config, jax.device_count())
     if config.model.num_classes < 0:
-        log("model.num_classes is -1, and no data is read: counted as 0")
+        log("model.num_classes is -1, and info reads no data: counted as 0")
         config.model.num_classes = 0
-    log("compiling a training step, to see what it needs …")
+    log("compiling a training step to measure its memory …")
     for name, text in report(config).items():
         print_result(f"{name:<17}{text}")
 
