@@ -14,13 +14,13 @@ reads as the class asked for. Prints a table and leaves convergence.png and conv
 import contextlib
 import json
 import pathlib
-import runpy
 import sys
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from mdt_jax import cli
+from mdt_jax import config as configs
 from mdt_jax.data import sources
 from mdt_jax.data.images import to_uint8
 from mdt_jax.diffusion.options import SampleOptions, balanced_labels
@@ -80,7 +80,7 @@ def recipe(
     changes: dict, seed: int, steps: int, samples: int, variant: str, curves: bool, name="digits"
 ) -> ConfigDict:
     """configs/NAME.py for a short run, with `changes` to it; `curves`: six checkpoints."""
-    config = runpy.run_path(str(ROOT / "configs" / f"{name}.py"))["get_config"](variant)
+    config = configs.load(str(ROOT / "configs" / f"{name}.py"), variant)
     every = max(1, steps // 6) if curves else steps
     if name == "digits":
         # For a short run: a higher rate, and an EMA that does not lag behind by half of it.

@@ -5,35 +5,26 @@ The kind of network follows from the names in --src. The suffix of --dst selects
 folder.
 """
 
+import argparse
 import pathlib
 
 from mdt_jax import cli
-from mdt_jax.runtime import backend, files, locks
+from mdt_jax.runtime import files, locks
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.runtime.progress import print_result
 from mdt_jax.weights import networks, torch_files
 from mdt_jax.weights.orbax_folders import check_path
 
 
-def parse(argv: list[str]):
+def parse(argv: list[str]) -> argparse.Namespace:
     parser = cli.Parser(
-        prog="python -m mdt_jax.convert", description=(__doc__ or "").partition("\n")[0]
+        prog="python -m mdt_jax.convert", description="Convert weights from one format to another."
     )
     add = parser.add_argument
-    add(
-        "--src",
-        required=True,
-        type=cli.on_disk,
-        help="a workdir, a folder, .pt, .safetensors, or hf://OWNER/REPO/FILE",
-    )
-    add(
-        "--dst",
-        required=True,
-        type=cli.local,
-        help="FILE.pt, FILE.safetensors, or a new folder",
-    )
+    add("--src", required=True, type=cli.on_disk, help="a run, folder, .pt, .safetensors or hf://…")
+    add("--dst", required=True, type=cli.local, help="FILE.pt, FILE.safetensors, or a new folder")
     add("--params", choices=networks.ITEMS, default="ema", help="which of a run's parameters")
-    add("--decoder_layers", type=int, help="of MDT v1, whose files do not record it (default: 2)")
+    add("--decoder_layers", type=int, help="of an MDT v1 file, which lacks them (default: 2)")
     return parser.parse_args(argv[1:])
 
 
@@ -58,7 +49,7 @@ def main(argv: list[str]) -> None:
     args = parse(argv)
     dst = pathlib.Path(args.dst)
     check_destination(dst)
-    backend.start()
+    cli.start(args)
     with locks.held(locks.beside(dst), str(dst)):
         weights = networks.read_network(args.src, args.params, args.decoder_layers)
         networks.save(dst, weights)

@@ -6,6 +6,7 @@ and so on. The same command resumes where it was stopped. To train on the cache:
 --config.data.name=latents --config.data.path=latents/imagenet
 """
 
+import argparse
 import pathlib
 import re
 
@@ -13,7 +14,6 @@ import jax
 
 from mdt_jax import cli
 from mdt_jax import config as configs
-from mdt_jax.runtime import backend, files
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.train import encoding
 
@@ -30,40 +30,40 @@ def parse_part(text: str) -> tuple[int, int]:
     return int(numbers[1]) - 1, int(numbers[2])
 
 
-def main(argv: list[str]) -> None:
-    """Parse the flags, and encode, verify or estimate."""
-    usage = (
-        "usage: python -m mdt_jax.encode --config=configs/xl2.py --out=FOLDER "
-        "[--verify | --estimate_scale] [--part=2/4] [--shard_images=2048] "
-        "[--config.field=value …]\n"
-        "Fields and defaults: mdt_jax/config.py"
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = cli.Parser(
+        prog="python -m mdt_jax.encode",
+        usage="python -m mdt_jax.encode --config=FILE --out=FOLDER [--flag=value …]",
+        description="Encode images with a VAE, once for all runs. --config.GROUP.FIELD=VALUE sets "
+        "a field.",
     )
-    optional = {
-        "out": ("", "where the latents go"),
-        "verify": (False, "read a finished cache and compare it with its manifest"),
-        "estimate_scale": (False, "measure what vae.scale should be; nothing is written"),
-        "part": ("", "of several machines that fill one folder at once, which this is: 2/4"),
-        "shard_images": (
-            SHARD_IMAGES,
-            "images in a shard, which is what a stop may cost",
-        ),
-    }
-    config, flags = cli.parse_config(argv, usage, optional)
-    backend.start()
-    out = pathlib.Path(files.local(flags.out))
+    add = parser.add_argument
+    add("--out", default="", type=cli.local, help="folder of the latents")
+    add("--part", default="", metavar="K/N", help="part K of N, for several machines: 2/4")
+    text = f"images of a shard; a stop loses one shard at most (default: {SHARD_IMAGES})"
+    add("--shard_images", type=cli.count, default=SHARD_IMAGES, help=text)
+    add = parser.add_mutually_exclusive_group().add_argument
+    add("--verify", **cli.SWITCH, help="read a finished cache and compare it with its manifest")
+    add("--estimate_scale", **cli.SWITCH, help="measure the VAE's scale; nothing is written")
+    parser.add_config()
+    args = parser.parse_args(argv[1:])
+    if not (args.out or args.estimate_scale):
+        raise UserError("--out is missing: the folder of the latents")
+    return args
+
+
+def main(argv: list[str]) -> None:
+    """Parse the flags and encode, verify or estimate."""
+    args = parse(argv)
+    config, _ = cli.read_config(args)
+    cli.start(args)
     configs.validate(config)
-    if flags.shard_images < 1:
-        raise UserError(f"--shard_images={flags.shard_images}; it must be at least 1")
-    if flags.estimate_scale and flags.verify:
-        raise UserError("--estimate_scale and --verify exclude each other")
-    if flags.estimate_scale:
+    if args.estimate_scale:
         encoding.estimate_scale(config)
-    elif not flags.out:
-        raise UserError(f"--out is missing; {usage.splitlines()[0]}")
-    elif flags.verify:
-        encoding.verify(config, out)
+    elif args.verify:
+        encoding.verify(config, pathlib.Path(args.out))
     else:
-        encoding.encode(config, out, flags.shard_images, parse_part(flags.part))
+        encoding.encode(config, pathlib.Path(args.out), args.shard_images, parse_part(args.part))
 
 
 if __name__ == "__main__":

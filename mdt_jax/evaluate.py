@@ -7,6 +7,7 @@ wrote. Rerun the same command to resume an interrupted measurement.
 Also: --make_reference=IMAGES --out=reference.npz; --vae=VAE --images=IMAGES: what a VAE loses.
 """
 
+import argparse
 import contextlib
 import pathlib
 
@@ -20,23 +21,24 @@ from mdt_jax.evaluation.features import FeatureCache, extract
 from mdt_jax.evaluation.image_sets import StoredImages, open_images
 from mdt_jax.evaluation.npz_files import read_headers
 from mdt_jax.evaluation.reconstruction import check_reconstructible, measure_vae
-from mdt_jax.runtime import backend, cluster, hosts, locks
+from mdt_jax.runtime import hosts, locks
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.runtime.hosts import is_first, log0
 from mdt_jax.runtime.progress import print_result
 from mdt_jax.sampling.writing import check_writable
 from mdt_jax.weights.vae import Vae
 
-# What each way of calling needs and may have, besides --image_size and --inception.
-WAYS = {
-    "samples": ("reference", "features", "num_samples", "out"),
-    "make_reference": ("out",),
-    "vae": ("images", "num_samples", "out"),
+# The flag of each task → (the flag that it requires, its other flags). All tasks have --image_size
+# and --inception.
+TASKS = {
+    "samples": ("reference", ("features", "num_samples", "out")),
+    "make_reference": ("out", ()),
+    "vae": ("images", ("num_samples", "out")),
 }
-NEEDED = {"samples": "reference", "make_reference": "out", "vae": "images"}
 
 
-def parse(argv: list[str]):
+def parse(argv: list[str]) -> tuple[argparse.Namespace, str]:
+    """(the values of the flags, the task)."""
     parser = cli.Parser(
         prog="python -m mdt_jax.evaluate",
         usage="python -m mdt_jax.evaluate --samples=NPZ --reference=NPZ --inception=FILE | "
@@ -44,53 +46,28 @@ def parse(argv: list[str]):
         description="Measure samples against real images, as ADM's evaluator does. IMAGES are an "
         "npz, a folder, a .csv or .jsonl list, a .tar, tfds:NAME:SPLIT, or digits, mnist, …",
     )
+    add = parser.add_mutually_exclusive_group(required=True).add_argument
+    add("--samples", type=cli.local, help="npz or folder of images to measure")
+    add("--make_reference", metavar="IMAGES", type=cli.local, help="write statistics of IMAGES")
+    add("--vae", type=cli.on_disk, help="measure what encoding and decoding --images loses")
     add = parser.add_argument
-    add("--samples", type=cli.local, help="what to measure: an npz, or a folder of images")
-    add(
-        "--reference",
-        type=cli.local,
-        help="real images: IMAGES, or an npz with mu, sigma, mu_s and sigma_s",
-    )
-    add(
-        "--inception",
-        type=cli.on_disk,
-        help="weights of FID's Inception: a file, a folder of convert, or hf://…",
-    )
-    add(
-        "--features",
-        help="inception (default), pixels or classifier, or several: pixels,classifier",
-    )
-    add("--num_samples", type=int, help="the first N of the images are measured")
-    add("--image_size", type=int, help="image files are cut to this size, as for training")
-    add(
-        "--out",
-        type=cli.local,
-        help="the JSON (default: beside an npz or a folder of mdt_jax.sample, else none), or the "
-        "new reference",
-    )
-    add(
-        "--make_reference",
-        metavar="IMAGES",
-        type=cli.local,
-        help="write statistics of real images to --out",
-    )
-    add("--vae", type=cli.on_disk, help="measure what is lost in encoding and decoding --images")
-    add("--images", metavar="IMAGES", type=cli.local, help="with --vae")
-    group = parser.add_argument_group("several processes")
-    for name, (default, help_) in cli.PROCESSES.items():
-        group.add_argument(f"--{name}", type=type(default), default=default, help=help_)
+    add("--reference", type=cli.local, help="IMAGES, or an npz with mu, sigma, mu_s and sigma_s")
+    add("--images", metavar="IMAGES", type=cli.local, help="real images, with --vae")
+    add("--inception", type=cli.on_disk, help="weights of FID's Inception: file, folder, hf://…")
+    add("--features", help="inception (default), pixels, classifier, or several: pixels,classifier")
+    add("--num_samples", type=cli.count, help="measure the first N images")
+    add("--image_size", type=cli.count, help="crop image files to this size, as for training")
+    add("--out", type=cli.local, help="JSON card (default: beside the samples), or new reference")
+    parser.add_processes()
     args = parser.parse_args(argv[1:])
-    asked = [way for way in WAYS if getattr(args, way)]
-    if len(asked) != 1:
-        raise UserError("say what to do by one of --samples, --make_reference and --vae")
-    (way,) = asked
-    if not getattr(args, NEEDED[way]):
-        raise UserError(f"--{NEEDED[way]} is missing, which --{way} needs")
-    for other in sorted({name for names in WAYS.values() for name in names} - set(WAYS[way])):
-        if getattr(args, other) is not None:
-            raise UserError(f"--{other} is not for --{way}")
-    cli.check_positive(args, "num_samples", "image_size")
-    return args, way
+    task = next(name for name in TASKS if getattr(args, name) is not None)
+    required, optional = TASKS[task]
+    if not getattr(args, required):
+        raise UserError(f"--{required} is missing, which --{task} requires")
+    for name in ("reference", "images", "features", "num_samples", "out"):
+        if getattr(args, name) is not None and name not in (required, *optional):
+            raise UserError(f"--{name} is not for --{task}")
+    return args, task
 
 
 def evaluate(args) -> None:
@@ -192,16 +169,10 @@ def print_summaries(*image_sets: StoredImages | None) -> None:
 
 
 def main(argv: list[str]) -> None:
-    """Parse the flags, and run the command they name."""
-    args, way = parse(argv)
-    cluster.start(*(getattr(args, name) for name in cli.PROCESSES))
-    backend.start()
-    if way == "samples":
-        evaluate(args)
-    elif way == "make_reference":
-        make_reference(args)
-    else:
-        evaluate_vae(args)
+    """Parse the flags, and run the task."""
+    args, task = parse(argv)
+    cli.start(args)
+    {"samples": evaluate, "make_reference": make_reference, "vae": evaluate_vae}[task](args)
 
 
 if __name__ == "__main__":

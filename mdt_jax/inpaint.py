@@ -9,6 +9,7 @@ In Python `mdt_jax.inpaint(model, params, images, hidden, labels)` is the functi
 `mdt_jax.sampling.inpainting`.
 """
 
+import argparse
 import inspect
 import pathlib
 import sys
@@ -22,7 +23,6 @@ from mdt_jax.data.images import check_grid, save_grid, save_image, to_float
 from mdt_jax.data.masks import read_pair
 from mdt_jax.data.sample_notes import written
 from mdt_jax.diffusion.options import check_seed
-from mdt_jax.runtime import backend
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.runtime.progress import print_result
 from mdt_jax.sampling.inpainting import (
@@ -36,40 +36,27 @@ from mdt_jax.sampling.pipeline import Pipeline
 from mdt_jax.sampling.writing import check_writable
 
 
-def parse(argv: list[str]):
+def parse(argv: list[str]) -> argparse.Namespace:
     parser = cli.Parser(
         prog="python -m mdt_jax.inpaint",
         usage="python -m mdt_jax.inpaint --checkpoint=PATH --image=PNG --mask=PNG --label=CLASS "
         "--out=PNG [--flag=value …]",
-        description="Draw what a mask hides of an image, and leave the rest as it was.",
+        description="Draw the part of an image that a mask hides, and leave the rest as it was.",
     )
+    own = InpaintOptions()
     add = parser.add_argument
     add("--image", required=True, type=cli.local, help="the image to complete")
-    add(
-        "--mask",
-        required=True,
-        type=cli.local,
-        help="as large: white is hidden; black or transparent is known",
-    )
-    add("--label", help="its class, a number or a name; none for an unconditional model")
+    add("--mask", required=True, type=cli.local, help="white is hidden, black or transparent known")
+    add("--label", help="class of the image, a number or a name; none for an unconditional model")
     add("--out", required=True, type=cli.local, help="out.png; for several completions a grid")
-    add("--num_samples", type=int, default=1, help="how many completions")
-    add("--resize", action="store_true", help="cut and resize image and mask to the model's size")
-    own = InpaintOptions()
+    add("--num_samples", type=cli.count, default=1, help="number of completions")
+    add("--resize", **cli.SWITCH, help="crop and resize image and mask to the model's size")
     add("--mode", choices=MODES, default=own.mode)
     add("--jump_length", type=int, help=f"repaint: steps of a jump (default: {own.jump_length})")
-    add(
-        "--num_resamples",
-        type=int,
-        help=f"repaint: passes of each stretch; 1: no jumps (default: {own.num_resamples})",
-    )
-    add(
-        "--masked_share",
-        type=float,
-        help="side_interpolater: share of the steps that take the masked pass (default: "
-        f"{own.masked_share})",
-    )
-    cli.add_sampling_flags(parser)
+    resamples, share = own.num_resamples, own.masked_share
+    add("--num_resamples", type=int, help=f"repaint: passes of each stretch (default: {resamples})")
+    add("--masked_share", type=float, help=f"side_interpolater: masked steps (default: {share})")
+    parser.add_sampling()
     return parser.parse_args(argv[1:])
 
 
@@ -101,17 +88,15 @@ def read_label(text: str | None, pipeline: Pipeline) -> int:
 
 
 def main(argv: list[str]) -> None:
-    """Read an image and a mask, draw the hidden part, put the known pixels back, write."""
-    backend.keep_freed_memory()
+    """Parse the flags, read image and mask, draw, put the known pixels back, write."""
     args = parse(argv)
     out = pathlib.Path(args.out)
     if out.suffix != ".png":
         raise UserError(f"--out={out}: unknown suffix {out.suffix!r}; use .png")
-    cli.check_positive(args, "num_samples", "batch_size", "vae_scale")
     if args.guidance_skip_tolerance:
         raise UserError("--guidance_skip_tolerance saves nothing here; it is for mdt_jax.sample")
     check_seed(args.seed)
-    backend.start()
+    cli.start(args, keep_memory=True)
     check_writable(out)
     pipeline = Pipeline.from_flags(vars(args))
     how = inpaint_options(args)

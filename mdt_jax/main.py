@@ -5,41 +5,43 @@ interrupted run; on the same machine the result is bit-identical to an uninterru
 with XLA_FLAGS=--xla_gpu_deterministic_ops=true). SIGTERM and Ctrl-C save before the run ends.
 """
 
+import argparse
 import pathlib
-from typing import Any
 
 from mdt_jax import cli
-from mdt_jax.runtime import backend, cluster, files
+from mdt_jax.runtime.errors import UserError
 from mdt_jax.train.loop import train
 from mdt_jax.train.stopping import StopSignal
 from mdt_jax.train.trackers import Monitoring
 
 
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = cli.Parser(
+        prog="python -m mdt_jax.main",
+        usage="python -m mdt_jax.main --config=FILE --workdir=FOLDER [--flag=value …]",
+        description="Train a model, or resume its run. --config.GROUP.FIELD=VALUE sets a field.",
+    )
+    add = parser.add_argument
+    add("--workdir", default="", type=cli.local, help="folder of the run's checkpoints and results")
+    add("--tensorboard", **cli.SWITCH, help="write event files to the workdir")
+    add("--wandb", default="", metavar="PROJECT", help="log to a project of Weights & Biases")
+    add("--profile_steps", default="", metavar="FIRST:LAST", help="steps to profile, as 10:13")
+    parser.add_processes()
+    parser.add_config()
+    args = parser.parse_args(argv[1:])
+    if not args.workdir:
+        raise UserError("--workdir is missing: the folder of the run's checkpoints and results")
+    return args
+
+
 def main(argv: list[str]) -> None:
     """Parse the flags and train."""
-    usage = (
-        "usage: python -m mdt_jax.main --config=configs/digits.py --workdir=runs/digits "
-        "[--distributed=auto|off|HOST:PORT --num_processes=N --process_id=I] [--start_timeout=300] "
-        "[--patience=60] [--tensorboard] [--wandb=PROJECT] [--profile_steps=10:13] "
-        "[--config.field=value …]\nFields and defaults: mdt_jax/config.py"
-    )
-    optional = {
-        **cli.PROCESSES,
-        "tensorboard": (False, "write event files to the workdir"),
-        "wandb": ("", "the project of Weights & Biases to log to"),
-        "profile_steps": ("", "first and last step of a trace: 10:13"),
-    }
     stop = StopSignal()
-    backend.keep_freed_memory()
-    config, flags = cli.parse_config(
-        argv, usage, optional, workdir="where checkpoints and results go"
-    )
-    workdir = pathlib.Path(files.local(flags.workdir))
-    processes: list[Any] = [flags[name].value for name in cli.PROCESSES]
-    cluster.start(*processes)
-    backend.start()
-    show = Monitoring(flags.tensorboard, flags.wandb, flags.profile_steps)
-    train(config, workdir, show, cli.said(flags), stop)
+    args = parse(argv)
+    config, given = cli.read_config(args)
+    cli.start(args, keep_memory=True)
+    show = Monitoring(args.tensorboard, args.wandb, args.profile_steps)
+    train(config, pathlib.Path(args.workdir), show, given, stop)
 
 
 if __name__ == "__main__":

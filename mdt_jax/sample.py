@@ -6,6 +6,7 @@ batch, and the same command continues after an interruption. The settings are st
 samples. A model of latents needs a VAE: --vae=hf://OWNER/REPOSITORY.
 """
 
+import argparse
 import pathlib
 
 from mdt_jax import cli
@@ -13,7 +14,7 @@ from mdt_jax.data.images import check_grid, save_animation, save_grid
 from mdt_jax.data.sample_files import Folder, Grid, Npz
 from mdt_jax.data.sample_notes import written
 from mdt_jax.diffusion.options import check_seed
-from mdt_jax.runtime import backend, cluster, files, hosts, locks
+from mdt_jax.runtime import files, hosts, locks
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.runtime.hosts import is_first, log0
 from mdt_jax.runtime.progress import print_result
@@ -32,26 +33,21 @@ ROWS = {
 }
 
 
-def parse(argv: list[str]):
+def parse(argv: list[str]) -> argparse.Namespace:
     parser = cli.Parser(
         prog="python -m mdt_jax.sample",
         usage="python -m mdt_jax.sample --checkpoint=PATH --out=PATH [--flag=value …]",
         description="Draw samples from a run, a file or a released checkpoint.",
     )
     add = parser.add_argument
-    add(
-        "--out",
-        required=True,
-        type=cli.local,
-        help="grid.png, samples.npz, a folder, or with --show a .gif",
-    )
-    add("--num_samples", type=int, help="default: as many as --labels, or 100 without")
+    add("--out", required=True, type=cli.local, help="grid.png, samples.npz or a folder; or a .gif")
+    add("--num_samples", type=cli.count, help="default: as many as --labels, or 100 without")
     add(
         "--labels",
         type=_file_or_classes,
-        help='classes, taken in turn: 0,1,2 or "golden retriever" (name:1 or number:1 where 1 may '
-        "be either); a .txt or .npy of one for each sample; random; balanced, all classes in turn "
-        "(the default)",
+        help='classes, used in turn: 0,1,2 or "golden retriever" (name:1 or number:1 where 1 may '
+        "be either); a .txt or .npy with a class for each sample; random; or balanced, all classes "
+        "in turn (default)",
     )
     add(
         "--show",
@@ -59,11 +55,9 @@ def parse(argv: list[str]):
         help="rows of frames instead of samples: predicted clean samples x̂₀ at successive "
         "denoising steps; or interpolation from one noise, or one class, to the next",
     )
-    add("--frames", type=int, help="with --show: how many (default: 10)")
-    cli.add_sampling_flags(parser)
-    group = parser.add_argument_group("several processes")
-    for name, (default, help_) in cli.PROCESSES.items():
-        group.add_argument(f"--{name}", type=type(default), default=default, help=help_)
+    add("--frames", type=cli.count, help="with --show: frames of a row (default: 10)")
+    parser.add_sampling()
+    parser.add_processes()
     return parser.parse_args(argv[1:])
 
 
@@ -113,15 +107,12 @@ def check_out(out: str, show: str | None) -> tuple[pathlib.Path, str]:
 
 def main(argv: list[str]) -> None:
     """Draw samples of a checkpoint, decode them and write their images."""
-    backend.keep_freed_memory()
     args = parse(argv)
     out, suffix = check_out(args.out, args.show)
     if args.frames is not None and not args.show:
         raise UserError(f"--frames={args.frames} is for --show")
-    cli.check_positive(args, "num_samples", "batch_size", "vae_scale", "frames")
     check_seed(args.seed)
-    cluster.start(*(getattr(args, name) for name in cli.PROCESSES))
-    backend.start()
+    cli.start(args, keep_memory=True)
     if suffix:
         check_writable(out)
     elif is_first():

@@ -220,7 +220,7 @@ BAD_ENCODING = {
     ),
     "no images": (["--out=OUT", "--config.data.path=EMPTY"], "holds no images"),
     "classes": (["--out=OUT", "--config.model.num_classes=4"], "has 3 classes, but"),
-    "shards": (["--out=OUT", "--shard_images=0"], "it must be at least 1"),
+    "shards": (["--out=OUT", "--shard_images=0"], "must be at least 1"),
     "part": (["--out=OUT", "--part=5/4"], "--part=5/4: expected K/N, e.g. 2/4"),
     "not finished": (["--out=EMPTY", "--verify"], "holds no manifest.json"),
     "another VAE": (
@@ -261,7 +261,7 @@ BAD_TRAINING = {
     "another size": (["--config.data.image_size=64"], "with data.image_size 32, not 64"),
     "classes": (["--config.model.num_classes=4"], "has 3 classes"),
     "no cache": (["--config.data.path=EMPTY"], "holds no manifest.json"),
-    "pixels": (["--config.vae.path=identity"], "data.name=latents needs vae.path"),
+    "pixels": (["--config.vae.path=identity"], "data.name=latents requires vae.path"),
 }  # fmt: skip
 
 

@@ -429,8 +429,8 @@ def bad(tmp_path_factory, sets):
 S, R, W = "--samples=SETS/samples.npz", "--reference=SETS/real.npz", "--inception=SETS/fid.pth"
 PIXELS = "--features=pixels"
 BAD = {
-    "nothing": ([], "--samples, --make_reference and --vae"),
-    "two things": ([S, "--vae=x", R], "--samples, --make_reference and --vae"),
+    "nothing": ([], "one of the arguments --samples --make_reference --vae is required"),
+    "two things": ([S, "--vae=x", R], "argument --vae: not allowed with argument --samples"),
     "no reference": ([S], "--reference is missing"),
     "no images": (["--vae=BAD/vae.safetensors"], "--images is missing"),
     "no out": (["--make_reference=SETS/real.npz"], "--out is missing"),
@@ -473,7 +473,7 @@ BAD = {
     "few samples": (["--samples=BAD/few.npz", R, W], "few.npz has too few images: 3; at least 4"),
     "few real images": ([S, "--reference=BAD/few.npz", W], "few.npz has too few images: 3"),
     "more than there are": ([S, R, PIXELS, "--num_samples=99"], "has 6 images, fewer than the 99"),
-    "no samples": ([S, R, PIXELS, "--num_samples=0"], "--num_samples=0 must be positive"),
+    "no samples": ([S, R, PIXELS, "--num_samples=0"], "--num_samples: 0 must be at least 1"),
     "another resolution": (
         [S, "--reference=BAD/other.npz", PIXELS],
         "other.npz are 24×24×3, but those of",

@@ -21,7 +21,6 @@ LEVELS = {
     "models": 1,
     "diffusion": 1,
     "config": 2,
-    "config_checks": 1.5,
     "weights": 3,
     "sampling": 4,
     "evaluation": 4,

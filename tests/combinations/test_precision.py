@@ -120,7 +120,7 @@ def test_unknown_ones_are_refused():
     config = tiny("v1", precision="exact")
     with pytest.raises(UserError, match="train.precision is 'exact'"):
         configs.validate(config)
-    with pytest.raises(UserError, match="unknown precision 'exact'; choose one of highest"):
+    with pytest.raises(UserError, match="precision is 'exact'; it must be one of highest"):
         SampleOptions(precision="exact").check(10)
 
 

@@ -245,9 +245,9 @@ def test_enumerations_are_complete():
     for field in FIELDS:
         if isinstance(FIRST[field], str):
             unknown = {**FIRST, field: "nothing"}
-            with pytest.raises(UserError, match="choose one of") as refused:
+            with pytest.raises(UserError, match="must be one of") as refused:
                 configs.validate(config_of(unknown))
-            names = str(refused.value).partition("choose one of ")[2].split(", ")
+            names = str(refused.value).partition("must be one of ")[2].split(", ")
             assert set(names) == set(VALUES[field]), field
 
 

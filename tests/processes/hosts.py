@@ -27,10 +27,13 @@ from mdt_jax.train.optimizers import make_optimizer
 from mdt_jax.train.state import abstract_state
 
 
-def parse(*flags: str, **strings: str):
-    """Where ml_collections looks for the flags of a config's fields, too."""
-    sys.argv = ["command", *flags]
-    return cli.parse_config(sys.argv, "", **strings)
+def parse(*flags: str):
+    """(config, values of the flags)."""
+    parser = cli.Parser()
+    parser.add_argument("--workdir")
+    parser.add_config()
+    args = parser.parse_args(flags)
+    return cli.read_config(args)[0], args
 
 
 @contextlib.contextmanager
@@ -82,7 +85,7 @@ def refused(cases: str) -> None:
     for folder, *flags in json.loads(pathlib.Path(cases).read_text()):
         folder, *flags = (text.replace("@", number) for text in (folder, *flags))
         os.chdir(folder)
-        config, values = parse(*flags, workdir="")
+        config, values = parse(*flags)
         try:
             loop.train(config, pathlib.Path(values.workdir))
             print("refused: no")
