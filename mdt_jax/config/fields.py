@@ -11,8 +11,8 @@ from mdt_jax.diffusion.options import CLIPPING, NOT_IN_SAMPLE, SampleOptions
 from mdt_jax.models.autoencoder import VAE_SCALE
 from mdt_jax.models.xla import REMAT
 from mdt_jax.runtime import files, hub
+from mdt_jax.runtime.backend import HIGHEST, PRECISIONS
 from mdt_jax.runtime.bounds import ANY, Bound, above, at_least, half_open, one_of
-from mdt_jax.runtime.precision import HIGHEST, PRECISIONS
 
 OPTIMIZERS = ("adamw", "adan")
 
