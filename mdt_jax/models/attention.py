@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mdt_jax.models.gradients import with_backward
-from mdt_jax.models.layers import Linear, Transpose
+from mdt_jax.models.layers import Linear, Matmul, Transpose
 
 # The bias of a key outside the key mask, far below every logit.
 MASKED_OUT = float(-0.7 * np.finfo(np.float32).max)
@@ -180,8 +180,7 @@ class Attention(nn.Module):
     num_heads: int
     grid: tuple[int, int]
     relative_bias: bool = True
-    dtype: jnp.dtype = jnp.float32
-    transpose: Transpose = jnp.matrix_transpose
+    matmul: Matmul = Matmul()
 
     @nn.compact
     def __call__(
@@ -192,7 +191,7 @@ class Attention(nn.Module):
         key_mask: [N] bool, the tokens that are attended to; None: all.
         """
         batch, length, dim = x.shape
-        qkv = Linear(3 * dim, dtype=self.dtype, transpose=self.transpose, name="qkv")(x)
+        qkv = Linear(3 * dim, self.matmul, name="qkv")(x)
         qkv = qkv.reshape(batch, length, 3, self.num_heads, -1)
         q, k, v = jnp.moveaxis(qkv, (2, 3), (0, 2))  # [B, heads, N, D / heads] each
         bias: jax.Array | None = None
@@ -205,6 +204,5 @@ class Attention(nn.Module):
             bias = bias_at(table, positions, self.grid)
         if key_mask is not None:
             bias = jnp.where(key_mask, 0.0 if bias is None else bias, MASKED_OUT)
-        out = jnp.moveaxis(attend(q, k, v, bias, self.transpose), 1, 2)
-        out = out.reshape(batch, length, dim)
-        return Linear(dim, dtype=self.dtype, transpose=self.transpose, name="proj")(out)
+        out = jnp.moveaxis(attend(q, k, v, bias, self.matmul.transpose), 1, 2)
+        return Linear(dim, self.matmul, name="proj")(out.reshape(batch, length, dim))

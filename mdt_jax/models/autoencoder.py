@@ -13,7 +13,7 @@ VAE_SCALE = 0.18215
 
 
 class ResnetBlock(nn.Module):
-    """Twice norm, SiLU and 3×3 convolution, and a shortcut: [B, H, W, C] → [B, H, W, features]."""
+    """Twice norm, SiLU and 3×3 convolution, with a shortcut: [B, H, W, C] → [B, H, W, features]."""
 
     features: int
     groups: int
@@ -100,49 +100,48 @@ class _Resampler(nn.Module):
         )(x)
 
 
-class Encoder(nn.Module):
-    """Images [B, H, W, 3] → [B, H/f, W/f, 2·latent_channels], f = 2^(levels − 1)."""
+class Coder(nn.Module):
+    """What encoder and decoder share; f = 2^(levels − 1) is the ratio of the sizes."""
 
     channels: tuple[int, ...]
     layers: int
-    latent_channels: int
+    out_channels: int
     groups: int
     dtype: jnp.dtype = jnp.float32
+
+    def level(self, i: int, features: int, layers: int, name: str) -> Level:
+        """Level i; all but the last one resample."""
+        resample = name if i < len(self.channels) - 1 else ""
+        return Level(features, layers, resample, self.groups, self.dtype, name=f"{name}_blocks_{i}")
+
+    def middle(self) -> Middle:
+        return Middle(self.channels[-1], self.groups, self.dtype, name="mid_block")
+
+    def project(self, x: jax.Array) -> jax.Array:
+        x = nn.silu(_norm(self.groups, "conv_norm_out")(x)).astype(self.dtype)
+        return _conv(self.out_channels, self.dtype, "conv_out")(x)
+
+
+class Encoder(Coder):
+    """Images [B, H, W, 3] → [B, H/f, W/f, out_channels]."""
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         x = _conv(self.channels[0], self.dtype, "conv_in")(x)
-        last = len(self.channels) - 1
         for i, features in enumerate(self.channels):
-            resample = "down" if i < last else ""
-            level = Level(features, self.layers, resample, self.groups, self.dtype,
-                          name=f"down_blocks_{i}")  # fmt: skip
-            x = level(x)
-        x = Middle(self.channels[-1], self.groups, self.dtype, name="mid_block")(x)
-        x = nn.silu(_norm(self.groups, "conv_norm_out")(x)).astype(self.dtype)
-        return _conv(2 * self.latent_channels, self.dtype, "conv_out")(x)
+            x = self.level(i, features, self.layers, "down")(x)
+        return self.project(self.middle()(x))
 
 
-class Decoder(nn.Module):
-    """Latents [B, h, w, latent_channels] → images [B, f·h, f·w, 3], f = 2^(levels − 1)."""
-
-    channels: tuple[int, ...]
-    layers: int
-    groups: int
-    dtype: jnp.dtype = jnp.float32
+class Decoder(Coder):
+    """Latents [B, h, w, latent_channels] → images [B, f·h, f·w, out_channels]."""
 
     @nn.compact
     def __call__(self, z: jax.Array) -> jax.Array:
-        x = _conv(self.channels[-1], self.dtype, "conv_in")(z)
-        x = Middle(self.channels[-1], self.groups, self.dtype, name="mid_block")(x)
-        last = len(self.channels) - 1
+        x = self.middle()(_conv(self.channels[-1], self.dtype, "conv_in")(z))
         for i, features in enumerate(reversed(self.channels)):
-            resample = "up" if i < last else ""
-            level = Level(features, self.layers + 1, resample, self.groups, self.dtype,
-                          name=f"up_blocks_{i}")  # fmt: skip
-            x = level(x)
-        x = nn.silu(_norm(self.groups, "conv_norm_out")(x)).astype(self.dtype)
-        return _conv(3, self.dtype, "conv_out")(x)
+            x = self.level(i, features, self.layers + 1, "up")(x)
+        return self.project(x)
 
 
 class AutoencoderKL(nn.Module):
@@ -165,10 +164,10 @@ class AutoencoderKL(nn.Module):
         return 2 ** (len(self.channels) - 1)
 
     def setup(self):
-        shape = (self.channels, self.layers)
-        self.encoder = Encoder(*shape, self.latent_channels, self.groups, self.dtype)
-        self.decoder = Decoder(*shape, self.groups, self.dtype)
-        self.quant_conv = nn.Conv(2 * self.latent_channels, (1, 1), dtype=self.dtype)
+        levels, moments = (self.channels, self.layers), 2 * self.latent_channels
+        self.encoder = Encoder(*levels, moments, self.groups, self.dtype)
+        self.decoder = Decoder(*levels, 3, self.groups, self.dtype)
+        self.quant_conv = nn.Conv(moments, (1, 1), dtype=self.dtype)
         self.post_quant_conv = nn.Conv(self.latent_channels, (1, 1), dtype=self.dtype)
 
     def encode(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:

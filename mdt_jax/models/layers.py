@@ -6,6 +6,7 @@ has the input's dtype. In bfloat16 such sums would be neither exact nor, on a CP
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -18,24 +19,30 @@ from mdt_jax.models.xla import LINEAR_OUTPUT
 Transpose = Callable[[jax.Array], jax.Array]
 
 
+class Matmul(NamedTuple):
+    """How matmuls are computed. dtype: None: the input's; transpose: see `affine` and `attend`."""
+
+    dtype: jnp.dtype | None = None
+    transpose: Transpose = jnp.matrix_transpose
+
+
 class Linear(nn.Module):
     """A Dense layer over the last axis, computed as one 2-D matmul; Xavier-uniform weights.
 
     Tokens are flattened first: XLA's CPU back end contracts a weight gradient over one flattened
-    axis about twice as fast as over [batch, tokens]. transpose: see `affine`.
+    axis about twice as fast as over [batch, tokens].
     """
 
     features: int
-    dtype: jnp.dtype | None = None
+    matmul: Matmul = Matmul()
     kernel_init: nn.initializers.Initializer = nn.initializers.xavier_uniform()
-    transpose: Transpose = jnp.matrix_transpose
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        flat = x.reshape(-1, x.shape[-1]).astype(self.dtype or x.dtype)
-        out = affine(flat, kernel, bias, self.transpose)
+        flat = x.reshape(-1, x.shape[-1]).astype(self.matmul.dtype or x.dtype)
+        out = affine(flat, kernel, bias, self.matmul.transpose)
         return checkpoint_name(out, LINEAR_OUTPUT).reshape(*x.shape[:-1], self.features)
 
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from mdt_jax.models import masking, xla
 from mdt_jax.models.attention import Attention, Positions, token_positions
 from mdt_jax.models.embeddings import LabelEmbedder, TimestepEmbedder, sincos_positions
-from mdt_jax.models.layers import Linear, Transpose, add_gated, gelu, modulated_norm
+from mdt_jax.models.layers import Linear, Matmul, Transpose, add_gated, gelu, modulated_norm
 
 SIZES = {
     "S": dict(hidden_size=384, depth=12, num_heads=6),
@@ -61,15 +61,12 @@ class Modulation(nn.Module):
     """
 
     count: int
-    dtype: jnp.dtype = jnp.float32
-    transpose: Transpose = jnp.matrix_transpose
+    matmul: Matmul = Matmul()
 
     @nn.compact
     def __call__(self, c: jax.Array) -> list[jax.Array]:
-        linear = Linear(
-            self.count * c.shape[-1], self.dtype, nn.initializers.zeros, self.transpose,
-            name="linear",
-        )  # fmt: skip
+        features, zeros = self.count * c.shape[-1], nn.initializers.zeros
+        linear = Linear(features, self.matmul, zeros, name="linear")
         return jnp.split(linear(nn.silu(c))[:, None, :], self.count, axis=-1)
 
 
@@ -79,8 +76,7 @@ class Block(nn.Module):
     num_heads: int
     grid: tuple[int, int]
     relative_bias: bool = True
-    dtype: jnp.dtype = jnp.float32
-    transpose: Transpose = jnp.matrix_transpose
+    matmul: Matmul = Matmul()
 
     @nn.compact
     def __call__(
@@ -97,23 +93,22 @@ class Block(nn.Module):
         nn.scan expects (carry, output): later blocks take the stacked outputs as skips.
         """
         dim = x.shape[-1]
-        linear = functools.partial(Linear, dtype=self.dtype, transpose=self.transpose)
         if skip is not None:
-            x = linear(dim, name="skip_linear")(jnp.concatenate([x, skip], axis=-1))
-        modulation = Modulation(6, self.dtype, self.transpose, name="modulation")(c)
+            x = Linear(dim, self.matmul, name="skip_linear")(jnp.concatenate([x, skip], axis=-1))
+        modulation = Modulation(6, self.matmul, name="modulation")(c)
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation
 
         x = xla.gradient_barrier(x)
         h = modulated_norm(x, shift_attn, scale_attn)
         attention = Attention(
-            self.num_heads, self.grid, self.relative_bias, self.dtype, self.transpose,
-            name="attention",
-        )  # fmt: skip
+            self.num_heads, self.grid, self.relative_bias, self.matmul, name="attention"
+        )
         x = add_gated(x, gate_attn, attention(h, positions, key_mask))
 
         x = xla.gradient_barrier(x)
         h = modulated_norm(x, shift_mlp, scale_mlp)
-        h = linear(dim, name="mlp_out")(gelu(linear(4 * dim, name="mlp_in")(h)))
+        h = gelu(Linear(4 * dim, self.matmul, name="mlp_in")(h))
+        h = Linear(dim, self.matmul, name="mlp_out")(h)
         x = add_gated(x, gate_mlp, h)
         return x, x
 
@@ -122,15 +117,12 @@ class FinalLayer(nn.Module):
     """Tokens [B, L, D] → [B, L, features], zero at initialisation."""
 
     features: int
-    dtype: jnp.dtype = jnp.float32
-    transpose: Transpose = jnp.matrix_transpose
+    matmul: Matmul = Matmul()
 
     @nn.compact
     def __call__(self, x: jax.Array, c: jax.Array) -> jax.Array:
-        shift, scale = Modulation(2, self.dtype, self.transpose, name="modulation")(c)
-        linear = Linear(
-            self.features, self.dtype, nn.initializers.zeros, self.transpose, name="linear"
-        )
+        shift, scale = Modulation(2, self.matmul, name="modulation")(c)
+        linear = Linear(self.features, self.matmul, nn.initializers.zeros, name="linear")
         return linear(modulated_norm(x, shift, scale))
 
 
@@ -206,13 +198,13 @@ class MDT(nn.Module):
         return self.grid[0] * self.grid[1]
 
     def setup(self):
-        dim = self.hidden_size
+        dim, matmul = self.hidden_size, Matmul(self.dtype, self.transpose)
         sincos = jnp.asarray(sincos_positions(self.grid, dim)[None])
 
         def position_embedding(name):
             return self.param(name, lambda _: sincos) if self.learned_position else sincos
 
-        self.patch_embed = Linear(dim, dtype=self.dtype, transpose=self.transpose)
+        self.patch_embed = Linear(dim, matmul)
         self.pos_embed = position_embedding("pos_embed")
         self.timestep_embed = TimestepEmbedder(dim)
         if self.num_classes:
@@ -233,8 +225,7 @@ class MDT(nn.Module):
             self.decoder = self._blocks(self.decoder_layers)
             if self.side_layers:
                 self.side_interpolater = self._blocks(self.side_layers)
-        features = 2 * self.in_channels * self.patch_size**2
-        self.final_layer = FinalLayer(features, self.dtype, self.transpose)
+        self.final_layer = FinalLayer(2 * self.in_channels * self.patch_size**2, matmul)
 
     def _blocks(self, count: int, skip_axis=nn.broadcast) -> nn.Module:
         """`count` blocks with stacked parameters, called as one `Block`.
@@ -243,7 +234,8 @@ class MDT(nn.Module):
         [count, B, N, D], one for each block; otherwise the blocks share one.
         """
         blocks = xla.stack_blocks(Block, count, skip_axis, self.remat, self.gather, self.unroll)
-        return blocks(self.num_heads, self.grid, self.relative_bias, self.dtype, self.transpose)
+        matmul = Matmul(self.dtype, self.transpose)
+        return blocks(self.num_heads, self.grid, self.relative_bias, matmul)
 
     def __call__(
         self,
