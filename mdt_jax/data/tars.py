@@ -7,19 +7,13 @@ import pathlib
 import tarfile
 import zlib
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 import numpy as np
 
+from mdt_jax.data import image_files
 from mdt_jax.data.folders import STYLEGAN
-from mdt_jax.data.image_files import (
-    ImageFiles,
-    LeftOut,
-    class_in_name,
-    find_splits,
-    number_labels,
-    sort_classes,
-)
+from mdt_jax.data.image_files import ImageFiles, LeftOut
 from mdt_jax.data.images import SUFFIXES
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.runtime.files import save_arrays
@@ -99,18 +93,19 @@ def load(path: str | os.PathLike) -> TarFiles:
         except UserError as error:  # a read-only data set can be used without
             log(f"the index of {path} is not kept: {error}")
     names, class_names = index["names"].tolist(), index["classes"].tolist()
-    if splits := find_splits({os.path.dirname(os.path.normpath(name)) for name in names}):
+    folders = {os.path.dirname(os.path.normpath(name)) for name in names}
+    if splits := image_files.find_splits(folders):
         folder, parts = splits
         raise UserError(
             f"{path}{':' * bool(folder)}{folder} is divided into {', '.join(parts)}: these are "
             f"splits, not classes; make a tar of one of them, e.g. {parts[0]}"
         )
-    classes = sort_classes(set(class_names)) if any(class_names) else []
+    classes = image_files.sort_classes(set(class_names)) if any(class_names) else []
     if "" in classes:
         bare = names[class_names.index("")]
         raise UserError(f"{path}: {bare} is in no folder or tar, but others are")
     return TarFiles(
-        path=place, labels=number_labels(class_names, classes or [""]), classes=classes,
+        path=place, labels=image_files.number_labels(class_names, classes or [""]), classes=classes,
         left_out=str(index["left_out"][0]),
         **{name: index[name] for name in ("names", "headers", "checks", "offsets", "sizes")},
     )  # fmt: skip
@@ -169,7 +164,7 @@ def _scan(path: pathlib.Path) -> dict[str, np.ndarray]:
     """Read a tar through: the arrays of its index, except the stamp."""
     scan = _Scan()
     with open(path, "rb") as file:
-        scan.add_tar(_TarPart(file, 0, os.stat(path).st_size, title=str(path)))
+        scan.add_tar(_TarPart(file, 0, os.stat(path).st_size, str(path)))
     left_out = str(scan.left_out)
     if not scan.images:
         more = f"; left out: {left_out}" if left_out else ""
@@ -197,7 +192,7 @@ class _Scan:
         if part.depth > MAX_DEPTH:
             raise UserError(f"{part.title}: tars are nested more than {MAX_DEPTH} deep")
         try:
-            with tarfile.open(fileobj=part, mode="r:") as archive:
+            with tarfile.open(fileobj=cast(BinaryIO, part), mode="r:") as archive:
                 for member in _members(archive):
                     self._add_member(member, part)
                 _check_end(part, archive.offset)
@@ -233,9 +228,9 @@ class _Scan:
         header, offset = part.start + member.offset, part.start + member.offset_data
         if is_tar:
             self.tars.append((header, offset, check))
-            return self.add_tar(part.inner(member, f"{name}/"))
+            return self.add_tar(part.inner(member, name))
         holder = os.path.basename(os.path.dirname(os.path.normpath(name)))
-        class_name = holder.removesuffix(".tar") or class_in_name(name) or ""
+        class_name = holder.removesuffix(".tar") or image_files.class_in_name(name) or ""
         self.images.append((name, class_name, header, offset, member.size, check))
 
 
@@ -277,46 +272,40 @@ def _check_end(part: "_TarPart", offset: int) -> None:
         )
 
 
-class _TarPart(io.RawIOBase):
-    """A tar that is part of a file, as a file. One read gives a header at most.
+@dataclasses.dataclass
+class _TarPart:
+    """A tar that is part of a file, with the methods of files that `tarfile` calls.
 
     title: the tar's name in messages. prefix: of the names of its members. depth: the number of
     tars around its members.
     """
 
-    def __init__(self, file: BinaryIO, start: int, size: int, *, title="", prefix="", depth=1):
-        super().__init__()
-        self.file, self.start, self.size = file, start, size
-        self.title, self.prefix, self.depth = title, prefix, depth
-        self._position = 0
+    file: BinaryIO
+    start: int
+    size: int
+    title: str
+    prefix: str = ""
+    depth: int = 1
+    position: int = 0
 
-    def inner(self, member: tarfile.TarInfo, prefix: str) -> "_TarPart":
-        """A tar that is a member of this one."""
-        return _TarPart(
-            self.file, self.start + member.offset_data, member.size,
-            title=f"{self.title}:{member.name}", prefix=prefix, depth=self.depth + 1,
-        )  # fmt: skip
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
+    def inner(self, member: tarfile.TarInfo, name: str) -> "_TarPart":
+        """A tar that is a member of this one; name: with the prefix."""
+        start, title = self.start + member.offset_data, f"{self.title}:{member.name}"
+        return _TarPart(self.file, start, member.size, title, f"{name}/", self.depth + 1)
 
     def tell(self) -> int:
-        return self._position
+        return self.position
 
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self.size}[whence]
-        self._position = base + offset
-        return self._position
+    def seek(self, position: int) -> None:
+        self.position = position
 
-    def read(self, size: int = -1) -> bytes:
-        if not 0 <= size <= MAX_HEADER or self._position < 0:
-            raise tarfile.ReadError(f"a header of {size} bytes at byte {self._position}")
-        if self._position >= self.size:
+    def read(self, size: int) -> bytes:
+        """As of files, but never more than a header takes."""
+        if not 0 <= size <= MAX_HEADER or self.position < 0:
+            raise tarfile.ReadError(f"a header of {size} bytes at byte {self.position}")
+        if self.position >= self.size:
             return b""
-        self.file.seek(self.start + self._position)
-        content = self.file.read(min(size, self.size - self._position))
-        self._position += len(content)
+        self.file.seek(self.start + self.position)
+        content = self.file.read(min(size, self.size - self.position))
+        self.position += len(content)
         return content
