@@ -1,6 +1,7 @@
 """Images in a tar, read in place: ILSVRC2012's tar of a tar for each class, or a plain tar."""
 
 import dataclasses
+import hashlib
 import io
 import os
 import pathlib
@@ -24,11 +25,10 @@ MAX_HEADER = 2**20  # bytes; long names and attributes take a few hundred
 # A tar ends in two blocks of zeros and is then filled up to a record.
 PADDING = 2 * tarfile.BLOCKSIZE + tarfile.RECORDSIZE
 CHECKED = 100  # images whose headers are compared with an index that is read
-# The arrays of an index: one element for each image, one for each tar inside, or as many as given.
+# The arrays of an index: one element for each image, and one for each tar inside. Other arrays are
+# "left_out", "stamp" (the tar's size and time of modification) and "sha256" of all others.
 IMAGE_COLUMNS = ("names", "classes", "headers", "offsets", "sizes", "checks")
 TAR_COLUMNS = ("tar_headers", "tar_offsets", "tar_checks")
-OTHERS = {"left_out": 1, "stamp": 2}  # stamp: the tar's size and time of modification
-STRINGS = ("names", "classes", "left_out")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,6 +88,7 @@ def load(path: str | os.PathLike) -> TarFiles:
     index = _read_index(place, stamp)
     if index is None:
         index = {**_scan(place), "stamp": np.array(stamp)}
+        index["sha256"] = np.array(_digest(index))
         try:
             save_arrays(_index_path(place), index)
         except UserError as error:  # a read-only data set can be used without
@@ -127,37 +128,31 @@ def _read_index(path: pathlib.Path, stamp: list[int]) -> dict[str, np.ndarray] |
         if not os.path.isfile(_index_path(path)):
             return None
         with np.load(_index_path(path)) as file:
-            index = {name: file[name] for name in (*IMAGE_COLUMNS, *TAR_COLUMNS, *OTHERS)}
-        return index if _is_valid(index, path, stamp) else None
+            index = dict(file)
+        sound = str(index["sha256"]) == _digest(index) and index["stamp"].tolist() == stamp
+        return index if sound and _has_headers(path, index) else None
     except Exception:  # of many kinds; the index is made again
         return None
 
 
-def _is_valid(index: dict[str, np.ndarray], path: pathlib.Path, stamp: list[int]) -> bool:
-    """Whether an index has the right form and the tar has the headers that the index lists."""
-    count, tars = len(index["names"]), len(index["tar_headers"])
-    lengths = {**dict.fromkeys(IMAGE_COLUMNS, count), **dict.fromkeys(TAR_COLUMNS, tars), **OTHERS}
-    for name, length in lengths.items():
-        kind = "U" if name in STRINGS else "i"
-        if index[name].shape != (length,) or index[name].dtype.kind != kind:
-            return False
-        index[name].tolist()  # ValueError where strings hold no characters
-    if not count or index["stamp"].tolist() != stamp:
-        return False
+def _digest(index: dict[str, np.ndarray]) -> str:
+    """SHA-256 of all arrays of an index except "sha256", hexadecimal."""
+    digest = hashlib.sha256()
+    for name in sorted(index.keys() - {"sha256"}):
+        array = index[name]
+        digest.update(f"{name} {array.dtype} {array.shape} ".encode() + array.tobytes())
+    return digest.hexdigest()
+
+
+def _has_headers(path: pathlib.Path, index: dict[str, np.ndarray]) -> bool:
+    """Whether a tar has the headers in an index: those of some images and of all tars inside."""
+    some = np.unique(np.linspace(0, len(index["names"]) - 1, CHECKED).astype(int))
     headers, offsets, checks = (
-        np.concatenate([index[name], index[f"tar_{name}"]])
+        [*index[name][some].tolist(), *index[f"tar_{name}"].tolist()]
         for name in ("headers", "offsets", "checks")
     )
-    sizes = np.concatenate([index["sizes"], np.zeros(tars, np.int64)])
-    valid = (headers >= 0) & (headers < offsets) & (offsets - headers < 4 * MAX_HEADER)
-    if not (valid & (sizes >= 0) & (sizes <= stamp[0] - offsets)).all():
-        return False
-    some = np.unique(np.linspace(0, count - 1, CHECKED).astype(int))
     with open(path, "rb") as file:
-        return all(
-            _check(file, int(headers[i]), int(offsets[i])) == checks[i]
-            for i in (*some, *range(count, count + tars))
-        )
+        return checks == [_check(file, *place) for place in zip(headers, offsets, strict=True)]
 
 
 def _scan(path: pathlib.Path) -> dict[str, np.ndarray]:
@@ -166,26 +161,26 @@ def _scan(path: pathlib.Path) -> dict[str, np.ndarray]:
     with open(path, "rb") as file:
         scan.add_tar(_TarPart(file, 0, os.stat(path).st_size, str(path)))
     left_out = str(scan.left_out)
-    if not scan.images:
+    if not scan.columns["names"]:
         more = f"; left out: {left_out}" if left_out else ""
         raise UserError(f"{path} holds no images ({', '.join(SUFFIXES)}), nor tars of them{more}")
-    columns = dict(zip(IMAGE_COLUMNS, zip(*scan.images, strict=True), strict=True))
-    tars = zip(*scan.tars, strict=True) if scan.tars else [()] * len(TAR_COLUMNS)
-    columns |= dict(zip(TAR_COLUMNS, tars, strict=True))
     index = {
-        name: np.array(column, np.str_ if name in STRINGS else np.int64)
-        for name, column in columns.items()
+        name: np.array(column, np.str_ if name in ("names", "classes") else np.int64)
+        for name, column in scan.columns.items()
     }
     return {**index, "left_out": np.array([left_out])}
 
 
 class _Scan:
-    """What has been read of a tar, including the tars in it: rows of the index's columns."""
+    """What has been read of a tar, including the tars in it: the columns of the index."""
 
     def __init__(self):
-        self.images: list[tuple[str, str, int, int, int, int]] = []
-        self.tars: list[tuple[int, int, int]] = []
+        self.columns: dict[str, list] = {name: [] for name in (*IMAGE_COLUMNS, *TAR_COLUMNS)}
         self.left_out = LeftOut()
+
+    def _add_row(self, columns: tuple[str, ...], row: tuple) -> None:
+        for name, value in zip(columns, row, strict=True):
+            self.columns[name].append(value)
 
     def add_tar(self, part: "_TarPart") -> None:
         """Add what a tar holds. Raises UserError as `load` does."""
@@ -227,11 +222,12 @@ class _Scan:
         check = zlib.crc32(part.read(member.offset_data - member.offset))
         header, offset = part.start + member.offset, part.start + member.offset_data
         if is_tar:
-            self.tars.append((header, offset, check))
+            self._add_row(TAR_COLUMNS, (header, offset, check))
             return self.add_tar(part.inner(member, name))
         holder = os.path.basename(os.path.dirname(os.path.normpath(name)))
         class_name = holder.removesuffix(".tar") or image_files.class_in_name(name) or ""
-        self.images.append((name, class_name, header, offset, member.size, check))
+        row = (name, class_name, header, offset, member.size, check)
+        self._add_row(IMAGE_COLUMNS, row)
 
 
 def _left_out_kind(member: tarfile.TarInfo, name: str) -> str | None:
