@@ -174,7 +174,7 @@ def test_verify(place, tmp_path):
     (copy / "manifest.json").write_text(json.dumps({**manifest, "scale": 0.18215}))
     assert "manifest.json is damaged, or was edited: encode anew" in verify(copy, expect=2)
     said = verify(copy, "--estimate_scale", expect=2)
-    assert "--estimate_scale and --verify exclude each other" in said
+    assert "--estimate_scale: not allowed with argument --verify" in said
 
 
 def test_estimate_scale(place):
