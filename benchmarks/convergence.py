@@ -14,20 +14,21 @@ reads as the class asked for. Prints a table and leaves convergence.png and conv
 import contextlib
 import json
 import pathlib
-import runpy
 import sys
 
 import numpy as np
 from ml_collections import ConfigDict
 
-from mdt_jax import cli, main
+from mdt_jax import cli
+from mdt_jax import config as configs
 from mdt_jax.data import sources
 from mdt_jax.data.images import to_uint8
 from mdt_jax.diffusion.options import SampleOptions, balanced_labels
-from mdt_jax.evaluation import measuring
+from mdt_jax.evaluation.evaluator import evaluate_samples
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.sampling.generation import generate
-from mdt_jax.train.metrics import read_steps
+from mdt_jax.train import loop
+from mdt_jax.train.log import read_steps
 from mdt_jax.train.workdir import make, write_json
 from mdt_jax.weights.networks import load_weights
 
@@ -79,7 +80,7 @@ def recipe(
     changes: dict, seed: int, steps: int, samples: int, variant: str, curves: bool, name="digits"
 ) -> ConfigDict:
     """configs/NAME.py for a short run, with `changes` to it; `curves`: six checkpoints."""
-    config = runpy.run_path(str(ROOT / "configs" / f"{name}.py"))["get_config"](variant)
+    config = configs.load(str(ROOT / "configs" / f"{name}.py"), variant)
     every = max(1, steps // 6) if curves else steps
     if name == "digits":
         # For a short run: a higher rate, and an EMA that does not lag behind by half of it.
@@ -101,7 +102,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, samples: int) -> dict:
         if {name: curve[name] for name in wanted} == wanted:
             return curve
     with contextlib.redirect_stdout(sys.stderr):
-        ended = main.train(config, workdir)
+        ended = loop.train(config, workdir)
     if not ended:
         raise UserError("stopped; the same command goes on")
     train, held_out = sources.load(config.data.name)
@@ -114,7 +115,7 @@ def run(config: ConfigDict, workdir: pathlib.Path, samples: int) -> dict:
         options = SampleOptions.from_config(config)
         size = config.sample.batch_size
         drawn = generate(model, params, labels, batch_size=size, options=options)
-        measured = measuring.evaluate_samples(to_uint8(drawn), labels, train, held_out)
+        measured = evaluate_samples(to_uint8(drawn), labels, train, held_out)
         points.append({"step": step, "seconds": seconds[step], **measured})
     curve = {**wanted, "points": points}
     write_json(path, curve)

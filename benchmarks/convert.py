@@ -58,7 +58,7 @@ def random_weights(model: MDT) -> Weights:
 
 def assert_same(first: pathlib.Path, second: pathlib.Path) -> None:
     """Keys, types, shapes and bits."""
-    a, b = torch_files.read(first), torch_files.read(second)
+    a, b = torch_files.read_arrays(first), torch_files.read_arrays(second)
     assert set(a) == set(b), set(a) ^ set(b)
     for name, array in a.items():
         assert (array.dtype, array.shape) == (b[name].dtype, b[name].shape), name

@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image
 
 from mdt_jax import cli
-from mdt_jax.data import folders, latents, latents_making, pipeline, tars
+from mdt_jax.data import folders, latents, latents_writer, pipeline, tars
 from mdt_jax.data.crops import CroppedImages
 from mdt_jax.models.masking import keep_length
 from mdt_jax.models.mdt import MDT, SIZES
@@ -105,10 +105,11 @@ def write_latents(place: pathlib.Path, count: int) -> None:
             yield {
                 "moments": random.normal(size=(len(part), 4, *SHAPE)).astype(np.float16),
                 "labels": np.zeros(len(part), np.int32),
-                "damaged": np.full(len(part), -1),
+                "items": part,
+                "status": np.zeros(len(part), np.int8),
             }
 
-    making = latents_making.CacheWriter(place / "latents", what)
+    making = latents_writer.CacheWriter(place / "latents", what)
     making.start()
     with progress_bar(count, True, "making latents", "latent") as bar:
         for shard in range(making.num_shards):

@@ -49,10 +49,9 @@ def timed(name: str, function: Callable, *arguments) -> tuple[object, dict]:
 def bench(argv: list[str]) -> None:
     parser = cli.Parser(prog="python benchmarks/evaluation.py", description=__doc__)
     for name, default in (("samples", 50_000), ("references", 50_000), ("size", 2048)):
-        parser.add_argument(f"--{name}", type=int, default=default)
+        parser.add_argument(f"--{name}", type=cli.count, default=default)
     parser.add_argument("--out", default="evaluation.json")
     args = parser.parse_args(argv[1:])
-    cli.check_positive(args, "samples", "references", "size")
     samples, references = (
         drawn(count, args.size, seed) for seed, count in enumerate((args.samples, args.references))
     )

@@ -24,9 +24,9 @@ STEPS = 250  # of a picture
 
 def ours(spec: dict) -> None:
     """Sample with mdt_jax."""
-    from mdt_jax.runtime import allocator
+    from mdt_jax.runtime import backend
 
-    allocator.keep_freed_memory()
+    backend.keep_freed_memory()
     import jax
 
     from mdt_jax.diffusion.options import SampleOptions, balanced_labels

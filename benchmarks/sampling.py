@@ -29,12 +29,11 @@ from mdt_jax import cli
 from mdt_jax.data import sources
 from mdt_jax.data.images import to_uint8
 from mdt_jax.diffusion.options import SampleOptions, balanced_labels
-from mdt_jax.evaluation import measuring
+from mdt_jax.evaluation.evaluator import evaluate_samples
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.sampling.generation import generate
 from mdt_jax.train.workdir import make, write_json
-from mdt_jax.weights.networks import Weights, load_weights
-from mdt_jax.weights.vae import sha256
+from mdt_jax.weights.networks import Weights, load_weights, params_sha256
 
 FIRST_ORDER = {
     "DDPM": {"sampler": "ddpm"},
@@ -79,7 +78,7 @@ class Cells:
     samples: int
 
     def __post_init__(self):
-        self.what = {"network": sha256(self.weights.params), "samples": self.samples}
+        self.what = {"network": params_sha256(self.weights.params), "samples": self.samples}
         self.what["config"] = self.weights.config.to_dict()
         self.kept = []
         if self.path.is_file():
@@ -100,7 +99,7 @@ class Cells:
         drawn = generate(model, params, labels, seed=seed, batch_size=size, options=options)
         train, held_out = sources.load(config.data.name)
         cell["evaluations"] = len(options.guided_evaluations())
-        cell |= measuring.evaluate_samples(to_uint8(drawn), labels, train, held_out)
+        cell |= evaluate_samples(to_uint8(drawn), labels, train, held_out)
         self.kept.append(cell)
         write_json(self.path, {**MACHINE, **self.what, "cells": self.kept})
         return cell
@@ -245,7 +244,7 @@ def skip(flags, out: pathlib.Path) -> str:
             "largest_grey_levels": int(grey.max()),
             "pixels_that_differ": float(np.mean(grey > 0)),
         })  # fmt: skip
-    what = {"samples": len(labels), "num_steps": steps, "network": sha256(params)}
+    what = {"samples": len(labels), "num_steps": steps, "network": params_sha256(params)}
     write_json(out / "skip.json", {**MACHINE, **what, "rows": rows})
     columns = {"tolerance": "g", "doubled steps": "", "token-passes an image": ",", "saved": ".1%"}
     columns |= {"seconds": ".2f", "CPU seconds": ".2f", "largest difference": ".2g"}

@@ -29,18 +29,13 @@ ROOM = 0.9  # of it; the rest is the runtime's
 
 def measure(path: str, changes: dict) -> dict:
     """In a process with its devices: GiB by kind, and seconds of lowering and compiling."""
-    import importlib.util
-
     import jax
 
     from mdt_jax import config as configs
     from mdt_jax.models.mdt import MDT
     from mdt_jax.train import costs
 
-    spec = importlib.util.spec_from_file_location("recipe", path)
-    recipe = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(recipe)
-    config = recipe.get_config()
+    config = configs.load(path)
     config.mesh.fsdp = changes["fsdp"]
     config.train.update({name: changes[name] for name in ("remat", "dtype", "accumulate")})
     config.data.batch_size = changes["batch_size"]

@@ -23,7 +23,9 @@ from mdt_jax import cli
 from mdt_jax.runtime.errors import UserError
 
 MOST = 120  # seconds that the others may take to end
-SAID = ("did not answer for", "the coordinator, is gone", "detected fatal errors", "did not come")
+SAID = (
+    "did not answer for", "the coordinator, is gone", "detected fatal errors", "did not connect",
+)  # fmt: skip
 
 
 def start(processes: int, workdir: pathlib.Path, steps: int) -> list[subprocess.Popen]:

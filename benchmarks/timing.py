@@ -1,6 +1,5 @@
 """What the benches of speed share: work in processes of its own, timed in turn."""
 
-import importlib.util
 import json
 import os
 import pathlib
@@ -26,12 +25,9 @@ def several(kind: Callable[[str], object]) -> Callable[[str], list]:
 
 def recipe(path: str, **changes):
     """The config of a file, on latents that are read from nowhere; changes: of its `train`."""
-    if not pathlib.Path(path).is_file():
-        raise UserError(f"config file '{path}' does not exist")
-    spec = importlib.util.spec_from_file_location("recipe", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = module.get_config()
+    from mdt_jax import config as configs
+
+    config = configs.load(path)
     if config.vae.path != "identity":
         config.data.update(name="latents", path="")
     config.train.update(changes)

@@ -19,9 +19,9 @@ from mdt_jax import cli
 
 def ours(spec: dict) -> None:
     """Compile and run the step of mdt_jax."""
-    from mdt_jax.runtime import allocator
+    from mdt_jax.runtime import backend
 
-    allocator.keep_freed_memory()
+    backend.keep_freed_memory()
     import jax
     import numpy as np
 

@@ -1,4 +1,4 @@
-"""From digits 0–4 to digits 5–9: a run that starts from another one's weights. First that one:
+"""From digits 0–4 to digits 5–9: a run that starts from another run's weights. Train that first:
 
 python -m mdt_jax.main --config=configs/digits.py --workdir=runs/digits_0_4
     --config.data.name=digits_0_4 --config.model.num_classes=5
@@ -10,11 +10,10 @@ from mdt_jax import config as configs
 
 
 def get_config(variant=""):
-    config = configs.default()
+    config = configs.base(__file__, "digits.py")
     config.init.checkpoint = "runs/digits_0_4"
-    config.model.update(hidden_size=64, depth=6, num_heads=4, num_classes=5)
-    config.data.update(name="digits_5_9", batch_size=64)
-    config.optim.update(lr=2e-3, ema_decay=0.99)
-    config.train.update(steps=600, log_every=10, sample_every=200, checkpoint_every=100)
-    config.sample.update(num_steps=100, guidance_scale=2.0, num_samples=1000)
+    config.model.num_classes = 5
+    config.data.name = "digits_5_9"
+    config.optim.ema_decay = 0.99
+    config.train.update(steps=600, sample_every=200, checkpoint_every=100)
     return configs.variant(config, variant)

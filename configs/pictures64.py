@@ -1,6 +1,6 @@
-"""Colour pictures of one's own, 64×64 in pixel space: docs/your-pictures.md.
+"""Your own colour pictures, 64×64 in pixel space: docs/your-pictures.md.
 
---config.data.path=… says where they lie. Every value is ours, and chosen for a first try: no run of
+--config.data.path is their folder. Every value is ours, chosen for a first try: no run of
 this recipe has been measured.
 """
 

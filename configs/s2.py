@@ -1,15 +1,16 @@
-"""MDT-S/2 on ImageNet 256×256.
+"""MDT-S/2 on ImageNet 256×256, the base of the other recipes of MDT v1.
 
 Sources: paper is arXiv 2303.14389v1; script, README and code are those of github.com/sail-sg/MDT,
 branch mdtv1 (script: run.sh, code: image_train.py and models.py).
 """
 
 from mdt_jax import config as configs
+from mdt_jax.models.mdt import SIZES
 
 
 def get_config(variant=""):
     config = configs.default()
-    config.model.update(hidden_size=384, depth=12, num_heads=6, patch_size=2)  # code: models.py
+    config.model.update(**SIZES["S"], patch_size=2)  # code: models.py
     config.model.update(decoder_layers=2, side_layers=1)  # script; paper, section 5.3
     config.model.num_classes = 1000  # ImageNet
     config.mask.ratio = 0.3  # script; paper, section 5.3

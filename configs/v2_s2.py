@@ -1,16 +1,17 @@
-"""MDTv2-S/2 on ImageNet 256×256.
+"""MDTv2-S/2 on ImageNet 256×256, the base of the other recipes of MDTv2.
 
 Sources: script, README, code and author are those of github.com/sail-sg/MDT, branch main (script:
 run.sh; code: image_train.py, models.py and train_util.py).
 """
 
 from mdt_jax import config as configs
+from mdt_jax.models.mdt import SIZES
 
 
 def get_config(variant=""):
     config = configs.default()
     config.model.version = "v2"  # code
-    config.model.update(hidden_size=384, depth=12, num_heads=6, patch_size=2)  # code: models.py
+    config.model.update(**SIZES["S"], patch_size=2)  # code: models.py
     config.model.decoder_layers = 6  # script; README and code say 4
     config.model.update(side_layers=1, num_classes=1000)  # code; ImageNet
     config.mask.update(ratio=0.3, ratio_max=0.5)  # script; code: 0.2 is added to it

@@ -1,26 +1,18 @@
-"""MDTv2-XL/2 on ImageNet 256×256.
+"""MDTv2-XL/2 on ImageNet 256×256: configs/v2_s2.py, which names the sources, at another size.
 
-Sources: script, README, code and author are those of github.com/sail-sg/MDT, branch main (script:
-run_ddp_master.sh; code: image_train.py, models.py and train_util.py).
+Here script is run_ddp_master.sh; the mask ratio, the number of diffusion steps, data and sampling
+are the same in both scripts.
 """
 
 from mdt_jax import config as configs
+from mdt_jax.models.mdt import SIZES
 
 
 def get_config(variant=""):
-    config = configs.default()
-    config.model.version = "v2"  # code
-    config.model.update(hidden_size=1152, depth=28, num_heads=16, patch_size=2)  # code: models.py
+    config = configs.base(__file__, "v2_s2.py")
+    config.model.update(SIZES["XL"])  # code: models.py
     config.model.decoder_layers = 4  # script; the README says 2 for training, 4 for sampling
-    config.model.update(side_layers=1, num_classes=1000)  # code; ImageNet
-    config.mask.update(ratio=0.3, ratio_max=0.5)  # script; code: 0.2 is added to it
-    config.diffusion.update(steps=1000, loss_weight="min_snr_5")  # script; code
-    config.data.update(name="tfds", path="imagenet2012")  # script
-    config.data.update(image_size=256, channels=3)  # script
-    config.data.update(batch_size=256, flip=True)  # script: 32 × 8; code: the ADM loader
-    config.vae.path = "hf://stabilityai/sd-vae-ft-mse"  # code
-    config.optim.update(name="adan", lr=3e-4)  # code; rate: code; constant: author, issue 47
-    config.optim.update(clip_norm=1.0, ema_decay=0.9999)  # code
-    config.train.update(steps=2_000_000)  # ours; neither script nor README says
-    config.sample.update(num_steps=250, guidance_scale=3.8, guidance_power=4.0)  # script, code
+    config.data.batch_size = 256  # script: 32 × 8
+    config.optim.lr = 3e-4  # code; constant: author, issue 47
+    config.train.steps = 2_000_000  # ours; neither script nor README says
     return configs.variant(config, variant)

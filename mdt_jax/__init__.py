@@ -1,10 +1,10 @@
 """Masked Diffusion Transformers (MDT) in JAX and Flax.
 
-run = mdt_jax.load("runs/digits")  # model, params = run
-samples = mdt_jax.generate(*run, labels=[0, 1, 2], options=run.options)
-images = run.to_images(samples)
+pipeline = mdt_jax.load("runs/digits")  # model, params = pipeline
+samples = pipeline.generate([0, 1, 2])
+images = pipeline.to_images(samples)
 
-    load(path, …) → Run: (model, params), with options, classes and VAE
+    load(path, …) → Pipeline: (model, params), with options, classes and VAE
     generate(model, params, labels, …) → samples [N, H, W, C] float32
     trajectory, interpolate_noise, interpolate_classes: rows of them
     inpaint(model, params, images, hidden, labels, …) → complete images
@@ -18,33 +18,35 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from mdt_jax.data.images import to_uint8
     from mdt_jax.diffusion.options import SampleOptions
-    from mdt_jax.evaluation.measuring import fid
+    from mdt_jax.evaluation.evaluator import fid
     from mdt_jax.models.mdt import MDT
     from mdt_jax.runtime.errors import UserError
     from mdt_jax.sampling.generation import generate
     from mdt_jax.sampling.inpainting import InpaintOptions, inpaint
     from mdt_jax.sampling.interpolation import interpolate_classes, interpolate_noise, trajectory
-    from mdt_jax.sampling.runs import Run, load
+    from mdt_jax.sampling.pipeline import Pipeline, Run, load
 
 __version__ = "0.1.0"
 
 _PUBLIC = {
     "InpaintOptions": "mdt_jax.sampling.inpainting",
     "MDT": "mdt_jax.models.mdt",
-    "Run": "mdt_jax.sampling.runs",
+    "Pipeline": "mdt_jax.sampling.pipeline",
+    "Run": "mdt_jax.sampling.pipeline",
     "SampleOptions": "mdt_jax.diffusion.options",
     "UserError": "mdt_jax.runtime.errors",
-    "fid": "mdt_jax.evaluation.measuring",
+    "fid": "mdt_jax.evaluation.evaluator",
     "generate": "mdt_jax.sampling.generation",
     "interpolate_classes": "mdt_jax.sampling.interpolation",
     "interpolate_noise": "mdt_jax.sampling.interpolation",
-    "load": "mdt_jax.sampling.runs",
+    "load": "mdt_jax.sampling.pipeline",
     "to_uint8": "mdt_jax.data.images",
     "trajectory": "mdt_jax.sampling.interpolation",
 }
 __all__ = [
     "InpaintOptions",
     "MDT",
+    "Pipeline",
     "Run",
     "SampleOptions",
     "UserError",

@@ -1,37 +1,39 @@
-"""What the commands share: one clear line and exit code 2 for a user's mistake, configs."""
+"""What the commands share: one clear line and exit code 2 for a user's mistake, and flags."""
 
 import argparse
+import dataclasses
+import difflib
 import io
 import math
-import os
-import re
 import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
-from absl import flags
-from ml_collections import ConfigDict, config_flags
+import jax
+from ml_collections import ConfigDict
 
 from mdt_jax import config as configs
+from mdt_jax.config.fields import FIELDS
+from mdt_jax.diffusion.options import SampleOptions
 from mdt_jax.models.autoencoder import VAE_SCALE
-from mdt_jax.runtime import accelerators, files, hosts, hub, interrupts, limits, progress
-from mdt_jax.runtime.errors import UserError
-from mdt_jax.runtime.precision import PRECISIONS
+from mdt_jax.runtime import backend, cluster, files, hosts, hub, interrupts, limits, progress
+from mdt_jax.runtime.bounds import Bound
+from mdt_jax.runtime.errors import UserError, exceeded_limit
 
 LONGEST = 1000  # characters of an error
 
 
 def run(main: Callable[[list[str]], None]) -> None:
-    """Call main(argv); a mistake of the user's or of the file system is one line, exit code 2, and
-    so is a limit of the machine: too many open files, no more memory.
+    """Call main(argv), and print the errors that a user can do something about as one line.
 
-    So is Ctrl-C where main leaves it to Python, with the code that shells have for it; the second
-    one ends the process at once. Where a run has several processes, the others hear why this one
-    left.
+    Exit codes: 2 for a UserError, for an OSError and for a limit of the machine (open files,
+    memory); 130 for Ctrl-C. A second Ctrl-C ends the process at once. Before it leaves, one of
+    several processes tells the others why.
     """
-    accelerators.keep_compilations()
+    backend.keep_compilations()
     _print_anywhere()
     with interrupts.answered():
         _run(main)
@@ -40,7 +42,7 @@ def run(main: Callable[[list[str]], None]) -> None:
 def _run(main: Callable[[list[str]], None]) -> None:
     try:
         main(sys.argv)
-        hosts.shutdown()
+        cluster.shutdown()
         _exit_if_lost()
     except KeyboardInterrupt:
         progress.log("stopped")
@@ -48,10 +50,10 @@ def _run(main: Callable[[list[str]], None]) -> None:
     except SystemExit as exit_:
         if not exit_.code and not hosts.several():
             _exit_if_lost()
-        _exit(exit_.code or 0, "it was told to")
+        _exit(exit_.code or 0, "it exited")
     except Exception as error:
         if line := one_line(error):
-            who = hosts.name() if hosts.several() else ""
+            who = f"{hosts.name()}: " if hosts.several() else ""
             progress.log(f"error: {who}{line}")
             _exit(2, line)
         if hosts.several():
@@ -68,7 +70,7 @@ def one_line(error: Exception) -> str:
     Names and values of damaged files may hold anything: control characters are written as escapes,
     and of what is longer than LONGEST the middle is left out.
     """
-    met = limits.met(error)
+    met = exceeded_limit(error)
     if met:  # libraries then print tracebacks of what they could not even begin
         sys.unraisablehook = lambda _: None
         warnings.simplefilter("ignore")
@@ -79,25 +81,25 @@ def one_line(error: Exception) -> str:
     else:
         return ""
     words = " ".join(said.split())
-    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in words)
+    text = progress.escape(words)
     half = LONGEST // 2
     return text if len(text) <= LONGEST else f"{text[:half]} … {text[-half:]}"
 
 
 def _exit_if_lost() -> None:
-    """At a good end, which a pipe that nobody reads any more is for Unix tools, too: by SIGPIPE."""
-    error = progress.lost()
+    """Exit where stdout could not be written: as after SIGPIPE for a closed pipe, else with 2."""
+    error = progress.stdout_error()
     if isinstance(error, BrokenPipeError):
         sys.exit(128 + signal.SIGPIPE)
     if error is not None:
         progress.log(
-            f"error: stdout could not be written: {files.reason(error)}; what goes to files is done"
+            f"error: stdout could not be written: {files.reason(error)}; all files are written"
         )
         sys.exit(2)
 
 
 def _print_anywhere() -> None:
-    """Characters that a terminal's encoding lacks are printed as escapes, not raised as errors."""
+    """Print characters that the encoding of a terminal lacks as escapes, instead of raising."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -105,31 +107,11 @@ def _print_anywhere() -> None:
 
 def _exit(code: str | int, reason: str) -> None:
     if hosts.several():
-        hosts.leave_at_once(code if isinstance(code, int) else 1, reason)
+        cluster.leave_at_once(code if isinstance(code, int) else 1, reason)
     sys.exit(code)
 
 
-# Flags of `hosts.start`: name → (default, help).
-PROCESSES = {
-    "distributed": ("auto", "off, HOST:PORT of process 0, or auto: what the scheduler says"),
-    "num_processes": (0, "with HOST:PORT: how many processes there are"),
-    "process_id": (-1, "with HOST:PORT: which this is, from 0"),
-    "start_timeout": (300, "seconds in which all processes must have come together"),
-    "patience": (60, "seconds after which a process that does not answer is given up"),
-}
-
-
 DTYPES = ("float32", "bfloat16")
-
-
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are UserErrors, and that takes no abbreviations."""
-
-    def __init__(self, **kwargs):
-        super().__init__(allow_abbrev=False, **kwargs)
-
-    def error(self, message: str):
-        raise UserError(message)
 
 
 def local(text: str) -> str:
@@ -142,165 +124,206 @@ def on_disk(text: str) -> str:
     return _path(text, hub.on_disk)
 
 
-def _path(text: str, understood: Callable[[str], str]) -> str:
+def _path(text: str, expand: Callable[[str], str]) -> str:
     try:
-        return understood(text)
+        return expand(text)
     except UserError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def count(text: str) -> int:
+    """A whole number above 0."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
+    return int(text)
+
+
+def positive(text: str) -> float:
+    """A finite number above 0."""
+    if not 0 < float(text) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} must be positive and finite")
+    return float(text)
+
+
 def channels(text: str) -> int:
-    """A number of channels, or "all"."""
+    """A number of channels, or "all", which is 0."""
     if text != "all" and not text.isdigit():
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of channels, nor all")
+        raise argparse.ArgumentTypeError(f"expected a number of channels or all, got {text!r}")
     return 0 if text == "all" else int(text)
 
 
 def scales(text: str) -> list[float]:
-    """A number, or several with commas between."""
+    """A number, or several with commas between them."""
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number, nor several as 1,2,4") from None
+        message = f"expected a number, or several: 1,2,4; got {text!r}"
+        raise argparse.ArgumentTypeError(message) from None
 
 
 def yes_or_no(text: str) -> bool:
     """true or false."""
-    known = {"true": True, "false": False}
-    if text.lower() not in known:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
-    return known[text.lower()]
+    values = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}
+    if text.lower() not in values:
+        raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
+    return values[text.lower()]
 
 
-def check_positive(args: argparse.Namespace, *names: str) -> None:
-    """Raise UserError for flags that were given and are not positive and finite."""
-    for name in names:
-        value = getattr(args, name)
-        if value is None:
-            continue
-        if not 0 < value < math.inf:
-            raise UserError(f"--{name}={value} must be positive, and finite")
-        limits.check_number(f"--{name}", value)
+# A flag that is given as --flag, --flag=true or --flag=false.
+SWITCH: dict[str, Any] = {
+    "nargs": "?", "const": True, "default": False, "type": yes_or_no, "metavar": "true|false",
+}  # fmt: skip
+# Sampling options whose flags take other values than a config's fields.
+OPTION_FLAGS: dict[str, dict[str, Any]] = {
+    "guidance_scale": {"type": scales, "metavar": "SCALE[,SCALE…]"},
+    "guidance_channels": {"type": channels, "metavar": "N|all"},
+    "clip_denoised": SWITCH,
+}
 
 
-def add_sampling_flags(parser: Parser) -> None:
-    """What says which network draws, and how."""
-    add = parser.add_argument
-    add(
-        "--checkpoint",
-        required=True,
-        type=on_disk,
-        help="a workdir or a step of it, .pt, .safetensors, hf://…",
-    )
-    add("--seed", type=int, default=0, help="sample n depends on the seed, n and its label alone")
-    add("--batch_size", type=int, default=100, help="changes the speed, not the samples")
-    add("--dtype", choices=DTYPES, help="of matmuls and activations (default: the run's own)")
-    add("--precision", choices=PRECISIONS, help="of float32 matmuls (default: the run's own)")
-    add(
-        "--vae",
-        type=on_disk,
-        help="a file, a folder or hf://OWNER/REPOSITORY; default: the run's own",
-    )
-    add("--vae_scale", type=float, help=f"of a file's latents (default: the VAE's, or {VAE_SCALE})")
-    add("--decoder_layers", type=int, help="of an MDT v1 file, which does not tell (default: 2)")
-    group = parser.add_argument_group("overriding the checkpoint's own settings")
-    add = group.add_argument
-    add("--sampler", help="ddpm, ddim, dpmpp_2m, dpmpp_2m_sde or heun")
-    add("--num_steps", type=int, help="of the schedule's steps, how many are taken")
-    add("--spacing", help="even (in t), stride, karras or log_snr")
-    add("--eta", type=float, help="ddim's, from 0 (deterministic) to 1")
-    add("--guidance_scale", type=scales, help="or several, 1,2,4: samples take them in turn")
-    add("--guidance_power", type=float, help="0: constant weight")
-    add("--guidance", help="power_cosine, power_cosine_printed or constant")
-    add("--guidance_channels", type=channels, help="the first N channels, or all")
-    add("--guidance_low", type=float, help="guidance acts from this share of the timesteps …")
-    add("--guidance_high", type=float, help="… to this one; 0 is the clean end")
-    add("--guidance_skip_tolerance", type=float, help="weights so near to 1 are taken as 1")
-    add(
-        "--clip_denoised",
-        nargs="?",
-        const=True,
-        type=yes_or_no,
-        metavar="true|false",
-        help="the predicted clean sample is clipped to [-1, 1] at each step (default: the run's "
-        "own; true for pixels and false for latents where it does not say)",
-    )
+# Flags of `cluster.start`: name → (default, help).
+PROCESSES: dict[str, tuple[int | str, str]] = {
+    "distributed": ("auto", "off, HOST:PORT of process 0, or auto: as the scheduler says"),
+    "num_processes": (0, "with HOST:PORT: number of processes"),
+    "process_id": (-1, "with HOST:PORT: number of this process, from 0"),
+    "start_timeout": (300, "seconds within which all processes must start"),
+    "patience": (60, "seconds after which a process that does not answer is given up"),
+}
 
 
-def parse_config(
-    argv: list[str],
-    usage: str,
-    optional: dict[str, tuple[bool | int | str, str]] | None = None,
-    **strings: str,
-) -> tuple[ConfigDict, flags.FlagValues]:
-    """Read `--config=FILE.py[:variant]`, `--config.field=value` and further flags.
+class Parser(argparse.ArgumentParser):
+    """The flags of a command. Every option of JAX is one of them: --jax_debug_nans=true.
 
-    strings: name → help of those that are required. optional: name → (default, help) of others.
-    In paths ~ is the home folder. Raises UserError for an unknown file, field or flag, for a value
-    of the wrong type, for a URL where a path is meant, and for a file that gives no config.
+    Mistakes raise UserError. Flags cannot be abbreviated; for an unknown one the error suggests
+    the nearest.
     """
-    if "--help" in argv or "-h" in argv:
-        progress.print_result(usage)
-        sys.exit(0)
-    path, argv = _config_path(argv)
-    values = flags.FlagValues()
-    for name, help_text in strings.items():
-        flags.DEFINE_string(name, None, help_text, flag_values=values)
-    for name, (default, help_text) in (optional or {}).items():
-        define = {bool: flags.DEFINE_bool, int: flags.DEFINE_integer, str: flags.DEFINE_string}
-        define[type(default)](name, default, help_text, flag_values=values)
+
+    def __init__(self, **kwargs):
+        epilog = "The options of JAX are flags, too, for example --jax_debug_nans=true."
+        super().__init__(allow_abbrev=False, epilog=epilog, **kwargs)
+        for name, value in _jax_options().items():
+            self.add_argument(
+                f"--{name}", **_flag_of(type(value), argparse.SUPPRESS), help=argparse.SUPPRESS
+            )
+
+    def error(self, message: str):
+        raise UserError(message)
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace=None):
+        """The values of the flags; JAX's options are set. Raises UserError."""
+        given = sys.argv[1:] if args is None else list(args)
+        self._check_known(given)
+        values, rest = self.parse_known_args(given, namespace)
+        if rest:
+            raise UserError(f"unexpected argument {rest[0]!r}; flags are set as --flag=value")
+        for name in _jax_options().keys() & vars(values).keys():
+            _set_jax_option(name, vars(values).pop(name))
+        for name, value in vars(values).items():
+            if isinstance(value, (int, float)) and not name.startswith("config."):
+                limits.check_number(f"--{name}", value)
+        return values
+
+    def _check_known(self, given: Iterable[str]) -> None:
+        known = self._option_string_actions
+        for argument in given:
+            name = argument.partition("=")[0]
+            if name.startswith("--") and name not in known:
+                what = "config field" if name.startswith("--config.") else "flag"
+                nearest = difflib.get_close_matches(name, known, n=1)
+                hint = f"; did you mean {nearest[0]}?" if nearest else ""
+                raise UserError(f"unknown {what} {name}{hint}")
+
+    def add_config(self) -> None:
+        """--config and a flag for each field of a config; see `read_config`."""
+        text = "a recipe, FILE.py or FILE.py:VARIANT, or the config.json of a run"
+        self.add_argument("--config", required=True, type=local, metavar="FILE", help=text)
+        for group, fields in FIELDS.items():
+            add = self.add_argument_group(f"config fields: {group}").add_argument
+            for name, field in fields.items():
+                add(
+                    f"--config.{group}.{name}",
+                    **_flag_of(field.kind, argparse.SUPPRESS),
+                    help=_help(field.help, field.bound, f"default: {field.default_text}"),
+                )
+
+    def add_sampling(self) -> None:
+        """The checkpoint to sample from, and how to sample."""
+        add = self.add_argument
+        add("--checkpoint", required=True, type=on_disk, help="a run, a step of it, a file, hf://…")
+        add("--seed", type=int, default=0, help="sample n depends on it, n and its label alone")
+        add("--batch_size", type=count, default=100, help="changes the speed, not the samples")
+        add("--dtype", choices=DTYPES, help="of matmuls and activations (default: the run's)")
+        add(
+            "--vae", type=on_disk, help="file, folder or hf://OWNER/REPOSITORY (default: the run's)"
+        )
+        add("--vae_scale", type=positive, help=f"of latents (default: the VAE's, or {VAE_SCALE})")
+        add("--decoder_layers", type=int, help="of an MDT v1 file, which lacks them (default: 2)")
+        add = self.add_argument_group(
+            "sampling options (default: the run's); several guidance scales are used in turn"
+        ).add_argument
+        for option in dataclasses.fields(SampleOptions):
+            if option.name != "diffusion_steps":  # the network was trained for them
+                values = dict(OPTION_FLAGS.get(option.name) or _flag_of(option.type), default=None)
+                text = _help(option.metadata["help"], option.metadata["bound"])
+                add(f"--{option.name}", **values, help=text)
+
+    def add_processes(self) -> None:
+        """The flags of `cluster.start`."""
+        add = self.add_argument_group("several processes").add_argument
+        for name, (default, text) in PROCESSES.items():
+            help_text = f"{text} (default: {default})"
+            add(f"--{name}", type=type(default), default=default, help=help_text)
+
+
+def _flag_of(kind: Any, default: Any = None) -> dict[str, Any]:
+    """What `add_argument` needs for a flag of a type; other types than these are texts."""
+    if kind is bool:
+        return SWITCH | {"default": default}
+    kind = kind if kind in (int, float) else str
+    return {"type": kind, "default": default, "metavar": kind.__name__.upper()}
+
+
+def _help(text: str, bound: Bound, default: str = "") -> str:
+    notes = "; ".join(filter(None, (bound.words, default)))
+    return f"{text} ({notes})" if notes else text
+
+
+def _jax_options() -> dict[str, Any]:
+    """The options of JAX with their values."""
+    return {name: value for name, value in jax.config.values.items() if name.startswith("jax_")}
+
+
+def _set_jax_option(name: str, value: Any) -> None:
     try:
-        config_flags.DEFINE_config_file("config", flag_values=values)
-        stray = values(argv)[1:]
-    except Exception as error:  # whatever the user's own Python file raises, too
-        raise UserError(_what_is_wrong(argv, path, error)) from None
-    if stray:
-        raise UserError(f"unexpected argument {stray[0]!r}; fields are set as --config.field=value")
-    for name in strings:
-        if not values[name].value:
-            raise UserError(f"--{name} is missing; {usage.splitlines()[0]}")
-    config = values["config"].value
-    if not isinstance(config, ConfigDict):
-        raise UserError(f"{path}: get_config() must return a ConfigDict, not {config!r}")
-    configs.expand_paths(config)
-    return config, values
+        jax.config.update(name, value)
+    except Exception as error:  # options check their values in several ways
+        raise UserError(f"--{name}={value}: {files.reason(error)}") from None
 
 
-def said(values: flags.FlagValues) -> frozenset[str]:
-    """The config's fields that flags have set, such as sample.guidance_scale."""
-    return frozenset(config_flags.get_override_values(values["config"]))
+def read_config(args: argparse.Namespace) -> tuple[ConfigDict, dict[str, Any]]:
+    """The config that the flags describe, and the fields that flags set: {"optim.lr": 1e-3}.
 
-
-def _config_path(argv: list[str]) -> tuple[str, list[str]]:
-    """The path in --config=PATH[:variant] or --config PATH, and argv with that path written out.
-
-    Raises UserError where there is none.
+    Raises UserError for a file that holds no config, and for a URL in a field that holds a path.
     """
-    for number, flag in enumerate(argv):
-        name, equals, value = flag.lstrip("-").partition("=")
-        if flag.startswith("-") and name == "config":
-            value = files.local(value if equals else "".join(argv[number + 1 : number + 2]))
-            path = value.partition(":")[0]
-            if not os.path.isfile(path):
-                wrong = "is a folder" if os.path.isdir(path) else "does not exist"
-                raise UserError(f"config file '{path}' {wrong}")
-            rest = argv[number + (1 if equals else 2) :]
-            return path, [*argv[:number], f"--config={value}", *rest]
-    raise UserError("--config is missing, such as --config=configs/digits.py")
+    path, _, variant = args.config.partition(":")
+    config = configs.load(path, variant)
+    fields = {
+        name.removeprefix("config."): value
+        for name, value in vars(args).items()
+        if name.startswith("config.")
+    }
+    configs.override(config, fields)
+    configs.expand_paths(config)
+    return config, fields
 
 
-def _what_is_wrong(argv: list[str], path: str, error: Exception) -> str:
-    """One line about an error that arose in reading the flags or the config's file."""
-    # ml_collections puts the traceback of the user's file into its message.
-    text = str(error).strip().splitlines()[-1] if "Traceback" in str(error) else str(error)
-    if isinstance(error, flags.Error):
-        return f"{path}: {text}" if "Traceback" in str(error) else text
-    if isinstance(error, (AttributeError, KeyError)):
-        words = re.findall(r"\w+", text)  # ConfigDict's text begins with one part of the field
-        for flag in argv:
-            if flag.startswith("--config.") and words[0] in flag.partition("=")[0].split("."):
-                hint = re.search(r"Did you mean[^?]*\?", text.replace("\\n", " "))
-                return f"unknown config field {flag} {hint[0] if hint else ''}".strip()
-        if "get_config" in words:
-            return f"{path} defines no get_config()"
-    return f"{path} could not be read: {type(error).__name__}: {text}"
+def start(args: argparse.Namespace, keep_memory: bool = False) -> None:
+    """Start what a command computes with: the other processes of its run, and JAX's devices.
+
+    keep_memory: for commands that run one program many times, `backend.keep_freed_memory`.
+    """
+    if keep_memory:
+        backend.keep_freed_memory()
+    if "distributed" in args:
+        cluster.start(*(getattr(args, name) for name in PROCESSES))
+    backend.start()

@@ -1,43 +1,35 @@
 """Convert weights: python -m mdt_jax.convert --src=mdt_xl2_v1_ckpt.pt --dst=xl2
 
-What is at --src says what network it is; the suffix of --dst says where it goes: .pt or
-.safetensors, which the published PyTorch code loads with strict=True, or a folder (Orbax).
+The kind of network follows from the names in --src. The suffix of --dst selects the format: .pt or
+.safetensors, which the published PyTorch code loads with strict=True; without a suffix an Orbax
+folder.
 """
 
+import argparse
 import pathlib
 
 from mdt_jax import cli
-from mdt_jax.runtime import accelerators, files, locks
+from mdt_jax.runtime import files, locks
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.runtime.progress import print_result
 from mdt_jax.weights import networks, torch_files
 from mdt_jax.weights.orbax_folders import check_path
 
 
-def parse(argv: list[str]):
+def parse(argv: list[str]) -> argparse.Namespace:
     parser = cli.Parser(
-        prog="python -m mdt_jax.convert", description=(__doc__ or "").partition("\n")[0]
+        prog="python -m mdt_jax.convert", description="Convert weights from one format to another."
     )
     add = parser.add_argument
-    add(
-        "--src",
-        required=True,
-        type=cli.on_disk,
-        help="a workdir, a folder, .pt, .safetensors, or hf://OWNER/REPO/FILE",
-    )
-    add(
-        "--dst",
-        required=True,
-        type=cli.local,
-        help="FILE.pt, FILE.safetensors, or a folder to be made",
-    )
+    add("--src", required=True, type=cli.on_disk, help="a run, folder, .pt, .safetensors or hf://…")
+    add("--dst", required=True, type=cli.local, help="FILE.pt, FILE.safetensors, or a new folder")
     add("--params", choices=networks.ITEMS, default="ema", help="which of a run's parameters")
-    add("--decoder_layers", type=int, help="what MDT v1's files do not tell (default: 2)")
+    add("--decoder_layers", type=int, help="of an MDT v1 file, which lacks them (default: 2)")
     return parser.parse_args(argv[1:])
 
 
 def check_destination(dst: pathlib.Path) -> None:
-    """Raise UserError now rather than after everything is read."""
+    """Raise UserError before anything is read where the destination cannot be written."""
     if dst.suffix and dst.suffix not in torch_files.SUFFIXES:
         raise UserError(
             f"--dst={dst}: unknown suffix {dst.suffix!r}; use {', '.join(torch_files.SUFFIXES)}, "
@@ -53,17 +45,18 @@ def check_destination(dst: pathlib.Path) -> None:
 
 
 def main(argv: list[str]) -> None:
-    """Parse the flags, read, write, say what it was."""
+    """Parse the flags, read the weights, write them."""
     args = parse(argv)
     dst = pathlib.Path(args.dst)
     check_destination(dst)
-    accelerators.start()
+    cli.start(args)
     with locks.held(locks.beside(dst), str(dst)):
-        found = networks.read(args.src, args.params, args.decoder_layers)
-        networks.save(dst, found)
-        print_result(f"wrote {dst}: {networks.describe(found.model)}")
-    for line in networks.unrecorded(found) if dst.suffix else []:
-        print_result(f"what {dst.name} does not tell: {line}")
+        weights = networks.read_network(args.src, args.params, args.decoder_layers)
+        networks.save(dst, weights)
+        print_result(f"wrote {dst}: {networks.describe(weights.model)}")
+    if dst.suffix:
+        for line in networks.unrecorded(weights):
+            print_result(f"what {dst.name} cannot record: {line}")
 
 
 if __name__ == "__main__":

@@ -132,14 +132,14 @@ def run_here(command, *arguments: str, expect: int = 0, cwd=ROOT) -> str:
 
     Equal training steps are traced and compiled once.
     """
-    from mdt_jax import cli, main
-    from mdt_jax.train import costs
+    from mdt_jax import cli
+    from mdt_jax.train import costs, loop
 
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     printed, code = io.StringIO(), 0
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(cwd)
-        patch.setattr(main, "compile_step", compiled_once(main.compile_step))
+        patch.setattr(loop, "compile_step", compiled_once(loop.compile_step))
         patch.setattr(costs, "pass_macs", counted_once())
         patch.setattr("sys.argv", ["command", *arguments])
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):

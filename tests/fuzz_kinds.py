@@ -15,18 +15,20 @@ from PIL import Image
 
 from mdt_jax import config as configs
 from mdt_jax import inpaint
-from mdt_jax.data import folders, latents, latents_making, sample_files, tars
+from mdt_jax.data import folders, latents, latents_writer, sample_files, tars
 from mdt_jax.data.crops import CroppedImages
+from mdt_jax.data.protocols import Status
 from mdt_jax.evaluation import features, image_sets, references
 from mdt_jax.models.mdt import MDT
 from mdt_jax.runtime import locks
 from mdt_jax.runtime.errors import UserError
-from mdt_jax.sampling import pipeline
+from mdt_jax.sampling import labels
 from mdt_jax.train import workdir
 from mdt_jax.train.checkpoints import Checkpoints
-from mdt_jax.train.metrics import MetricsLog
+from mdt_jax.train.log import MetricsLog
 from mdt_jax.train.state import TrainState
 from mdt_jax.weights import networks
+from mdt_jax.weights.vae import VAE_FILES, Vae, recorded_scale
 from tests.models.common import random_params
 from tests.small_data import VAE, write_vae
 
@@ -78,8 +80,8 @@ def write_weights(name: str):
 
 def read_weights(name: str):
     def read(folder: pathlib.Path):
-        found = networks.read(
-            folder / name, decoder_layers=1 if "." in name else None, wanted="mdt"
+        found = networks.read_network(
+            folder / name, decoder_layers=1 if "." in name else None, kind="mdt"
         )
         return bits(found.params), found.classes, networks.describe(found.model)
 
@@ -87,7 +89,7 @@ def read_weights(name: str):
 
 
 def make_vae(folder: pathlib.Path) -> None:
-    write_vae(folder / networks.VAE_FILES[0])
+    write_vae(folder / VAE_FILES[0])
     told = {
         "norm_num_groups": 4,
         "scaling_factor": 0.3,
@@ -98,8 +100,8 @@ def make_vae(folder: pathlib.Path) -> None:
 
 
 def read_vae(folder: pathlib.Path):
-    network, params = networks.load_vae(folder)
-    return bits(params), network.groups, networks.vae_scale(folder)
+    vae = Vae.load(folder)
+    return bits(vae.params), vae.network.groups, recorded_scale(folder)
 
 
 def make_samples(folder: pathlib.Path) -> None:
@@ -115,7 +117,7 @@ def samples_npz(folder: pathlib.Path) -> sample_files.Npz:
 
 
 def read_samples(folder: pathlib.Path):
-    found = image_sets.open_images(str(folder / "s.npz"), labelled=True, drawn=True)
+    found = image_sets.open_images(str(folder / "s.npz"), labelled=True, generated=True)
     read = [part.tobytes() for _, part in found.slices(3)]
     return found.shape, read, np.asarray(found.labels).tolist(), list(found.classes)
 
@@ -155,7 +157,7 @@ def make_sample_folder(folder: pathlib.Path) -> None:
 
 def read_sample_folder(folder: pathlib.Path):
     anew = finish_samples(samples_folder(folder), folder)
-    found = image_sets.open_images(str(folder / "s"), labelled=True, drawn=True)
+    found = image_sets.open_images(str(folder / "s"), labelled=True, generated=True)
     if anew:
         raise FellBack
     return [part.tobytes() for _, part in found.slices(8)], np.asarray(found.labels).tolist()
@@ -209,12 +211,13 @@ def latent_batches(items: np.ndarray):
     yield {
         "moments": random.normal(size=(len(items), 4, 2, 2, 4)).astype(np.float16),
         "labels": (items % 3).astype(np.int32),
-        "damaged": np.full(len(items), -1),
+        "items": items,
+        "status": np.zeros(len(items), np.int8),
     }
 
 
 def make_unfinished(folder: pathlib.Path) -> None:
-    making = latents_making.CacheWriter(folder / "c", WHAT)
+    making = latents_writer.CacheWriter(folder / "c", WHAT)
     making.start()
     for shard in (0, 2):
         making.write(shard, latent_batches(making.items(shard)))
@@ -227,7 +230,7 @@ def make_latents(folder: pathlib.Path) -> None:
 
 def read_unfinished(folder: pathlib.Path):
     """As `encode` goes on with a cache."""
-    making = latents_making.CacheWriter(folder / "c", WHAT)
+    making = latents_writer.CacheWriter(folder / "c", WHAT)
     if not making.start():
         for shard in range(making.num_shards):
             if making.done(shard) is None:
@@ -240,11 +243,10 @@ def read_latents(folder: pathlib.Path):
     cache = latents.load(folder / "c", flip=True)
     items = np.arange(len(cache))
     taken = [cache.take(items, np.full(len(items), u)) for u in (0.0, 1.0)]
-    if any((view["damaged"] != -1).any() for view in taken):
+    if any(view["status"].any() for view in taken):
         raise FellBack
     for number in range(len(cache.manifest["shards"])):
-        if wrong := latents.measure(cache, number)["wrong"]:
-            raise UserError(wrong)
+        latents.check_shard(cache, number)
     return [bits(view) for view in taken], cache.classes, cache.manifest
 
 
@@ -290,9 +292,9 @@ def make_images(folder: pathlib.Path) -> None:
 def squares_of(files):
     found = CroppedImages(files, 8)
     taken = found.take(np.arange(len(found)), np.zeros(len(found)))
-    found.losses()
-    if (taken["damaged"] != -1).any():
-        for item in taken["damaged"][taken["damaged"] >= 0]:
+    found.warnings()
+    if taken["status"].any():
+        for item in np.flatnonzero(taken["status"] == Status.REPLACED):
             found.why(int(item))
         raise FellBack
     return bits(taken), found.classes, found.identity
@@ -346,7 +348,7 @@ def read_lists(folder: pathlib.Path):
     found = []
     for name in ("a.csv", "a.jsonl", "dataset.json"):
         files = folders.load(str(folder / name), None)
-        found.append((files.contents, files.classes, files.found))
+        found.append((files.contents, files.classes, files.summary))
         files.read(0)
     return found
 
@@ -381,7 +383,7 @@ def make_labels(folder: pathlib.Path) -> None:
 
 
 def read_labels(folder: pathlib.Path):
-    return [pipeline.read_labels(str(folder / name), 3, NAMES) for name in ("l.npy", "l.txt")]
+    return [labels.read_labels(str(folder / name), 3, NAMES) for name in ("l.npy", "l.txt")]
 
 
 def make_mask(folder: pathlib.Path) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mdt_jax import evaluate
-from mdt_jax.evaluation import features, measuring
+from mdt_jax.evaluation import evaluator, feature_networks
 from tests.conftest import run_here
 
 
@@ -19,7 +19,7 @@ from tests.conftest import run_here
 def quick_inception() -> Iterator[None]:
     """Meanwhile a file's network is compiled once, for two images a device at a time, and runs once
     on equal images; a covariance of its 2048 features is decomposed once."""
-    known, eigh, run = {}, np.linalg.eigh, features.InceptionFeatures.__call__
+    known, eigh, run = {}, np.linalg.eigh, feature_networks.InceptionFeatures.__call__
 
     def remembered(matrix: np.ndarray):
         key = hashlib.sha256(np.ascontiguousarray(matrix)).digest()
@@ -27,7 +27,7 @@ def quick_inception() -> Iterator[None]:
             known[key] = eigh(matrix)
         return known[key]
 
-    def found_once(network: features.InceptionFeatures, images: np.ndarray):
+    def found_once(network: feature_networks.InceptionFeatures, images: np.ndarray):
         key = id(network), images.shape, hashlib.sha256(np.ascontiguousarray(images)).digest()
         if key not in known:
             known[key] = run(network, images)
@@ -35,9 +35,11 @@ def quick_inception() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(np.linalg, "eigh", remembered)
-        patch.setattr(measuring, "load_inception", functools.cache(measuring.load_inception))
-        patch.setattr(features.InceptionFeatures, "__call__", found_once)
-        patch.setattr(features, "EACH_DEVICE", 2)
+        load_once = functools.cache(feature_networks.load_inception)
+        for module in (feature_networks, evaluator, evaluate):
+            patch.setattr(module, "load_inception", load_once)
+        patch.setattr(feature_networks.InceptionFeatures, "__call__", found_once)
+        patch.setattr(feature_networks, "EACH_DEVICE", 2)
         yield
 
 

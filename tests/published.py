@@ -6,7 +6,9 @@ import pathlib
 import jax
 import numpy as np
 
+from mdt_jax.models.inception import Inception
 from mdt_jax.models.mdt import MDT
+from mdt_jax.weights import inception_names
 from mdt_jax.weights.mdt_names import params_from_published
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -27,6 +29,15 @@ def published_state(name: str) -> dict[str, np.ndarray]:
 def published_params(name: str) -> dict:
     """The parameters in NAME.npz, such as v1_state or v2_ema_after."""
     return params_from_published(published_state(name), MODELS[name.partition("_")[0]])
+
+
+def zeros_like_published() -> dict[str, np.ndarray]:
+    """The state_dict of FID's Inception, all zero."""
+    model = Inception()
+    zeros = jax.tree.map(
+        lambda leaf: np.zeros(leaf.shape, leaf.dtype), inception_names.shapes(model)
+    )
+    return inception_names.to_published(model, zeros)
 
 
 @functools.cache

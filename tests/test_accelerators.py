@@ -2,7 +2,7 @@ import jax
 import pytest
 
 from mdt_jax import convert
-from mdt_jax.runtime import accelerators
+from mdt_jax.runtime import backend
 from tests.conftest import exits_with_one_line
 from tests.runs import DIGITS
 
@@ -12,9 +12,9 @@ def machine(tmp_path, monkeypatch):
     """A machine whose devices and programs are those in a folder, and whose JAX may choose."""
     kinds = tuple(
         (kind, str(tmp_path / devices.rpartition("/")[2]), program, extra)
-        for kind, devices, program, extra in accelerators.KINDS
+        for kind, devices, program, extra in backend.KINDS
     )
-    monkeypatch.setattr(accelerators, "KINDS", kinds)
+    monkeypatch.setattr(backend, "KINDS", kinds)
     monkeypatch.setenv("PATH", str(tmp_path))
     before = jax.config.jax_platforms
     jax.default_backend()  # the tests' CPUs
@@ -24,7 +24,7 @@ def machine(tmp_path, monkeypatch):
 
 
 def test_nothing_is_said_of_a_machine_with_cpus_only(machine, capsys):
-    accelerators.start()
+    backend.start()
     assert capsys.readouterr() == ("", "")
 
 
@@ -39,7 +39,7 @@ def test_nothing_is_said_of_a_machine_with_cpus_only(machine, capsys):
 def test_a_device_that_jax_does_not_use_is_said_once(name, kind, extra, machine, capsys):
     (machine / name).touch(0o755)
     (machine / "nvidiactl").touch()  # the driver alone is no device
-    accelerators.start()
+    backend.start()
     assert capsys.readouterr().err == (
         f"warning: this machine has {kind} ({machine / name}), but JAX finds only CPUs; to use "
         f"it: pip install -e '.[{extra}]'\n"
@@ -49,14 +49,14 @@ def test_a_device_that_jax_does_not_use_is_said_once(name, kind, extra, machine,
 def test_a_user_who_chose_the_cpu_hears_nothing(machine, capsys):
     (machine / "nvidia0").touch()
     jax.config.update("jax_platforms", "cpu")
-    accelerators.start()
+    backend.start()
     assert capsys.readouterr().err == ""
 
 
 def test_nothing_is_said_where_jax_uses_it(machine, capsys, monkeypatch):
     (machine / "nvidia0").touch()
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    accelerators.start()
+    backend.start()
     assert capsys.readouterr().err == ""
 
 

@@ -13,14 +13,14 @@ import mdt_jax
 from mdt_jax import config as configs
 from mdt_jax import convert, sample
 from mdt_jax.data.classes import imagenet_label
-from mdt_jax.models.autoencoder import AutoencoderKL
+from mdt_jax.models.autoencoder import VAE_SCALE, AutoencoderKL
 from mdt_jax.models.inception import Inception
 from mdt_jax.models.mdt import MDT
 from mdt_jax.models.resize import resize_grid
 from mdt_jax.runtime.errors import UserError
-from mdt_jax.sampling import pipeline
+from mdt_jax.sampling.pipeline import Pipeline
 from mdt_jax.weights import networks, torch_files
-from mdt_jax.weights.vae import _decode_slice, decode
+from mdt_jax.weights.vae import VAE_FILES, Vae, _decode
 from tests.conftest import FULL_COMPILE, exits_with_one_line
 from tests.models.common import random_params
 from tests.published import (
@@ -49,7 +49,7 @@ def same(a, b):
 def files(tmp_path):
     """v1.pt and v2.pt as the published code would have saved them."""
     for version in VERSIONS:
-        torch_files.write(tmp_path / f"{version}.pt", published_state(f"{version}_state"))
+        torch_files.write_arrays(tmp_path / f"{version}.pt", published_state(f"{version}_state"))
     return tmp_path
 
 
@@ -60,7 +60,10 @@ def test_a_file_to_a_folder_and_back(version, suffix, files, monkeypatch):
     model, params = mdt_jax.load(files / "folder")
     assert model == MODELS[version] and same(params, published_params(f"{version}_state"))
     run(convert, monkeypatch, f"--src={files}/folder", f"--dst={files}/back{suffix}")
-    state, back = published_state(f"{version}_state"), torch_files.read(files / f"back{suffix}")
+    state, back = (
+        published_state(f"{version}_state"),
+        torch_files.read_arrays(files / f"back{suffix}"),
+    )
     assert set(back) == set(state)
     for name, array in state.items():
         assert back[name].dtype == array.dtype
@@ -76,7 +79,7 @@ def test_weights_that_are_not_finite_are_refused(files):
         state[name].shape
     )
     for suffix in (".pt", ".safetensors"):
-        torch_files.write(files / f"bad{suffix}", state)
+        torch_files.write_arrays(files / f"bad{suffix}", state)
         with pytest.raises(UserError, match=r"bad\S+: \S*qkv/kernel is not finite everywhere"):
             mdt_jax.load(files / f"bad{suffix}")
 
@@ -94,7 +97,7 @@ def test_a_loaded_file_gives_the_recorded_numbers(version, files):
 
 def test_a_run_is_exported_ema_or_raw(trained, tmp_path, monkeypatch, capsys):
     run(convert, monkeypatch, f"--src={trained}", f"--dst={tmp_path}/ema.pt")
-    assert "does not tell: to be read with decoder_layers=1" in capsys.readouterr().out
+    assert "cannot record: it must be read with decoder_layers=1" in capsys.readouterr().out
     run(convert, monkeypatch, f"--src={trained}", f"--dst={tmp_path}/raw.pt", "--params=raw")
     model, ema = mdt_jax.load(trained)
     loaded, from_file = mdt_jax.load(tmp_path / "ema.pt", decoder_layers=model.decoder_layers)
@@ -144,7 +147,7 @@ def latent_model(tmp_path_factory):
 
 def test_pictures_from_a_file_of_latents(latent_model, tmp_path, monkeypatch):
     folder, model, vae, params = latent_model
-    monkeypatch.setattr(pipeline, "load_vae", lambda path: (vae, params))
+    monkeypatch.setattr(Vae, "load", lambda path, scale: Vae(path, scale or VAE_SCALE, vae, params))
     common = [f"--checkpoint={folder / 'mdt.pt'}", "--vae=vae", "--num_steps=3", "--seed=5"]
     run(
         sample, monkeypatch, *common, "--labels=golden retriever,387, 12", f"--out={tmp_path}/a.npz"
@@ -171,27 +174,29 @@ def test_pictures_from_a_file_of_latents(latent_model, tmp_path, monkeypatch):
 def test_the_scale_of_a_files_latents(latent_model, tmp_path, monkeypatch, capsys):
     """The VAE's folder says it, also after `convert`; a flag that differs is refused."""
     folder, _, vae, params = latent_model
-    networks.save(tmp_path / networks.VAE_FILES[0], networks.Weights(vae, params))
+    networks.save(tmp_path / VAE_FILES[0], networks.Weights(vae, params))
     (tmp_path / "config.json").write_text(json.dumps({"scaling_factor": 0.13025}))
-    run(
-        convert, monkeypatch, f"--src={tmp_path / networks.VAE_FILES[0]}", f"--dst={tmp_path}/saved"
-    )
+    run(convert, monkeypatch, f"--src={tmp_path / VAE_FILES[0]}", f"--dst={tmp_path}/saved")
     run(convert, monkeypatch, f"--src={tmp_path}/saved", f"--dst={tmp_path}/vae.bin")
-    assert 'beside a config.json of {"scaling_factor": 0.13025}' in capsys.readouterr().out
+    assert 'beside it, a config.json of {"scaling_factor": 0.13025}' in capsys.readouterr().out
     model = networks.load_weights(folder / "mdt.pt")
     of_run = model._replace(config=configs.default())
-    for path in (tmp_path, tmp_path / "saved", tmp_path / networks.VAE_FILES[0]):
-        assert pipeline.find_vae("mdt.pt", model, str(path)).scale == 0.13025
-        assert pipeline.find_vae("mdt.pt", model, str(path), 0.13025).scale == 0.13025
+
+    def scale(name, weights, **how):
+        return Pipeline(name, weights, **how).vae.scale
+
+    for path in (tmp_path, tmp_path / "saved", tmp_path / VAE_FILES[0]):
+        assert scale("mdt.pt", model, vae=str(path)) == 0.13025
+        assert scale("mdt.pt", model, vae=str(path), vae_scale=0.13025) == 0.13025
         with pytest.raises(UserError, match=r"is 0\.13025, but --vae_scale is 0\.18215"):
-            pipeline.find_vae("mdt.pt", model, str(path), 0.18215)
+            scale("mdt.pt", model, vae=str(path), vae_scale=0.18215)
         with pytest.raises(UserError, match=r"is 0\.13025, but run was trained with 0\.18215"):
-            pipeline.find_vae("run", of_run, str(path))
+            scale("run", of_run, vae=str(path))
     of_run.config.vae.path = str(tmp_path)  # what a run was trained with, it is drawn with
-    assert pipeline.find_vae("run", of_run).scale == 0.18215
+    assert scale("run", of_run) == 0.18215
     (tmp_path / "config.json").unlink()
-    assert pipeline.find_vae("mdt.pt", model, str(tmp_path)).scale == 0.18215
-    assert pipeline.find_vae("mdt.pt", model, str(tmp_path), 0.5).scale == 0.5
+    assert scale("mdt.pt", model, vae=str(tmp_path)) == 0.18215
+    assert scale("mdt.pt", model, vae=str(tmp_path), vae_scale=0.5) == 0.5
 
 
 BAD_LATENTS = {
@@ -219,7 +224,7 @@ def test_bad_latents(name, latent_model, tmp_path, capsys, monkeypatch):
 def test_a_vae_of_other_latents(latent_model, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     vae = AutoencoderKL(latent_channels=16)
-    monkeypatch.setattr(pipeline, "load_vae", lambda path: (vae, {}))
+    monkeypatch.setattr(Vae, "load", lambda path, scale: Vae(path, VAE_SCALE, vae, {}))
     argv = [f"--checkpoint={latent_model[0] / 'mdt.pt'}", "--out=a.png", "--vae=x"]
     printed = exits_with_one_line(sample.main, argv, capsys, monkeypatch)
     assert "the latents of x have 16 channels, but the model draws 4" in printed
@@ -252,7 +257,7 @@ def test_class_names_are_kept_where_there_is_a_place(tmp_path, monkeypatch, caps
     torch = pytest.importorskip("torch")
     for mmap in (False, True):
         read = torch.load(tmp_path / "d.pt", weights_only=True, mmap=mmap)
-        assert read.keys() == torch_files.read(tmp_path / "e.safetensors").keys()
+        assert read.keys() == torch_files.read_arrays(tmp_path / "e.safetensors").keys()
     safetensors = pytest.importorskip("safetensors.numpy")
     arrays = safetensors.load_file(tmp_path / "b.safetensors")
     for note in ("[", '"cat"', "[1, 2, 3]", '["a"]'):
@@ -284,29 +289,29 @@ def test_every_kind_of_network_is_told_by_its_names(latent_model, tmp_path, monk
     assert "a VAE of levels 32, 32, 1 layers each, latents of 4 channels" in capsys.readouterr().out
     run(convert, monkeypatch, f"--src={tmp_path}/vae", f"--dst={tmp_path}/vae.bin")
     for source in ("vae", "vae.bin", "vae.safetensors"):
-        loaded, same_params = networks.load_vae(tmp_path / source)
-        assert loaded == vae and same(same_params, params)
+        loaded = Vae.load(tmp_path / source)
+        assert loaded.network == vae and same(loaded.params, params)
     with pytest.raises(UserError, match="vae holds a VAE, not an MDT"):
         mdt_jax.load(tmp_path / "vae")
 
-    shapes = networks.KINDS["inception"].shapes(Inception())
+    shapes = networks.shapes_of(Inception())
     zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
     networks.save(tmp_path / "fid.pth", networks.Weights(Inception(), zeros))
     run(convert, monkeypatch, f"--src={tmp_path}/fid.pth", f"--dst={tmp_path}/fid")
     assert "FID's Inception with 1008 logits" in capsys.readouterr().out
-    assert same(networks.read(tmp_path / "fid").params, zeros)
+    assert same(networks.read_network(tmp_path / "fid").params, zeros)
 
 
 def test_a_folder_of_diffusers_tells_its_norms(tmp_path):
     vae = AutoencoderKL(channels=(8, 16), layers=1, groups=4)
     params = jax.jit(vae.init)(jax.random.key(0), np.zeros((1, 4, 4, 3), np.float32))["params"]
-    networks.save(tmp_path / networks.VAE_FILES[1], networks.Weights(vae, params))
-    assert networks.load_vae(tmp_path)[0].groups == 8  # as many as the narrowest level has channels
+    networks.save(tmp_path / VAE_FILES[1], networks.Weights(vae, params))
+    assert Vae.load(tmp_path).network.groups == 8  # as many as the narrowest level has channels
     (tmp_path / "config.json").write_text(json.dumps({"norm_num_groups": 4}))
-    assert networks.load_vae(tmp_path)[0] == vae
+    assert Vae.load(tmp_path).network == vae
     (tmp_path / "config.json").write_text(json.dumps({"norm_num_groups": 3}))
     with pytest.raises(UserError, match="cannot be normed in 3 groups"):
-        networks.load_vae(tmp_path)
+        Vae.load(tmp_path)
 
 
 def test_a_folder_keeps_the_config_of_the_run(trained, tmp_path, monkeypatch):
@@ -327,15 +332,17 @@ def test_a_resized_run_is_kept_as_what_it_is(trained, tmp_path):
 
 
 def test_decoding_in_slices_is_decoding_at_once(latent_model):
-    _, _, vae, params = latent_model
+    _, _, network, params = latent_model
+    vae, other = (Vae("vae", scale, network, params) for scale in (0.18215, 0.5))
     latents = np.random.default_rng(0).normal(size=(5, 4, 2, 4)).astype(np.float32)
-    run = functools.partial(decode, vae, params, batch_size=2)
+    run = functools.partial(vae.decode, batch_size=2)
     whole = run(latents, batch_size=5)
     np.testing.assert_allclose(run(latents), whole, atol=1e-5)
-    np.testing.assert_allclose(run(latents, scale=0.5), run(latents * 0.18215 / 0.5), atol=1e-4)
+    scaled = other.decode(latents, batch_size=2)
+    np.testing.assert_allclose(scaled, run(latents * 0.18215 / 0.5), atol=1e-4)
     assert run(latents[:0]).shape == (0, 8, 4, 3)
     with pytest.raises(UserError, match="latents have 4 channels, but the model draws 3"):
-        decode(vae, params, latents[..., :3])
+        run(latents[..., :3])
 
 
 def test_any_number_of_latents_is_decoded_by_one_program(latent_model):
@@ -343,12 +350,13 @@ def test_any_number_of_latents_is_decoded_by_one_program(latent_model):
     latents = np.random.default_rng(0).normal(size=(20, *model.input_size, 4)).astype(np.float32)
     alone = jax.jit(functools.partial(vae.apply, method="decode"))
     expected = mdt_jax.to_uint8(alone({"params": params}, latents / 0.5)).astype(int)
-    to_images, _ = pipeline.decoder(model, pipeline.Vae("vae", 0.5, vae, params), 12, "highest")
-    before = _decode_slice._cache_size()
+    scaled = Vae("vae", 0.5, vae, params)
+    to_images = Pipeline("mdt", networks.Weights(model, {}), vae=scaled).to_images
+    before = _decode._cache_size()
     for count in (20, 3, 5, 7):
-        np.testing.assert_allclose(to_images(latents[:count]), expected[:count], atol=1)
-    assert _decode_slice._cache_size() == before + 1
+        np.testing.assert_allclose(to_images(latents[:count], 12), expected[:count], atol=1)
+    assert _decode._cache_size() == before + 1
     # Without a batch size, too: as many latents as a device takes at once.
-    few, more = (decode(vae, params, latents[:count], scale=0.5) for count in (2, 20))
+    few, more = (scaled.decode(latents[:count]) for count in (2, 20))
     np.testing.assert_array_equal(few, more[:2])
-    assert _decode_slice._cache_size() == before + 2
+    assert _decode._cache_size() == before + 2

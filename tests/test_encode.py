@@ -12,11 +12,11 @@ import pytest
 
 from mdt_jax import config as configs
 from mdt_jax import encode, main
-from mdt_jax.data import latents, latents_making
+from mdt_jax.data import latents, latents_writer
 from mdt_jax.runtime import parallel
 from mdt_jax.train import inputs
-from mdt_jax.train.step import Draws, latents_of
-from mdt_jax.weights import networks
+from mdt_jax.train.step import batch_latents
+from mdt_jax.weights.vae import VAE_FILES, Vae, recorded_scale
 from tests.conftest import (
     exits_with_one_line,
     run_here,
@@ -57,7 +57,7 @@ def test_where_things_lie_is_no_matter(place, tmp_path):
 
 def test_another_host_is_quicker_with_the_same_part(place, tmp_path, monkeypatch):
     """It finishes the cache and tidies while a shard is written here: that is no failure."""
-    write = latents_making.CacheWriter.write
+    write = latents_writer.CacheWriter.write
 
     def overtaken(making, shard, batches):
         def and_then_tidied():
@@ -68,7 +68,7 @@ def test_another_host_is_quicker_with_the_same_part(place, tmp_path, monkeypatch
 
         write(making, shard, and_then_tidied())
 
-    monkeypatch.setattr(latents_making.CacheWriter, "write", overtaken)
+    monkeypatch.setattr(latents_writer.CacheWriter, "write", overtaken)
     out = tmp_path / "cache"
     printed = run_here(encode.main, *arguments(place), f"--out={out}", SHARDS)
     assert f"{out}: {IMAGES} images in 13 shards" in printed
@@ -88,8 +88,8 @@ def test_what_a_cache_holds(place):
     # Each record against the VAE itself, image by image.
     images, _ = inputs.open_data(config_of(place))
     images = dataclasses.replace(images, flip=False).take(np.arange(IMAGES), np.ones(IMAGES))
-    network, params = networks.load_vae(place / "vae")
-    run = jax.jit(lambda x: network.apply({"params": params}, x, method="encode"))
+    vae = Vae.load(place / "vae")
+    run = jax.jit(lambda x: vae.network.apply({"params": vae.params}, x, method="encode"))
     for flip, pixels in ((False, images["images"]), (True, images["images"][:, :, ::-1])):
         found = latents.load(place / "cache", flip).take(np.arange(IMAGES), np.zeros(IMAGES))
         mean, std = run(jnp.asarray(pixels, jnp.float32) / 127.5 - 1)
@@ -102,7 +102,7 @@ def test_online_and_cached_training_see_the_same(place):
     """The images in the same order with the same mirrors; only the posterior's noise differs."""
     mesh = parallel.make_mesh()
     online, cached = config_of(place), config_of(place, "latents", "cache")
-    vae = inputs.load_vae(online)
+    vae = Vae.from_config(online)
     streams = [
         inputs.feed(config, inputs.open_data(config)[0], mesh, found, 0)
         for config, found in ((online, vae), (cached, None))
@@ -111,8 +111,7 @@ def test_online_and_cached_training_see_the_same(place):
     @jax.jit
     def draw(batch, key):
         noise = jax.random.normal(key, batch["mean"].shape)
-        draws = Draws(*[None] * 7, posterior=noise)
-        return latents_of(batch, draws, SCALE)
+        return batch_latents(batch, noise, SCALE)
 
     drawn = {name: [] for name in ("online", "cached")}
     variance = []
@@ -175,7 +174,7 @@ def test_verify(place, tmp_path):
     (copy / "manifest.json").write_text(json.dumps({**manifest, "scale": 0.18215}))
     assert "manifest.json is damaged, or was edited: encode anew" in verify(copy, expect=2)
     said = verify(copy, "--estimate_scale", expect=2)
-    assert "--estimate_scale and --verify are two things" in said
+    assert "--estimate_scale and --verify exclude each other" in said
 
 
 def test_estimate_scale(place):
@@ -213,7 +212,7 @@ BAD_ENCODING = {
     "no out": ([], "--out is missing"),
     "no VAE": (["--out=OUT", "--config.vae.path=nothing"], "nothing"),
     "pixels": (["--out=OUT", "--config.vae.path=identity"], "nothing to encode with"),
-    "random": (["--out=OUT", "--config.data.crop=random"], "a cache is of the middle"),
+    "random": (["--out=OUT", "--config.data.crop=random"], "a cache needs data.crop=center"),
     "latents": (["--out=OUT", "--config.data.name=latents"], "folder, tar and tfds can be encoded"),
     "digits": (
         ["--out=OUT", "--config.data.name=digits", "--config.data.path="],
@@ -221,8 +220,8 @@ BAD_ENCODING = {
     ),
     "no images": (["--out=OUT", "--config.data.path=EMPTY"], "holds no images"),
     "classes": (["--out=OUT", "--config.model.num_classes=4"], "has 3 classes, but"),
-    "shards": (["--out=OUT", "--shard_images=0"], "it must be at least 1"),
-    "part": (["--out=OUT", "--part=5/4"], "--part=5/4 is not such as 2/4, the second of four"),
+    "shards": (["--out=OUT", "--shard_images=0"], "must be at least 1"),
+    "part": (["--out=OUT", "--part=5/4"], "--part=5/4: expected K/N, e.g. 2/4"),
     "not finished": (["--out=EMPTY", "--verify"], "holds no manifest.json"),
     "another VAE": (
         ["--out=CACHE", SHARDS, "--config.vae.path=OTHER"],
@@ -262,7 +261,7 @@ BAD_TRAINING = {
     "another size": (["--config.data.image_size=64"], "with data.image_size 32, not 64"),
     "classes": (["--config.model.num_classes=4"], "has 3 classes"),
     "no cache": (["--config.data.path=EMPTY"], "holds no manifest.json"),
-    "pixels": (["--config.vae.path=identity"], "data.name=latents needs vae.path"),
+    "pixels": (["--config.vae.path=identity"], "data.name=latents requires vae.path"),
 }  # fmt: skip
 
 
@@ -295,7 +294,7 @@ FOLDERS = {
     "scale": ({"scaling_factor": 0.13025}, 0.13025),
     "neutral": ({"scaling_factor": 1, "shift_factor": None, "latents_mean": [0, 0, 0, 0],
                  "latents_std": [1.0] * 4}, 1),
-    "shift": ({"shift_factor": 0.1}, "shift_factor is 0.1, but here latents are multiplied by one"),
+    "shift": ({"shift_factor": 0.1}, "shift_factor is 0.1, but mdt_jax only multiplies latents by"),
     "means": ({"latents_mean": [0, 0, 0.5, 0]}, "latents_mean is [0, 0, 0.5, 0], but"),
     "deviations": ({"latents_std": [1, 1, 1, 2]}, "latents_std is [1, 1, 1, 2], but"),
     "words": ({"scaling_factor": "0.2"}, "scaling_factor is 0.2; it must be a positive number"),
@@ -313,7 +312,7 @@ def test_the_scale_that_a_vaes_folder_says(name, place, tmp_path, monkeypatch):
     told, expected = FOLDERS[name]
     folder = tmp_path / "vae"
     folder.mkdir()
-    write_vae(folder / networks.VAE_FILES[0])
+    write_vae(folder / VAE_FILES[0])
     if isinstance(told, dict):
         told = {"norm_num_groups": 4, **told}
     (folder / "config.json").write_text(told if isinstance(told, str) else json.dumps(told))
@@ -321,7 +320,7 @@ def test_the_scale_that_a_vaes_folder_says(name, place, tmp_path, monkeypatch):
     run = [*argv, *ONE_STEP, f"--workdir={tmp_path / 'run'}"]
     encoding = [*argv, f"--out={tmp_path / 'cache'}"]
     if expected == "any":
-        assert networks.vae_scale(folder) is None
+        assert recorded_scale(folder) is None
         return
     said = expected
     if not isinstance(expected, str):

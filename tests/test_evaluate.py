@@ -13,10 +13,12 @@ from PIL import Image
 import mdt_jax
 from mdt_jax import cli, convert, encode, evaluate, info, inpaint, main, sample
 from mdt_jax.data import sample_files, sources
-from mdt_jax.evaluation import features, image_sets, measuring, metrics, references
+from mdt_jax.evaluation import feature_networks, features, image_sets, metrics, references
+from mdt_jax.evaluation.evaluator import Evaluator
 from mdt_jax.evaluation.metrics import precision_recall
 from mdt_jax.runtime.errors import UserError
-from mdt_jax.weights import networks
+from mdt_jax.runtime.files import file_sha256
+from mdt_jax.weights.vae import Vae
 from tests.conftest import exits_with_one_line, run_here
 from tests.measuring import assert_equal, crops, flags, make_sets, measured, quick_inception
 from tests.runs import DIGITS
@@ -41,7 +43,7 @@ def sets(tmp_path_factory):
 
 
 def found_by_hand(folder, images: np.ndarray) -> dict[str, np.ndarray]:
-    network = measuring.load_inception(str(folder / "fid.pth"))
+    network = feature_networks.load_inception(str(folder / "fid.pth"))
     return network(images)
 
 
@@ -51,7 +53,7 @@ def test_fid_from_python(sets):
     assert mdt_jax.fid(*paths) == pytest.approx(expected, rel=1e-6)
     samples, real = (np.load(path)["arr_0"] for path in paths[:2])
     assert mdt_jax.fid(samples, real, paths[2]) == pytest.approx(expected, rel=1e-6)
-    with pytest.raises(UserError, match="the samples are float32 of the shape .*FID takes uint8"):
+    with pytest.raises(UserError, match="the samples is float32 of shape .*images must be uint8"):
         mdt_jax.fid(samples.astype(np.float32), real, paths[2])
 
 
@@ -68,31 +70,36 @@ def test_the_card_and_its_measures_by_hand(sets):
     score = fid.metric_isc.isc_features_to_metric(torch.tensor(a["logits"]), 1, shuffle=False)
     assert ours["inception_score"] == pytest.approx(score["inception_score_mean"], rel=1e-6)
     assert ours["num_samples"] == 6
-    assert card["samples"]["sha256"] == image_sets.file_sha256(sets / "samples.npz")
-    assert card["reference"]["sha256"] == image_sets.file_sha256(sets / "real.npz")
+    assert card["samples"]["sha256"] == file_sha256(sets / "samples.npz")
+    assert card["reference"]["sha256"] == file_sha256(sets / "real.npz")
     assert card["samples"]["shape"] == [32, 32, 3] and card["samples"]["how"] is None
     assert card["features"][0]["inception_sha256"] and card["neighbours"] == 3
 
 
-def test_parts_of_other_images_are_not_taken(sets, tmp_path, monkeypatch):
+def starts(cache: features.FeatureCache) -> list[int]:
+    return [start for start, _ in cache.resume()]
+
+
+def test_cached_features_of_other_images_are_not_used(sets, tmp_path, monkeypatch):
     monkeypatch.setattr(features, "SLICE", 8)
-    parts = features.Parts(tmp_path / "parts", {"of": "others"})
-    parts.begin()
-    parts.save(0, {("inception", "pool"): np.zeros((8, 2))})
-    assert features.Parts(tmp_path / "parts", {"of": "others"}).begin() == {0}
-    assert features.Parts(tmp_path / "parts", {"of": "these"}).begin() == set()
-    assert not list((tmp_path / "parts").glob("*.npz"))
+    folder, saved = tmp_path / "cache", {"pool": np.zeros((8, 2))}
+    cache = features.FeatureCache(folder, {"of": "others"})
+    assert starts(cache) == []
+    cache.put(0, saved)
+    assert starts(features.FeatureCache(folder, {"of": "others"})) == [0]
+    assert starts(features.FeatureCache(folder, {"of": "these"})) == []
+    assert not list(folder.glob("*.npz"))
 
 
-def test_parts_that_are_damaged_are_computed_anew(tmp_path, monkeypatch):
+def test_cached_features_that_are_damaged_are_computed_anew(tmp_path, monkeypatch):
     def network(images):
         return {"pool": images.reshape(len(images), -1).astype(np.float32)}
 
     monkeypatch.setattr(features, "SLICE", 2)
-    images = image_sets.Arrays("x.npz", np.arange(24, dtype=np.uint8).reshape(6, 2, 2, 1))
-    parts = features.Parts(tmp_path / "parts", {"of": "these"})
-    wanted = features.extract({"any": network}, images, parts)["any"].rows["pool"]
-    files = sorted((tmp_path / "parts").glob("*.npz"))
+    images = image_sets.ArrayImages("x.npz", np.arange(24, dtype=np.uint8).reshape(6, 2, 2, 1))
+    cache = features.FeatureCache(tmp_path / "cache", {"of": "these"})
+    wanted = features.extract([network], images, cache).rows["pool"]
+    files = sorted((tmp_path / "cache").glob("*.npz"))
     whole = files[1].read_bytes()
     flipped = bytearray(whole)
     flipped[160] ^= 1
@@ -103,12 +110,12 @@ def test_parts_that_are_damaged_are_computed_anew(tmp_path, monkeypatch):
     bad = (b"", whole[:-9], bytes(flipped), numbers.getvalue(), other.getvalue())
     for content in bad:
         files[1].write_bytes(content)
-        assert parts.begin() == {0, 4}
-        found = features.extract({"any": network}, images, parts)["any"].rows["pool"]
+        assert starts(cache) == [0, 4]
+        found = features.extract([network], images, cache).rows["pool"]
         np.testing.assert_array_equal(found, wanted)
-        assert parts.begin() == {0, 2, 4}
-    (tmp_path / "parts" / "features.json").write_bytes(b"\xff")
-    assert parts.begin() == set()
+        assert starts(cache) == [0, 2, 4]
+    (tmp_path / "cache" / "features.json").write_bytes(b"\xff")
+    assert starts(cache) == []
 
 
 def test_a_folder_is_measured_as_the_npz(sets, tmp_path):
@@ -131,7 +138,7 @@ def test_samples_in_a_folder_are_in_the_order_of_the_npz(tmp_path):
     for out in ("a.npz", "a/"):
         run_here(sample.main, *few, f"--out={tmp_path}/{out}")
     npz, folder = (
-        image_sets.open_images(f"{tmp_path}/{out}", labelled=True, num=5, drawn=True)
+        image_sets.open_images(f"{tmp_path}/{out}", labelled=True, num=5, generated=True)
         for out in ("a.npz", "a")
     )
     np.testing.assert_array_equal(npz.take(np.arange(5)), folder.take(np.arange(5)))
@@ -215,14 +222,17 @@ def test_help_on_a_terminal_of_ascii(command, monkeypatch):
 
 def test_the_inception_score_of_a_folder_is_that_of_the_npz(sets, tmp_path, monkeypatch):
     """The folder is in another order, and is measured in slices of another size."""
-    saved, network = np.load(sets / "samples.npz"), measuring.load_inception(f"{sets}/fid.pth")
+    saved, network = (
+        np.load(sets / "samples.npz"),
+        feature_networks.load_inception(f"{sets}/fid.pth"),
+    )
     for n, image in enumerate(saved["arr_0"]):
         Image.fromarray(image).save(tmp_path / f"{saved['arr_1'][n]}_{n:02}.png")
     scores = []
     for path, size in ((sets / "samples.npz", 512), (tmp_path, 4)):
         monkeypatch.setattr(features, "SLICE", size)
-        images = image_sets.open_images(str(path), drawn=True)
-        rows = features.extract({"inception": network}, images)["inception"].rows
+        images = image_sets.open_images(str(path), generated=True)
+        rows = features.extract([network], images).rows
         scores.append(metrics.inception_score(rows["logits"], rows["pixels"], split=5))
     assert scores[0] == pytest.approx(scores[1], rel=1e-9)
     assert scores[0] != pytest.approx(measured(sets / "card.json")["inception_score"], rel=1e-6)
@@ -259,9 +269,9 @@ def test_a_reference_is_made_as_adms_are(sets, tmp_path, monkeypatch):
 
 
 def test_a_reference_keeps_images_from_all_over_the_set(monkeypatch):
-    monkeypatch.setattr(references, "KEPT", 50)
+    monkeypatch.setattr(references, "KEPT_IMAGES", 50)
     images = np.arange(200, dtype=np.uint8).reshape(200, 1, 1, 1)
-    kept = references.sample_of(image_sets.Arrays("x", images))[:, 0, 0, 0]
+    kept = references.images_to_keep(image_sets.ArrayImages("x", images))[:, 0, 0, 0]
     assert len(np.unique(kept)) == 50 and kept.min() < 20 and kept.max() > 180
 
 
@@ -340,7 +350,8 @@ def test_what_a_vae_loses(sets, tmp_path):
     assert "PSNR (dB)" in printed and "rFID" in printed
     card = json.loads((tmp_path / "vae.json").read_text())
     images = image_sets.open_images(str(pictures), 32).take(range(9))
-    network, params = networks.load_vae(vae)
+    vae = Vae.load(vae)
+    network, params = vae.network, vae.params
     x = images.astype(np.float32) / 127.5 - 1
     mean, _ = jax.jit(functools.partial(network.apply, method="encode"))({"params": params}, x)
     decode = jax.jit(functools.partial(network.apply, method="decode"))
@@ -360,9 +371,9 @@ def test_features_that_are_not_finite_name_the_sample(tmp_path):
     def network(images):
         return {"pool": np.where(images[:, 0, 0] == 3, np.nan, np.float32(1))}
 
-    images = image_sets.Arrays("x.npz", np.arange(9, dtype=np.uint8).reshape(9, 1, 1, 1))
+    images = image_sets.ArrayImages("x.npz", np.arange(9, dtype=np.uint8).reshape(9, 1, 1, 1))
     with pytest.raises(UserError, match=r"x\.npz, image 3 has features that are not finite"):
-        features.extract({"any": network}, images)
+        features.extract([network], images)
 
 
 @pytest.fixture(scope="module")
@@ -418,8 +429,8 @@ def bad(tmp_path_factory, sets):
 S, R, W = "--samples=SETS/samples.npz", "--reference=SETS/real.npz", "--inception=SETS/fid.pth"
 PIXELS = "--features=pixels"
 BAD = {
-    "nothing": ([], "--samples, --make_reference and --vae"),
-    "two things": ([S, "--vae=x", R], "--samples, --make_reference and --vae"),
+    "nothing": ([], "one of the arguments --samples --make_reference --vae is required"),
+    "two things": ([S, "--vae=x", R], "argument --vae: not allowed with argument --samples"),
     "no reference": ([S], "--reference is missing"),
     "no images": (["--vae=BAD/vae.safetensors"], "--images is missing"),
     "no out": (["--make_reference=SETS/real.npz"], "--out is missing"),
@@ -436,18 +447,33 @@ BAD = {
     "empty folder": (["--samples=BAD/empty", R, PIXELS], "empty holds no images"),
     "no zip": (["--samples=BAD/text.npz", R, PIXELS], "text.npz could not be read"),
     "cut short": (["--samples=BAD/cut.npz", R, PIXELS], "cut.npz could not be read"),
-    "floats": (["--samples=BAD/float.npz", R, PIXELS], "arr_0 is float32; images are uint8"),
-    "channels first": (["--samples=BAD/first.npz", R, PIXELS], "its channels come first"),
-    "three axes": (["--samples=BAD/grey.npz", R, PIXELS], "has the shape [5, 32, 32]"),
-    "Fortran's order": (["--samples=BAD/columns.npz", R, PIXELS], "in Fortran's order"),
-    "no images in it": (["--samples=BAD/none.npz", R, PIXELS], "none.npz holds no images"),
-    "another name": (["--samples=BAD/named.npz", R, PIXELS], "holds no arr_0, the images; it has"),
+    "floats": (["--samples=BAD/float.npz", R, PIXELS], "arr_0 is float32 of shape [5, 32, 32, 3]"),
+    "channels first": (
+        ["--samples=BAD/first.npz", R, PIXELS],
+        "arr_0 is uint8 of shape [5, 3, 32, 32]; images must be",
+    ),
+    "three axes": (
+        ["--samples=BAD/grey.npz", R, PIXELS],
+        "is uint8 of shape [5, 32, 32]; images must be",
+    ),
+    "Fortran's order": (
+        ["--samples=BAD/columns.npz", R, PIXELS],
+        "of shape [5, 32, 32, 3], in Fortran order; images must be",
+    ),
+    "no images in it": (
+        ["--samples=BAD/none.npz", R, PIXELS],
+        "none.npz: arr_0 is uint8 of shape [0, 32, 32, 3]; images",
+    ),
+    "another name": (
+        ["--samples=BAD/named.npz", R, PIXELS],
+        "holds no arr_0, the images; its arrays are",
+    ),
     "of several sizes": (["--samples=BAD/mixed", R, PIXELS], "2.png is 40×40, but"),
     "damaged": (["--samples=BAD/torn", R, PIXELS], "2.png could not be read"),
     "few samples": (["--samples=BAD/few.npz", R, W], "few.npz has too few images: 3; at least 4"),
     "few real images": ([S, "--reference=BAD/few.npz", W], "few.npz has too few images: 3"),
     "more than there are": ([S, R, PIXELS, "--num_samples=99"], "has 6 images, fewer than the 99"),
-    "no samples": ([S, R, PIXELS, "--num_samples=0"], "--num_samples=0 must be positive"),
+    "no samples": ([S, R, PIXELS, "--num_samples=0"], "--num_samples: 0 must be at least 1"),
     "another resolution": (
         [S, "--reference=BAD/other.npz", PIXELS],
         "other.npz are 24×24×3, but those of",
@@ -493,7 +519,7 @@ BAD = {
         [S, R, PIXELS, "--image_size=1000000"],
         "image_size is 1000000; it must be at most 16,384",
     ),
-    "size of an npz": ([S, R, PIXELS, "--image_size=16"], "--image_size=16 cuts image files only"),
+    "size of an npz": ([S, R, PIXELS, "--image_size=16"], "--image_size=16 crops image files only"),
     "a folder as the card": ([S, R, PIXELS, "--out=BAD/folder.json"], "folder.json cannot be"),
     "a reference without npz": (
         ["--make_reference=SETS/real.npz", "--out=BAD/x.json", W],
@@ -524,7 +550,7 @@ def test_mistakes(name, bad, sets, capsys, monkeypatch, in_root):
 
 
 def test_what_makes_a_distance_hard_to_compare_is_said_once(capsys):
-    evaluator = measuring.Evaluator(references.Reference("real.npz", {}, None), ())
+    evaluator = Evaluator(references.Reference("real.npz", {}, None), ())
     few = metrics.gaussian(np.random.RandomState(0).rand(5, 9))
     wrong = metrics.Gaussian(np.zeros(9), np.diag([-0.5, *np.ones(8)]))
     for _ in range(2):
@@ -535,14 +561,14 @@ def test_what_makes_a_distance_hard_to_compare_is_said_once(capsys):
     assert "compare it only with distances of as many" in said[0]
     assert "covariance of real.npz has rank 8 in 9 dimensions" in said[1]
     still = np.pad(np.random.RandomState(0).rand(50, 8), [(0, 0), (0, 1)])  # one never changes
-    assert list(measuring.reliability_warnings(("x", metrics.gaussian(still)))) == []
+    assert metrics.reliability_warnings("x", metrics.gaussian(still)) == []
     assert "real.npz has negative eigenvalues" in said[2] and "complex square roots" in said[2]
 
 
 def test_large_images_are_not_compared_by_pixels():
-    images = image_sets.Arrays("x", np.zeros((5, 64, 64, 3), np.uint8))
+    images = image_sets.ArrayImages("x", np.zeros((5, 64, 64, 3), np.uint8))
     with pytest.raises(UserError, match="64×64×3 are too large to be compared by their pixels"):
-        measuring.Evaluator(references.Reference("x", {}, images), ["pixels"])
+        Evaluator(references.Reference("x", {}, images), ["pixels"])
 
 
 def test_a_folder_is_grey_where_all_of_it_is(tmp_path):
@@ -634,14 +660,14 @@ def test_labels_are_compared_by_name(tmp_path):
     assert agreement(tmp_path / "drawn", tmp_path / "real", tmp_path) == 1
 
 
-def test_parts_that_are_damaged_are_made_anew(tmp_path):
-    parts = features.Parts(tmp_path / "x", {})
-    parts.begin()
-    parts.save(0, {("inception", "pool"): np.zeros((8, 2))})
-    parts.save(512, {("inception", "pool"): np.zeros((8, 2))})
+def test_a_cached_slice_that_is_cut_short_is_skipped(tmp_path):
+    cache = features.FeatureCache(tmp_path / "x", {})
+    assert starts(cache) == []
+    cache.put(0, {"pool": np.zeros((8, 2))})
+    cache.put(512, {"pool": np.zeros((8, 2))})
     cut = (tmp_path / "x" / "000000512.npz").read_bytes()[:100]
     (tmp_path / "x" / "000000512.npz").write_bytes(cut)
-    assert parts.begin() == {0}
+    assert starts(cache) == [0]
 
 
 def test_memory_of_many_features(monkeypatch):

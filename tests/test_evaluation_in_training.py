@@ -11,7 +11,7 @@ from mdt_jax import config as configs
 from mdt_jax import main
 from mdt_jax.data import sources
 from mdt_jax.diffusion.options import balanced_labels
-from mdt_jax.evaluation import measuring
+from mdt_jax.evaluation.evaluator import Evaluator, evaluate_samples
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.train import workdir
 from mdt_jax.weights import networks
@@ -43,7 +43,7 @@ def test_every_n_steps_into_the_log(run):
     how = {"num_steps": config["sample"]["num_steps"], "seed": config["train"]["seed"]}
     how |= {name: config["sample"][name] for name in ("guidance_scale", "guidance_power")}
     images = mdt_jax.to_uint8(mdt_jax.generate(model, ema, labels, batch_size=10, **how))
-    theirs = measuring.evaluate_samples(images, labels, *sources.load("digits"))
+    theirs = evaluate_samples(images, labels, *sources.load("digits"))
     assert found[6] == pytest.approx(theirs, rel=1e-12)
 
 
@@ -63,7 +63,7 @@ def test_the_best_is_kept(run):
     labels = balanced_labels(30, 10)
     how = {name: config[name] for name in ("num_steps", "guidance_scale", "guidance_power")}
     images = mdt_jax.to_uint8(mdt_jax.generate(model, ema, labels, seed=0, batch_size=10, **how))
-    theirs = measuring.evaluate_samples(images, labels, *sources.load("digits"))
+    theirs = evaluate_samples(images, labels, *sources.load("digits"))
     assert theirs["frechet_distance"] == pytest.approx(least, rel=1e-12)
 
 
@@ -88,9 +88,7 @@ def test_the_best_while_the_clock_goes_back(tmp_path, monkeypatch):
 
     clock, figures = iter(range(10**6, 0, -1)), iter((3.0, 2.0, 1.0))
     monkeypatch.setattr(time, "time", lambda: float(next(clock)))
-    monkeypatch.setattr(
-        measuring.Evaluator, "measure", lambda *_, **__: {"frechet_distance": next(figures)}
-    )
+    monkeypatch.setattr(Evaluator, "measure", lambda *_, **__: {"frechet_distance": next(figures)})
     train_here(*MEASURING, "--config.train.steps=6", f"--workdir={tmp_path}")
     assert steps_in(tmp_path / "best") == [6]
 
@@ -117,7 +115,7 @@ def test_what_is_lost_with_a_checkpoint_is_measured_again(run, tmp_path):
     (tmp_path / "run" / "report.json").unlink()
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "6" / "params")
     printed = train_here(*MEASURING, "--config.train.steps=6", f"--workdir={tmp_path}/run")
-    assert "going on from step 4" in printed
+    assert "resuming from step 4" in printed
     assert measured(tmp_path / "run") == measured(run[0])
 
 
@@ -216,7 +214,7 @@ def test_another_reference_or_inception_under_the_same_path(tmp_path):
     train_here(*argv, "--config.train.steps=2")
     np.savez(tmp_path / "real.npz", arr_0=held_out.images[::-1])
     printed = train_here(*argv, "--config.train.steps=4", expect=2)
-    line = f"error: measuring.reference {tmp_path}/real.npz has changed since {tmp_path}/run was"
+    line = f"error: evaluation.reference {tmp_path}/real.npz has changed since {tmp_path}/run was"
     assert line in printed.splitlines()[-1]
 
     def check(before, now):

@@ -1,5 +1,6 @@
 """Files written whole, the room for them, and what is told of those that cannot be read."""
 
+import contextlib
 import errno
 import os
 import shutil
@@ -48,20 +49,17 @@ def refusing(monkeypatch):
     not, so the system's answer is made up."""
 
     def refuse(folder, number: int, when: str = "opened"):
-        def opened(path, mode="r", *more, **named):
-            ours = os.path.dirname(path) == str(folder) and set(mode) & set("wax")
-            if ours and when == "opened":
-                raise OSError(number, os.strerror(number))
-            file = open(path, mode, *more, **named)  # noqa: SIM115 (handed on)
-            if ours:
+        def fail(*_):
+            raise OSError(number, os.strerror(number))
 
-                def write(_):
-                    raise OSError(number, os.strerror(number))
+        @contextlib.contextmanager
+        def opened(dir, **named):
+            assert dir == folder
+            if when == "opened":
+                fail()
+            yield SimpleNamespace(write=fail)
 
-                file.write = write
-            return file
-
-        monkeypatch.setattr(files, "open", opened, raising=False)
+        monkeypatch.setattr(files.tempfile, "TemporaryFile", opened)
 
     return refuse
 

@@ -78,7 +78,7 @@ def test_a_run_that_goes_on_takes_its_own_checkpoints(trained, tmp_path):
     assert not tree_equal(after, params)
     file.unlink()  # it is not needed any more
     printed = train_here(*start, "--config.optim.lr=1e-30")
-    assert "going on from step 2" in printed and "init.checkpoint:" not in printed
+    assert "resuming from step 2" in printed and "init.checkpoint:" not in printed
     assert tree_equal(networks.load_weights(workdir, params="raw").params, after)
 
 

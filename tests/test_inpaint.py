@@ -10,7 +10,7 @@ from sklearn.svm import SVC
 
 import mdt_jax
 from mdt_jax import inpaint, sample
-from mdt_jax.data import sources
+from mdt_jax.data import masks, sources
 from mdt_jax.data.images import to_float, to_uint8
 from mdt_jax.diffusion.options import SampleOptions
 from mdt_jax.models.mdt import MDT, init_params
@@ -250,7 +250,7 @@ def test_the_command_resizes_when_asked_to(files, capsys, monkeypatch):
 
 def read_pair(files, resize=True):
     paths = str(files / "in.png"), str(files / "mask.png")
-    return inpaint.read_pair(*paths, (8, 8, 1), resize)
+    return masks.read_pair(*paths, (8, 8, 1), resize)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -305,8 +305,8 @@ def test_a_smaller_mask_of_the_same_proportions(files):
     mask[:, 15:] = 255
     Image.fromarray(mask).save(files / "mask.png")
     np.testing.assert_array_equal(read_pair(files)[1], HALVES["right"])
-    assert inpaint.scaled_alike((33, 22), (100, 67)) and inpaint.scaled_alike((100, 67), (33, 22))
-    assert not inpaint.scaled_alike((64, 64), (64, 60))
+    assert masks.scaled_alike((33, 22), (100, 67)) and masks.scaled_alike((100, 67), (33, 22))
+    assert not masks.scaled_alike((64, 64), (64, 60))
 
 
 def test_the_command_on_latents(tmp_path):
@@ -353,9 +353,9 @@ def test_the_command_on_latents(tmp_path):
         (["--label=random"], None, "'random' is no class number"),
         (["--label="], None, "--label=: '' is no class number"),
         (["--label=1.5"], None, "'1.5' is no class number"),
-        (["--guidance_scale=1,,2"], None, "'1,,2' is no number, nor several as 1,2,4"),
+        (["--guidance_scale=1,,2"], None, "expected a number, or several: 1,2,4; got '1,,2'"),
         (["--num_resamples=2", "--num_steps=10"], None, "leaves no room for jumps of 10"),
-        (["--num_samples=0"], None, "--num_samples=0 must be positive"),
+        (["--num_samples=0"], None, "--num_samples: 0 must be at least 1"),
         (["--image=none.png"], None, "--image=none.png could not be read: No such file"),
         (["--out=out.jpg"], None, "unknown suffix '.jpg'; use .png"),
         (["--vae_scale=1"], None, "--vae_scale is for latents"),

@@ -7,7 +7,7 @@ import pytest
 from mdt_jax.diffusion.options import random_labels
 from mdt_jax.models.mdt import MDT, init_params
 from mdt_jax.runtime import keys
-from mdt_jax.sampling import generation, inpainting
+from mdt_jax.sampling import engine, generation, inpainting
 from tests.conftest import ROOT
 
 SEEDS = (0, 1, 2, 3, 7, 2**31 - 1)
@@ -61,11 +61,11 @@ def test_samples_and_inpainting_draw_from_keys_of_their_own(monkeypatch):
     )
     seen = []
 
-    def first_noise(model, key, noise, k):
-        seen.extend(bits(key))
-        return generation.draw(model, key, noise, k)
+    def start(program, batch, start=engine.start):
+        seen.extend(bits(batch.key))
+        return start(program, batch)
 
-    monkeypatch.setattr(inpainting, "_first_noise", first_noise)
+    monkeypatch.setattr(engine, "start", start)
     hidden, repaint = np.eye(4, dtype=bool), inpainting.InpaintOptions(num_resamples=1)
     inpainting.inpaint(model, params, np.zeros((1, 4, 4, 1)), hidden, [0], how=repaint, **how)
     assert seen == bits(keys.of(5, keys.Purpose.INPAINTING))

@@ -15,10 +15,11 @@ from unittest import mock
 import pytest
 
 from mdt_jax import config as configs
-from mdt_jax import encode, evaluate, sample
-from mdt_jax.data import latents_making
+from mdt_jax import evaluate, sample
+from mdt_jax.data import latents_writer
 from mdt_jax.runtime import locks
 from mdt_jax.runtime.errors import UserError
+from mdt_jax.train import encoding
 from tests.conftest import ROOT, SMOKE, run_here, train_here
 from tests.runs import SAMPLE
 
@@ -175,24 +176,24 @@ def test_two_evaluators_on_one_card(trained, tmp_path):
 
 def test_two_encoders_of_one_part(tmp_path):
     """Others of the same division work beside it; those of another one are refused."""
-    making = latents_making.CacheWriter(tmp_path / "cache", {"images": 8, "shard_images": 2})
-    with making.alone((0, 2)):
-        with making.alone((1, 2)):
+    making = latents_writer.CacheWriter(tmp_path / "cache", {"images": 8, "shard_images": 2})
+    with making.lock((0, 2)):
+        with making.lock((1, 2)):
             assert not making.start()
         for part, name in (((0, 2), "part 1 of 2 of"), ((0, 1), ""), ((2, 3), "")):
             said = f"{name}.*cache is in use by process"
-            with pytest.raises(UserError, match=said), making.alone(part):
+            with pytest.raises(UserError, match=said), making.lock(part):
                 pass
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["unfinished.json"]
 
 
 def test_encode_holds_its_part(monkeypatch, tmp_path):
     """The whole command, up to where it would write."""
-    monkeypatch.setattr(encode, "open_images", lambda config: mock.MagicMock(classes=[]))
-    monkeypatch.setattr(encode, "load_vae", lambda config: None)
-    monkeypatch.setattr(encode, "describe", lambda *_: {"images": 8, "shard_images": 2})
+    monkeypatch.setattr(encoding, "_open_images", lambda config: mock.MagicMock(classes=[]))
+    monkeypatch.setattr(encoding, "_load_vae", lambda config: mock.MagicMock())
+    monkeypatch.setattr(encoding, "_describe", lambda *_: {"images": 8, "shard_images": 2})
     config = configs.default()
     config.model.num_classes = 0
     said = pytest.raises(UserError, match="part 1 of 1 of .*cache is in use by process")
     with locks.held(tmp_path / "cache" / ".part-1-of-1.lock", "it"), said:
-        encode.make(config, tmp_path / "cache", 2, (0, 1))
+        encoding.encode(config, tmp_path / "cache", 2, (0, 1))

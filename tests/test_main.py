@@ -13,7 +13,7 @@ from mdt_jax import cli, main
 from mdt_jax import config as configs
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.train import inputs
-from mdt_jax.train.metrics import read_steps
+from mdt_jax.train.log import Log, read_steps
 from tests.conftest import (
     SMOKE,
     exits_with_one_line,
@@ -94,7 +94,7 @@ def test_steps_stop_and_can_be_raised(copy):
 
     more = [*SMOKE, f"--workdir={copy}", "--config.train.steps=6", "--config.optim.clip_norm=1"]
     printed = train_here(*more)
-    assert "train.steps changed from 4 to 6" in printed and "going on from step 4" in printed
+    assert "train.steps changed from 4 to 6" in printed and "resuming from step 4" in printed
     assert steps_of(copy) == [1, 2, 3, 4, 5, 6]
     assert json.loads((copy / "report.json").read_text())["steps"] == 6
 
@@ -145,7 +145,7 @@ def test_a_run_from_before_a_field_existed_goes_on(copy):
     argv = [*SMOKE, f"--workdir={copy}", "--config.train.steps=6"]
     printed = train_here(*argv, "--config.optim.name=adan", expect=2)
     assert "another model or optimiser (optim.name is adamw, not adan)" in printed
-    assert "going on from step 4" in train_here(*argv)
+    assert "resuming from step 4" in train_here(*argv)
 
 
 def empty(checkpoints):
@@ -210,7 +210,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(copy):
     broken = [*SMOKE, f"--workdir={copy}", "--config.train.steps=12", "--config.optim.lr=1e30",
               "--config.train.max_skipped=5"]  # fmt: skip
     printed = train_here(*broken, expect=2)
-    assert "not finite 5 steps in a row, up to step 10" in printed and "Traceback" not in printed
+    assert (
+        "not finite for 5 steps in a row, up to step 10" in printed and "Traceback" not in printed
+    )
     assert f"the last good checkpoint is {copy}/checkpoints/4:" in printed
     lines = [json.loads(line) for line in lines_of(copy)]
     assert lines[-1]["skipped_in_row"] == 5 and lines[-1]["loss"] is None
@@ -218,6 +220,21 @@ def test_a_loss_that_is_not_finite_stops_the_run(copy):
     train_here(*SMOKE, f"--workdir={copy}", "--config.train.steps=6")
     assert steps_of(copy) == [1, 2, 3, 4, 5, 6]
     assert all(np.isfinite(json.loads(line)["loss"]) for line in lines_of(copy))
+
+
+def test_the_loop_refuses_implicit_transfers(tmp_path, monkeypatch):
+    """Of either direction; a CPU enforces the way to the devices alone."""
+    write, guards = Log.write, set()
+
+    def write_with_a_transfer(self, step, metrics):
+        guards.add(jax.config.jax_transfer_guard_device_to_host)
+        with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
+            metrics["loss"] + np.float32(1)
+        write(self, step, metrics)
+
+    monkeypatch.setattr(Log, "write", write_with_a_transfer)
+    train_here(*SMOKE, f"--workdir={tmp_path}", "--config.train.steps=2")
+    assert guards == {"disallow"}
 
 
 def test_checkpoints_keep_k(tmp_path):
@@ -247,9 +264,9 @@ JSON = ["[]", "3", "{", "[" * 100_000, '{"train": []}', '{"model": 3}', "\udcff"
 def test_what_is_of_another_form_is_written_anew(name, content, copy, monkeypatch):
     before = json.loads((copy / name).read_text())
     (copy / name).write_bytes(content.encode(errors="surrogateescape"))
-    monkeypatch.setattr(main, "sample_and_measure", lambda *_: {})
+    monkeypatch.setattr("mdt_jax.train.run.sample_and_measure", lambda *_: {})
     printed = train_here(*SMOKE, f"--workdir={copy}")
-    assert "going on from step 4" in printed and "Traceback" not in printed
+    assert "resuming from step 4" in printed and "Traceback" not in printed
     assert set(json.loads((copy / name).read_text())) <= set(before)
     assert content.startswith('{"') or f"{copy / name} " in printed
 
@@ -291,7 +308,7 @@ def test_the_number_of_classes_is_that_of_the_data(tmp_path):
     meta = next((tmp_path / "run" / "checkpoints" / "2" / "meta").rglob("*metadata*"))
     assert stored["model"]["num_classes"] == 10 and stored["sample"]["guidance_scale"] == 2
     assert '"num_classes": 10' in meta.read_text() and '"num_classes": -1' not in meta.read_text()
-    assert "going on from step 2" in train_here(*first)
+    assert "resuming from step 2" in train_here(*first)
     # Without classes there is nothing to guide by.
     printed = train_here(*argv, f"--workdir={tmp_path / 'bare'}", "--config.model.num_classes=0")
     assert "sample.guidance_scale is 1.0, not 2.0: there are no classes" in printed
@@ -307,14 +324,14 @@ def test_what_follows_from_the_classes_of_the_data(asked, found, expected):
     config = configs.default()
     config.model.num_classes = asked
     config.sample.update(guidance_scale=2.0, guidance="power_cosine_printed")
-    inputs.settle(config, found)
+    inputs.complete_config(config, found)
     assert (config.model.num_classes, config.sample.guidance_scale) == expected
     assert config.sample.guidance == ("power_cosine_printed" if expected[0] else "power_cosine")
     for name, value in (("guidance_scale", 2.0), ("guidance", "power_cosine_printed")):
         config.sample[name] = value
         if expected[0]:
-            inputs.settle(config, found, {f"sample.{name}"})
+            inputs.complete_config(config, found, {f"sample.{name}"})
         else:
             with pytest.raises(UserError, match=f"sample.{name} is .*takes no guidance"):
-                inputs.settle(config, found, {f"sample.{name}"})
+                inputs.complete_config(config, found, {f"sample.{name}"})
             config.sample.update(guidance_scale=1.0, guidance="power_cosine")

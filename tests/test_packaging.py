@@ -4,7 +4,6 @@ import ast
 import importlib.metadata
 import json
 import re
-import runpy
 import tomllib
 
 import pytest
@@ -12,6 +11,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 import mdt_jax
+from mdt_jax import config as configs
 from tests.conftest import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -57,7 +57,7 @@ def test_extras_for_devices_are_jaxs_own(extra):
 
 def test_what_launches_the_recipes_installs_what_they_need():
     """Each ImageNet recipe takes its images from TFDS and its VAE from the hub, as safetensors."""
-    config = runpy.run_path(str(ROOT / "configs" / "xl2.py"))["get_config"]()
+    config = configs.load(str(ROOT / "configs" / "xl2.py"))
     assert config.data.name == "tfds" and config.vae.path.startswith("hf://")
     assert {"huggingface_hub", "safetensors"} <= set(PROJECT["dependencies"])
     assert any(text.startswith("tensorflow-datasets") for text in EXTRAS["data"])

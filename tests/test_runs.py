@@ -102,7 +102,7 @@ def test_what_python_has_is_shown_with_its_types():
         signature = inspect.signature(function)
         typed = [p for p in signature.parameters.values() if p.annotation is not p.empty]
         assert typed and signature.return_annotation is not signature.empty, name
-    assert {"Run", "SampleOptions", "InpaintOptions"} <= set(dir(mdt_jax))
+    assert {"Pipeline", "Run", "SampleOptions", "InpaintOptions"} <= set(dir(mdt_jax))
 
 
 def test_inpaint_is_a_function_and_the_command(folder):

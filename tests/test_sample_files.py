@@ -19,7 +19,7 @@ from mdt_jax.data.sample_files import Folder, Grid, Npz
 from mdt_jax.data.sample_notes import parsed
 from mdt_jax.models.mdt import MDT, init_params
 from mdt_jax.runtime.errors import UserError
-from mdt_jax.sampling import pipeline
+from mdt_jax.sampling.labels import parse_labels
 from mdt_jax.weights import networks
 from tests.conftest import exits_with_one_line, run_here
 from tests.models.common import random_params
@@ -92,7 +92,7 @@ def test_a_folder_of_pngs_is_a_data_set(tmp_path):
     draw("--num_samples=30", f"--out={tmp_path / 'pictures'}")
     config = configs.default()
     config.data.update(name="folder", path=str(tmp_path / "pictures"), image_size=8, channels=1)
-    found = sources.squares(config.data, 10, stand_ins=0)
+    found = sources.cropped(config.data, 10, stand_ins=0)
     assert len(found) == 30 and len(found.classes) == 10
 
 
@@ -269,7 +269,7 @@ def test_names_that_say_where_labels_come_from(tmp_path):
     classes = ("a.txt", "cat, tabby", "random", "pure random")
 
     def labels(text):
-        return pipeline.parse_labels(text, None, 4, classes).tolist()
+        return parse_labels(text, None, 4, classes).tolist()
 
     assert labels("cat, tabby") == [1] and labels("pure random") == [3]
     assert labels("name:a.txt") == [0] and labels("name:random,name:a.txt") == [2, 0]
@@ -357,7 +357,7 @@ def test_a_finished_npz_of_which_a_byte_changed_is_drawn_again(tmp_path):
     damaged[400] ^= 1  # among the pixels
     out.write_bytes(damaged)
     printed = draw(*flags, f"--out={out}")
-    assert f"{out} is damaged; it is drawn anew" in printed and out.read_bytes() == whole
+    assert f"{out} is damaged; it is drawn again" in printed and out.read_bytes() == whole
 
 
 def parts_of(tmp_path) -> tuple[Npz, np.ndarray]:

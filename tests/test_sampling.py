@@ -15,7 +15,8 @@ from mdt_jax import config as configs
 from mdt_jax.diffusion.options import SampleOptions, random_labels
 from mdt_jax.models.mdt import MDT, init_params
 from mdt_jax.runtime.errors import NotFiniteError, UserError
-from mdt_jax.sampling import generation
+from mdt_jax.sampling import engine, generation
+from mdt_jax.sampling.noise import Noise
 from tests.conftest import ROOT, XLA_FLAGS, run_command
 
 # Not clipped: tolerances are relative to the samples, which those of `load_lively` make large.
@@ -156,14 +157,14 @@ def test_unconditional_model():
         ([10], {}, "label 10 is outside the classes 0 to 9"),
         ([-1], {}, "label -1 is outside"),
         ([1], dict(num_steps=1001), "between 1 and the 1000 steps"),
-        ([1], dict(num_steps=0), "between 1 and"),
+        ([1], dict(num_steps=0), "num_steps is 0; it must be at least 1"),
         ([1], dict(num_steps=600, spacing="stride"), "no integer stride"),
-        ([1], dict(sampler="euler"), "unknown sampler 'euler'; choose one of ddpm, ddim, dpmpp_2m"),
-        ([1], dict(spacing="x"), "unknown spacing 'x'; choose one of even, stride, karras"),
+        ([1], dict(sampler="euler"), "sampler is 'euler'; it must be one of ddpm, ddim, dpmpp_2m"),
+        ([1], dict(spacing="x"), "spacing is 'x'; it must be one of even, stride, karras"),
         ([1], dict(sampler="ddim", eta=1.1), "eta is 1.1; it must be in [0, 1]"),
         ([1], dict(sampler="ddim", eta=-0.1), "eta is -0.1"),
         ([1], dict(sampler="ddim", eta=float("nan")), "eta is nan"),
-        ([1], dict(eta=0.5), "eta is 0.5, which is ddim's; the sampler is ddpm"),
+        ([1], dict(eta=0.5), "eta is 0.5; the sampler ddpm has no eta"),
         ([1], dict(guidance_low=0.8, guidance_high=0.2), "0.8 is above guidance_high 0.2"),
         ([1], dict(guidance_high=1.5), "must be in [0, 1]"),
         ([1], dict(guidance_skip_tolerance=-1.0), "guidance_skip_tolerance is -1.0"),
@@ -177,7 +178,7 @@ def test_unconditional_model():
         (3, {}, "labels have the shape ()"),
         ([[1]], {}, "labels have the shape (1, 1)"),
         ([1], dict(numbers=[1, 2]), "numbers of shape (2,) for 1 samples"),
-        ([1], dict(guidance="x"), "unknown guidance"),
+        ([1], dict(guidance="x"), "guidance is 'x'"),
         ([1], dict(guidance_scale=float("nan")), "guidance_scale"),
         ([1], dict(guidance_power=-1.0), "guidance_power"),
         ([1], dict(guidance_channels=-1), "guidance_channels"),
@@ -400,25 +401,25 @@ def test_bfloat16_is_near(lively, reference):
 
 def test_the_program_is_compiled_once(lively):
     """For all batches, a partial one, and other scales, seeds and labels."""
-    before = generation._run._cache_size()
+    before = engine.run_segment._cache_size()
     for changes in ({}, {"seed": 9}, {"guidance_scale": 3.3}, {"guidance_scale": 1.5}):
         options = {**OPTIONS, "num_steps": 3, **changes}
         mdt_jax.generate(*lively, LABELS[:11], batch_size=4, **options)
-    assert generation._run._cache_size() == before + 1
+    assert engine.run_segment._cache_size() == before + 1
+
+
+def seven_evaluations(model, params) -> tuple:
+    """The arguments of `engine.run_segment`."""
+    program = engine.Program(model, SampleOptions(num_steps=7))
+    key, noise = jax.random.key(0), Noise(jnp.arange(2))
+    batch = engine.Batch(key, noise, jnp.zeros(2, jnp.int32), jnp.ones(2))
+    return program, engine.Segment(True, 7), params, batch, engine.start(program, batch), 0
 
 
 def test_the_loop_does_not_ask_the_host(lively):
     """Its number of turns is static: a scan, no while loop with a condition to be looked at."""
     model, params = lively
-    options = SampleOptions(num_steps=7)
-    noise = generation.Noise(jnp.arange(2))
-    labels, scales, key = jnp.zeros(2, jnp.int32), jnp.ones(2), jax.random.key(0)
-    state = generation._begin(model, options, key, noise)
-    text = str(
-        generation._run.trace(
-            model, options, ((True, 7),), params, key, noise, labels, scales, state, 0
-        ).jaxpr
-    )
+    text = str(engine.run_segment.trace(*seven_evaluations(model, params)).jaxpr)
     assert "scan[" in text and "while[" not in text and "callback" not in text
 
 
@@ -426,14 +427,10 @@ def test_blocks_are_not_sliced_out_of_their_stack_in_each_turn(lively):
     """Stacked parameters of laid out blocks are taken apart before the loop."""
     model, params = lively
     model = model.clone(unroll=True)
-    options, noise = SampleOptions(num_steps=7), generation.Noise(jnp.arange(2))
-    labels, scales, key = jnp.zeros(2, jnp.int32), jnp.ones(2), jax.random.key(0)
-    state = generation._begin(model, options, key, noise)
 
     def carried(model):
         """The shapes that loops of the compiled program take."""
-        rest = (params, key, noise, labels, scales, state, 0)
-        compiled = generation._run.lower(model, options, ((True, 7),), *rest).compile()
+        compiled = engine.run_segment.lower(*seven_evaluations(model, params)).compile()
         lines = [line for line in compiled.as_text().splitlines() if " while(" in line]
         return {shape for line in lines for shape in re.findall(r"\w+\[[\d,]*\]", line)}
 

@@ -179,7 +179,7 @@ def test_a_run_goes_on_with_the_same_batches_and_classes(place, from_folder, tmp
     more = shutil.copytree(place / "folder", tmp_path / "more")
     (more / "9" / "001.jpg").rename(more / "9" / "002.jpg")
     argv = [*arguments(place, "folder", more), *NO_SAMPLES, workdir, "--config.train.steps=4"]
-    assert "going on with another list of images than before" in train_here(*argv)
+    assert "resuming with another list of images than before" in train_here(*argv)
     other = shutil.copytree(place / "folder", tmp_path / "other")
     (other / "9").rename(other / "3")
     argv = [*arguments(place, "folder", other), workdir, "--config.train.steps=5"]
@@ -254,8 +254,8 @@ def test_what_is_found_is_said_and_the_advice_is_right(place, tmp_path):
     of_encode = run_here(encode.main, *argv, f"--out={tmp_path / 'cache'}", expect=2)
     for printed in (train_here(*argv, workdir, expect=2), of_encode):
         (last,) = printed.splitlines()
-        assert "unknown suffix .jfif: 8 (such as 10/002.jfif)" in last
-        assert "has 2 classes, but model.num_classes is 3; see whether what is left out (" in last
+        assert "unknown suffix .jfif: 8 (e.g. 10/002.jfif)" in last
+        assert "but model.num_classes is 3; check whether the files left out (" in last
         assert "folder without images: 1 (10)) holds the others, or set it to 2, or to 0" in last
 
 
@@ -275,8 +275,8 @@ def test_what_images_lose_is_said(tmp_path, capsys):
         return capsys.readouterr().err
 
     printed, name = said(), f"warning: folder {photographs}: "
-    assert f"{name}4 of 4 images looked at are in colour and become grey" in printed
-    assert f"{name}images are shrunk 8 times: the short side of most is about 64 pixels" in printed
+    assert f"{name}4 of 4 images sampled are in colour and become grey" in printed
+    assert f"{name}images are shrunk 8 times: their median short side is 64 pixels" in printed
     assert "warning: folder" not in said(channels=3, image_size=32)
     for path in photographs.glob("*/*.png"):
         Image.new("RGB", (9, 8), (50, 50, 50)).save(path)  # grey, though stored in colour

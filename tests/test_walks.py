@@ -11,7 +11,7 @@ from PIL import Image
 import mdt_jax
 from mdt_jax.models.mdt import MDT, init_params
 from mdt_jax.runtime.errors import UserError
-from mdt_jax.sampling.generation import slerp
+from mdt_jax.sampling.noise import slerp
 from tests.conftest import run_here
 
 OPTIONS = dict(seed=3, num_steps=6, guidance_scale=2.0)

@@ -1,4 +1,4 @@
-"""Images in folders: a folder a class, ClassID_ImgID names, lists of path and label."""
+"""Image files in a folder: a folder for each class, ClassID_ImgID names, or a list with labels."""
 
 import csv
 import dataclasses
@@ -7,139 +7,138 @@ import os
 import pathlib
 import re
 from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 
-from mdt_jax.data.found import LeftOut, describe, holder, splits
-from mdt_jax.data.pictures import SUFFIXES
+from mdt_jax.data.image_files import (
+    ImageFiles,
+    LeftOut,
+    class_in_name,
+    find_splits,
+    number_labels,
+    sort_classes,
+)
+from mdt_jax.data.images import SUFFIXES
 from mdt_jax.runtime.errors import UserError
 
 LISTS = (".csv", ".jsonl")
-HEADERS = ("path", "file", "filename", "file_name")  # of a CSV's first field
-STYLEGAN = "dataset.json"  # where StyleGAN and EDM keep the labels of a folder
-# What to do with files of other kinds.
+HEADERS = ("path", "file", "filename", "file_name")  # of a CSV's first column
+STYLEGAN = "dataset.json"  # StyleGAN's and EDM's file of labels in a folder
+# How to read other kinds of files.
 HINTS = {
     (".tar",): "a tar is read with data.name=tar",
     (".zip", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar"): "extract it first",
     (".npz", ".npy", ".pt", ".pth", ".pkl"): "evaluate reads images, or mu and sigma, of an npz",
 }
-DEEPEST = 32  # folders within each other
+MAX_DEPTH = 32  # levels of folders
 
 
-def class_order(names: set[str]) -> list[str]:
-    """Sorted; as numbers where all are numbers, so that 10 comes after 2."""
-    if all(name.isascii() and name.isdigit() for name in names):
-        return sorted(names, key=lambda name: (int(name), name))
-    return sorted(names)
-
-
-@dataclasses.dataclass(frozen=True)
-class Files:
-    """Image files below a folder. labels: [N] int32; classes: their names, none without labels.
-
-    left_out: what else lies there, as of `LeftOut`.
-    """
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FolderFiles(ImageFiles):
+    """Image files below a folder, `root`; paths: relative to it."""
 
     root: pathlib.Path
     paths: list[str]
     labels: np.ndarray
-    classes: list[str]
-    left_out: str = ""
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def name(self, i: int) -> str:
-        """For messages."""
+        """The path of image i."""
         return str(self.root / self.paths[i])
 
-    @property
-    def found(self) -> str:
-        """How many images of how many classes there are, and what is left out."""
-        return describe(len(self), self.labels, self.classes, self.left_out)
+    def read(self, i: int) -> tuple[pathlib.Path, int]:
+        """(path of image i, its label)."""
+        return self.root / self.paths[i], int(self.labels[i])
 
     @property
     def contents(self) -> str:
-        """What tells it from other sets: every path and label."""
+        """Every path and label."""
         return "\n".join(map("{}\t{}".format, self.paths, self.labels.tolist()))
 
-    def read(self, i: int) -> tuple[pathlib.Path, int]:
-        """(the file of an image, label)."""
-        return self.root / self.paths[i], int(self.labels[i])
+
+class _Listing(NamedTuple):
+    """Paths below `root` in order, the class of each, and the list file that names them, if any."""
+
+    root: pathlib.Path
+    paths: list[str]
+    names: list[str | None]
+    file: pathlib.Path | None = None
 
 
-def load(path: str, num_classes: int | None = None) -> Files:
-    """The images that `path` names.
+class _Line(NamedTuple):
+    """A line of a list file."""
 
-    A folder: each folder in it is a class, of all images below that; where there are none but
-    images themselves, ClassID_ImgID.jpg gives the class, and names without "_" have none. A folder
-    with the dataset.json of StyleGAN and EDM has the labels that this gives.
+    number: int
+    path: str
+    label: str | None
+
+
+def load(path: str | os.PathLike, num_classes: int | None = None) -> FolderFiles:
+    """List the images of a folder or a list file.
+
+    A folder: each folder in it is a class, with all images below; a folder of images alone takes
+    the classes from names ClassID_ImgID.jpg, and names without "_" have no class. The dataset.json
+    of StyleGAN and EDM gives the labels of its folder.
     A .csv of path,label (with or without that header) or a .jsonl of {"path": …, "label": …}: paths
-    are taken from the file's folder, and labels may be names or numbers; without them there are no
-    classes. num_classes: how many are expected; 0: they are left aside. Numbers in a list count
-    from 0 to num_classes − 1, or from 1 to num_classes. Raises UserError where there is no image, a
-    label is missing or out of range, a path leaves the folder, folders lie more than DEEPEST deep,
-    or those of train and val (or test, …) would be taken for classes.
+    are relative to the file's folder; labels are names or numbers; without labels there are no
+    classes.
+    num_classes: the expected number; 0 ignores labels. Numbers in a list count from 0 to
+    num_classes − 1, or from 1 to num_classes. Raises UserError where there is no image, a label is
+    missing or out of range, a path leaves the folder, folders are nested more than MAX_DEPTH deep,
+    or the folders are splits (train, val, …) instead of classes.
     """
-    place, left_out = pathlib.Path(path), LeftOut()
-    root, listed, pairs = _pairs(place, num_classes, left_out)
-    if not pairs:
+    left_out = LeftOut()
+    listing = _list(pathlib.Path(path), num_classes != 0, left_out)
+    if not listing.paths:
         more = f"; left out: {left_out}" if str(left_out) else ""
         raise UserError(f"data.path {path} holds no images ({', '.join(SUFFIXES)}){more}")
-    paths = [image for image, _ in pairs]
-    names = {label for _, label in pairs if label is not None} if num_classes != 0 else set()
-    if not names:
-        return Files(root, paths, np.zeros(len(pairs), np.int32), [], str(left_out))
-    bare = [image for image, label in pairs if label is None]
-    if bare:
-        raise UserError(
-            f"{path}: {bare[0]} has no label, but others have; model.num_classes=0 leaves labels "
-            "aside"
-        )
-    classes = class_order(names)
-    if listed and num_classes:
-        classes = _numbered(listed, pairs, num_classes) or classes
-    numbers = {name: number for number, name in enumerate(classes)}
-    labels = np.array([numbers[label] for _, label in pairs if label is not None], np.int32)
-    return Files(root, paths, labels, classes, str(left_out))
+    names = [name for name in listing.names if name is not None] if num_classes != 0 else []
+    classes, labels = [], np.zeros(len(listing.paths), np.int32)
+    if names:
+        if None in listing.names:
+            bare = listing.paths[listing.names.index(None)]
+            raise UserError(
+                f"{path}: {bare} has no label, but others have; model.num_classes=0 ignores labels"
+            )
+        classes = sort_classes(set(names))
+        if listing.file is not None and num_classes:
+            classes = _numbered_classes(listing, num_classes) or classes
+        labels = number_labels(names, classes)
+    return FolderFiles(
+        root=listing.root, paths=listing.paths, labels=labels, classes=classes,
+        left_out=str(left_out),
+    )  # fmt: skip
 
 
-def _pairs(
-    place: pathlib.Path, num_classes: int | None, left_out: LeftOut
-) -> tuple[pathlib.Path, pathlib.Path | None, list[tuple[str, str | None]]]:
-    """(the folder, the list that names its images, if one does, their paths and labels)."""
+def _list(place: pathlib.Path, labelled: bool, left_out: LeftOut) -> _Listing:
+    """List a folder or a file by its kind."""
     is_folder = os.path.isdir(place)
-    stylegan = place / STYLEGAN if is_folder and num_classes != 0 else place
-    labels = None
+    stylegan = place / STYLEGAN if is_folder and labelled else place
     if stylegan.name == STYLEGAN and os.path.isfile(stylegan):
         labels = _stylegan_labels(stylegan)
-    if labels:
-        root, pairs = stylegan.parent, _listed(stylegan, _stylegan_lines(labels))
-        _count_unlisted(root, {image for image, _ in pairs}, left_out)
-        return root, stylegan, pairs
-    if labels is not None:
-        root = stylegan.parent
-        return root, None, [(image, None) for image in _images(root, left_out)]
+        if labels is not None:
+            return _list_stylegan(stylegan, labels, left_out)
+    if is_folder:
+        return _list_folder(place, labelled, left_out)
     if os.path.isfile(place) and place.suffix in LISTS:
         lines = _csv_lines(place) if place.suffix == ".csv" else _json_lines(place)
-        return place.parent, place, _listed(place, lines)
-    if is_folder:
-        return place, None, _found(place, num_classes != 0, left_out)
+        return _list_lines(place, lines)
     if not os.path.exists(place):
         raise UserError(f"data.path {place} does not exist")
     hint = next((f"; {hint}" for kinds, hint in HINTS.items() if place.suffix in kinds), "")
-    raise UserError(f"data.path {place} is no folder, {' or '.join(LISTS)}{hint}")
+    raise UserError(f"data.path {place} must be a folder, {' or '.join(LISTS)}{hint}")
 
 
-def _numbered(
-    file: pathlib.Path, pairs: list[tuple[str, str | None]], num_classes: int
-) -> list[str] | None:
-    """0, 1, … or 1, 2, … where the labels of a list are those numbers, some perhaps of no image.
+def _numbered_classes(listing: _Listing, num_classes: int) -> list[str] | None:
+    """0, 1, … or 1, 2, … where the labels of a list are such numbers; some may have no image.
 
-    None where they are names. Raises UserError for a number that is out of range.
+    None where the labels are names. Raises UserError for a number out of range.
     """
-    names = {label for _, label in pairs if label is not None}
-    if not all(map(re.compile(r"-?(0|[1-9][0-9]*)").fullmatch, names)):
+    names = {name for name in listing.names if name is not None}
+    if not all(re.fullmatch(r"-?(0|[1-9][0-9]*)", name) for name in names):
         return None
     for first in (0, 1):
         numbers = [str(number) for number in range(first, first + num_classes)]
@@ -147,92 +146,87 @@ def _numbered(
             return numbers
     most, least = max(names, key=int), min(names, key=int)
     label = least if int(least) < 0 else most
-    path = next(path for path, given in pairs if given == label)
     raise UserError(
-        f"{file}: label {label} of {path} is out of range: {num_classes} classes are 0 to "
-        f"{num_classes - 1}"
+        f"{listing.file}: label {label} of {listing.paths[listing.names.index(label)]} is out of "
+        f"range: {num_classes} classes are 0 to {num_classes - 1}"
     )
 
 
-def _found(root: pathlib.Path, labelled: bool, left_out: LeftOut) -> list[tuple[str, str | None]]:
-    """(path below root, class) of every image, in an order that no file system changes."""
-    paths = _images(root, left_out)
-    inside = [path for path in paths if "/" in path]
-    if inside and len(inside) < len(paths) and labelled:
+def _list_folder(root: pathlib.Path, labelled: bool, left_out: LeftOut) -> _Listing:
+    """List every image below a folder, in an order that no file system changes."""
+    paths = _walk(root, left_out)
+    nested = [path for path in paths if "/" in path]
+    if nested and len(nested) < len(paths) and labelled:
         bare = next(path for path in paths if "/" not in path)
-        raise UserError(f"{root} holds both folders of images and images without one, as {bare}")
-    holding = {os.path.dirname(path) for path in paths}
-    if found := splits(holding):
-        folder, names = found
+        raise UserError(f"{root} holds both folders of images and images without one, e.g. {bare}")
+    folders = {os.path.dirname(path) for path in paths}
+    if splits := find_splits(folders):
+        folder, names = splits
         raise UserError(
-            f"{root / folder} is divided into {', '.join(names)}, which are no classes: give one "
-            f"of them, such as {root / folder / names[0]}"
+            f"{root / folder} is divided into {', '.join(names)}: these are splits, not classes; "
+            f"give one of them, e.g. {root / folder / names[0]}"
         )
-    if labelled and (below := holder(holding)):
+    if labelled and (inner := _common_folder(folders)):
         raise UserError(
-            f"{root} holds the folder {below.split('/')[0]} alone: where the folders in "
-            f"{root / below} are the classes, give this path"
+            f"{root} holds only the folder {inner.split('/')[0]}: if the folders in "
+            f"{root / inner} are the classes, give this path"
         )
-    if inside:
-        return [(path, path.split("/")[0]) for path in paths]
-    return [(path, class_of(path)) for path in paths]
+    if nested:
+        return _Listing(root, paths, [path.split("/")[0] for path in paths])
+    return _Listing(root, paths, [class_in_name(path) for path in paths])
 
 
-def _images(
-    folder: str | os.PathLike, left_out: LeftOut, below: str = "", above: tuple[str, ...] = ()
+def _common_folder(folders: set[str]) -> str:
+    """The innermost folder that holds all of several folders; "" where there is none."""
+    if len(folders) < 2 or "" in folders:
+        return ""
+    common = os.path.commonpath(folders)
+    return common if common not in folders else ""
+
+
+def _walk(
+    folder: str | os.PathLike, left_out: LeftOut, prefix: str = "", above: tuple[str, ...] = ()
 ) -> list[str]:
-    """The paths of all images in a folder, then in those in it; links lead nowhere in circles."""
+    """The paths of all images in a folder, then in its folders; links never lead into a circle.
+
+    prefix: of the paths; above: the real paths of the folders around this one.
+    """
     real = os.path.realpath(folder)
     if real in above:
-        left_out.add("link to a folder above", below.rstrip("/"))
+        left_out.add("link to a folder above", prefix.rstrip("/"))
         return []
-    if len(above) > DEEPEST:
-        raise UserError(f"{folder}: folders lie more than {DEEPEST} deep in each other")
-    paths, inside = [], []
-    with os.scandir(folder) as found:
-        entries = sorted(found, key=lambda entry: entry.name)
+    if len(above) > MAX_DEPTH:
+        raise UserError(f"{folder}: folders are nested more than {MAX_DEPTH} deep")
+    paths, folders = [], []
+    with os.scandir(folder) as scan:
+        entries = sorted(scan, key=lambda entry: entry.name)
     for entry in entries:
-        name, link = f"{below}{entry.name}", entry.is_symlink()
+        name, link = f"{prefix}{entry.name}", entry.is_symlink()
         if entry.name[0] == ".":
             left_out.add("hidden", name)
         elif os.path.isdir(entry.path) if link else entry.is_dir():
-            inside.append(entry)
+            folders.append(entry)
         elif not (os.path.isfile(entry.path) if link else entry.is_file()):
-            dangling = link and not os.path.exists(entry.path)
-            left_out.add("broken link" if dangling else "no regular file", name)
+            broken = link and not os.path.exists(entry.path)
+            left_out.add("broken link" if broken else "no regular file", name)
         elif entry.name.lower().endswith(SUFFIXES):
             paths.append(name)
-        elif not below and entry.name.endswith(LISTS):
+        elif not prefix and entry.name.endswith(LISTS):
             left_out.add("list, which is read where data.path names it", name)
         else:
             left_out.add_unknown(name)
-    for entry in inside:
-        there = _images(entry.path, left_out, f"{below}{entry.name}/", (*above, real))
-        if not there and not below:
+    for entry in folders:
+        nested = _walk(entry.path, left_out, f"{prefix}{entry.name}/", (*above, real))
+        if not nested and not prefix:
             left_out.add("folder without images", entry.name)
-        paths += there
+        paths += nested
     return paths
 
 
-def _count_unlisted(root: pathlib.Path, listed: set[str], left_out: LeftOut) -> None:
-    """Note the images below a folder that its list does not name."""
-    unlisted = [path for path in _images(root, LeftOut()) if path not in listed]
-    if unlisted:
-        left_out.add(f"image without a label in {STYLEGAN}", unlisted[0], len(unlisted))
-
-
-def class_of(path: str) -> str | None:
-    """The ClassID of ClassID_ImgID.jpg, if it is such a name."""
-    head, underscore, _ = os.path.basename(path).partition("_")
-    return head if underscore and head else None
-
-
-def _listed(
-    file: pathlib.Path, lines: Iterable[tuple[int, str, str | None]]
-) -> list[tuple[str, str | None]]:
-    """(path, label) of each line (its number, path, label) of a list, each checked."""
+def _list_lines(file: pathlib.Path, lines: Iterable[_Line]) -> _Listing:
+    """List the images that the lines of a list file name, each line checked."""
     labels: dict[str, str | None] = {}
-    pairs = []
+    paths = []
     try:
         for number, path, label in lines:
             where = f"{file}, line {number}"
@@ -244,53 +238,51 @@ def _listed(
             if not os.path.isfile(file.parent / inside):
                 raise UserError(f"{where}: {path} does not exist in {file.parent}")
             if (before := labels.setdefault(inside, label)) != label:
-                raise UserError(f"{where}: {path} is {label}, but {before} in a line before")
-            pairs.append((inside, label))
+                raise UserError(f"{where}: {path} is {label}, but {before} in an earlier line")
+            paths.append(inside)
     except UnicodeDecodeError:
         raise UserError(f"{file} is not text in UTF-8") from None
     except csv.Error as error:
         raise UserError(f"{file} is no CSV: {error}") from None
-    return pairs
+    return _Listing(file.parent, paths, [labels[path] for path in paths], file)
 
 
-def _csv_lines(file: pathlib.Path):
+def _csv_lines(file: pathlib.Path) -> Iterator[_Line]:
     with open(file, newline="", encoding="utf-8-sig") as lines:
         rows = csv.reader(lines)
         for n, row in enumerate(rows):
             if not row or (n == 0 and row[0].strip().lower() in HEADERS):
                 continue
-            number = rows.line_num
+            where = f"{file}, line {rows.line_num}"
             if len(row) > 2:
-                raise UserError(f"{file}, line {number}: {len(row)} fields; path,label are two")
+                raise UserError(f"{where}: expected path,label; got {len(row)} fields")
             if len(row) == 2 and not row[1].strip():
-                raise UserError(f"{file}, line {number}: the label is missing")
-            yield number, row[0].strip(), row[1].strip() if len(row) == 2 else None
+                raise UserError(f"{where}: the label is missing")
+            yield _Line(rows.line_num, row[0].strip(), row[1].strip() if len(row) == 2 else None)
 
 
-def _json_lines(file: pathlib.Path):
+def _json_lines(file: pathlib.Path) -> Iterator[_Line]:
     with open(file, encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
+            where = f"{file}, line {number}"
             try:
                 entry = json.loads(line)
                 path, label = entry["path"], entry.get("label")
-            except UnicodeDecodeError:
-                raise
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                raise UserError(f'{file}, line {number}: no {{"path": …, "label": …}}') from None
-            known = (
-                label is None or type(label) is int or (isinstance(label, str) and label.strip())
-            )
-            if not isinstance(path, str) or not known:
-                raise UserError(f"{file}, line {number}: path is text, label text or a number")
-            yield number, path, None if label is None else str(label).strip()
+                raise UserError(f'{where}: expected {{"path": …, "label": …}}') from None
+            is_label = label is None or type(label) is int or isinstance(label, str)
+            label = None if label is None else str(label).strip()
+            if not isinstance(path, str) or not is_label or label == "":
+                raise UserError(f"{where}: path must be text, and label text or a whole number")
+            yield _Line(number, path, label)
 
 
 def _stylegan_labels(file: pathlib.Path) -> list | None:
-    """The labels in a dataset.json, [path, number] each: none where StyleGAN had none.
+    """The labels in a dataset.json, [path, number] each; empty where StyleGAN had none.
 
-    None where it is another program's file. Raises UserError where it is damaged.
+    None where another program wrote the file. Raises UserError where the file is damaged.
     """
     try:
         content = json.loads(file.read_text(encoding="utf-8-sig"))
@@ -303,10 +295,25 @@ def _stylegan_labels(file: pathlib.Path) -> list | None:
         return []
     for entry in labels if isinstance(labels, list) else [labels]:
         if not isinstance(entry, list) or [type(part) for part in entry] != [str, int]:
-            raise UserError(f'{file}: "labels" is no list of [path, number], but has {entry!r:.80}')
+            raise UserError(
+                f'{file}: "labels" must be a list of [path, number], but has {entry!r:.80}'
+            )
     return labels
 
 
-def _stylegan_lines(labels: list) -> Iterator[tuple[int, str, str | None]]:
-    for number, (path, label) in enumerate(labels, start=1):
-        yield number, path.replace("\\", "/"), str(label)
+def _list_stylegan(file: pathlib.Path, labels: list, left_out: LeftOut) -> _Listing:
+    """List the images that a dataset.json labels; where it has no labels, all of its folder."""
+    if not labels:
+        paths = _walk(file.parent, left_out)
+        return _Listing(file.parent, paths, [None] * len(paths))
+
+    lines = (
+        _Line(number, path.replace("\\", "/"), str(label))
+        for number, (path, label) in enumerate(labels, start=1)
+    )
+    listing = _list_lines(file, lines)
+    labelled = set(listing.paths)
+    unlabelled = [path for path in _walk(file.parent, LeftOut()) if path not in labelled]
+    if unlabelled:
+        left_out.add(f"image without a label in {STYLEGAN}", unlabelled[0], len(unlabelled))
+    return listing

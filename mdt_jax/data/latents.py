@@ -1,8 +1,8 @@
-"""A cache of latents: the VAE's posterior of each image and of its mirror, as ArrayRecord shards.
+"""A cache of latents: the VAE's posterior of each image and of its mirror, in ArrayRecord shards.
 
 A record is the label (int32, little-endian), then float16 [4, h, w, c]: mean and deviation of the
-image, mean and deviation of its mirror. manifest.json tells what they were made from and with, and
-the CRC-32 of each record, which is compared whenever it is read.
+image, mean and deviation of its mirror. manifest.json records what the cache was made from, and the
+CRC-32 of each record, which every read compares.
 """
 
 import base64
@@ -14,27 +14,33 @@ import math
 import os
 import pathlib
 import zlib
+from collections.abc import Iterable
 
 import numpy as np
 
-from mdt_jax.data.pipeline import UNREADABLE
+from mdt_jax.data.protocols import Status
 from mdt_jax.runtime.errors import UserError
-from mdt_jax.runtime.files import is_text, read_json
+from mdt_jax.runtime.files import file_sha256, is_text, read_json
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-UNFINISHED = "unfinished.json"  # what a cache in the making is of
-LABEL = np.dtype("<i4")
+UNFINISHED = "unfinished.json"  # the description of a cache that is being written
 MOMENTS = np.dtype("<f2")
 CRC = np.dtype("<u4")
 VIEWS = 2  # the image and its mirror
 
 
+def record_dtype(shape: tuple[int, int, int]) -> np.dtype:
+    """The record of one image whose latents are [h, w, c]."""
+    return np.dtype([("label", "<i4"), ("moments", MOMENTS, (2 * VIEWS, *shape))])
+
+
 @dataclasses.dataclass(frozen=True)
 class Latents:
-    """A finished cache, a `pipeline.Source`.
+    """A finished cache, a `Source`.
 
-    manifest: its content; flip: take the mirror where u is below a half.
+    manifest: the content of manifest.json; flip: read the mirror of the images whose u is below
+    0.5.
     """
 
     folder: pathlib.Path
@@ -46,15 +52,16 @@ class Latents:
 
     @property
     def classes(self) -> list[str]:
+        """The names of the labels."""
         return self.manifest["classes"]
 
     @property
     def identity(self) -> str:
-        """As of the images that it was made of."""
+        """The identity of the images that were encoded."""
         return self.manifest["images_sha256"]
 
     def name(self, i: int) -> str:
-        """For messages."""
+        """The shard of record i and its number in that."""
         for shard in self.manifest["shards"]:
             if i < shard["records"]:
                 return f"record {i} of {self.folder / shard['file']}"
@@ -63,32 +70,35 @@ class Latents:
 
     def why(self, i: int) -> str:
         """What to do about a record that cannot be read."""
-        return "it is damaged or of another cache: python -m mdt_jax.encode … --verify tells"
+        return "it is damaged or of another cache: check with python -m mdt_jax.encode … --verify"
 
     def take(self, items: np.ndarray, u: np.ndarray) -> dict[str, np.ndarray]:
-        """As `Source.take`, with "mean" and "std"; nothing stands in for what is damaged."""
-        height, width, channels = self.manifest["latents"]
-        size = height * width * channels
-        moments = np.zeros((len(items), 2, height, width, channels), MOMENTS)
-        labels, damaged = np.zeros(len(items), np.int32), np.full(len(items), -1, np.int64)
+        """As `Source.take`, with "mean" and "std"; a damaged record is UNREADABLE."""
+        labels, moments, status = self.read(items)
+        rows, view = np.arange(len(items)), np.where(self.flip & (u < 0.5), 2, 0)
+        mean, std = moments[rows, view], moments[rows, view + 1]
+        return {"mean": mean, "std": std, "labels": labels, "status": status}
+
+    def read(self, items: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(labels [n] int32, moments [n, 4, h, w, c] float16, status [n] int8) of records."""
+        dtype = record_dtype(self.manifest["latents"])
+        labels, status = np.zeros(len(items), np.int32), np.zeros(len(items), np.int8)
+        moments = np.zeros((len(items), *dtype["moments"].shape), MOMENTS)
         try:
             records = self._records.__getitems__(items.tolist())
-        except Exception:  # which one it is, is told by reading them one by one
-            records = [self._one(item) for item in items.tolist()]
+        except Exception:  # which record it is shows when each is read alone
+            records = [self._read_one(item) for item in items.tolist()]
         for n, record in enumerate(records):
-            other = self._crcs[items[n]] not in (-1, zlib.crc32(record))
-            if other or len(record) != record_bytes(self.manifest["latents"]):
-                damaged[n] = UNREADABLE - items[n]
-                continue
-            labels[n] = np.frombuffer(record, LABEL, 1)[0]
-            skipped = 2 * size * int(self.flip and u[n] < 0.5)
-            offset = LABEL.itemsize + skipped * MOMENTS.itemsize
-            moments[n].reshape(-1)[:] = np.frombuffer(record, MOMENTS, 2 * size, offset)
-        return {"mean": moments[:, 0], "std": moments[:, 1], "labels": labels, "damaged": damaged}
+            checked = self._crcs[items[n]] in (-1, zlib.crc32(record))
+            if checked and len(record) == dtype.itemsize:
+                labels[n], moments[n] = np.frombuffer(record, dtype)[0]
+            else:
+                status[n] = Status.UNREADABLE
+        return labels, moments, status
 
     @functools.cached_property
     def _crcs(self) -> np.ndarray:
-        """CRC-32 of each record, [N] int64; −1 of shards from before these were noted."""
+        """CRC-32 of each record, [N] int64; −1 in shards of versions that did not record it."""
         known = [
             np.frombuffer(base64.b64decode(shard["crc32"]), CRC).astype(np.int64)
             if "crc32" in shard
@@ -105,20 +115,50 @@ class Latents:
         paths = [f"{self.folder / s['file']}[0:{s['records']}]" for s in shards if s["records"]]
         return ArrayRecordDataSource(paths)
 
-    def _one(self, item: int) -> bytes:
+    def _read_one(self, item: int) -> bytes:
         try:
             return self._records[item]
-        except Exception:  # of the kinds that ArrayRecord's C++ has
+        except Exception:  # of the kinds that ArrayRecord's C++ raises
             return b""
 
 
-def record_bytes(shape: tuple[int, int, int]) -> int:
-    """Of one image, whose latents are [h, w, c]."""
-    return LABEL.itemsize + VIEWS * 2 * math.prod(shape) * MOMENTS.itemsize
+@dataclasses.dataclass(frozen=True)
+class Sums:
+    """Sums over latents z drawn from posteriors, for their deviation.
+
+    records: the number of images; sum: Σ E[z] and squares: Σ E[z²], over all values of both views.
+    """
+
+    records: int = 0
+    sum: float = 0.0
+    squares: float = 0.0
+
+    @classmethod
+    def of_moments(cls, moments: np.ndarray) -> "Sums":
+        """The sums over moments [n, 4, h, w, c]."""
+        sum_of_means = float(moments[:, ::2].sum(dtype=np.float64))
+        # E[z²] = mean² + std²
+        return cls(len(moments), sum_of_means, float(np.square(moments, dtype=np.float64).sum()))
+
+    @classmethod
+    def of_shards(cls, shards: Iterable[dict]) -> "Sums":
+        """The sums over all shards of a manifest."""
+        fields = [field.name for field in dataclasses.fields(cls)]
+        return sum((cls(*(shard[name] for name in fields)) for shard in shards), cls())
+
+    def __add__(self, other: "Sums") -> "Sums":
+        return Sums(
+            self.records + other.records, self.sum + other.sum, self.squares + other.squares
+        )
+
+    def deviation(self, shape: tuple[int, int, int]) -> float:
+        """Standard deviation of all values of latents [h, w, c]."""
+        values = max(VIEWS * math.prod(shape) * self.records, 1)
+        return math.sqrt(max(self.squares / values - (self.sum / values) ** 2, 0.0))
 
 
 def load(path: str | os.PathLike, flip: bool = False) -> Latents:
-    """A finished cache; UserError where there is none, or a shard is not as long as it was."""
+    """Open a finished cache. Raises UserError where there is none, or a shard changed its size."""
     folder = pathlib.Path(path)
     check_path(folder)
     manifest = read_manifest(folder)
@@ -126,7 +166,7 @@ def load(path: str | os.PathLike, flip: bool = False) -> Latents:
         if (folder / UNFINISHED).exists():
             raise UserError(f"{path} is not finished: run the same mdt_jax.encode again")
         raise UserError(f"data.path {path} holds no {MANIFEST}: python -m mdt_jax.encode makes it")
-    damaged = [shard["file"] for shard in manifest["shards"] if not is_there(folder, shard)]
+    damaged = [shard["file"] for shard in manifest["shards"] if not has_shard(folder, shard)]
     if damaged:
         raise UserError(
             f"{path}: {damaged[0]} and {len(damaged) - 1} other shards are missing or cut short; "
@@ -145,52 +185,32 @@ def check_path(folder: pathlib.Path) -> None:
         )
 
 
-def sums(moments: np.ndarray) -> dict[str, float]:
-    """Of [n, 4, h, w, c]: "records", "sum" and "squares", of which `deviation` is made."""
-    return {
-        "records": len(moments),
-        "sum": float(moments[:, ::2].sum(dtype=np.float64)),
-        "squares": float(np.square(moments, dtype=np.float64).sum()),  # E[z²] = mean² + std²
-    }
-
-
-def deviation(shards: list[dict], shape: tuple[int, int, int]) -> float:
-    """Standard deviation of all values of latents [h, w, c] drawn from the posteriors in shards."""
-    values = VIEWS * math.prod(shape) * sum(shard["records"] for shard in shards)
-    mean, square = (sum(shard[k] for shard in shards) / max(values, 1) for k in ("sum", "squares"))
-    return math.sqrt(max(square - mean**2, 0.0))
-
-
-def measure(cache: Latents, number: int) -> dict:
-    """What one shard holds: "records", "sum", "squares", and "wrong": "" or what is."""
-    shard, path = (
-        cache.manifest["shards"][number],
-        cache.folder / cache.manifest["shards"][number]["file"],
-    )
-    if sha256(path) != shard["sha256"]:
-        return {"wrong": f"{path} is damaged: delete it and run the same mdt_jax.encode again"}
-    alone = Latents(cache.folder, {**cache.manifest, "shards": [shard]}, flip=True)
-    summed = {"records": 0, "sum": 0.0, "squares": 0.0}
+def check_shard(cache: Latents, number: int) -> Sums:
+    """Read one shard through. Raises UserError for damage, and for values that are not finite."""
+    shard = cache.manifest["shards"][number]
+    path = cache.folder / shard["file"]
+    if file_sha256(path) != shard["sha256"]:
+        raise UserError(f"{path} is damaged: delete it and run the same mdt_jax.encode again")
+    alone = Latents(cache.folder, {**cache.manifest, "shards": [shard]})
+    sums = Sums()
     for start in range(0, len(alone), 64):
-        items = np.arange(start, min(start + 64, len(alone)))
-        # The image and its mirror.
-        views = [alone.take(items, u) for u in (np.ones(len(items)), np.zeros(len(items)))]
-        if (views[0]["damaged"] != -1).any():
-            return {"wrong": f"{path} does not hold the {len(alone)} records that it should"}
-        moments = np.stack([view[name] for view in views for name in ("mean", "std")], axis=1)
-        summed = {name: summed[name] + part for name, part in sums(moments).items()}
-    wrong = "" if math.isfinite(summed["squares"]) else f"{path} holds values that are not finite"
-    return {**summed, "wrong": wrong}
+        _, moments, status = alone.read(np.arange(start, min(start + 64, len(alone))))
+        if status.any():
+            raise UserError(f"{path} does not hold the {len(alone)} records of the manifest")
+        sums += Sums.of_moments(moments)
+    if not math.isfinite(sums.squares):
+        raise UserError(f"{path} holds values that are not finite")
+    return sums
 
 
-def checksum(manifest: dict) -> str:
-    """SHA-256 of all else that it holds."""
-    rest = {name: value for name, value in manifest.items() if name != "checksum"}
+def checksum(content: dict) -> str:
+    """SHA-256 of all values except "checksum"."""
+    rest = {name: value for name, value in content.items() if name != "checksum"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def read_manifest(folder: pathlib.Path) -> dict | None:
-    """Of a finished cache; UserError where it is none or was changed since."""
+    """The manifest of a finished cache; None where there is none. Raises UserError for damage."""
     manifest = read_json(folder / MANIFEST)
     if manifest is None:
         return None
@@ -198,19 +218,14 @@ def read_manifest(folder: pathlib.Path) -> dict | None:
         raise UserError(f"{folder / MANIFEST} is damaged, or was edited: encode anew")
     if manifest.get("format") != FORMAT:
         raise UserError(
-            f"{folder} is of format {manifest.get('format')}, which this version cannot read"
+            f"{folder} has the format {manifest.get('format')}, which this version cannot read"
         )
     return manifest
 
 
-def is_there(folder: pathlib.Path, shard: dict) -> bool:
+def has_shard(folder: pathlib.Path, shard: dict) -> bool:
+    """Whether a shard of a manifest is in the folder, with its size."""
     try:
         return os.stat(folder / shard["file"]).st_size == shard["bytes"]
     except (FileNotFoundError, NotADirectoryError):
         return False
-
-
-def sha256(path: pathlib.Path) -> str:
-    """Of a file, hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

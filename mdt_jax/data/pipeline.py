@@ -10,62 +10,14 @@ import sys
 import threading
 from collections.abc import Collection, Generator, Iterator
 from multiprocessing import resource_tracker
-from typing import Protocol
 
 import numpy as np
 
+from mdt_jax.data.protocols import Plan, Source, Status
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.runtime.progress import log
 
-ENDLESS = 2**62  # batches; epochs follow each other for as long as anybody asks
-UNREADABLE = -2  # and below: item −2 − n could not be read, and nothing stands in for it
-
-
-class Source(Protocol):
-    """What a model is trained on: items by number from 0, each an image or latents with a label.
-
-    Worker processes get a copy, so it can be pickled.
-    """
-
-    @property
-    def classes(self) -> list[str]:
-        """The names of the labels 0, 1, …; empty without labels."""
-        ...
-
-    @property
-    def identity(self) -> str:
-        """What tells it from other sets: a SHA-256, hexadecimal."""
-        ...
-
-    def __len__(self) -> int: ...
-
-    def take(self, items: np.ndarray, u: np.ndarray) -> dict[str, np.ndarray]:
-        """The items [n] int64; u: [n] float64 in [0, 1), for what is drawn for each one.
-
-        Returns "labels" [n] int32, "damaged" [n] int64, and either "images" [n, H, W, C] uint8 or
-        "mean" and "std" [n, h, w, c] float16. damaged: −1; or the item, where another or black
-        stands in; or UNREADABLE − item, where nothing does. Raises OSError where it is not the
-        items' fault.
-        """
-        ...
-
-    def name(self, i: int) -> str:
-        """Item i, for messages."""
-        ...
-
-    def why(self, i: int) -> str:
-        """What is wrong with item i, for messages."""
-        ...
-
-
-class Plan(Protocol):
-    """Which items stand in which batch, such as `Shuffled`, or a list."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, n: int, /) -> tuple[np.ndarray, np.ndarray]:
-        """Batch n from 0: (items, u), as `Source.take` has them."""
-        ...
+ENDLESS = 2**62  # batches: epochs follow each other without end
 
 
 @functools.lru_cache(maxsize=2)
@@ -75,11 +27,11 @@ def _epoch_order(seed: int, epoch: int, size: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Shuffled:
-    """Element n: (items, u) of batch `start` + n, of which this host reads the places `rows`.
+    """A `Plan` of endless epochs; element n is batch `start` + n.
 
-    items: int64, which of `size` stand there: every one once an epoch, each epoch reshuffled, and a
-    batch may hold the end of one and the start of the next. u: float64 in [0, 1), for what is drawn
-    for each item. Neither depends on how many hosts there are.
+    Every epoch holds each of the `size` items once, in an order of its own; a batch may hold the
+    end of one epoch and the start of the next. rows: which rows of each batch this host reads.
+    Items and u do not depend on the number of hosts.
     """
 
     size: int
@@ -96,14 +48,14 @@ class Shuffled:
         epochs, offsets = np.divmod(k * self.batch_size + self.rows, self.size)
         items = np.empty(len(self.rows), np.int64)
         for epoch in np.unique(epochs).tolist():
-            here = epochs == epoch
-            items[here] = _epoch_order(self.seed, epoch, self.size)[offsets[here]]
+            inside = epochs == epoch
+            items[inside] = _epoch_order(self.seed, epoch, self.size)[offsets[inside]]
         return items, np.random.default_rng([self.seed, k, 1]).random(self.batch_size)[self.rows]
 
 
 @dataclasses.dataclass(frozen=True)
-class _Taken:
-    """What a source gives for each element of a plan; random access for Grain."""
+class _PlannedBatches:
+    """The batches of a plan, read from a source; random access for Grain."""
 
     source: Source
     plan: Plan
@@ -112,7 +64,8 @@ class _Taken:
         return len(self.plan)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        return self.source.take(*self.plan[index])
+        items, u = self.plan[index]
+        return {"items": items, **self.source.take(items, u)}
 
 
 def batches(
@@ -122,53 +75,82 @@ def batches(
     max_damaged: int = 0,
     known: Collection[int] = (),
 ) -> Generator[dict[str, np.ndarray], None, None]:
-    """source.take(items, u) for each element (items, u) of a plan, in order, read ahead.
+    """Read the batches of a plan in order and ahead: what `Source.take` returns, and "items" [n].
 
-    workers: processes that read; 0: threads of this one. Damaged items are named on stderr once,
-    and more than max_damaged different ones, those `known` before included, raise UserError; so
-    does what nothing can stand in for.
+    workers: processes that read; 0: threads of this one. Each damaged item is named once on stderr.
+    Raises UserError for an item that is UNREADABLE, and where more than max_damaged different items
+    are damaged, including those `known` from before.
     """
     import grain
     from absl import flags
 
-    if not flags.FLAGS.is_parsed():  # Grain reads flags of its own, which have defaults
+    if not flags.FLAGS.is_parsed():  # Grain reads flags of its own; their defaults are right
         flags.FLAGS.mark_as_parsed()
-    dataset = grain.MapDataset.source(_Taken(source, plan))
+    dataset = grain.MapDataset.source(_PlannedBatches(source, plan))
     dataset = dataset.to_iter_dataset(grain.ReadOptions(num_threads=4, prefetch_buffer_size=4))
     if workers:
         _kill_workers_soon()
-        # No shared memory: containers have little, and what is killed would leave it filled.
+        # No shared memory: containers have little, and a killed process would leave it filled.
         unshared = grain.experimental.DatasetOptions(min_shm_size=sys.maxsize)
         dataset = grain.experimental.WithOptionsIterDataset(dataset, unshared)
         options = grain.MultiprocessingOptions(num_workers=workers)
-        dataset = dataset.mp_prefetch(options, worker_init_fn=_in_a_worker)
-    known, iterator = set(known), iter(dataset)
+        dataset = dataset.mp_prefetch(options, worker_init_fn=_end_with_parent)
+    iterator = iter(dataset)
+    damage = _Damage(source, set(known), max_damaged)
     try:
-        for batch in _explained(_started(iterator) if workers else iterator):
-            for item in batch["damaged"].tolist():
-                _look_at(source, item, known, max_damaged)
+        for batch in _with_user_errors(_start_workers(iterator) if workers else iterator):
+            damage.check(batch)
             yield batch
     finally:
         iterator.close()
 
 
-def _kill_workers_soon() -> None:
-    """Let Grain kill a worker that does not end within a second, not within 25.
+@dataclasses.dataclass(frozen=True)
+class _Damage:
+    """The damaged items of a source up to now, of which at most max_damaged are allowed."""
 
-    One whose next batch does not fit its pipe never ends, since nobody reads it any more. Grain
-    has no public name for this time.
+    source: Source
+    items: set[int]
+    max_damaged: int
+
+    def check(self, batch: dict[str, np.ndarray]) -> None:
+        """Name the damaged items of a batch that are new. Raises UserError as `batches` does."""
+        for n in np.flatnonzero(batch["status"]).tolist():
+            item = int(batch["items"][n])
+            if batch["status"][n] == Status.UNREADABLE:
+                name, why = self.source.name(item), self.source.why(item)
+                raise UserError(f"{name} cannot be read: {why}")
+            if item not in self.items:
+                self._add(item)
+
+    def _add(self, item: int) -> None:
+        self.items.add(item)
+        name, why = self.source.name(item), self.source.why(item)
+        log(f"{name} is left out: {why}")
+        if len(self.items) > self.max_damaged:
+            raise UserError(
+                f"images that cannot be read: {len(self.items)}, the last {name}: {why}; "
+                f"data.max_damaged is {self.max_damaged}"
+            )
+
+
+def _kill_workers_soon() -> None:
+    """Make Grain kill a worker that does not end within 1 second instead of 25.
+
+    A worker whose next batch does not fit its pipe never ends by itself once nobody reads the
+    pipe. Grain has no public name for this time.
     """
     module = sys.modules.get("grain._src.python.dataset.transformations.process_prefetch")
     if hasattr(module, "_PROCESS_KILL_TIMEOUT_S"):
         vars(module)["_PROCESS_KILL_TIMEOUT_S"] = 1
 
 
-def _started(iterator: Iterator) -> Iterator:
-    """Its elements. Processes that start for the first inherit that signals are blocked.
+def _start_workers(iterator: Iterator) -> Iterator:
+    """The elements of an iterator whose processes start for the first one, with signals blocked.
 
-    These are the main process's to answer.
+    Only the main process answers signals; its workers inherit the block.
     """
-    resource_tracker.ensure_running()  # which unblocks signals when it starts
+    resource_tracker.ensure_running()  # starting it would unblock signals
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         first = list(itertools.islice(iterator, 1))
@@ -178,20 +160,20 @@ def _started(iterator: Iterator) -> Iterator:
     yield from iterator
 
 
-def _in_a_worker(*_) -> None:
-    """No worker outlives the main process."""
+def _end_with_parent(*_) -> None:
+    """Let no worker outlive the main process."""
 
-    def follow():
+    def wait():
         parent = multiprocessing.parent_process()
         if parent is not None:
             parent.join()
             os._exit(0)
 
-    threading.Thread(target=follow, daemon=True).start()
+    threading.Thread(target=wait, daemon=True).start()
 
 
-def _explained(iterator: Iterator) -> Iterator:
-    """Its elements; UserError where reading fails through no fault of an image."""
+def _with_user_errors(iterator: Iterator) -> Iterator:
+    """The elements of an iterator; UserError for failures of reading that no image causes."""
     try:
         yield from iterator
     except OSError as error:
@@ -200,22 +182,5 @@ def _explained(iterator: Iterator) -> Iterator:
         if "terminated unexpectedly" not in str(error):
             raise
         raise UserError(
-            "a process that reads data was killed, perhaps for want of memory: lower data.workers"
+            "a process that reads data was killed, perhaps for lack of memory: lower data.workers"
         ) from None
-
-
-def _look_at(source: Source, item: int, known: set[int], max_damaged: int) -> None:
-    """Say that an item is left out, once; UserError where that is one too many."""
-    if item <= UNREADABLE:
-        item = UNREADABLE - item
-        raise UserError(f"{source.name(item)} cannot be read: {source.why(item)}")
-    if item < 0 or item in known:
-        return
-    known.add(item)
-    why = source.why(item)
-    log(f"{source.name(item)} is left out: {why}")
-    if len(known) > max_damaged:
-        raise UserError(
-            f"images that cannot be read: {len(known)}, the last {source.name(item)}: {why}; "
-            f"data.max_damaged is {max_damaged}"
-        )

@@ -1,6 +1,7 @@
-"""Samples on disk as they come, batch by batch: what is written is not drawn again.
+"""Files of samples, written batch by batch; an interrupted run resumes without drawing them again.
 
-What a file is of is kept beside it while it grows, and a run of other settings does not touch it.
+The settings of the samples are kept beside unfinished files, and a run with other settings does not
+touch them.
 """
 
 import contextlib
@@ -14,109 +15,96 @@ import shutil
 import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol
 
 import numpy as np
 
-from mdt_jax.data.images import check_grid, save_grid, save_image
-from mdt_jax.data.pictures import opened
-from mdt_jax.data.sample_notes import (
-    SETTINGS,
-    check_readable,
-    is_whole,
-    note_of,
-    settings_of,
-    written,
-)
+from mdt_jax.data import sample_notes
+from mdt_jax.data.images import check_grid, open_image, save_grid, save_image
+from mdt_jax.data.sample_notes import SETTINGS
 from mdt_jax.runtime import locks
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.runtime.files import atomic_write, check_regular, check_room, free, fsync, reason
 from mdt_jax.runtime.progress import log
 
 LOCK = ".lock"  # in a folder of samples
-SUM_BYTES = hashlib.sha256().digest_size
+SHA256_BYTES = hashlib.sha256().digest_size
+# Temporary files of `atomic_write` in a folder of samples, with the process that writes them.
+TEMPORARY = re.compile(r"(?:settings\.json|\w+\.(?:npy|png))\.(\d+)-[0-9a-f]{8}\.tmp")
 
 
-class Sink(Protocol):
-    """Where N samples go, batch by batch; used by the first process alone.
+class Sink:
+    """A destination of N samples, written batch by batch by the first process.
 
-    What a run before has written is kept, if it was of the same settings.
+    Batches that an earlier run with the same settings wrote are kept.
+    out: the file or folder; labels: [N]; shape: (H, W, C) of an image; note: how the samples are
+    made. lock: the lock file that a writer must hold.
     """
 
-    @property
-    def out(self) -> pathlib.Path:
-        """What is written."""
-        ...
-
-    @property
-    def lock(self) -> pathlib.Path:
-        """The lock file that whoever writes there holds."""
-        ...
-
-    def finished(self) -> bool:
-        """Whether all N are there already, and can be read. May raise UserError where something
-        else is.
-        """
-        ...
-
-    def begin(self) -> None:
-        """Make ready for `done` and `write`, or go on with what is there.
-
-        Raises UserError where it is of other settings, or the disk has no room.
-        """
-        ...
-
-    def done(self, start: int, count: int) -> bool:
-        """Whether all of the `count` images from number `start` on are written, and are whole."""
-        ...
-
-    def write(self, start: int, images: np.ndarray) -> None:
-        """images: [n, H, W, C] uint8, those from number `start` on. Raises UserError."""
-        ...
-
-    def finish(self) -> None:
-        """To be called when all N are written. Raises UserError where the file cannot be."""
-        ...
-
-    def give_up(self) -> None:
-        """To be called where no more samples come: remove what `begin` made, if nothing is in."""
-        ...
-
-
-class Npz:
-    """OUT.npz, made from a shard for each batch in OUT.npz.parts."""
+    lock: pathlib.Path
 
     def __init__(self, out: pathlib.Path, labels: np.ndarray, shape: tuple, note: dict):
-        """labels: [N]; shape: (H, W, C) of an image; note: how they come about."""
         self.out, self.labels, self.shape = out, np.asarray(labels, np.int64), shape
-        self.note = written(note)
+        self.note = sample_notes.written(note)
+
+    def finished(self) -> bool:
+        """Whether all samples are written and sound. May raise UserError for another file."""
+        return False
+
+    def begin(self) -> None:
+        """Prepare `done` and `write`.
+
+        Raises UserError where `out` has other settings, or the disk has no room.
+        """
+        raise NotImplementedError
+
+    def done(self, start: int, count: int) -> bool:
+        """Whether the images from number `start` to `start` + `count` are written and sound."""
+        return False
+
+    def write(self, start: int, images: np.ndarray) -> None:
+        """Write [n, H, W, C] uint8, the images from number `start`. Raises UserError."""
+        raise NotImplementedError
+
+    def finish(self) -> None:
+        """Complete `out` after all images are written. Raises UserError."""
+
+    def give_up(self) -> None:
+        """Remove what `begin` made if no image is written, because no more will be."""
+
+
+class Npz(Sink):
+    """OUT.npz, merged from a part for each batch in OUT.npz.parts."""
+
+    def __init__(self, out: pathlib.Path, labels: np.ndarray, shape: tuple, note: dict):
+        super().__init__(out, labels, shape, note)
         self.folder = out.with_name(f"{out.name}.parts")
         self.lock = locks.beside(out)
-        self._counts: dict[int, int] = {}  # images of each part that is there, by its first one
+        self._counts: dict[int, int] = {}  # number of the first image → images, of sound parts
 
     def finished(self) -> bool:
         if not self.out.exists():
             return False
-        there = note_of(self.out)
-        if there != self.note:
-            what = "is no file of samples" if there is None else _other(there, self.note)
-            raise UserError(f"{self.out} {what}; remove it or choose another --out")
-        if not is_whole(self.out, (len(self.labels), *self.shape)):
-            log(f"{self.out} is damaged; it is drawn anew")
+        note = sample_notes.note_of(self.out)
+        if note is None:
+            raise UserError(f"{self.out} is no file of samples; remove it or choose another --out")
+        if note != self.note:
+            raise _other_settings(self.out, note, self.note)
+        if not sample_notes.is_whole(self.out, (len(self.labels), *self.shape)):
+            log(f"{self.out} is damaged; it is drawn again")
             return False
-        if self.folder.exists():  # stopped while it was removed
+        if self.folder.exists():  # a run was stopped while removing it
             self._remove_parts()
         return True
 
     def give_way(self) -> None:
-        """Remove what is there of other settings."""
-        if self.out.exists() and note_of(self.out) != self.note:
+        """Remove files with other settings."""
+        if self.out.exists() and sample_notes.note_of(self.out) != self.note:
             self.out.unlink()
-        if settings_of(self.folder) not in (None, self.note):
+        if sample_notes.settings_of(self.folder) not in (None, self.note):
             shutil.rmtree(self.folder)
 
     def begin(self) -> None:
-        _settle_in(self.folder, self.note)
+        _begin_folder(self.folder, self.note)
         size = len(self.labels) * int(np.prod(self.shape))
         check_room(self.out, 2 * size - sum(path.stat().st_size for path in self._parts()))
 
@@ -127,18 +115,18 @@ class Npz:
         return self.folder / f"{start:09d}.npy"
 
     def _read(self, start: int, count: int) -> np.ndarray | None:
-        """[count, H, W, C] uint8, of a part; None where it is not there, or is damaged."""
+        """Images [count, H, W, C] uint8 of a part; None where it is missing or damaged."""
         try:
             check_regular(self._part(start))
             content = self._part(start).read_bytes()
         except FileNotFoundError:
             return None
-        saved, digest = content[:-SUM_BYTES], content[-SUM_BYTES:]
-        if hashlib.sha256(saved).digest() != digest:
+        npy, digest = content[:-SHA256_BYTES], content[-SHA256_BYTES:]
+        if hashlib.sha256(npy).digest() != digest:
             return None
-        part = np.load(io.BytesIO(saved))
-        there = part.shape == (count, *self.shape) and part.dtype == np.uint8
-        return part if there else None
+        images = np.load(io.BytesIO(npy))
+        sound = images.shape == (count, *self.shape) and images.dtype == np.uint8
+        return images if sound else None
 
     def done(self, start: int, count: int) -> bool:
         if self._read(start, count) is None:
@@ -147,57 +135,52 @@ class Npz:
         return True
 
     def write(self, start: int, images: np.ndarray) -> None:
-        """An npy, and after it its SHA-256."""
-        saved = io.BytesIO()
-        np.save(saved, images)
-        with atomic_write(self._part(start)) as temporary, open(temporary, "wb") as file:
-            file.write(saved.getvalue())
-            file.write(hashlib.sha256(saved.getvalue()).digest())
+        """Write a part: an npy, and its SHA-256 behind."""
+        npy = io.BytesIO()
+        np.save(npy, images)
+        digest = hashlib.sha256(npy.getvalue()).digest()
+        with atomic_write(self._part(start)) as temporary:
+            temporary.write_bytes(npy.getvalue() + digest)
         self._counts[start] = len(images)
 
     def finish(self) -> None:
-        """Merge the parts: arr_0 uint8 [N, H, W, C], arr_1 int64 labels, note; then remove them."""
+        """Merge the parts to arr_0 uint8 [N, H, W, C], arr_1 int64 labels and note; remove them."""
         merged = self.folder / "merged"
         try:
             with zipfile.ZipFile(merged, "w") as archive:
-                with _entry(archive, "arr_0") as file:
+                with _open_entry(archive, "arr_0") as file:
                     shape = (len(self.labels), *self.shape)
                     header = {"descr": "|u1", "fortran_order": False, "shape": shape}
                     np.lib.format.write_array_header_1_0(file, header)
-                    for part in self._images():
-                        file.write(part.data)
+                    for images in self._images():
+                        file.write(images.data)
                 for name, array in (("arr_1", self.labels), ("note", np.array(self.note))):
-                    saved = io.BytesIO()
-                    np.save(saved, array)
-                    with _entry(archive, name) as file:
-                        file.write(saved.getvalue())
+                    with _open_entry(archive, name) as file:
+                        np.lib.format.write_array(file, array)
             fsync(merged)
             os.replace(merged, self.out)
-            self._remove_parts()
-        except UserError:
-            with contextlib.suppress(OSError):
-                merged.unlink()
-            raise
         except OSError as error:
-            with contextlib.suppress(OSError):
-                merged.unlink()
             raise UserError(
                 f"{self.out} could not be written: {reason(error)}{free(self.out)}; its parts are "
-                f"kept in {self.folder}, and the same command goes on"
+                f"kept in {self.folder}, and the same command resumes"
             ) from None
+        finally:
+            with contextlib.suppress(OSError):
+                merged.unlink()
+        self._remove_parts()
 
     def _images(self) -> Iterator[np.ndarray]:
-        """Those of each part, in order. Raises UserError where they are not those of all labels."""
+        """The images of each part in order. Raises UserError where they do not make up all N."""
         total = 0
         for start, count in sorted(self._counts.items()):
-            part = self._read(start, count)
-            if part is None or start != total:
+            images = self._read(start, count)
+            if images is None or start != total:
                 raise UserError(
                     f"{self._part(start)} has changed since it was written; the same command draws "
-                    "it anew"
+                    "it again"
                 )
             total += count
-            yield part
+            yield images
         if total != len(self.labels):
             raise UserError(f"{self.folder} holds {total} of {len(self.labels)} samples")
 
@@ -206,9 +189,9 @@ class Npz:
             self._remove_parts()
 
     def _remove_parts(self) -> None:
-        """The settings last: while they are there, it is known whose parts these are.
+        """Remove the parts, and last the settings, by which the next run knows whose they are.
 
-        What cannot be removed stays: the file itself is whole by now.
+        Errors are ignored, because the samples are complete.
         """
         with contextlib.suppress(OSError):
             for part in self._parts():
@@ -216,18 +199,17 @@ class Npz:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def _entry(archive: zipfile.ZipFile, name: str):
-    """An entry to write to; its time is always the same, so that equal samples are equal bytes."""
+def _open_entry(archive: zipfile.ZipFile, name: str):
+    """An entry to write to, with a constant time, so that equal samples are equal bytes."""
     return archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True)
 
 
-class Folder:
-    """OUT/<label>_<number>.png, which a data set of folders reads with its labels."""
+class Folder(Sink):
+    """OUT/<label>_<number>.png, which data.name=folder reads with the labels."""
 
     def __init__(self, out: pathlib.Path, labels: np.ndarray, shape: tuple, note: dict):
-        self.out, self.labels, self.shape = out, labels, shape
+        super().__init__(out, labels, shape, note)
         self.lock = out / LOCK
-        self.note = written(note)
         self.labelled = note["num_classes"] > 0
 
     def _path(self, number: int) -> pathlib.Path:
@@ -237,110 +219,97 @@ class Folder:
     def finished(self) -> bool:
         numbers = range(len(self.labels))
         return (
-            settings_of(self.out) == self.note
+            sample_notes.settings_of(self.out) == self.note
             and all(self._path(number).exists() for number in numbers)
             and self.done(0, len(numbers))
         )
 
     def begin(self) -> None:
-        _settle_in(self.out, self.note)
+        _begin_folder(self.out, self.note)
 
     def done(self, start: int, count: int) -> bool:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            return all(pool.map(self._is_there, range(start, start + count)))
+            return all(pool.map(self._is_sound, range(start, start + count)))
 
-    def _is_there(self, number: int) -> bool:
-        """Whether a PNG can be read to its end, and is of the right size."""
+    def _is_sound(self, number: int) -> bool:
+        """Whether a PNG can be decoded and has the right size."""
         try:
-            with opened(self._path(number)) as image:
+            with open_image(self._path(number)) as image:
                 image.load()
-                bands = 1 if image.mode == "L" else 3 if image.mode == "RGB" else 0
-                return (image.height, image.width, bands) == self.shape
+                channels = {"L": 1, "RGB": 3}.get(image.mode)
+                return (image.height, image.width, channels) == self.shape
         except Exception as error:  # of many kinds, by what is damaged
-            check_readable(self._path(number), error)
+            sample_notes.check_readable(self._path(number), error)
             return False
 
     def write(self, start: int, images: np.ndarray) -> None:
         for number, image in enumerate(images, start):
             save_image(self._path(number), image)
 
-    def finish(self) -> None:
-        """All of them are in place."""
-
     def give_up(self) -> None:
         if not any(self.out.glob("*.png")):
             (self.out / SETTINGS).unlink(missing_ok=True)
 
 
-class Grid:
-    """OUT.png, one picture of all, enlarged where they are small."""
+class Grid(Sink):
+    """OUT.png, a grid of all images, kept in memory until all are drawn."""
 
     def __init__(self, out: pathlib.Path, labels: np.ndarray, shape: tuple, note: dict):
-        self.out, self.note = out, written(note)
+        super().__init__(out, labels, shape, note)
         self.lock = locks.beside(out)
         check_grid(out, len(labels), shape)
         self.images = np.zeros((len(labels), *shape), np.uint8)
 
-    def finished(self) -> bool:
-        return False
-
     def begin(self) -> None:
         self.out.parent.mkdir(parents=True, exist_ok=True)
 
-    def done(self, start: int, count: int) -> bool:
-        return False
-
     def write(self, start: int, images: np.ndarray) -> None:
         self.images[start : start + len(images)] = images
-
-    def give_up(self) -> None:
-        """Nothing was made."""
 
     def finish(self) -> None:
         save_grid(str(self.out), self.images, note=self.note)
 
 
-def _settle_in(folder: pathlib.Path, note: str) -> None:
-    """Make a folder of samples with these settings, or find that it is one."""
+def _begin_folder(folder: pathlib.Path, note: str) -> None:
+    """Make a folder with these settings, or check that it has them; remove a killed run's files."""
     folder.mkdir(parents=True, exist_ok=True)
-    found = [path for path in folder.iterdir() if path.name != LOCK]
-    left = [path for path in found if _was_left(path)]
-    there = settings_of(folder)
-    if there is None:
-        if len(found) > len(left):
+    paths = [path for path in folder.iterdir() if path.name != LOCK]
+    abandoned = [path for path in paths if _is_abandoned(path)]
+    before = sample_notes.settings_of(folder)
+    if before is None:
+        if len(paths) > len(abandoned):
             raise UserError(f"{folder} holds other files and no {SETTINGS}; choose another --out")
         with atomic_write(folder / SETTINGS) as temporary:
             temporary.write_text(note, encoding="utf-8")
-    elif there != note:
-        raise UserError(f"{folder} {_other(there, note)}; remove it or choose another --out")
-    for path in left:
+    elif before != note:
+        raise _other_settings(folder, before, note)
+    for path in abandoned:
         with contextlib.suppress(OSError):
             path.unlink()
 
 
-def _was_left(path: pathlib.Path) -> bool:
-    """Whether this is what a run that was killed here was writing."""
-    ours = r"(?:settings\.json|\w+\.(?:npy|png))\.(\d+)-[0-9a-f]{8}\.tmp"
-    name = re.fullmatch(ours, path.name)
-    return path.name == "merged" or (name is not None and not _runs(int(name[1])))
-
-
-def _runs(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):
+def _is_abandoned(path: pathlib.Path) -> bool:
+    """Whether a file is temporary and its process is gone."""
+    if path.name == "merged":
+        return True
+    name = TEMPORARY.fullmatch(path.name)
+    if name is None:
         return False
+    try:
+        os.kill(int(name[1]), 0)
+    except (ProcessLookupError, OverflowError):
+        return True
     except OSError:
         pass
-    return True
+    return False
 
 
-def _other(there: str, here: str) -> str:
-    """That it holds samples of other settings, and one that differs."""
+def _other_settings(path: pathlib.Path, old: str, new: str) -> UserError:
+    """The error where samples have other settings; it names one that differs."""
     try:
-        theirs, ours = json.loads(there), json.loads(here)
-        names = [name for name in {**theirs, **ours} if theirs.get(name) != ours.get(name)]
-        what = f"{names[0]} is {theirs.get(names[0])} there and {ours.get(names[0])} here"
-    except (AttributeError, LookupError, RecursionError, TypeError, ValueError):
-        return "holds samples of unknown settings: its note of them is damaged"
-    return f"holds samples of other settings ({what})"
+        theirs, ours = json.loads(old), json.loads(new)
+        name = next(name for name in {**theirs, **ours} if theirs.get(name) != ours.get(name))
+        text = f"other settings ({name} is {theirs.get(name)} there and {ours.get(name)} here)"
+    except (AttributeError, StopIteration, RecursionError, TypeError, ValueError):
+        text = "unknown settings: its note of them is damaged"
+    return UserError(f"{path} holds samples of {text}; remove it or choose another --out")

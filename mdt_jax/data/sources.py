@@ -1,4 +1,4 @@
-"""Image sets: those that ship inside Python packages, and by name whatever a config asks for."""
+"""Data sets by the name in a config: sets in Python packages, and files, tars, TFDS and latents."""
 
 import dataclasses
 import functools
@@ -10,17 +10,18 @@ import numpy as np
 
 from mdt_jax.data import folders, latents, tars, tfds_sets
 from mdt_jax.data.crops import CroppedImages
-from mdt_jax.data.pipeline import Source
+from mdt_jax.data.protocols import Source
 from mdt_jax.runtime.errors import UserError
 
-HELD_OUT = 0.2
+HELD_OUT = 0.2  # of each class of a packaged set
 
 
 @dataclasses.dataclass(frozen=True)
 class Images:
-    """Images in memory, a `pipeline.Source`.
+    """Images in memory, a `Source`.
 
-    images: [N, H, W, C] uint8; labels: [N] int32; classes: their names; flip: mirror half.
+    images: [N, H, W, C] uint8; labels: [N] int32; classes: their names; flip: mirror the images
+    whose u is below 0.5.
     """
 
     images: np.ndarray
@@ -37,19 +38,23 @@ class Images:
         return hashlib.sha256(self.images.tobytes() + self.labels.tobytes()).hexdigest()
 
     def take(self, items: np.ndarray, u: np.ndarray) -> dict[str, np.ndarray]:
-        """As `Source.take`; none is ever damaged."""
+        """As `Source.take`; every status is READ."""
         images = self.images[items]
         if self.flip:
             images = np.where((u < 0.5)[:, None, None, None], images[:, :, ::-1], images)
-        damaged = np.full(len(items), -1, np.int64)
-        return {"images": images, "labels": self.labels[items], "damaged": damaged}
+        status = np.zeros(len(items), np.int8)
+        return {"images": images, "labels": self.labels[items], "status": status}
+
+    def select(self, chosen: np.ndarray) -> "Images":
+        """The images where the mask `chosen`, [N] bool, is true."""
+        return dataclasses.replace(self, images=self.images[chosen], labels=self.labels[chosen])
 
     def name(self, i: int) -> str:
-        """For messages."""
+        """The name of image i in messages."""
         return f"image {i}"
 
     def why(self, i: int) -> str:
-        """What is wrong with an image: nothing ever is."""
+        """As `Source.why`; no image in memory is damaged."""
         return "it can be read"
 
 
@@ -59,11 +64,10 @@ def _digits(first: int = 0, last: int = 9) -> Images:
     package = importlib.metadata.distribution("scikit-learn")
     file = package.locate_file("sklearn/datasets/data/digits.csv.gz")
     rows = np.loadtxt(str(file), delimiter=",")
-    images, labels = rows[:, :-1], rows[:, -1]
-    images = np.round(images.reshape(-1, 8, 8, 1) * (255 / 16))  # 17 grey levels
-    among = (first <= labels) & (labels <= last)
-    labels = (labels[among] - first).astype(np.int32)
-    return Images(images[among].astype(np.uint8), labels, [*map(str, range(first, last + 1))])
+    images, digits = rows[:, :-1], rows[:, -1].astype(np.int32)
+    images = np.round(images.reshape(-1, 8, 8, 1) * (255 / 16)).astype(np.uint8)  # 17 grey levels
+    every = Images(images, digits - np.int32(first), [*map(str, range(first, last + 1))])
+    return every.select((first <= digits) & (digits <= last))
 
 
 def _mnist() -> Images:
@@ -88,47 +92,46 @@ NAMES = (*PACKAGED, *STORED)
 
 
 def load(name: str) -> tuple[Images, Images]:
-    """A packaged set, as of `split`. Raises UserError for another name."""
+    """(training images, held-out images) of a packaged set, as `split` divides it.
+
+    Raises UserError for a name that is not in PACKAGED.
+    """
     if name not in PACKAGED:
         raise UserError(f"data.name is {name!r}; choose one of {', '.join(PACKAGED)}")
     return split(PACKAGED[name]())
 
 
 def split(source: Images) -> tuple[Images, Images]:
-    """(training images, held-out ones): the latter are 20 % of every class, always the same."""
+    """(training images, held-out images): the latter are always the same 20 % of every class."""
     held_out = np.zeros(len(source), bool)
     random = np.random.RandomState(0)  # a stream that NumPy never changes
     for label in np.unique(source.labels):
         members = random.permutation(np.flatnonzero(source.labels == label))
         held_out[members[: round(HELD_OUT * len(members))]] = True
-
-    def part(chosen: np.ndarray) -> Images:
-        return Images(source.images[chosen], source.labels[chosen], source.classes)
-
-    return part(~held_out), part(held_out)
+    return source.select(~held_out), source.select(held_out)
 
 
 def stored(data, num_classes: int) -> Source:
-    """What a config's `data` names by data.path: images as of `squares`, or latents."""
+    """Open the latents or images at data.path; arguments as of `cropped`."""
     if data.name != "latents":
-        return squares(data, num_classes)
+        return cropped(data, num_classes)
     _check_path(data)
     return latents.load(data.path, data.flip)
 
 
-def squares(data, num_classes: int, **options) -> CroppedImages:
-    """Images of a folder, tar or TFDS, as a config's `data` says.
+def cropped(data, num_classes: int, **options) -> CroppedImages:
+    """Open the images of a folder, tar or TFDS set.
 
-    num_classes: 0: labels are left aside; -1: as many as there are. options: fields of Squares.
-    Raises UserError where there is nothing that can be read.
+    data: a config's `data`. num_classes: 0 ignores labels; −1 takes as many classes as there are.
+    options: fields of `CroppedImages`. Raises UserError where no images can be read.
     """
     _check_path(data)
     if data.name == "folder":
         files = folders.load(data.path, num_classes if num_classes >= 0 else None)
+    elif data.name == "tar":
+        files = tars.load(data.path)
     else:
-        files = (
-            tars.load(data.path) if data.name == "tar" else tfds_sets.load(data.path, data.split)
-        )
+        files = tfds_sets.load(data.path, data.split)
     if num_classes == 0:
         files = dataclasses.replace(files, classes=[])
     return CroppedImages(files, data.image_size, data.channels, data.crop, data.flip, **options)
@@ -136,5 +139,5 @@ def squares(data, num_classes: int, **options) -> CroppedImages:
 
 def _check_path(data) -> None:
     if not data.path:
-        what = "the name of the set, such as imagenet2012" if data.name == "tfds" else "where it is"
-        raise UserError(f"data.name is {data.name}, but data.path is empty: set it to {what}")
+        hint = ", the name of the set, e.g. imagenet2012" if data.name == "tfds" else ""
+        raise UserError(f"data.path is empty, but data.name is {data.name}: set data.path{hint}")

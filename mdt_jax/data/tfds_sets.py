@@ -7,63 +7,59 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from mdt_jax.data.found import describe
+from mdt_jax.data.image_files import ImageFiles
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.runtime.files import reason
 
 
-@dataclasses.dataclass(frozen=True)
-class Prepared:
-    """One split of a prepared set. classes: the labels' names, none without labels.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TfdsFiles(ImageFiles):
+    """The images in one split of a prepared set.
 
-    records: of each the features by name; image: the name of the feature that is the image's file.
+    title: the set's full name with its version, and the split. records: a dict of features each,
+    of which `image_feature` is the encoded image.
     """
 
     title: str
     records: Sequence[Mapping[str, Any]]
-    image: str
-    classes: list[str]
-    left_out = ""
+    image_feature: str
+    labels: None = None
 
     def __len__(self) -> int:
         return len(self.records)
 
     def name(self, i: int) -> str:
-        """For messages."""
+        """The set and the number of the record."""
         return f"{self.title}, record {i}"
 
-    @property
-    def found(self) -> str:
-        """How many images of how many classes there are."""
-        return describe(len(self), None, self.classes, self.left_out)
-
-    @property
-    def contents(self) -> str:
-        """What tells it from other sets: its full name, with its version, and its size."""
-        return f"{self.title}, {len(self)} records"
-
     def read(self, i: int) -> tuple[io.BytesIO, int]:
-        """(the file of an image, label). Raises UserError where the record is damaged."""
+        """(encoded image i, its label). Raises UserError where the record is damaged."""
         try:
             record = self.records[i]
             label = int(record["label"]) if self.classes else 0
-            file = io.BytesIO(record[self.image])
+            file = io.BytesIO(record[self.image_feature])
         except OSError:
             raise
-        except Exception as error:  # of the kinds that ArrayRecord's C++ has
+        except Exception as error:  # of the kinds that ArrayRecord's C++ raises
             raise UserError(f"{self.name(i)} is damaged: {reason(error)}") from None
         if self.classes and not 0 <= label < len(self.classes):
             raise UserError(f"{self.name(i)} has the label {label}: the split is not labelled")
         return file, label
 
+    @property
+    def contents(self) -> str:
+        """The title and the number of records."""
+        return f"{self.title}, {len(self)} records"
 
-def load(name: str, split: str) -> Prepared:
-    """A split of the set `name`, such as imagenet2012 or lsun/bedroom.
 
-    It lies where TFDS puts it (TFDS_DATA_DIR, or ~/tensorflow_datasets); or `name` is the folder of
-    one version of a prepared set, which then needs no code of its own. Raises UserError where it is
-    not prepared as ArrayRecord (and says how), or has no such split or no images, where what lies
-    there is damaged, and where it names features that are not TFDS's own: it would be imported.
+def load(name: str, split: str) -> TfdsFiles:
+    """Open a split of a prepared set.
+
+    name: as TFDS calls it, for example imagenet2012 or lsun/bedroom, in TFDS_DATA_DIR or
+    ~/tensorflow_datasets; or the folder of one version of a set, which needs no code of that set.
+    Raises UserError where the set is not prepared as ArrayRecord (and says how to prepare it), has
+    no such split or no images, is damaged, or names features that are not TFDS's own: their modules
+    would be imported.
     """
     try:
         import tensorflow_datasets as tfds
@@ -71,12 +67,12 @@ def load(name: str, split: str) -> Prepared:
         raise UserError(
             "data.name=tfds needs tensorflow-datasets: pip install -e '.[data]'"
         ) from None
-    with _own_features(tfds, name):
-        return _load(tfds, name, split)
+    with _only_own_features(tfds, name):
+        builder = _builder(tfds, name)
+        return _open_split(tfds, builder, name, split)
 
 
-def _load(tfds, name: str, split: str) -> Prepared:
-    builder = _builder(tfds, name)
+def _open_split(tfds, builder, name: str, split: str) -> TfdsFiles:
     try:
         builder.info.splits[split]
     except Exception:  # KeyError, ValueError, …, by what is wrong with it
@@ -87,25 +83,26 @@ def _load(tfds, name: str, split: str) -> Prepared:
     if not images:
         raise UserError(f"{name} holds no images; its features are {', '.join(features)}")
     label: Any = features.get("label")
-    classes = label.names if isinstance(label, tfds.features.ClassLabel) else []
+    classes = label.names if isinstance(label, tfds.features.ClassLabel) else None
     try:
-        # Encoded, to be decoded by Pillow as everywhere.
+        # Not decoded here, because Pillow decodes the images of all sources.
         records = builder.as_data_source(split, decoders={images[0]: tfds.decode.SkipDecoding()})
     except (NotImplementedError, ImportError):
-        raise UserError(f"{name} is not prepared as ArrayRecord; {_how(name)}") from None
+        raise UserError(f"{name} is not prepared as ArrayRecord; {_how_to_prepare(name)}") from None
     title = f"{builder.info.full_name}/{split}"
-    found = Prepared(title, records, images[0], list(classes or []))
-    if not len(found):
+    if not len(records):
         raise UserError(f"{title} holds no records")
-    return found
+    return TfdsFiles(
+        title=title, records=records, image_feature=images[0], classes=list(classes or [])
+    )
 
 
 @contextlib.contextmanager
-def _own_features(tfds, name: str) -> Iterator[None]:
-    """While a set is opened, no feature's module is imported but TFDS's own; UserError for others,
-    and for whatever TFDS raises where its files are damaged.
+def _only_own_features(tfds, name: str) -> Iterator[None]:
+    """Open a set in this context: it imports no feature's module except TFDS's own.
 
-    TFDS imports the module of each class that features.json names, which may be anything.
+    TFDS imports the module of each class that features.json names, which may be any module. Raises
+    UserError for classes of other modules, and for any exception of TFDS on damaged files.
     """
     base, refused = tfds.features.FeatureConnector, []
     before = vars(base)["cls_from_name"]
@@ -120,36 +117,36 @@ def _own_features(tfds, name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if refused:  # TFDS may have made another error of it
+        if refused:  # TFDS may have raised another error because of it
             raise UserError(
                 f"{name} has a feature of the class {str(refused[0])[:200]!r}, which is not TFDS's "
                 "own and would be imported; prepare the set with TFDS's features"
             ) from None
         if isinstance(error, (UserError, OSError)):
             raise
-        raise UserError(f"{name} is damaged, or no set of TFDS: {reason(error)}") from None
+        raise UserError(f"{name} is damaged, or is no TFDS set: {reason(error)}") from None
     finally:
         base.cls_from_name = before
 
 
 def _builder(tfds, name: str) -> Any:
-    """A DatasetBuilder of a prepared set. Raises UserError."""
+    """The DatasetBuilder of a prepared set. Raises UserError."""
     hint = ""
     if os.path.isdir(name):
         if os.path.isfile(os.path.join(name, "dataset_info.json")):
             return tfds.builder_from_directory(name)
-        hint = f"; the folder {name} is not that of one version of a prepared set"
+        hint = f"; the folder {name} does not hold one version of a prepared set"
     try:
         builder = tfds.builder(name, file_format="array_record")
     except Exception as error:  # of many kinds, by what is missing
         text = " ".join(str(error).split())[:200]
         raise UserError(f"TFDS has no set {name!r} that can be read here{hint}: {text}") from None
     if not builder.is_prepared():
-        raise UserError(f"{name} is not prepared in {builder.data_dir}; {_how(name)}")
+        raise UserError(f"{name} is not prepared in {builder.data_dir}; {_how_to_prepare(name)}")
     return builder
 
 
-def _how(name: str) -> str:
+def _how_to_prepare(name: str) -> str:
     if os.path.isdir(name):
         name = os.path.basename(os.path.dirname(os.path.normpath(name)))
     return f"where TensorFlow is installed: tfds build {name} --file_format=array_record"

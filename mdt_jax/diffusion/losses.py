@@ -1,5 +1,9 @@
-"""The training loss: mean squared error of ε plus the variational term of the learned variance."""
+"""The training loss: mean squared error of ε plus the variational term of the learned variance.
 
+Ho et al. 2020, arXiv 2006.11239; Nichol & Dhariwal 2021, arXiv 2102.09672, section 3.1.
+"""
+
+import math
 from collections.abc import Callable
 
 import jax
@@ -8,25 +12,23 @@ import numpy as np
 
 from mdt_jax.diffusion import schedule as sch
 
-LOG_2 = 0.6931471805599453
 
-
-def mean_per_sample(x: jax.Array, where: jax.Array | None = None) -> jax.Array:
-    """[B, ...] → [B], the mean over all elements or over those where `where` is true."""
-    if where is not None:
-        where = jnp.broadcast_to(where, x.shape).reshape(x.shape[0], -1)
-    return x.reshape(x.shape[0], -1).mean(-1, where=where)
+def mean_per_sample(x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+    """The mean of each sample of x [B, …]: [B]; with a mask, over the elements where it is true."""
+    if mask is not None:
+        mask = jnp.broadcast_to(mask, x.shape).reshape(x.shape[0], -1)
+    return x.reshape(x.shape[0], -1).mean(-1, where=mask)
 
 
 def uniform_weights(schedule: sch.Schedule) -> np.ndarray:
-    """1 at every step: the plain mean squared error of ε."""
+    """1 at every step, [S] float64: DDPM's simple loss."""
     return np.ones(schedule.num_steps)
 
 
 def min_snr_weights(schedule: sch.Schedule, gamma: float = 5.0) -> np.ndarray:
-    """Weight of the squared error of ε at each step, [S] float64: min(SNR, γ)/SNR.
+    """Min-SNR-γ weights of the squared error of ε, [S] float64: min(SNR, γ)/SNR, SNR = ᾱ/(1 − ᾱ).
 
-    Hang et al. 2023, arXiv 2303.09556; SNR = ᾱ/(1 − ᾱ).
+    Hang et al. 2023, arXiv 2303.09556.
     """
     snr = schedule.alphas_cumprod / (1 - schedule.alphas_cumprod)
     return np.minimum(snr, gamma) / snr
@@ -47,9 +49,10 @@ def normal_kl(mean1, log_var1, mean2, log_var2) -> jax.Array:
 
 
 def discretized_gaussian_log_likelihood(x, mean, log_scale) -> jax.Array:
-    """log of the mass a Gaussian gives to the bin of width 2/255 around each x in [−1, 1]; nats.
+    """log of a Gaussian's mass in the bin of width 2/255 around each x in [−1, 1], in nats.
 
-    The outermost bins reach to infinity. The normal CDF is approximated by a tanh, as in ADM.
+    DDPM, equation 13: the outermost bins extend to infinity. The normal CDF is approximated by a
+    tanh, as in ADM.
     """
 
     def cdf(z):
@@ -68,18 +71,16 @@ def discretized_gaussian_log_likelihood(x, mean, log_scale) -> jax.Array:
     )
 
 
-def variational_bound(
-    schedule: sch.Schedule, x0, x, t, mean, log_variance, where=None
-) -> jax.Array:
-    """The term of the variational bound at step t, in bits per dimension: [B].
+def variational_bound(schedule: sch.Schedule, x0, x, t, mean, log_variance, mask=None) -> jax.Array:
+    """The variational bound's term at step t, [B], in bits per dimension (DDPM, equation 5).
 
-    KL to the true posterior, or at t = 0 the negative log-likelihood of x0.
+    The KL divergence from the true posterior; at t = 0 the negative log-likelihood of x0.
     """
     true_mean = sch.posterior_mean(schedule, x0, x, t)
     true_log_variance = sch.extract(schedule.posterior_log_variance, t)
     kl = normal_kl(true_mean, true_log_variance, mean, log_variance)
     nll = -discretized_gaussian_log_likelihood(x0, mean, 0.5 * log_variance)
-    return mean_per_sample(jnp.where(t[:, None, None, None] == 0, nll, kl), where) / LOG_2
+    return mean_per_sample(jnp.where(t[:, None, None, None] == 0, nll, kl), mask) / math.log(2)
 
 
 def diffusion_losses(
@@ -88,13 +89,13 @@ def diffusion_losses(
     x0: jax.Array,
     t: jax.Array,
     noise: jax.Array,
-    where: jax.Array | None = None,
+    mask: jax.Array | None = None,
 ) -> dict[str, jax.Array]:
     """Per-sample losses of one pass, not weighted: {"mse": [B], "vb": [B]} float32.
 
     network: (x [B, H, W, C], t [B]) → [B, H, W, 2C]. x0, noise: [B, H, W, C] float32; t: [B].
-    where: [B, H, W, 1] bool, the pixels that count; None: all.
-    The variational term trains only the variance: the predicted mean is detached in it.
+    mask: [B, H, W, 1] bool, the pixels that count; None: all.
+    The variational term trains the variance only: no gradient flows through the predicted mean.
     """
     x = sch.q_sample(schedule, x0, t, noise)
     eps, v = jnp.split(network(x, t), 2, axis=-1)
@@ -102,6 +103,6 @@ def diffusion_losses(
     mean = sch.posterior_mean(schedule, sch.predict_x0(schedule, x, t, detached), x, t)
     log_variance = sch.learned_log_variance(schedule, v, t)
     return {
-        "mse": mean_per_sample(jnp.square(noise - eps), where),
-        "vb": variational_bound(schedule, x0, x, t, mean, log_variance, where),
+        "mse": mean_per_sample(jnp.square(noise - eps), mask),
+        "vb": variational_bound(schedule, x0, x, t, mean, log_variance, mask),
     }

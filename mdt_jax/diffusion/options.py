@@ -12,51 +12,74 @@ import numpy as np
 from mdt_jax.diffusion import schedule as sch
 from mdt_jax.diffusion.guidance import WEIGHTS, limit_to_interval, snap_to_one
 from mdt_jax.diffusion.samplers import SAMPLERS, Sampler, visited
-from mdt_jax.runtime import limits
+from mdt_jax.runtime.backend import HIGHEST, PRECISIONS
+from mdt_jax.runtime.bounds import ANY, Bound, at_least, between, check, one_of
 from mdt_jax.runtime.errors import NotFiniteError, UserError
-from mdt_jax.runtime.precision import HIGHEST, PRECISIONS
 
 # What a model without classes takes.
 UNGUIDED: dict[str, Any] = {"guidance_scale": 1.0, "guidance": "power_cosine"}
-# What a config says of clip_denoised.
+# Options that a config has in the groups `diffusion` and `train`, not in `sample`.
+NOT_IN_SAMPLE = ("diffusion_steps", "precision")
+# The values of a config's sample.clip_denoised.
 CLIPPING = {"auto": None, "true": True, "false": False}
+
+
+def option(default: Any, help: str, bound: Bound = ANY) -> Any:
+    """A field of SampleOptions; its help is also that of the config's field and of the flag."""
+    return dataclasses.field(default=default, metadata={"help": help, "bound": bound})
 
 
 @dataclasses.dataclass(frozen=True)
 class SampleOptions:
     """How samples are drawn; the defaults are the published ones.
 
-    num_steps: steps of the schedule, each one evaluation of the network (heun: two, the last one).
-    eta: DDIM's, in [0, 1]. guidance_low, guidance_high: shares of the diffusion's steps between
-    which guidance acts; beyond them the conditional prediction is taken. guidance_skip_tolerance:
-    it is also taken, at half the cost, where the weight differs from 1 by less than this.
-    clip_denoised: the predicted clean sample is clipped to [-1, 1] at each step; None: as
-    `clipping_for` says.
-    precision: of float32 matmuls on accelerators, those of a VAE too: highest, high or default.
+    A config's group `sample` and the flags of mdt_jax.sample and mdt_jax.inpaint are made from
+    these fields. diffusion_steps: T, the steps of the training schedule.
     """
 
-    sampler: str = "ddpm"
-    num_steps: int = 250
-    spacing: str = "even"
-    eta: float = 0.0
-    guidance_scale: float = 3.8
-    guidance_power: float = 4.0
-    guidance: str = "power_cosine"
-    guidance_channels: int = 3
-    guidance_low: float = 0.0
-    guidance_high: float = 1.0
-    guidance_skip_tolerance: float = 0.0
-    clip_denoised: bool | None = None
-    diffusion_steps: int = 1000
-    precision: str = HIGHEST
+    sampler: str = option("ddpm", "update rule of a sampling step", one_of(SAMPLERS))
+    num_steps: int = option(
+        250, "sampling steps; heun evaluates the network twice each", at_least(1)
+    )
+    spacing: str = option(
+        "even", "spacing of the steps; stride: as the published ddimN", one_of(sch.SPACINGS)
+    )
+    eta: float = option(0.0, "noise of ddim, from 0 (deterministic) to 1", between(0, 1))
+    guidance_scale: float = option(3.8, "scale of classifier-free guidance; 1: no guidance")
+    guidance_power: float = option(4.0, "exponent of power_cosine; 0: constant", at_least(0))
+    guidance: str = option(
+        "power_cosine",
+        "guidance weight over time: power_cosine as in the code, power_cosine_printed as in the "
+        "paper of MDT",
+        one_of(WEIGHTS),
+    )
+    guidance_channels: int = option(3, "first channels of ε to guide; 0: all", at_least(0))
+    guidance_low: float = option(
+        0.0, "guidance acts from this share of the timesteps (0: clean)", between(0, 1)
+    )
+    guidance_high: float = option(
+        1.0, "guidance acts up to this share of the timesteps (1: noise)", between(0, 1)
+    )
+    guidance_skip_tolerance: float = option(
+        0.0, "guidance weights this close to 1 count as 1 and cost half", at_least(0)
+    )
+    clip_denoised: bool | None = option(
+        None, "clip the predicted clean sample to [-1, 1] at each step (default: pixels only)"
+    )
+    diffusion_steps: int = option(1000, "steps of the training schedule")
+    precision: str = option(
+        HIGHEST, "precision of float32 matmuls on accelerators, the VAE's too", one_of(PRECISIONS)
+    )
 
     @classmethod
     def from_config(cls, config) -> "SampleOptions":
         """From a config's `sample` and `diffusion` fields, and its precision."""
-        others = {"diffusion_steps": config.diffusion.steps, "precision": config.train.precision}
-        names = {field.name for field in dataclasses.fields(cls)} - set(others)
-        options = cls(**{name: config.sample[name] for name in names}, **others)
-        options = dataclasses.replace(options, clip_denoised=CLIPPING[config.sample.clip_denoised])
+        names = {field.name for field in dataclasses.fields(cls)} - set(NOT_IN_SAMPLE)
+        values = {name: config.sample[name] for name in names}
+        values["clip_denoised"] = CLIPPING[config.sample.clip_denoised]
+        options = cls(
+            **values, diffusion_steps=config.diffusion.steps, precision=config.train.precision
+        )
         return options.clipping_for(config.vae.path == "identity")
 
     def clipping_for(self, pixels: bool) -> "SampleOptions":
@@ -66,51 +89,23 @@ class SampleOptions:
         return dataclasses.replace(self, clip_denoised=pixels)
 
     def check(self, num_classes: int) -> None:
-        """Raise UserError, naming the option, for what cannot be sampled."""
+        """Raise UserError, naming the option, for options that a model cannot be sampled with."""
         for field in dataclasses.fields(self):
-            value, kind = getattr(self, field.name), field.type
-            wanted = {int: numbers.Integral, float: numbers.Real}.get(kind, kind)
-            if not isinstance(value, wanted):
-                raise UserError(f"{field.name} is {value!r}; it must be of type {_name_of(kind)}")
-            if isinstance(value, numbers.Real):
-                limits.check_number(field.name, value)
-        known = {
-            "sampler": SAMPLERS, "spacing": sch.SPACINGS, "guidance": WEIGHTS,
-            "precision": PRECISIONS,
-        }  # fmt: skip
-        for name, choices in known.items():
-            if getattr(self, name) not in choices:
-                raise UserError(
-                    f"unknown {name} {getattr(self, name)!r}; choose one of {', '.join(choices)}"
-                )
-        if not 1 <= self.num_steps <= self.diffusion_steps:
+            check(field.name, getattr(self, field.name), field.type, field.metadata["bound"])
+        steps, low, high = self.num_steps, self.guidance_low, self.guidance_high
+        if steps > self.diffusion_steps:
             raise UserError(
-                f"num_steps is {self.num_steps}; it must be between 1 and the "
-                f"{self.diffusion_steps} steps of the training schedule"
+                f"num_steps is {steps}; it must be between 1 and the {self.diffusion_steps} steps "
+                "of the training schedule"
             )
         try:
             self.schedule()
         except ValueError as error:
-            raise UserError(
-                f"num_steps {self.num_steps} with spacing {self.spacing}: {error}"
-            ) from None
-        if not 0 <= self.eta <= 1:
-            raise UserError(f"eta is {self.eta}; it must be in [0, 1]")
+            raise UserError(f"num_steps {steps} with spacing {self.spacing}: {error}") from None
         if self.eta and self.sampler != "ddim":
-            raise UserError(f"eta is {self.eta}, which is ddim's; the sampler is {self.sampler}")
-        if self.guidance_power < 0:
-            raise UserError(f"guidance_power is {self.guidance_power}; it must be 0 or more")
-        if self.guidance_channels < 0:
-            raise UserError(f"guidance_channels is {self.guidance_channels}; 0 (all) or more")
-        low, high = self.guidance_low, self.guidance_high
-        if not (0 <= low <= 1 and 0 <= high <= 1):
-            raise UserError(f"guidance_low {low} and guidance_high {high} must be in [0, 1]")
+            raise UserError(f"eta is {self.eta}; the sampler {self.sampler} has no eta")
         if low > high:
             raise UserError(f"guidance_low {low} is above guidance_high {high}; swap them")
-        if self.guidance_skip_tolerance < 0:
-            raise UserError(
-                f"guidance_skip_tolerance is {self.guidance_skip_tolerance}; it must be 0 or more"
-            )
         if self.guided and not num_classes:
             raise UserError(
                 "an unconditional model takes no guidance: set guidance_scale to 1 and guidance to "
@@ -157,13 +152,15 @@ class SampleOptions:
         return needed
 
 
+SampleOptions.__doc__ = "\n    ".join(
+    [SampleOptions.__doc__ or ""]
+    + [f"{field.name}: {field.metadata['help']}" for field in dataclasses.fields(SampleOptions)]
+)
+
+
 def defaults(num_classes: int) -> SampleOptions:
     """The published options; of a model without classes, without guidance."""
     return SampleOptions() if num_classes else SampleOptions(**UNGUIDED)
-
-
-def _name_of(kind: str | type) -> str:
-    return kind.__name__ if isinstance(kind, type) else str(kind)
 
 
 def balanced_labels(count: int, num_classes: int) -> np.ndarray:

@@ -1,7 +1,7 @@
-"""Samplers: how one evaluation of the network changes x, and the loop over them.
+"""Samplers: the update of x after each evaluation of the network, and the loop over evaluations.
 
-α = √ᾱ and σ = √(1 − ᾱ) at a step of the schedule, λ = log(α/σ); a dash marks the next step, less
-noisy, which after the last one is the clean end (α' = 1, σ' = 0).
+Notation: α = √ᾱ, σ = √(1 − ᾱ) and λ = log(α/σ) at a step of the schedule; α', σ' and λ' at the
+next, less noisy step. After the last step x' is the sample: α' = 1, σ' = 0.
 """
 
 import dataclasses
@@ -16,8 +16,8 @@ from mdt_jax.diffusion import schedule as sch
 
 
 class State(NamedTuple):
-    """x: [B, H, W, C] float32, what the network sees next; x0: its last prediction of the clean
-    sample; memory: what else the sampler needs."""
+    """x: [B, H, W, C] float32, the network's next input; x0: the last x̂_0 predicted, like x;
+    memory: further arrays of the sampler."""
 
     x: jax.Array
     x0: jax.Array
@@ -26,26 +26,26 @@ class State(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Sampler:
-    """One evaluation of the network for each step of the schedule, nothing remembered.
+    """The base of all samplers: one evaluation for each step of the schedule, and no memory.
 
-    limit: each x̂_0 is clipped to ±limit, and ε is what that leaves. None: nothing is clipped.
+    limit: each x̂_0 is clipped to ±limit, and ε computed from the clipped x̂_0. None: no clipping.
     """
 
     limit: float | None = dataclasses.field(default=None, kw_only=True)
-    remembers = False  # whether a step depends on those before
+    remembers = False  # whether a step depends on earlier ones
 
     def indices(self, num_steps: int) -> np.ndarray:
-        """The step of the schedule at which each evaluation is made; the noisiest first."""
+        """The schedule's step of each evaluation, from the noisiest on: [evaluations] int."""
         return np.arange(num_steps)[::-1]
 
     def start(self, x: jax.Array) -> State:
-        """The state of x: [B, H, W, C] float32 noise."""
+        """The initial state; x: [B, H, W, C] float32, standard normal."""
         return State(x, jnp.zeros_like(x))
 
     def step(self, schedule: sch.Schedule, state: State, out, k, noise) -> State:
-        """The state after evaluation number k (scalar, from 0), which gave `out` [B, H, W, 2C].
+        """The state after evaluation k (a scalar, from 0).
 
-        noise: [B, H, W, C] standard normal.
+        out: [B, H, W, 2C], the network's output; noise: [B, H, W, C], standard normal.
         """
         raise NotImplementedError
 
@@ -55,9 +55,9 @@ class Sampler:
         x0 = sch.predict_x0(schedule, x, i, eps)
         if self.limit is None:
             return x0, eps
-        # An infinity stays one, so that it is noticed at the end.
+        # Not-finite values are kept: they are reported when sampling ends.
         clipped = jnp.where(jnp.isfinite(x0), jnp.clip(x0, -self.limit, self.limit), x0)
-        # Where nothing was clipped ε is not computed anew, which would round it.
+        # Where nothing was clipped, the network's ε is kept: computing it anew would round it.
         return clipped, jnp.where(clipped == x0, eps, sch.predict_eps(schedule, x, i, clipped))
 
 
@@ -65,7 +65,8 @@ class Sampler:
 class DDPM(Sampler):
     """Ancestral sampling with the learned variance: x' = μ(x, x̂_0) + 1[not last]·σ_learned·noise.
 
-    Ho et al. 2020, arXiv 2006.11239; Nichol & Dhariwal 2021, arXiv 2102.09672.
+    Ho et al. 2020, arXiv 2006.11239, algorithm 2; the variance of Nichol & Dhariwal 2021, arXiv
+    2102.09672, equation 15.
     """
 
     def step(self, schedule: sch.Schedule, state: State, out, k, noise) -> State:
@@ -103,10 +104,10 @@ class DDIM(Sampler):
 class DPMSolver(Sampler):
     """DPM-Solver++(2M), a multistep solver of order 2, or with `sde` its stochastic form.
 
-    D = x̂_0 + (x̂_0 − x̂_0 of the step before)·h/(2·h of the step before), h = λ' − λ;
-    x' = (σ'/σ)·x + α'·(1 − e^−h)·D, or
+    With h = λ' − λ, and x̂_0⁻ and h⁻ of the previous step, D = x̂_0 + (x̂_0 − x̂_0⁻)·h/(2·h⁻):
+    x' = (σ'/σ)·x + α'·(1 − e^−h)·D, or with `sde`
     x' = (σ'/σ)·e^−h·x + α'·(1 − e^−2h)·D + σ'·√(1 − e^−2h)·noise.
-    The first and the last step, to the clean end, have D = x̂_0.
+    In the first and the last step D = x̂_0.
     Lu et al. 2022, arXiv 2211.01095: algorithm 2, and SDE-DPM-Solver++(2M).
     """
 
@@ -116,31 +117,34 @@ class DPMSolver(Sampler):
     def step(self, schedule: sch.Schedule, state: State, out, k, noise) -> State:
         x, i = state.x, _index(schedule, state, k)
         x0, _ = self.predict(schedule, x, i, out)
-        keep, take, back, add = (sch.extract(table, i) for table in self._tables(schedule))
-        x = keep * x + take * (x0 + back * (x0 - state.x0))
-        return State(x + add * noise if self.sde else x, x0)
+        for_x, for_d, for_change, for_noise = (
+            sch.extract(factors, i) for factors in self._factors(schedule)
+        )
+        x = for_x * x + for_d * (x0 + for_change * (x0 - state.x0))
+        return State(x + for_noise * noise if self.sde else x, x0)
 
-    def _tables(self, schedule: sch.Schedule) -> tuple[np.ndarray, ...]:
-        """Factors of x, of D, of the change of x̂_0 in D, and of the noise, by step; float64."""
+    def _factors(self, schedule: sch.Schedule) -> tuple[np.ndarray, ...]:
+        """The factors of x, D, x̂_0 − x̂_0⁻ and noise at each step, [S] float64 each."""
         alpha, sigma = np.sqrt(schedule.alphas_cumprod), np.sqrt(1 - schedule.alphas_cumprod)
         alpha_next = np.sqrt(schedule.alphas_cumprod_prev)
         sigma_next = np.sqrt(1 - schedule.alphas_cumprod_prev)
         decay = sigma_next * alpha / (sigma * alpha_next)  # e^−h
-        back = np.zeros(schedule.num_steps)
+        for_change = np.zeros(schedule.num_steps)
         h = -np.diff(schedule.half_log_snr)  # h[j]: from step j + 1 to step j
-        back[1:-1] = h[:-1] / (2 * h[1:])
-        if self.sde:
-            share = 1 - decay**2
-            return sigma_next / sigma * decay, alpha_next * share, back, sigma_next * np.sqrt(share)
-        return sigma_next / sigma, alpha_next * (1 - decay), back, np.zeros(schedule.num_steps)
+        for_change[1:-1] = h[:-1] / (2 * h[1:])
+        for_x, for_noise = sigma_next / sigma, np.zeros(schedule.num_steps)
+        if not self.sde:
+            return for_x, alpha_next * (1 - decay), for_change, for_noise
+        added = 1 - decay**2
+        return for_x * decay, alpha_next * added, for_change, sigma_next * np.sqrt(added)
 
 
 @dataclasses.dataclass(frozen=True)
 class Heun(Sampler):
-    """Heun's method for dz/ds = ε, z = x/α, s = σ/α: two evaluations a step, order 2.
+    """Heun's method for dz/ds = ε, z = x/α, s = σ/α: order 2, two evaluations a step.
 
-    To z + (s' − s)·ε; there ε' is evaluated; then x' = α'·(z + (s' − s)·(ε + ε')/2). The last step,
-    to the clean end, is Euler's and takes one: 2·steps − 1 in all.
+    The first evaluation takes an Euler step to z + (s' − s)·ε, the second evaluates ε' there and
+    corrects: x' = α'·(z + (s' − s)·(ε + ε')/2). The last step is Euler's: 2·steps − 1 evaluations.
     Karras et al. 2022, arXiv 2206.00364, algorithm 1.
     """
 
@@ -155,9 +159,9 @@ class Heun(Sampler):
 
     def step(self, schedule: sch.Schedule, state: State, out, k, noise) -> State:
         del noise
-        corrects = k % 2 == 1  # the evaluations in between, at the end of the step
-        at = jnp.asarray(self.indices(schedule.num_steps))[k]
-        x0, eps = self.predict(schedule, state.x, jnp.full(out.shape[:1], at), out)
+        corrects = k % 2 == 1  # the second evaluations, at the end of a step
+        index = jnp.asarray(self.indices(schedule.num_steps))[k]
+        x0, eps = self.predict(schedule, state.x, jnp.full(out.shape[:1], index), out)
         begin, eps_begin = (
             jnp.where(corrects, old, new)
             for old, new in zip(state.memory, (state.x, eps), strict=True)
@@ -165,18 +169,18 @@ class Heun(Sampler):
         slope = jnp.where(corrects, (eps_begin + eps) / 2, eps)
         abar, previous = schedule.alphas_cumprod, schedule.alphas_cumprod_prev
         s, s_next = np.sqrt(1 / abar - 1), np.sqrt(1 / previous - 1)
-        i = jnp.full(out.shape[:1], at + corrects)  # the step that began there
+        i = jnp.full(out.shape[:1], index + corrects)  # the step that evaluation k belongs to
         x = sch.extract(np.sqrt(previous / abar), i) * begin
         x = x + sch.extract(np.sqrt(previous) * (s_next - s), i) * slope
         return State(x, x0, (begin, eps_begin))
 
 
 def _index(schedule: sch.Schedule, state: State, k) -> jax.Array:
-    """[B], the step of the schedule at evaluation k, where each step has one."""
+    """The schedule's step of evaluation k, [B], for samplers with one evaluation a step."""
     return jnp.full(state.x.shape[:1], schedule.num_steps - 1 - k)
 
 
-# name → what makes the sampler of an η.
+# name → function of η that returns the sampler.
 SAMPLERS = {
     "ddpm": lambda eta: DDPM(),
     "ddim": DDIM,
@@ -195,12 +199,11 @@ def sample(
     start: int | jax.Array = 0,
     count: int | None = None,
 ) -> State:
-    """Make evaluations of the network from `state` on in one loop; all of them by default.
+    """The state after `count` evaluations of the network (None: all), from number `start` on.
 
     network: (x [B, H, W, C], t [B] training timesteps) → [B, H, W, 2C].
-    noise: number of the evaluation from 0, a scalar → [B, H, W, C] standard normal draws.
-    start: number of the first evaluation, may be traced; count: how many. After all of them `x` is
-    the sample.
+    noise: number of the evaluation, a scalar from 0 → [B, H, W, C], standard normal.
+    start may be traced. After all evaluations `x` is the sample.
     """
     indices = sampler.indices(schedule.num_steps)
     timesteps = visited(schedule, indices)
@@ -210,11 +213,11 @@ def sample(
         t = jnp.full(state.x.shape[:1], timesteps[k])
         return sampler.step(schedule, state, network(state.x, t), k, noise(k))
 
-    # The number of turns is static, so that no host has to be asked after each.
+    # The trip count is static, so that the host is not asked after each evaluation.
     return jax.lax.fori_loop(0, len(indices) if count is None else count, body, state)
 
 
 def visited(schedule: sch.Schedule, indices: np.ndarray) -> jax.Array:
-    """The training timesteps of steps of a schedule: int32, or float32 where they lie between."""
+    """The training timesteps of a schedule's steps `indices`: int32, or float32 if interpolated."""
     whole = np.issubdtype(schedule.timesteps.dtype, np.integer)
     return jnp.asarray(schedule.timesteps[indices], jnp.int32 if whole else jnp.float32)

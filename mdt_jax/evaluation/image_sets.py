@@ -1,21 +1,25 @@
-"""Images to be measured, whatever they lie in, a slice at a time."""
+"""Images to be measured, read a slice at a time: arrays, npz files, and image files of any kind."""
 
 import contextlib
-import dataclasses
+import copy
+import functools
 import hashlib
 import os
 import pathlib
 import zipfile
 from collections.abc import Collection, Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol
+from typing import IO, Protocol, Self
 
 import numpy as np
 
-from mdt_jax.data import folders, pictures, sample_notes, sources, tars, tfds_sets
-from mdt_jax.data.crops import ImageFiles, center_crop, to_rgb
+from mdt_jax.data import folders, sample_notes, sources, tars, tfds_sets
+from mdt_jax.data.crops import center_crop
+from mdt_jax.data.image_files import ImageFiles
+from mdt_jax.data.images import MAX_PIXELS, open_image, to_rgb
+from mdt_jax.evaluation.npz_files import Header, read_array, read_headers, reading
 from mdt_jax.runtime.errors import UserError
-from mdt_jax.runtime.files import check_regular, reason
+from mdt_jax.runtime.files import file_sha256
 
 Slices = Generator[tuple[int, np.ndarray], None, None]
 
@@ -25,7 +29,7 @@ class ImageSet(Protocol):
 
     @property
     def path(self) -> str:
-        """Where they lie, or what they are; for messages."""
+        """The path or a description of the images, for messages."""
         ...
 
     @property
@@ -35,12 +39,12 @@ class ImageSet(Protocol):
 
     @property
     def labels(self) -> np.ndarray | None:
-        """[N], numbers of classes; None where they are not known."""
+        """[N] numbers of classes; None if unknown."""
         ...
 
     @property
     def classes(self) -> Sequence[str]:
-        """What the set calls class 0, 1, …; empty where it has numbers alone."""
+        """The names of classes 0, 1, …; empty if unknown."""
         ...
 
     def __len__(self) -> int: ...
@@ -50,193 +54,245 @@ class ImageSet(Protocol):
         ...
 
     def slices(self, size: int, done: Collection[int] = ()) -> Slices:
-        """(first image, [n, H, W, C] uint8), in order, but those that begin at `done`.
+        """Yield (number of the first image, [n, H, W, C] uint8), in order.
 
-        size: the most images of a slice, where the set is not in slices of its own. Raises
-        UserError for what is damaged.
+        Slices whose first image is in `done` are left out. size: the largest n; a set that computes
+        its images may use slices of its own. Raises UserError for damaged images.
         """
         ...
 
 
-class StoredSet(ImageSet, Protocol):
-    """Images that lie somewhere, so that each can be read again."""
+class StoredImages:
+    """Images in memory or on disk, each of which can be read again: an `ImageSet`.
 
-    @property
-    def sha256(self) -> str:
-        """What tells them from others, hexadecimal."""
-        ...
+    note: how the images were sampled, if `mdt_jax.sample` wrote them. summary: one line about the
+    images used and left out, if there is something to tell.
+    """
 
-    @property
-    def note(self) -> dict | None:
-        """How the images came about, where `mdt_jax.sample` drew them."""
-        ...
+    note: dict | None = None
+    summary: str | None = None
 
-    def take(self, items: np.ndarray) -> np.ndarray:
-        """The images `items`, [n] ascending: [n, H, W, C] uint8. Raises UserError."""
-        ...
-
-
-@dataclasses.dataclass(frozen=True)
-class Arrays:
-    """Images that are at hand. images: uint8 [N, H, W, C]; labels: [N] or None."""
-
-    path: str
-    images: np.ndarray
-    labels: np.ndarray | None = None
-    classes: Sequence[str] = ()
-    note = None
+    def __init__(self, path: str, num: int, shape: tuple[int, ...]):
+        self.path, self._num = path, num
+        self.shape = (shape[0], shape[1], shape[2])
+        self.labels: np.ndarray | None = None
+        self.classes: Sequence[str] = ()
 
     def __len__(self) -> int:
-        return len(self.images)
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        return self.images.shape[1:]
-
-    @property
-    def sha256(self) -> str:
-        return hashlib.sha256(np.ascontiguousarray(self.images).data).hexdigest()
+        return self._num
 
     def name(self, i: int) -> str:
         return f"{self.path}, image {i}"
 
+    @property
+    def sha256(self) -> str:
+        """Identifies the images; hexadecimal."""
+        raise NotImplementedError
+
+    def take(self, items: Sequence[int] | np.ndarray) -> np.ndarray:
+        """The images with the ascending numbers `items`: [n, H, W, C] uint8. Raises UserError."""
+        raise NotImplementedError
+
     def slices(self, size: int, done: Collection[int] = ()) -> Slices:
         for start in range(0, len(self), size):
             if start not in done:
-                yield start, self.images[start : start + size]
+                yield start, self.take(range(start, min(start + size, len(self))))
 
-    def take(self, items: np.ndarray) -> np.ndarray:
-        return self.images[items]
+    def first(self, num: int) -> Self:
+        """The first `num` of these images. Raises UserError if there are fewer."""
+        if num > len(self):
+            raise UserError(f"{self.path} has {len(self)} images, fewer than the {num} to measure")
+        part = copy.copy(self)
+        part._num = num
+        part.labels = None if self.labels is None else self.labels[:num]
+        return part
 
 
-@dataclasses.dataclass(frozen=True)
-class Npz:
-    """`arr_0` uint8 [N, H, W, C] of an npz, which is never read whole; `arr_1`, its labels.
+class ArrayImages(StoredImages):
+    """Images in memory: uint8 [N, H, W, C]. labels: [N] or None."""
 
-    num: how many of them, from the first one on, are taken.
-    """
-
-    path: str
-    num: int
-    shape: tuple[int, int, int]
-    labels: np.ndarray | None = None
-    classes: Sequence[str] = ()
-
-    def __len__(self) -> int:
-        return self.num
+    def __init__(
+        self,
+        path: str,
+        images: np.ndarray,
+        labels: np.ndarray | None = None,
+        classes: Sequence[str] = (),
+    ):
+        super().__init__(path, len(images), images.shape[1:])
+        self._images, self.labels, self.classes = images, labels, classes
 
     @property
     def sha256(self) -> str:
-        """Of the file, hexadecimal."""
+        images = np.ascontiguousarray(self._images[: len(self)])
+        return hashlib.sha256(images.data).hexdigest()
+
+    def take(self, items: Sequence[int] | np.ndarray) -> np.ndarray:
+        return self._images[np.asarray(items)]
+
+
+class NpzImages(StoredImages):
+    """Images of an npz file, `arr_0` uint8 [N, H, W, C], never read as a whole."""
+
+    def __init__(self, path: str, labelled: bool):
+        """labelled: read the labels `arr_1` [N], if there are any. Raises UserError."""
+        headers = read_headers(path)
+        if "arr_0" not in headers:
+            names = ", ".join(headers) or "none"
+            raise UserError(f"{path} holds no arr_0, the images; its arrays are {names}")
+        check_images(f"{path}: arr_0", headers["arr_0"])
+        shape = headers["arr_0"].shape
+        super().__init__(path, shape[0], shape[1:])
+        if labelled and "arr_1" in headers:
+            header = headers["arr_1"]
+            if header.shape != shape[:1] or header.dtype.kind not in "iu":
+                raise UserError(
+                    f"{path}: {shape[0]} images, but arr_1 is {header.dtype} of shape "
+                    f"{list(header.shape)}; labels must be whole numbers [N]"
+                )
+            self.labels = read_array(path, "arr_1")
+            self.classes = sample_notes.classes_in(self.note, self.labels)
+
+    @property
+    def sha256(self) -> str:
         return file_sha256(self.path)
 
     @property
     def note(self) -> dict | None:
         return sample_notes.parsed(sample_notes.note_of(pathlib.Path(self.path)))
 
-    def name(self, i: int) -> str:
-        return f"{self.path}, image {i}"
+    @functools.cached_property
+    def _content(self) -> tuple[IO[bytes], int]:
+        """The open array, since seeking from its beginning is slow; and where its images begin."""
+        archive = zipfile.ZipFile(self.path)
+        file = archive.open("arr_0.npy")
+        sample_notes.read_header(file)
+        return file, file.tell()
 
-    def slices(self, size: int, done: Collection[int] = ()) -> Slices:
-        each = int(np.prod(self.shape))
-        try:
-            with zipfile.ZipFile(self.path) as archive, archive.open("arr_0.npy") as file:
-                sample_notes.read_header(file)
-                begin = file.tell()
-                for start in range(0, len(self), size):
-                    if start in done:
-                        continue
-                    file.seek(begin + start * each)
-                    count = min(size, len(self) - start)
-                    part = file.read(count * each)
-                    if len(part) < count * each:
-                        raise EOFError("it is cut short")
-                    yield start, np.frombuffer(part, np.uint8).reshape(count, *self.shape)
-        except Exception as error:  # of many kinds, by what is damaged
-            raise UserError(f"{self.path} could not be read: {reason(error)}") from None
-
-    def take(self, items: np.ndarray) -> np.ndarray:
-        parts = []
-        for start, part in self.slices(512):
-            parts.append(part[items[(start <= items) & (items < start + len(part))] - start])
-            if start + len(part) > items[-1]:
-                break
-        return np.concatenate(parts)
+    def take(self, items: Sequence[int] | np.ndarray) -> np.ndarray:
+        images = np.empty((len(items), *self.shape), np.uint8)
+        with reading(self.path):
+            file, begin = self._content
+            for image, item in zip(images, items, strict=True):
+                file.seek(begin + int(item) * image.nbytes)
+                content = file.read(image.nbytes)
+                if len(content) < image.nbytes:
+                    raise EOFError("it is cut short")
+                image[:] = np.frombuffer(content, np.uint8).reshape(self.shape)
+        return images
 
 
-@dataclasses.dataclass(frozen=True)
-class Files:
-    """Image files of a folder, a list, a tar or a prepared set.
+def check_images(name: str, header: Header) -> None:
+    """Raise UserError for an array that does not hold images."""
+    shape, fortran_order, dtype = header
+    images = len(shape) == 4 and 0 not in shape and shape[-1] in (1, 3)
+    if not images or fortran_order or dtype != np.uint8:
+        order = ", in Fortran order" if fortran_order else ""
+        raise UserError(
+            f"{name} is {dtype} of shape {list(shape)}{order}; images must be uint8 [N, H, W, C], "
+            "in C order, with 1 or 3 channels (mdt_jax.to_uint8 makes them of samples)"
+        )
 
-    size: to which they are cut, as for training; None: as they are, which must be of one size.
-    num: how many are taken.
+
+class FileImages(StoredImages):
+    """Image files of a folder, a list, a tar or a prepared TFDS set; grey if all of them are.
+
+    Images are cropped as for training if there is an image_size; else all must have one size.
     """
 
-    path: str
-    files: ImageFiles
-    num: int
-    shape: tuple[int, int, int]
-    size: int | None = None
-    labels: np.ndarray | None = None
-    classes: Sequence[str] = ()
+    def __init__(self, path: str, image_size: int | None, labelled: bool, generated: bool):
+        """Arguments as of `open_images`. Reads headers only. Raises UserError."""
+        self._files, self._image_size = _list_files(path, labelled), image_size
+        if generated and isinstance(self._files, folders.FolderFiles):
+            self._files = sample_notes.in_order(self._files)
+        count = len(self._files)
+        grey = all(self._header(i)[0] in ("L", "1") for i in range(count))
+        side = (image_size, image_size) if image_size else self._header(0)[1]
+        super().__init__(path, count, (*side, 1 if grey else 3))
+        if image_size is None:
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                list(pool.map(self._check_size, range(count)))
+        if labelled and self._files.classes:
+            self._read_labels(generated)
 
-    def __len__(self) -> int:
-        return self.num
+    def _read_labels(self, generated: bool) -> None:
+        files, labels = self._files, self._files.labels
+        if labels is None:  # stored beside the images
+            labels = np.array([files.read(i)[1] for i in range(len(files))])
+        self.labels, self.classes = labels, files.classes
+        if isinstance(files, folders.FolderFiles):
+            self.labels, self.classes = sample_notes.labels_in(
+                files.paths, labels, files.classes, self.note, generated
+            )
 
     @property
     def sha256(self) -> str:
-        """Of the list of images, and of these or the tar's bytes; hexadecimal.
+        """Of the list of images, and of the images' files or the tar.
 
-        A prepared set of TFDS is told by its name, version and length.
+        A prepared TFDS set is identified by its name, version and length.
         """
-        digest = hashlib.sha256(self.files.contents.encode(errors="replace"))
-        paths = [self.files.path] if isinstance(self.files, tars.Members) else []
-        if isinstance(self.files, folders.Files):
-            paths = map(self.files.name, range(len(self)))
+        digest = hashlib.sha256(self._files.contents.encode(errors="replace"))
+        paths = []
+        if isinstance(self._files, tars.TarFiles):
+            paths = [self._files.path]
+        elif isinstance(self._files, folders.FolderFiles):
+            paths = map(self.name, range(len(self)))
         for path in paths:
             digest.update(bytes.fromhex(file_sha256(path)))
         return digest.hexdigest()
 
     @property
-    def found(self) -> str:
-        """What they are and what is left out, in a line."""
-        return f"{self.path}: {self.files.found}"
-
-    @property
     def note(self) -> dict | None:
         return sample_notes.parsed(sample_notes.settings_of(pathlib.Path(self.path)))
 
+    @property
+    def summary(self) -> str:
+        return f"{self.path}: {self._files.summary}"
+
     def name(self, i: int) -> str:
-        return self.files.name(i)
+        return self._files.name(i)
 
-    def slices(self, size: int, done: Collection[int] = ()) -> Slices:
-        """Raises UserError for an image that is damaged, or of another size."""
-        for start in range(0, len(self), size):
-            if start not in done:
-                yield start, self.take(range(start, min(start + size, len(self))))
-
-    def take(self, items: Iterable[int]) -> np.ndarray:
-        """The images `items`, in any order."""
+    def take(self, items: Iterable[int] | np.ndarray) -> np.ndarray:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             return np.stack(list(pool.map(self._read, items)))
 
-    def check_sizes(self) -> None:
-        """Raise UserError for an image of another size than the first, none being decoded."""
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(self._check_size, range(len(self))))
+    def _read(self, i: int) -> np.ndarray:
+        size = self._image_size
+        with self._opened(i) as image:
+            image = to_rgb(image) if self.shape[-1] == 3 else to_rgb(image).convert("L")
+            array = np.asarray(image) if size is None else center_crop(image, size)
+            return array.reshape(self.shape)
+
+    @contextlib.contextmanager
+    def _opened(self, i: int):
+        """Image i as a PIL.Image. Raises UserError if it cannot be read or is too large."""
+        with reading(self.name(i)), open_image(self._files.read(i)[0]) as image:
+            yield image
+
+    def _header(self, i: int) -> tuple[str, tuple[int, int]]:
+        """(Pillow's mode, (height, width)) of image i. Raises UserError."""
+        with self._opened(i) as image:
+            return image.mode, (image.height, image.width)
 
     def _check_size(self, i: int) -> None:
-        with _opened(self.files, i) as image:
-            size = image.size[::-1]
-        if size != self.shape[:2]:
-            (there, wide), (here, broad) = size, self.shape[:2]
+        (height, width), (first_height, first_width) = self._header(i)[1], self.shape[:2]
+        if (height, width) != (first_height, first_width):
             raise UserError(
-                f"{self.name(i)} is {there}×{wide}, but {self.name(0)} {here}×{broad}; all must "
-                "be of one size (evaluate --image_size cuts them as for training)"
+                f"{self.name(i)} is {height}×{width}, but {self.name(0)} {first_height}×"
+                f"{first_width}; all must have one size (evaluate --image_size crops them as for "
+                "training)"
             )
 
-    def _read(self, i: int) -> np.ndarray:
-        return _read_image(self.files, i, self.size, self.shape[-1] == 1)
+
+def _list_files(path: str, labelled: bool) -> ImageFiles:
+    try:
+        if path.startswith("tfds:"):
+            name, _, split = path.removeprefix("tfds:").partition(":")
+            return tfds_sets.load(name, split or "train")
+        if path.endswith(".tar"):
+            return tars.load(path)
+        return folders.load(path, None if labelled else 0)
+    except UserError as error:
+        raise UserError(str(error).removeprefix("data.path ")) from None
 
 
 def open_images(
@@ -244,151 +300,29 @@ def open_images(
     image_size: int | None = None,
     labelled: bool = False,
     num: int | None = None,
-    drawn: bool = False,
-) -> StoredSet:
-    """Images of an npz (arr_0), a folder, a list (.csv, .jsonl), a .tar, tfds:NAME[:SPLIT], or the
-    held-out part of a packaged set (digits, mnist, …).
+    generated: bool = False,
+) -> StoredImages:
+    """Open images, of which no more than headers are read yet.
 
-    image_size: to which image files are cut. labelled: whether files must tell their labels, too.
-    num: how many there must be, of which the first ones are taken; None: all. drawn: whether they
-    are samples, so that LABEL_NUMBER.png tells the number of a class, not a name, and stands in the
-    order of NUMBER. Raises UserError for anything else.
+    path: an npz file with arr_0, a folder, a list (.csv, .jsonl), a .tar, tfds:NAME[:SPLIT], or the
+    name of a packaged set (digits, mnist, …), of which the held-out images are used. image_size:
+    the side to which image files are cropped as for training. labelled: read the labels, too, if
+    there are any. num: use the first `num` images only. generated: the images are samples, so
+    that files named LABEL_NUMBER.png are ordered by NUMBER, and LABEL is the number of a class and
+    not its name. Raises UserError.
     """
-    if image_size is not None and image_size**2 > pictures.MAX_PIXELS:
+    if image_size is not None and image_size**2 > MAX_PIXELS:
         raise UserError(f"image_size is {image_size}, larger than images that are read")
     if path.endswith(".npz"):
-        images = _open_npz(path, labelled)
+        images = NpzImages(path, labelled)
     elif path in sources.PACKAGED:
         held_out = sources.load(path)[1]
-        images = Arrays(path, held_out.images, held_out.labels, held_out.classes)
+        images = ArrayImages(path, held_out.images, held_out.labels, held_out.classes)
     else:
-        images = _open_files(path, image_size, labelled, drawn)
+        images = FileImages(path, image_size, labelled, generated)
     if image_size is not None and images.shape[:2] != (image_size, image_size):
         raise UserError(
             f"{path} has images of {images.shape[0]}×{images.shape[1]}; --image_size={image_size} "
-            "cuts image files only"
+            "crops image files only"
         )
-    if labelled and images.labels is None:
-        raise UserError(f"{path} has no labels, which telling classes apart needs")
-    if num is None:
-        return images
-    if num > len(images):
-        raise UserError(f"{path} has {len(images)} images, fewer than the {num} asked for")
-    labels = None if images.labels is None else images.labels[:num]
-    if isinstance(images, Arrays):
-        return Arrays(path, images.images[:num], labels, images.classes)
-    return dataclasses.replace(images, num=num, labels=labels)
-
-
-def _open_npz(path: str, labelled: bool) -> Npz:
-    arrays = open_arrays(path)
-    if "arr_0" not in arrays:
-        raise UserError(f"{path} holds no arr_0, the images; it has {', '.join(arrays) or 'none'}")
-    shape, by_columns, dtype = arrays["arr_0"]
-    if dtype != np.uint8:
-        raise UserError(f"{path}: arr_0 is {dtype}; images are uint8, from 0 to 255")
-    if len(shape) != 4 or shape[-1] not in (1, 3):
-        hint = "; its channels come first" if len(shape) == 4 and shape[1] in (1, 3) else ""
-        raise UserError(f"{path}: arr_0 has the shape {list(shape)}; images are [N, H, W, 3]{hint}")
-    if 0 in shape:
-        raise UserError(f"{path} holds no images: arr_0 has the shape {list(shape)}")
-    if by_columns:
-        raise UserError(f"{path}: arr_0 is in Fortran's order; save np.ascontiguousarray of it")
-    if not labelled or "arr_1" not in arrays:
-        return Npz(path, shape[0], shape[1:])
-    there, _, kind = arrays["arr_1"]
-    if there != shape[:1] or kind.kind not in "iu":
-        raise UserError(
-            f"{path}: {shape[0]} images, but arr_1 is {kind} of shape {list(there)}; labels are "
-            "whole numbers [N]"
-        )
-    labels = read_array(path, "arr_1")
-    images = Npz(path, shape[0], shape[1:], labels)
-    return dataclasses.replace(images, classes=sample_notes.classes_in(images.note, labels))
-
-
-def _open_files(path: str, size: int | None, labelled: bool, drawn: bool) -> Files:
-    try:
-        if path.startswith("tfds:"):
-            name, _, split = path.removeprefix("tfds:").partition(":")
-            files = tfds_sets.load(name, split or "train")
-        elif path.endswith(".tar"):
-            files = tars.load(path)
-        else:
-            files = folders.load(path, None if labelled else 0)
-            files = sample_notes.in_order(files) if drawn else files
-    except UserError as error:
-        raise UserError(str(error).removeprefix("data.path ")) from None
-    labels = None
-    if labelled and files.classes:
-        if isinstance(files, tfds_sets.Prepared):  # which tells them with each image only
-            labels = np.array([files.read(i)[1] for i in range(len(files))])
-        else:
-            labels = files.labels
-    grey = all(_is_grey(files, i) for i in range(len(files)))  # seldom looks at more than one
-    first = _read_image(files, 0, size, grey)
-    images = Files(path, files, len(files), first.shape, size, labels, files.classes)
-    if size is None:
-        images.check_sizes()
-    if labels is None or not isinstance(files, folders.Files):
-        return images
-    labels, classes = sample_notes.labels_in(files.paths, labels, files.classes, images.note, drawn)
-    return dataclasses.replace(images, labels=labels, classes=classes)
-
-
-@contextlib.contextmanager
-def _opened(files: ImageFiles, i: int):
-    """A PIL.Image. Raises UserError for what cannot be read, or is too large."""
-    try:
-        with pictures.opened(files.read(i)[0]) as image:
-            yield image
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"{files.name(i)} could not be read: {reason(error)}") from None
-
-
-def _is_grey(files: ImageFiles, i: int) -> bool:
-    with _opened(files, i) as image:
-        return image.mode in ("L", "1")
-
-
-def _read_image(files: ImageFiles, i: int, size: int | None, grey: bool) -> np.ndarray:
-    """[H, W, C] uint8; C is 1 if `grey`, else 3."""
-    with _opened(files, i) as image:
-        image = to_rgb(image).convert("L") if grey else to_rgb(image)
-        array = np.asarray(image) if size is None else center_crop(image, size)
-    return array[..., None] if grey else array
-
-
-def open_arrays(path: str) -> dict[str, tuple[tuple[int, ...], bool, np.dtype]]:
-    """name → (shape, whether in Fortran's order, dtype) of the arrays in an npz, none of them read.
-
-    Raises UserError.
-    """
-    try:
-        check_regular(path)
-        with zipfile.ZipFile(path) as archive:
-            found = {}
-            for name in archive.namelist():
-                if name.endswith(".npy"):
-                    with archive.open(name) as file:
-                        found[name.removesuffix(".npy")] = sample_notes.read_header(file)
-            return found
-    except Exception as error:  # of many kinds, by what is damaged
-        raise UserError(f"{path} could not be read: {reason(error)}") from None
-
-
-def read_array(path: str, name: str) -> np.ndarray:
-    """One array of an npz, whole. Raises UserError."""
-    try:
-        with np.load(path) as arrays:
-            return arrays[name]
-    except Exception as error:  # of many kinds, by what is damaged
-        raise UserError(f"{path}: {name} could not be read: {reason(error)}") from None
-
-
-def file_sha256(path: str | os.PathLike) -> str:
-    """Of a file, hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return images if num is None else images.first(num)

@@ -1,4 +1,9 @@
-"""Distances between sets of features, as ADM's evaluator defines them. NumPy, float64."""
+"""Metrics of image quality: Fréchet distance, Inception Score, precision and recall, PSNR, SSIM.
+
+NumPy, in float64. The first three follow ADM's evaluator (Dhariwal & Nichol 2021, guided-diffusion,
+evaluations/evaluator.py): FID is the Fréchet distance of the Inception's features "pool", sFID that
+of its features "spatial" (Nash et al. 2021, arXiv 2103.03841).
+"""
 
 import dataclasses
 import functools
@@ -6,17 +11,18 @@ from collections.abc import Callable
 
 import numpy as np
 
-# Rows of either set that are compared at once: bounds the memory of precision and recall.
-TILE = 4096
-# Of squared distances, as a share of the squared norms that they are computed from.
-ROUNDING = 1e-13
+from mdt_jax.runtime.progress import progress_bar
+
+TILE = 4096  # rows compared at once, which bounds the memory of precision and recall
+ROUNDING = 1e-13  # rounding error of a squared distance, relative to the squared norms
 
 
 @dataclasses.dataclass(frozen=True)
 class Gaussian:
-    """mu: [D], sigma: [D, D], float64; count: of how many, None where it is not known.
+    """Mean and covariance of features.
 
-    rows: [count, D], features less their mean, where they are at hand and no more than D.
+    mu: [D], sigma: [D, D], float64. count: the number of features; None if unknown. rows:
+    [count, D], the features minus their mean, for at most D features.
     """
 
     mu: np.ndarray
@@ -26,14 +32,18 @@ class Gaussian:
 
     @functools.cached_property
     def _eigen(self) -> tuple[np.ndarray, np.ndarray]:
-        """Of sigma, or of the rows' smaller matrix, whose eigenvalues above 0 are the same."""
+        """Eigenvalues, ascending, and eigenvectors of sigma.
+
+        With `rows` X: those of the smaller matrix XXᵀ/(n − 1), whose positive eigenvalues are the
+        same.
+        """
         if self.rows is None:
             return np.linalg.eigh(self.sigma)
         return np.linalg.eigh(self.rows @ self.rows.T / (len(self.rows) - 1))
 
     @property
     def root(self) -> np.ndarray:
-        """[D, r] whose product with its transpose is sigma; r: its rank, to rounding."""
+        """R [D, r] with RRᵀ = sigma, where r is the numerical rank of sigma."""
         values, vectors = self._eigen
         kept = values > max(values[-1], 0) * len(self.mu) * np.finfo(np.float64).eps
         if self.rows is None:
@@ -42,22 +52,22 @@ class Gaussian:
 
     @property
     def negative(self) -> float:
-        """How far below 0 the least eigenvalue is, as a share of the largest: 0 to rounding."""
+        """Minus the smallest eigenvalue over the largest; about 0 for a true covariance."""
         values, _ = self._eigen
         return float(max(0, -values[0]) / values[-1]) if values[-1] > 0 else 0.0
 
 
 class Moments:
-    """Mean and covariance of features that come a few at a time."""
+    """Accumulates the mean and covariance of features that arrive in batches."""
 
     def __init__(self):
         self.count, self.origin = 0, None
 
     def add(self, features: np.ndarray) -> None:
-        """features: [n, D]; their order and how they are cut does not matter, but for rounding."""
+        """Add features [n, D]. Their order and batch size matter only to rounding."""
         features = np.asarray(features, np.float64)
         if self.origin is None:
-            self.origin = features.mean(0)  # near the mean, so that little is cancelled
+            self.origin = features.mean(0)  # near the mean, against cancellation
             self.total = np.zeros_like(self.origin)
             self.products = np.zeros((len(self.origin), len(self.origin)))
             self.rows = []
@@ -67,10 +77,10 @@ class Moments:
         self.products += features.T @ features
         self.rows.append(features)
         if self.count > len(self.origin):
-            self.rows = []  # sigma is the smaller
+            self.rows = []  # sigma is smaller
 
     def gaussian(self) -> Gaussian:
-        """Of all that was added, two features at least; the covariance divides by count − 1."""
+        """The statistics of two or more features; the covariance divides by count − 1."""
         mean = self.total / self.count
         sigma = (self.products - self.count * np.outer(mean, mean)) / (self.count - 1)
         rows = np.concatenate(self.rows) - mean if self.count <= len(mean) else None
@@ -78,17 +88,41 @@ class Moments:
 
 
 def gaussian(features: np.ndarray) -> Gaussian:
-    """Of features [N, D], N at least 2."""
+    """Mean and covariance of features [N, D], N ≥ 2."""
     moments = Moments()
     moments.add(features)
     return moments.gaussian()
 
 
+def reliability_warnings(name: str, gaussian: Gaussian) -> list[str]:
+    """Reasons why a Fréchet distance to a Gaussian is hard to compare; name: what it is of."""
+    size, rank = gaussian.root.shape
+    warnings = []
+    if gaussian.count is not None and gaussian.count <= size:
+        warnings.append(
+            f"the covariance of {name}, of {gaussian.count} images, has rank {rank} in {size} "
+            "dimensions. The distance is exact, but so few images make it too large: compare it "
+            "only with distances of as many images"
+        )
+    elif gaussian.count is None and rank < size:
+        warnings.append(
+            f"the covariance of {name} has rank {rank} in {size} dimensions: it is of few images, "
+            "or some features never change. The distance is exact; few images make it too large"
+        )
+    if gaussian.negative > 1e-6:
+        warnings.append(
+            f"the covariance of {name} has negative eigenvalues, which a true covariance never "
+            "has. They are taken as 0; other evaluators would meet complex square roots"
+        )
+    return warnings
+
+
 def frechet(a: Gaussian, b: Gaussian) -> float:
     """Fréchet distance |μ_a − μ_b|² + tr(A + B − 2·(AB)^½) (Heusel et al. 2017, arXiv 1706.08500).
 
-    tr (AB)^½ is the sum of RᵀS's singular values, A = RRᵀ and B = SSᵀ. So it is real, and exact to
-    rounding, whatever the rank; there is no square root of a product that could turn complex.
+    tr (AB)^½ is computed as the sum of the singular values of RᵀS, where A = RRᵀ and B = SSᵀ. This
+    is real, and exact to rounding for covariances of any rank; the usual square root of AB can have
+    complex entries.
     """
     cross = np.linalg.svd(a.root.T @ b.root, compute_uv=False).sum()
     gap = np.square(a.mu - b.mu).sum()
@@ -96,12 +130,13 @@ def frechet(a: Gaussian, b: Gaussian) -> float:
 
 
 def inception_score(logits: np.ndarray, keys: np.ndarray | None = None, split: int = 5000) -> float:
-    """exp of the mean KL(p(y|x) ‖ p(y)), the mean over splits of at most `split` samples.
+    """exp of the mean KL(p(y|x) ‖ p(y)) (Salimans et al. 2016, arXiv 1606.03498), mean over splits.
 
-    logits: [N, classes]; keys: [N, K], what tells the samples apart, by default the logits. Samples
-    are sorted by the bytes of their keys and dealt to the splits in turn, so that their order does
-    not matter and splits differ in size by one sample at most. Salimans et al. 2016. ADM cuts
-    splits of 5,000 in the order of the file, and the last may be smaller.
+    logits: [N, classes]. keys: [N, K], which identify the samples; default: the logits. split: the
+    largest number of samples in a split. Samples are sorted by the bytes of their keys and dealt
+    to the splits in turn, so that the score does not depend on their order and the sizes of splits
+    differ by at most one. ADM's evaluator instead takes splits of 5,000 in the order of the file,
+    the last of which may be smaller.
     """
     rows = np.ascontiguousarray(logits if keys is None else keys)
     order = rows.view(f"V{rows.shape[1] * rows.itemsize}").ravel().argsort(kind="stable")
@@ -111,14 +146,14 @@ def inception_score(logits: np.ndarray, keys: np.ndarray | None = None, split: i
         part = part - part.max(1, keepdims=True)
         log_p = part - np.log(np.exp(part).sum(1, keepdims=True))
         p = np.exp(log_p)
-        with np.errstate(divide="ignore", invalid="ignore"):  # where p is 0, so is what it adds
+        with np.errstate(divide="ignore", invalid="ignore"):  # p log p is 0 for p = 0
             terms = np.where(p > 0, p * (log_p - np.log(p.mean(0))), 0)
         scores.append(np.exp(terms.sum(1).mean()))
     return float(np.mean(scores))
 
 
 def _squared_distances(a: np.ndarray, b: np.ndarray, origin: np.ndarray) -> np.ndarray:
-    """[n, D], [m, D] → [n, m] float64. origin: [D] float64, near both, so that little cancels."""
+    """[n, D], [m, D] → [n, m] float64. origin: [D] float64, near both, against cancellation."""
     a, b = a - origin, b - origin
     distances = (-2 * a) @ b.T
     distances += np.square(a).sum(1)[:, None]
@@ -130,90 +165,86 @@ def _tiles(count: int) -> list[slice]:
     return [slice(start, start + TILE) for start in range(0, count, TILE)]
 
 
-def _radii(
-    features: np.ndarray, k: int, origin: np.ndarray, moved: Callable[[int], object]
+def _squared_radii(
+    features: np.ndarray, k: int, origin: np.ndarray, advance: Callable[[int], object]
 ) -> np.ndarray:
-    """Squared distance of each feature to its k-th nearest neighbour in the set.
+    """Squared distance of each feature to its k-th nearest neighbour in the set: [N] float64.
 
-    And a trifle, so that what lies at that distance or is equal is inside, however it is rounded.
+    A small tolerance is added, so that ties count as inside despite rounding.
     """
-    nearest = np.full((len(features), k + 1), np.inf)  # itself is the first
-
-    def look(rows: slice, distances: np.ndarray) -> None:
-        if distances.shape[1] > k:
-            distances = np.partition(distances, k, axis=1)[:, : k + 1]
-        both = np.concatenate([nearest[rows], distances], axis=1)
-        nearest[rows] = np.partition(both, k, axis=1)[:, : k + 1]
-
+    nearest = np.full((len(features), k + 1), np.inf)  # k + 1: each feature is its own nearest
     tiles = _tiles(len(features))
     for number, rows in enumerate(tiles):
         for others in tiles[number:]:
             distances = _squared_distances(features[rows], features[others], origin)
-            look(rows, distances)
+            nearest[rows] = _smallest(nearest[rows], distances)
             if others != rows:
-                look(others, distances.T)
-            moved(1)
+                nearest[others] = _smallest(nearest[others], distances.T)
+            advance(1)
     norms = [np.square(features[rows] - origin).sum(1) for rows in tiles]
     return nearest.max(1) + ROUNDING * np.concatenate(norms)
 
 
-def comparisons(count: int, others: int) -> int:
-    """How many steps `precision_recall` takes for sets of these sizes."""
-    a, b = (len(_tiles(n)) for n in (count, others))
-    return a * (a + 1) // 2 + b * (b + 1) // 2 + a * b
+def _smallest(nearest: np.ndarray, distances: np.ndarray) -> np.ndarray:
+    """The count smallest of each row of two arrays, unordered: [n, count], [n, m] → [n, count]."""
+    count = nearest.shape[1]
+    if distances.shape[1] > count:
+        distances = np.partition(distances, count - 1, axis=1)[:, :count]
+    both = np.concatenate([nearest, distances], axis=1)
+    return np.partition(both, count - 1, axis=1)[:, :count]
 
 
 def precision_recall(
     reference: np.ndarray,
     samples: np.ndarray,
     k: int = 3,
-    moved: Callable[[int], object] = lambda steps: None,
+    progress: bool = False,
 ) -> tuple[float, float]:
-    """Share of samples within the reference's manifold, and of the reference in the samples'.
+    """Precision and recall (Kynkäänniemi et al. 2019, arXiv 1904.06991).
 
-    A manifold is the union of balls around features [N, D], N above k, that reach to each one's
-    k-th neighbour. Kynkäänniemi et al. 2019, arXiv 1904.06991, as ADM has it, but in float64.
-    moved: told of each of the `comparisons` when it is done.
+    Precision is the share of samples in the manifold of the reference, recall the share of the
+    reference in the manifold of the samples. A manifold is the union of balls around all features
+    of a set, each with its k-th nearest neighbour on the surface. reference, samples: features
+    [N, D] and [M, D], N and M above k.
     """
     origin = reference.mean(0, dtype=np.float64)
-    of_reference, of_samples = (_radii(x, k, origin, moved) for x in (reference, samples))
+    sample_tiles, reference_tiles = _tiles(len(samples)), _tiles(len(reference))
+    a, b = len(sample_tiles), len(reference_tiles)
+    steps = a * (a + 1) // 2 + b * (b + 1) // 2 + a * b
     recalled = np.zeros(len(reference), bool)
     precise = np.zeros(len(samples), bool)
-    for rows in _tiles(len(samples)):
-        for others in _tiles(len(reference)):
-            distances = _squared_distances(samples[rows], reference[others], origin)
-            precise[rows] |= (distances <= of_reference[others]).any(1)
-            recalled[others] |= (distances <= of_samples[rows, None]).any(0)
-            moved(1)
+    with progress_bar(steps, progress and steps > 9, "comparing", "step") as bar:
+        reference_radii = _squared_radii(reference, k, origin, bar.update)
+        sample_radii = _squared_radii(samples, k, origin, bar.update)
+        for rows in sample_tiles:
+            for others in reference_tiles:
+                distances = _squared_distances(samples[rows], reference[others], origin)
+                precise[rows] |= (distances <= reference_radii[others]).any(1)
+                recalled[others] |= (distances <= sample_radii[rows, None]).any(0)
+                bar.update(1)
     return float(precise.mean()), float(recalled.mean())
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Peak signal-to-noise ratio of pairs of images [N, H, W, C] uint8, in dB: [N] float64."""
+    """Peak signal-to-noise ratio 10·log₁₀(255²/MSE) of pairs of images, in dB.
+
+    a, b: [N, H, W, C] uint8. Returns [N] float64; infinite for equal images.
+    """
     error = np.square(a.astype(np.float64) - b).mean((1, 2, 3))
     with np.errstate(divide="ignore"):
         return 10 * np.log10(255**2 / error)
 
 
 def ssim(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Structural similarity of pairs of images [N, H, W, C] uint8: [N] float64.
+    """Structural similarity of pairs of images (Wang et al. 2004, IEEE TIP 13(4)).
 
-    Wang et al. 2004: a Gaussian window of σ 1.5, 11×11, the mean over positions and channels. The
-    images are at least 11×11.
+    With the paper's Gaussian window of 11×11 and σ 1.5, averaged over positions and channels. a, b:
+    [N, H, W, C] uint8, at least 11×11. Returns [N] float64.
     """
     from skimage.metrics import structural_similarity
 
+    settings = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
+    pairs = zip(a, b, strict=True)
     return np.array(
-        [
-            structural_similarity(
-                x,
-                y,
-                channel_axis=-1,
-                data_range=255,
-                gaussian_weights=True,
-                sigma=1.5,
-                use_sample_covariance=False,
-            )  # fmt: skip
-            for x, y in zip(a, b, strict=True)
-        ]
+        [structural_similarity(x, y, channel_axis=-1, data_range=255, **settings) for x, y in pairs]
     )

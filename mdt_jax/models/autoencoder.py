@@ -1,19 +1,19 @@
-"""Stable Diffusion's variational autoencoder (AutoencoderKL; Rombach et al. 2022) in Flax.
+"""Stable Diffusion's autoencoder, AutoencoderKL (Rombach et al. 2022, arXiv 2112.10752).
 
-Images [B, H, W, 3] in [−1, 1] ↔ latents [B, H/8, W/8, 4]. Submodules bear the names of diffusers'
-weight files, so that those carry over by a rule.
+Images [B, H, W, 3] in [−1, 1] ↔ latents [B, H/8, W/8, 4]. Submodules have the names of diffusers'
+weight files, so that parameters are converted by a rule.
 """
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-# Stable Diffusion 1.x: one over the deviation of its VAE's latents.
+# Stable Diffusion 1.x: 1 / the standard deviation of its VAE's latents.
 VAE_SCALE = 0.18215
 
 
 class ResnetBlock(nn.Module):
-    """[B, H, W, C] → [B, H, W, features]: twice norm, SiLU and 3×3 convolution, and a shortcut."""
+    """Twice norm, SiLU and 3×3 convolution, and a shortcut: [B, H, W, C] → [B, H, W, features]."""
 
     features: int
     groups: int
@@ -31,7 +31,7 @@ class ResnetBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Self-attention of one head over all pixels, [B, H, W, C] → the same shape."""
+    """Single-head self-attention over all pixels, [B, H, W, C] → [B, H, W, C]."""
 
     groups: int
     dtype: jnp.dtype = jnp.float32
@@ -49,7 +49,7 @@ class AttentionBlock(nn.Module):
 
 
 class Middle(nn.Module):
-    """Resnet block, attention, resnet block."""
+    """Resnet block, attention, resnet block: [B, H, W, C] → [B, H, W, C]."""
 
     features: int
     groups: int
@@ -63,7 +63,10 @@ class Middle(nn.Module):
 
 
 class Level(nn.Module):
-    """`layers` resnet blocks, then a step to half (`resample="down"`) or twice ("up") the size."""
+    """`layers` resnet blocks, then resampling to half ("down") or twice ("up") the size.
+
+    The published network pads only the right and the bottom before it halves.
+    """
 
     features: int
     layers: int
@@ -76,7 +79,7 @@ class Level(nn.Module):
         for i in range(self.layers):
             x = ResnetBlock(self.features, self.groups, self.dtype, name=f"resnets_{i}")(x)
         if self.resample == "down":
-            x = jnp.pad(x, [(0, 0), (0, 1), (0, 1), (0, 0)])  # as in the original: not centred
+            x = jnp.pad(x, [(0, 0), (0, 1), (0, 1), (0, 0)])
             return _Resampler(self.features, 2, self.dtype, name="downsamplers_0")(x)
         if self.resample == "up":
             x = x.repeat(2, axis=1).repeat(2, axis=2)
@@ -143,9 +146,11 @@ class Decoder(nn.Module):
 
 
 class AutoencoderKL(nn.Module):
-    """The defaults are Stable Diffusion 1.x: 83,653,863 parameters, an eighth of the size.
+    """The autoencoder; the defaults are Stable Diffusion 1.x's, with 83,653,863 parameters.
 
-    dtype: of convolutions and activations; parameters and norms stay float32.
+    channels: of each level, from the full size on; layers: resnet blocks of an encoder level;
+    groups: of the group norms. dtype: of convolutions and activations; parameters and norms are
+    float32.
     """
 
     channels: tuple[int, ...] = (128, 256, 512, 512)
@@ -156,7 +161,7 @@ class AutoencoderKL(nn.Module):
 
     @property
     def factor(self) -> int:
-        """How many pixels of an image's side one of the latent's stands for."""
+        """The ratio of the side of an image to the side of its latents."""
         return 2 ** (len(self.channels) - 1)
 
     def setup(self):
@@ -169,19 +174,19 @@ class AutoencoderKL(nn.Module):
     def encode(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Images [B, H, W, 3] in [−1, 1] → (mean, standard deviation) of the posterior, float32.
 
-        Not scaled: a latent diffusion model takes (mean + std·noise) times the VAE's scale.
+        They are not scaled: a diffusion model is trained on (mean + std·noise)·scale.
         """
         moments = self.quant_conv(self.encoder(images.astype(self.dtype))).astype(jnp.float32)
         mean, log_variance = jnp.split(moments, 2, axis=-1)
         return mean, jnp.exp(0.5 * jnp.clip(log_variance, -30.0, 20.0))
 
     def decode(self, latents: jax.Array) -> jax.Array:
-        """Latents [B, h, w, latent_channels], not scaled → images float32, about in [−1, 1]."""
+        """Latents [B, h, w, latent_channels], not scaled → images float32, about [−1, 1]."""
         z = self.post_quant_conv(latents.astype(self.dtype))
         return self.decoder(z).astype(jnp.float32)
 
     def __call__(self, images: jax.Array) -> jax.Array:
-        """Encode, take the posterior's mean, decode."""
+        """The reconstruction of images [B, H, W, 3] from the posterior's mean."""
         return self.decode(self.encode(images)[0])
 
 

@@ -9,7 +9,7 @@ from mdt_jax.models.layers import Linear
 
 
 def sincos_positions(grid: tuple[int, int], dim: int) -> np.ndarray:
-    """2-D sine-cosine position embedding, [H·W, dim] float32, tokens in row-major order.
+    """2-D sine-cosine position embedding (MAE, He et al. 2021), [H·W, dim] float32, row-major.
 
     The first half of the channels encodes x (the column), the second half y (the row), each as
     `[sin, cos]` with frequencies 10000^(−i / (dim/4)). `dim` must be a multiple of 4.
@@ -25,16 +25,16 @@ def sincos_positions(grid: tuple[int, int], dim: int) -> np.ndarray:
 
 
 def timestep_features(t: jax.Array) -> jax.Array:
-    """Sinusoids of raw timesteps: t [B], 0…T−1 → [B, 256] float32, `[cos, sin]`."""
+    """Sinusoids of timesteps t [B] in 0…T−1: [B, 256] float32, `[cos, sin]`, as in ADM."""
     half = 128
-    # The exponent is rounded to float32 before exp, as the published code does.
+    # The published code rounds the exponent to float32 before exp.
     exponent = np.float32(-np.log(10000)) * np.arange(half, dtype=np.float32) / np.float32(half)
     angles = t.astype(jnp.float32)[:, None] * np.exp(exponent)
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
 class TimestepEmbedder(nn.Module):
-    """Timesteps [B] → [B, dim] float32: sinusoids, then Linear–SiLU–Linear."""
+    """Timesteps [B] → [B, dim] float32: sinusoids, Linear, SiLU, Linear."""
 
     dim: int
 
@@ -47,7 +47,7 @@ class TimestepEmbedder(nn.Module):
 
 
 class LabelEmbedder(nn.Module):
-    """Labels [B] in 0…num_classes → [B, dim] float32; `num_classes` is guidance's null label."""
+    """Labels [B] in 0…num_classes → [B, dim] float32; `num_classes` is the null label."""
 
     num_classes: int
     dim: int

@@ -1,8 +1,8 @@
-"""Functions with a backward pass of their own, which JAX can differentiate forward, too.
+"""Functions with a hand-written backward pass that also have forward-mode derivatives.
 
-`jax.custom_vjp` has no forward mode: no jvp, jacfwd or hessian. JAX's `linear_call` has one, but no
-rule for the vmap that jacfwd makes of it. So here the linear map from the inputs' tangents to the
-output's is a primitive, whose transpose is the backward pass.
+`jax.custom_vjp` has no forward mode (jvp, jacfwd, hessian). `linear_call` has one, but cannot be
+batched, which jacfwd requires. Here the linear map from the inputs' tangents to the output's is a
+primitive whose transpose is the backward pass.
 """
 
 from collections.abc import Callable
@@ -20,11 +20,12 @@ _tangent_p.multiple_results = True
 def with_backward(
     forward: Callable, tangent: Callable, backward: Callable, inputs: int | None = None
 ) -> Callable:
-    """The function args → out of forward(*args) = (out, kept), with these derivatives.
+    """The function args → out with the given derivatives.
 
-    kept: what the derivatives need. tangent(kept, *tangents of args) → tangent of out, a linear
-    function. backward(kept, gradient of out) → gradients of args, as a tuple. inputs: how many of
-    the args, from the first on, have derivatives; None: all. An arg may be None.
+    forward: args → (out, saved), saved being a tree of what the derivatives need.
+    tangent: (saved, *tangents of args) → tangent of out, linear in the tangents.
+    backward: (saved, gradient of out) → tuple of the gradients of args.
+    inputs: the number of leading args that have derivatives; None: all. An arg may be None.
     """
 
     @jax.custom_jvp
@@ -33,27 +34,28 @@ def with_backward(
 
     @function.defjvp
     def _(args, tangents):
-        out, kept = forward(*args)
-        kept_leaves, kept_tree = jax.tree.flatten(kept)
+        out, saved = forward(*args)
+        saved_leaves, saved_tree = jax.tree.flatten(saved)
         leaves, tree = jax.tree.flatten(tangents[:inputs])
+        count = len(saved_leaves)
 
-        def of_leaves(*flat):
-            first = jax.tree.unflatten(kept_tree, flat[: len(kept_leaves)])
-            return [tangent(first, *jax.tree.unflatten(tree, flat[len(kept_leaves) :]))]
+        def run(*flat):
+            moves = jax.tree.unflatten(tree, flat[count:])
+            return [tangent(jax.tree.unflatten(saved_tree, flat[:count]), *moves)]
 
-        def of_gradient(*flat):
-            return jax.tree.leaves(backward(jax.tree.unflatten(kept_tree, flat[:-1]), flat[-1]))
+        def transpose(*flat):
+            return jax.tree.leaves(backward(jax.tree.unflatten(saved_tree, flat[:-1]), flat[-1]))
 
-        (moved,) = _bind(of_leaves, of_gradient, len(kept_leaves), [*kept_leaves, *leaves])
-        return out, moved
+        (d_out,) = _bind(run, transpose, count, [*saved_leaves, *leaves])
+        return out, d_out
 
     return function
 
 
-def _bind(run: Callable, transpose: Callable, kept: int, flat: list) -> list:
-    """run(*flat), linear in all of `flat` but its first `kept`."""
+def _bind(run: Callable, transpose: Callable, num_saved: int, flat: list) -> list:
+    """run(*flat), which is linear in flat[num_saved:]."""
     jaxpr = jax.make_jaxpr(run)(*flat)
-    return _tangent_p.bind(*flat, jaxpr=jaxpr, transpose=transpose, kept=kept)
+    return _tangent_p.bind(*flat, jaxpr=jaxpr, transpose=transpose, num_saved=num_saved)
 
 
 @_tangent_p.def_impl
@@ -66,19 +68,20 @@ def _out_avals(*_, jaxpr, **__):
     return jaxpr.out_avals
 
 
-def _transpose(grads, *flat, transpose, kept, **_):
-    linear = flat[kept:]
+def _transpose(grads, *flat, transpose, num_saved, **_):
+    linear = flat[num_saved:]
+    # JAX wants a gradient only for inputs that depend on what is differentiated.
+    wanted = [ad.is_undefined_primal(each) for each in linear]
     if type(grads[0]) is ad.Zero:
-        given = [ad.Zero(each.aval) if ad.is_undefined_primal(each) else None for each in linear]
+        pairs = zip(linear, wanted, strict=True)
+        gradients = [ad.Zero(each.aval) if w else None for each, w in pairs]
     else:
-        given = transpose(*flat[:kept], grads[0])
-    # JAX passes zeros, and asks for no gradient, where an input does not depend on what varies.
-    asked = [ad.is_undefined_primal(each) for each in linear]
-    return [None] * kept + [g if a else None for g, a in zip(given, asked, strict=True)]
+        gradients = transpose(*flat[:num_saved], grads[0])
+    return [None] * num_saved + [g if w else None for g, w in zip(gradients, wanted, strict=True)]
 
 
 def _jvp(primals, tangents, *, jaxpr, **_):
-    """As JAX differentiates the formula: of what is kept, it is not linear."""
+    """Second derivatives are JAX's own, of the tangent's formula."""
     moving = [i for i, each in enumerate(tangents) if type(each) is not ad.Zero]
 
     def run(*moved):
@@ -90,13 +93,13 @@ def _jvp(primals, tangents, *, jaxpr, **_):
     return jax.jvp(run, [primals[i] for i in moving], [tangents[i] for i in moving])
 
 
-def _batch(flat, axes, *, jaxpr, transpose, kept):
+def _batch(flat, axes, *, jaxpr, transpose, num_saved):
     size = next(x.shape[axis] for x, axis in zip(flat, axes, strict=True) if axis is not None)
     flat = [
         jnp.broadcast_to(x, (size, *x.shape)) if axis is None else jnp.moveaxis(x, axis, 0)
         for x, axis in zip(flat, axes, strict=True)
     ]
-    out = _bind(jax.vmap(jaxpr_as_fun(jaxpr)), jax.vmap(transpose), kept, flat)
+    out = _bind(jax.vmap(jaxpr_as_fun(jaxpr)), jax.vmap(transpose), num_saved, flat)
     return out, [0] * len(out)
 
 

@@ -1,9 +1,8 @@
 """MDT's asymmetric masked diffusion transformer (Gao et al. 2023, arXiv 2303.14389 v1 and v2).
 
-A patchified latent goes through an encoder, a side-interpolater that fills in masked tokens (in
-the masked pass only), and a decoder. MDTv2 adds long skips within the encoder and skips from the
-input into the decoder. The network draws no random numbers: which tokens are kept and which labels
-are dropped comes in from outside.
+patchify → encoder → side-interpolater (in the masked pass only: it predicts the masked tokens) →
+decoder → unpatchify. MDTv2 adds long skips within the encoder and skips from the input to the
+decoder. The network draws no random numbers: the caller passes the kept tokens and drops labels.
 """
 
 import functools
@@ -15,10 +14,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from mdt_jax.models import masking
-from mdt_jax.models.attention import Attention, Positions, positions
+from mdt_jax.models import masking, xla
+from mdt_jax.models.attention import Attention, Positions, token_positions
 from mdt_jax.models.embeddings import LabelEmbedder, TimestepEmbedder, sincos_positions
-from mdt_jax.models.layers import LINEAR, Linear, add_gated, gelu, gradient_barrier, modulated_norm
+from mdt_jax.models.layers import Linear, Transpose, add_gated, gelu, modulated_norm
 
 SIZES = {
     "S": dict(hidden_size=384, depth=12, num_heads=6),
@@ -27,30 +26,15 @@ SIZES = {
     "XL": dict(hidden_size=1152, depth=28, num_heads=16),
 }
 
+# The parameters that are stacks of blocks.
+STACKS = ("encoder", "encoder_in", "encoder_out", "decoder", "side_interpolater")
 
 # The Stable Diffusion VAE: latents of 4 channels, an eighth of the image's height and width.
 VAE_FACTOR, VAE_CHANNELS = 8, 4
 
-# On a CPU, stacks up to this depth are unrolled: about a third faster, still compiled in seconds.
-UNROLL_DEPTH = 12
-
-
-STACKS = ("encoder", "encoder_in", "encoder_out", "decoder", "side_interpolater")  # of blocks
-
-# With `MDT.gather`: how parameters were brought together and cast is not kept in any case.
-REGATHERED = ("sharding_constraint", "convert_element_type")
-
-# What the backward pass keeps of each block; the rest it recomputes from the block's input. "dots"
-# keeps what Linear layers give, and recomputes the attention and all that is elementwise.
-REMAT = {
-    "none": lambda primitive, *_, **__: primitive.name not in REGATHERED,
-    "dots": jax.checkpoint_policies.save_only_these_names(LINEAR),
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
-
 
 def input_shape(config) -> tuple[int, int, int]:
-    """(H, W, C) of what the model of a config is trained on: pixels, or a VAE's latents."""
+    """(H, W, C) of a config's training data: of its images, or of the VAE's latents."""
     size = config.data.image_size
     if config.vae.path == "identity":
         return size, size, config.data.channels
@@ -58,7 +42,7 @@ def input_shape(config) -> tuple[int, int, int]:
 
 
 def patchify(x: jax.Array, patch_size: int) -> jax.Array:
-    """x: [B, H, W, C] → tokens [B, (H/p)·(W/p), p·p·C], row-major, channels last in a token."""
+    """x [B, H, W, C] → tokens [B, (H/p)·(W/p), p·p·C], row-major, channels last in a token."""
     p = patch_size
     return einops.rearrange(x, "b (h p) (w q) c -> b (h w) (p q c)", p=p, q=p)
 
@@ -71,18 +55,22 @@ def unpatchify(tokens: jax.Array, grid: tuple[int, int], patch_size: int) -> jax
 
 
 class Modulation(nn.Module):
-    """`parts` zero-initialised modulations [B, 1, D] of the conditioning c [B, D] (adaLN-Zero)."""
+    """`count` zero-initialised modulations [B, 1, D] of the conditioning c [B, D].
 
-    parts: int
+    adaLN-Zero of DiT (Peebles & Xie 2023).
+    """
+
+    count: int
     dtype: jnp.dtype = jnp.float32
+    transpose: Transpose = jnp.matrix_transpose
 
     @nn.compact
     def __call__(self, c: jax.Array) -> list[jax.Array]:
-        zeros = nn.initializers.zeros
         linear = Linear(
-            self.parts * c.shape[-1], kernel_init=zeros, dtype=self.dtype, name="linear"
-        )
-        return jnp.split(linear(nn.silu(c))[:, None, :], self.parts, axis=-1)
+            self.count * c.shape[-1], self.dtype, nn.initializers.zeros, self.transpose,
+            name="linear",
+        )  # fmt: skip
+        return jnp.split(linear(nn.silu(c))[:, None, :], self.count, axis=-1)
 
 
 class Block(nn.Module):
@@ -92,39 +80,40 @@ class Block(nn.Module):
     grid: tuple[int, int]
     relative_bias: bool = True
     dtype: jnp.dtype = jnp.float32
+    transpose: Transpose = jnp.matrix_transpose
 
     @nn.compact
     def __call__(
         self,
         x: jax.Array,
         c: jax.Array,
-        where: Positions,
-        seen: jax.Array | None = None,
+        positions: Positions,
+        key_mask: jax.Array | None = None,
         skip: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
-        """x, skip: [B, N, D]; c: [B, D]; where and seen: see `Attention`.
+        """x, skip: [B, N, D]; c: [B, D]; positions, key_mask: see `Attention`.
 
-        A block with a skip starts with Linear(2D → D) on [x, skip]. Returns the new x twice, as
-        nn.scan wants it: what goes on, and what a later block may take as its skip.
+        A block with a skip begins with Linear(2D → D) of [x, skip]. Returns the new x twice, since
+        nn.scan expects (carry, output): later blocks take the stacked outputs as skips.
         """
         dim = x.shape[-1]
+        linear = functools.partial(Linear, dtype=self.dtype, transpose=self.transpose)
         if skip is not None:
-            both = jnp.concatenate([x, skip], axis=-1)
-            x = Linear(dim, dtype=self.dtype, name="skip_linear")(both)
-        modulation = Modulation(6, self.dtype, name="modulation")(c)
+            x = linear(dim, name="skip_linear")(jnp.concatenate([x, skip], axis=-1))
+        modulation = Modulation(6, self.dtype, self.transpose, name="modulation")(c)
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation
 
-        x = gradient_barrier(x)
+        x = xla.gradient_barrier(x)
         h = modulated_norm(x, shift_attn, scale_attn)
         attention = Attention(
-            self.num_heads, self.grid, self.relative_bias, self.dtype, name="attention"
-        )
-        x = add_gated(x, gate_attn, attention(h, where, seen))
+            self.num_heads, self.grid, self.relative_bias, self.dtype, self.transpose,
+            name="attention",
+        )  # fmt: skip
+        x = add_gated(x, gate_attn, attention(h, positions, key_mask))
 
-        x = gradient_barrier(x)
+        x = xla.gradient_barrier(x)
         h = modulated_norm(x, shift_mlp, scale_mlp)
-        h = Linear(4 * dim, dtype=self.dtype, name="mlp_in")(h)
-        h = Linear(dim, dtype=self.dtype, name="mlp_out")(gelu(h))
+        h = linear(dim, name="mlp_out")(gelu(linear(4 * dim, name="mlp_in")(h)))
         x = add_gated(x, gate_mlp, h)
         return x, x
 
@@ -134,37 +123,41 @@ class FinalLayer(nn.Module):
 
     features: int
     dtype: jnp.dtype = jnp.float32
+    transpose: Transpose = jnp.matrix_transpose
 
     @nn.compact
     def __call__(self, x: jax.Array, c: jax.Array) -> jax.Array:
-        shift, scale = Modulation(2, self.dtype, name="modulation")(c)
-        x = modulated_norm(x, shift, scale)
-        zeros = nn.initializers.zeros
-        return Linear(self.features, kernel_init=zeros, dtype=self.dtype, name="linear")(x)
+        shift, scale = Modulation(2, self.dtype, self.transpose, name="modulation")(c)
+        linear = Linear(
+            self.features, self.dtype, nn.initializers.zeros, self.transpose, name="linear"
+        )
+        return linear(modulated_norm(x, shift, scale))
 
 
 class MDT(nn.Module):
-    """The noise and variance predictor.
+    """The network that predicts noise and variance.
 
     input_size: (H, W) of x, both divisible by patch_size; in_channels: C of x.
-    depth: encoder and decoder blocks together; decoder_layers: how many of them decode. With
-        decoder_layers=0 it is a DiT (Peebles & Xie 2023), which has no masked pass.
-    num_classes: 0 for an unconditional model; else the null label is `num_classes`.
-    version: "v2" gives the encoder long skips, for which it needs an even number of blocks, and
-        every decoder block a skip from the unmasked input.
-    side_layers: blocks of the side-interpolater; 0: mask tokens go to the decoder as they are.
-    masked_shortcut: only masked tokens take what the side-interpolater predicts.
-    relative_bias, learned_position: the bias of the attention is there; the two position
-        embeddings are trained.
-    asymmetric: False lets the masked pass decode the kept tokens alone, and put the
-        side-interpolater after the decoder.
-    dtype: of matmuls and activations, and so of the modulations that each block makes of the
-        conditioning; parameters, the conditioning itself, softmax and norms stay float32.
-    remat: what the backward pass recomputes of each block, see `REMAT`.
-    gather: where devices share the parameters, the function of a tree of them that brings them
-        together: block by block, and again in the backward pass.
-    unroll: lay the blocks out one by one instead of scanning them (same parameters and result);
-        compiles longer, runs faster on a CPU.
+    depth: blocks of encoder and decoder together; decoder_layers: blocks of the decoder. With
+        decoder_layers=0 the network is a DiT (Peebles & Xie 2023), which has no masked pass.
+    num_classes: 0 for an unconditional model; otherwise the null label is `num_classes`.
+    version: "v1", or "v2": the encoder has long skips, which require an even number of encoder
+        blocks, and every decoder block has a skip from the unmasked input.
+    side_layers: blocks of the side-interpolater; 0: the decoder gets the mask tokens themselves.
+    masked_shortcut: the side-interpolater replaces masked tokens only.
+    relative_bias: attention has a relative position bias.
+    learned_position: the two position embeddings are trained.
+    asymmetric: False: in the masked pass the decoder sees the kept tokens only, and the
+        side-interpolater follows the decoder.
+    dtype: of matmuls and activations, the blocks' modulations included. Parameters, conditioning,
+        softmax and norms are float32.
+
+    The other fields change how XLA computes the network, not its result (see `models.xla`):
+    remat: what the backward pass recomputes of each block, a key of `xla.REMAT`.
+    gather: where devices share the parameters, the function that gathers a tree of them. It is
+        applied block by block, and again in the backward pass.
+    unroll: compile the blocks one by one instead of a scan: slower to compile, faster on a CPU.
+    transpose: how matrices are transposed for a matmul.
     """
 
     input_size: tuple[int, int]
@@ -185,10 +178,11 @@ class MDT(nn.Module):
     remat: str = "none"
     gather: Callable[[dict], dict] | None = None
     unroll: bool = False
+    transpose: Transpose = jnp.matrix_transpose
 
     @classmethod
     def from_config(cls, config) -> "MDT":
-        """The model of a config (its `model`, `mask`, `data`, `vae` and `train` fields)."""
+        """The model of a config, from its `model`, `mask`, `data`, `vae` and `train` fields."""
         fields = config.model.to_dict()
         if not fields.pop("side_interpolater"):
             fields["side_layers"] = 0
@@ -200,7 +194,6 @@ class MDT(nn.Module):
             asymmetric=config.mask.asymmetric,
             dtype=jnp.dtype(config.train.dtype),
             remat=config.train.remat,
-            unroll=jax.default_backend() == "cpu" and config.model.depth <= UNROLL_DEPTH,
         )
 
     @property
@@ -219,7 +212,7 @@ class MDT(nn.Module):
         def position_embedding(name):
             return self.param(name, lambda _: sincos) if self.learned_position else sincos
 
-        self.patch_embed = Linear(dim, dtype=self.dtype)
+        self.patch_embed = Linear(dim, dtype=self.dtype, transpose=self.transpose)
         self.pos_embed = position_embedding("pos_embed")
         self.timestep_embed = TimestepEmbedder(dim)
         if self.num_classes:
@@ -227,7 +220,9 @@ class MDT(nn.Module):
         encoder_layers = self.depth - self.decoder_layers
         if self.version == "v2":
             if encoder_layers % 2:
-                raise ValueError(f"v2 needs an even number of encoder blocks, not {encoder_layers}")
+                raise ValueError(
+                    f"v2 requires an even number of encoder blocks, got {encoder_layers}"
+                )
             self.encoder_in = self._blocks(encoder_layers // 2)
             self.encoder_out = self._blocks(encoder_layers // 2, skip_axis=0)
         else:
@@ -238,50 +233,17 @@ class MDT(nn.Module):
             self.decoder = self._blocks(self.decoder_layers)
             if self.side_layers:
                 self.side_interpolater = self._blocks(self.side_layers)
-        self.final_layer = FinalLayer(2 * self.in_channels * self.patch_size**2, self.dtype)
+        features = 2 * self.in_channels * self.patch_size**2
+        self.final_layer = FinalLayer(features, self.dtype, self.transpose)
 
     def _blocks(self, count: int, skip_axis=nn.broadcast) -> nn.Module:
-        """`count` blocks with stacked parameters, called as a `Block` is.
+        """`count` blocks with stacked parameters, called as one `Block`.
 
-        Returns (x, the x after each block [count, B, N, D]). skip_axis=0: each block has its own
-        skip, [count, B, N, D] in all; else they share one.
+        Returns (x, the x after each block [count, B, N, D]). skip_axis=0: skip is
+        [count, B, N, D], one for each block; otherwise the blocks share one.
         """
-        block = Block
-        if self.gather is not None:
-            block = nn.map_variables(Block, "params", self.gather)
-        if self.remat != "none" or self.gather is not None:
-            # Without a loop around it, what is recomputed would be found to be there already.
-            block = nn.remat(block, prevent_cse=self.unroll, policy=REMAT[self.remat])
-        shared = nn.broadcast
-        # Flax takes a tuple of axes, but is annotated by its default of 0.
-        return nn.scan(
-            block,
-            length=count,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=(shared, shared, shared, skip_axis),  # pyright: ignore[reportArgumentType]
-            unroll=count if self.unroll else 1,
-        )(self.num_heads, self.grid, self.relative_bias, self.dtype)
-
-    def unstack_blocks(self, params: dict) -> Callable[[], dict]:
-        """Takes the stacked parameters of laid out blocks apart; what it returns stacks them again.
-
-        XLA sees that the two cancel out: a loop in which they are stacked has each block's as they
-        are, and does not slice them in each turn.
-        """
-        if not self.unroll:
-            return lambda: params
-        stacks = {name: tree for name, tree in params.items() if name in STACKS}
-        leaves, tree = jax.tree.flatten(stacks)
-        each = [list(leaf) for leaf in leaves]
-        return lambda: params | jax.tree.unflatten(tree, [jnp.stack(leaf) for leaf in each])
-
-    def gather_unstacked(self, params: dict) -> dict:
-        """The parameters with those brought together that belong to no block."""
-        if self.gather is None:
-            return params
-        rest = {name: tree for name, tree in params.items() if name not in STACKS}
-        return {**params, **self.gather(rest)}
+        blocks = xla.stack_blocks(Block, count, skip_axis, self.remat, self.gather, self.unroll)
+        return blocks(self.num_heads, self.grid, self.relative_bias, self.dtype, self.transpose)
 
     def __call__(
         self,
@@ -293,73 +255,84 @@ class MDT(nn.Module):
     ) -> jax.Array:
         """Predict noise and variance.
 
-        x: [B, H, W, C] noised latents; t: [B] timesteps 0…T−1; y: [B] int labels, `num_classes`
-        being the null label (ignored by an unconditional model).
-        keep_ids: None for the full pass, or [B, K] int32, the tokens the encoder sees.
-        keep_count: [] int32 in 1…K, possibly traced: the encoder sees the first `keep_count` of
-        keep_ids only. So one program, of static length K, serves every length up to K.
+        x: [B, H, W, C] noisy images or latents; t: [B] timesteps in 0…T−1; y: [B] int labels,
+            `num_classes` being the null label (an unconditional model ignores them).
+        keep_ids: None for the full pass, or the tokens the encoder sees, [B, K] int32.
+        keep_count: [] int32 in 1…K, possibly traced: the encoder sees only the first `keep_count`
+            of keep_ids. One program of static length K thus serves every length up to K.
         Returns [B, H, W, 2C] float32: noise in the first C channels, variance in the others.
         """
         c = self.timestep_embed(t)
         if self.num_classes:
-            c = c + self.label_embed(cast(jax.Array, y))  # a model of classes is given them
-        everywhere = positions(self.grid)
+            c = c + self.label_embed(cast(jax.Array, y))  # a class-conditional model requires y
+        positions = token_positions(self.grid)
         inputs = self.patch_embed(patchify(x, self.patch_size))
         inputs = inputs + self.pos_embed.astype(inputs.dtype)
         if keep_ids is not None:
-            tokens = self._masked_pass(inputs, c, everywhere, keep_ids, keep_count)
+            tokens = self._masked_pass(inputs, c, positions, keep_ids, keep_count)
         else:
-            tokens = self._encode(inputs, c, everywhere)
+            tokens = self._encode(inputs, c, positions)
             if self.decoder_layers:
                 tokens = tokens + self.decoder_pos_embed.astype(tokens.dtype)
-                tokens = self._decode(tokens, inputs, c, everywhere)
+                tokens = self._decode(tokens, inputs, c, positions)
         out = self.final_layer(tokens, c).astype(jnp.float32)
         return unpatchify(out, self.grid, self.patch_size)
 
-    def _encode(self, tokens, c, where, seen=None):
-        if self.version == "v1":
-            return self.encoder(tokens, c, where, seen, None)[0]
-        tokens, skips = self.encoder_in(tokens, c, where, seen, None)
-        # Last in, first out: the first block of the second half gets its own input once more.
-        return self.encoder_out(tokens, c, where, seen, skips[::-1])[0]
-
-    def _decode(self, tokens, inputs, c, where, seen=None):
-        skip = inputs if self.version == "v2" else None
-        return self.decoder(tokens, c, where, seen, skip)[0]
-
-    def _masked_pass(self, inputs, c, everywhere, keep_ids, keep_count):
-        """Tokens [B, L, D] for the final layer, from those of `inputs` that are kept."""
+    def _masked_pass(self, inputs, c, positions, keep_ids, keep_count):
+        """The tokens [B, L, D] for the final layer from the kept ones among `inputs` [B, L, D]."""
         if not self.decoder_layers:
             raise ValueError("a model without decoder blocks (a DiT) has no masked pass")
         kept = masking.gather_tokens(inputs, keep_ids)
-        kept_positions = positions(self.grid, keep_ids)
-        seen = None if keep_count is None else jnp.arange(keep_ids.shape[1]) < keep_count
-        back = masking.places(keep_ids, keep_count, self.num_tokens)
-        masked = masking.masked_positions(back, self.num_tokens)[:, :, None]
+        kept_positions = token_positions(self.grid, keep_ids)
+        key_mask = None if keep_count is None else jnp.arange(keep_ids.shape[1]) < keep_count
+        places = masking.places(keep_ids, keep_count, self.num_tokens)
+        masked = masking.masked_positions(places, self.num_tokens)[:, :, None]
         decoder_pos = self.decoder_pos_embed.astype(inputs.dtype)
 
-        tokens = self._encode(kept, c, kept_positions, seen)
+        tokens = self._encode(kept, c, kept_positions, key_mask)
         if self.asymmetric:
-            tokens = masking.scatter_tokens(tokens, back, self.mask_token, self.num_tokens)
-            tokens = self._interpolate(tokens + decoder_pos, c, everywhere, masked)
-            return self._decode(tokens, inputs, c, everywhere)
-        tokens = self._decode(tokens + decoder_pos[0][keep_ids], kept, c, kept_positions, seen)
-        tokens = masking.scatter_tokens(tokens, back, self.mask_token, self.num_tokens)
-        return self._interpolate(
-            jnp.where(masked, tokens + decoder_pos, tokens), c, everywhere, masked
-        )
+            tokens = masking.scatter_tokens(tokens, places, self.mask_token, self.num_tokens)
+            tokens = self._interpolate(tokens + decoder_pos, c, positions, masked)
+            return self._decode(tokens, inputs, c, positions)
+        tokens = tokens + decoder_pos[0][keep_ids]
+        tokens = self._decode(tokens, kept, c, kept_positions, key_mask)
+        tokens = masking.scatter_tokens(tokens, places, self.mask_token, self.num_tokens)
+        tokens = jnp.where(masked, tokens + decoder_pos, tokens)
+        return self._interpolate(tokens, c, positions, masked)
 
-    def _interpolate(self, tokens, c, everywhere, masked):
-        """The side-interpolater, with the masked shortcut: kept tokens pass it by."""
+    def _encode(self, tokens, c, positions, key_mask=None):
+        if self.version == "v1":
+            return self.encoder(tokens, c, positions, key_mask, None)[0]
+        tokens, skips = self.encoder_in(tokens, c, positions, key_mask, None)
+        # Last in, first out: the first block of the second half has its own input as its skip.
+        return self.encoder_out(tokens, c, positions, key_mask, skips[::-1])[0]
+
+    def _interpolate(self, tokens, c, positions, masked):
+        """The side-interpolater; with the masked shortcut, kept tokens bypass it."""
         if not self.side_layers:
             return tokens
-        predicted, _ = self.side_interpolater(tokens, c, everywhere, None, None)
+        predicted, _ = self.side_interpolater(tokens, c, positions, None, None)
         return jnp.where(masked, predicted, tokens) if self.masked_shortcut else predicted
+
+    def _decode(self, tokens, inputs, c, positions, key_mask=None):
+        skip = inputs if self.version == "v2" else None
+        return self.decoder(tokens, c, positions, key_mask, skip)[0]
+
+    def unstack_blocks(self, params: dict) -> Callable[[], dict]:
+        """The function that returns `params`; see `xla.unstack_blocks` for unrolled blocks."""
+        return xla.unstack_blocks(params, STACKS) if self.unroll else lambda: params
+
+    def gather_unstacked(self, params: dict) -> dict:
+        """`params` with the parameters gathered that belong to no block."""
+        if self.gather is None:
+            return params
+        unstacked = {name: tree for name, tree in params.items() if name not in STACKS}
+        return {**params, **self.gather(unstacked)}
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def init_params(model: MDT, key: jax.Array) -> dict:
-    """Fresh float32 parameters of every part, the training-only ones included."""
+    """Initial float32 parameters of all parts, those used in training only included."""
     x = jnp.zeros((1, *model.input_size, model.in_channels))
     zero = jnp.zeros((1,), jnp.int32)
     # A masked pass reaches every part.

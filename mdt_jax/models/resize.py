@@ -1,4 +1,4 @@
-"""Parameters of a model for another input size: position embeddings and bias tables resampled."""
+"""A model's parameters for another input size: resampled position embeddings and bias tables."""
 
 import jax
 import jax.numpy as jnp
@@ -8,12 +8,12 @@ Grid = tuple[int, int]
 
 
 def resize_grid(params: dict, old: Grid, new: Grid) -> dict:
-    """Parameters for a grid of `new` (rows, columns) of tokens, from those for `old`.
+    """`params` of a model with the grid `old` (rows, columns) of tokens, for the grid `new`.
 
-    Learned position embeddings are images of `old` and are resized bicubically. A bias table is an
-    image of relative offsets; each new offset takes, linearly between its neighbours, the value at
-    the offset that is as large a part of the grid, so that offset 0 and the largest ones keep
-    theirs. Its three unused rows stay. Nothing changes where the grids are the same.
+    Learned position embeddings are resized bicubically, as images of the grid. A bias table is an
+    image of relative offsets. It is interpolated linearly at offsets scaled to the old grid, so
+    that offset 0 and the largest offsets keep their values; its three unused rows are kept. Equal
+    grids return `params` itself.
     """
     if old == new:
         return params
@@ -35,7 +35,7 @@ def _positions(array: jax.Array, old: Grid, new: Grid) -> jax.Array:
 
 
 def _table(array: jax.Array, old: Grid, new: Grid) -> jax.Array:
-    """[layers, rows, heads], rows (2h−1)·(2w−1) + 3, for the new grid's offsets."""
+    """[layers, (2h−1)·(2w−1) + 3, heads] → [layers, (2H−1)·(2W−1) + 3, heads]."""
     layers, _, heads = array.shape
     shape = [2 * side - 1 for side in old]
     table, unused = jnp.split(jnp.asarray(array), [shape[0] * shape[1]], axis=1)
@@ -46,6 +46,6 @@ def _table(array: jax.Array, old: Grid, new: Grid) -> jax.Array:
         high = np.minimum(low + 1, before - 1)
         fraction = (offsets - low).astype(np.float32)
         fraction = fraction.reshape([-1 if a == axis else 1 for a in range(4)])
-        at = [jnp.take(table, index + before - 1, axis=axis) for index in (low, high)]
-        table = at[0] * (1 - fraction) + at[1] * fraction
+        below, above = (jnp.take(table, index + before - 1, axis=axis) for index in (low, high))
+        table = below * (1 - fraction) + above * fraction
     return jnp.concatenate([table.reshape(layers, -1, heads), unused], axis=1)

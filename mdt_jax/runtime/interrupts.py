@@ -1,7 +1,7 @@
-"""Ctrl-C and SIGTERM are answered even while the main thread is inside a library's call.
+"""Ctrl-C and SIGTERM while the main thread is inside a library's call.
 
-Python runs handlers in the main thread, between two of its own instructions. A compilation or a
-download that is silent lets none run, so that here a second thread hears of each signal at once.
+Python runs signal handlers in the main thread, between two of its instructions. During a long
+compilation or a blocked download none runs. Here a second thread receives each signal at once.
 """
 
 import contextlib
@@ -13,23 +13,23 @@ import threading
 import time
 from collections.abc import Iterator
 
-from mdt_jax.runtime import hosts
+from mdt_jax.runtime import cluster, hosts
 
-GRACE = 3.0  # seconds in which the main thread may leave by itself
-_line: str | None = None  # what is said where any signal is to end the process
+GRACE = 3.0  # seconds in which the main thread may end by itself
+_end_message: str | None = None  # printed at a signal that ends the process; None if it does not
 
 
-def end_soon(line: str | None) -> None:
-    """From now on a signal ends the process: after GRACE seconds, where its handler did not.
+def end_soon(message: str | None) -> None:
+    """From now on, end the process GRACE seconds after a signal if its handler did not.
 
-    line: what is said then; None: signals are left to their handlers again.
+    message: the line to print then. None leaves signals to their handlers again.
     """
-    global _line
-    _line = line
+    global _end_message
+    _end_message = message
 
 
 def end_in(seconds: float) -> None:
-    """End the process with exit code 0 then, where threads that never answer would keep it."""
+    """End the process with exit code 0 after `seconds`, even if other threads still block."""
     timer = threading.Timer(seconds, os._exit, [0])
     timer.daemon = True
     timer.start()
@@ -44,40 +44,43 @@ def answered() -> Iterator[None]:
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-    watch = threading.Thread(target=_watch, args=(reading,), daemon=True)
-    watch.start()
+    watcher = threading.Thread(target=_watch, args=(reading,), daemon=True)
+    watcher.start()
     try:
         yield
     finally:
         end_soon(None)
         signal.set_wakeup_fd(before)
         os.close(writing)
-        watch.join()
+        watcher.join()
         os.close(reading)
 
 
 def _watch(reading: int) -> None:
+    """Read the numbers of signals from a pipe until it is closed."""
     interrupted, deadline, code = False, None, 0
     while True:
-        left = None if deadline is None else max(deadline - time.monotonic(), 0)
-        if not select.select([reading], [], [], left)[0]:
+        timeout = None if deadline is None else max(deadline - time.monotonic(), 0)
+        if not select.select([reading], [], [], timeout)[0]:
             os._exit(code)
-        told = os.read(reading, 1)
-        if not told:
+        received = os.read(reading, 1)
+        if not received:
             return
-        if told[0] == signal.SIGINT and interrupted:
+        number = received[0]
+        if number == signal.SIGINT and interrupted:
             _print("stopped at once by the second Ctrl-C")
             if hosts.several():
-                hosts.leave_at_once(128 + signal.SIGINT, "Ctrl-C")
-            os._exit(128 + signal.SIGINT)
-        interrupted |= told[0] == signal.SIGINT
-        if _line is not None and deadline is None and told[0] in (signal.SIGINT, signal.SIGTERM):
-            _print(_line)
-            deadline, code = time.monotonic() + GRACE, 128 + told[0]
+                cluster.leave_at_once(128 + number, "Ctrl-C")
+            os._exit(128 + number)
+        interrupted |= number == signal.SIGINT
+        ends = number in (signal.SIGINT, signal.SIGTERM)
+        if _end_message is not None and deadline is None and ends:
+            _print(_end_message)
+            deadline, code = time.monotonic() + GRACE, 128 + number
 
 
 def _print(line: str) -> None:
-    """To stderr, if it takes it: the main thread may hold Python's lock on the stream."""
+    """Write to stderr's file, if it is ready: the main thread may hold Python's lock on stderr."""
     with contextlib.suppress(OSError, ValueError):
         number = sys.stderr.fileno()
         if select.select([], [number], [], 0)[1]:

@@ -1,25 +1,25 @@
-"""Keys of random numbers, always of one generator, and one for each purpose."""
+"""Keys of random numbers, all of one generator, with one stream for each purpose."""
 
 import enum
 
 import jax
 
-# Its numbers depend on key and position alone. With others, which JAX_DEFAULT_PRNG_IMPL may ask
-# for, a sample's numbers change with the size of the batch.
+# Its numbers depend on key and position alone. With another generator, which the user may set by
+# JAX_DEFAULT_PRNG_IMPL, a sample's numbers change with the size of the batch.
 GENERATOR = "threefry2x32"
 
 
 class Purpose(enum.IntEnum):
-    """What the keys of a seed are for; another value is another stream of random numbers."""
+    """What the keys of a seed are for. Each value is another stream of random numbers."""
 
-    TRAINING = 0  # the draws of each step
-    INIT = 1  # parameters of a new run, and a label table that is drawn anew
-    SAMPLES = 2  # noise of sample n, of walks between samples too
+    TRAINING = 0  # the random numbers of each step
+    INIT = 1  # parameters of a new run, and a newly initialised label table
+    SAMPLES = 2  # noise of sample n, also of interpolations between samples
     INPAINTING = 3
 
 
 def key(seed: int | jax.Array) -> jax.Array:
-    """The key of a seed in [0, 2^31), from which `of` derives others. Nothing is drawn with it."""
+    """The key of a seed in [0, 2^31), from which `of` derives the keys that are drawn from."""
     return jax.random.key(seed, impl=GENERATOR)
 
 

@@ -1,28 +1,32 @@
-"""The device mesh, how arrays lie on it, and how they get there."""
+"""The device mesh, the shardings of arrays on it, and their transfer to it."""
 
 import functools
 import math
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from mdt_jax.runtime import hosts
 from mdt_jax.runtime.errors import UserError
 
-AXES = ("data", "fsdp")  # batches are split over both, parameters over `fsdp` alone
-SHARDED_FROM = 2**14  # elements; what is smaller costs more to gather than it saves
+AXES = ("data", "fsdp")  # batches are split over both, parameters over `fsdp`
+SHARDED_FROM = 2**14  # elements; gathering a smaller array costs more than sharding it saves
 
 
 def mesh_shape(data: int, fsdp: int, devices: int, slices: int = 1) -> tuple[int, int]:
-    """(data, fsdp) in full; data=0 is what `devices` leave. Raises UserError where it does not fit.
+    """The full shape (data, fsdp) of the mesh. Raises UserError if it does not match `devices`.
 
-    slices: groups of devices with slow links between them, over which only `data` may reach.
+    data: 0 for devices / fsdp. slices: the number of groups of devices with slow links between
+    them; only the axis `data` may cross the links.
     """
     if devices % fsdp or data not in (0, devices // fsdp):
-        asked = f"mesh.data {data} × mesh.fsdp {fsdp}" if data else f"mesh.fsdp {fsdp}"
+        given = f"mesh.data {data} × mesh.fsdp {fsdp}" if data else f"mesh.fsdp {fsdp}"
         raise UserError(
-            f"{asked} does not match the {devices} devices: their product must be {devices}, or "
+            f"{given} does not match the {devices} devices: their product must be {devices}, or "
             f"mesh.data 0 and mesh.fsdp a divisor of it"
         )
     data = devices // fsdp
@@ -35,10 +39,10 @@ def mesh_shape(data: int, fsdp: int, devices: int, slices: int = 1) -> tuple[int
 
 
 def make_mesh(data: int = 0, fsdp: int = 1, devices: list | None = None) -> Mesh:
-    """A mesh of `devices` (default: all there are) with the axes `data` and `fsdp`.
+    """A mesh of `devices` (default: all) with the axes `data` and `fsdp`.
 
-    Over several slices of TPUs `data` reaches across the network between them, and all of an
-    `fsdp` group lies within one. Raises UserError where the sizes do not match the devices.
+    On several slices of TPUs only `data` crosses the network between the slices. Raises UserError
+    if the sizes do not match the devices.
     """
     devices = jax.devices() if devices is None else devices
     shape = mesh_shape(data, fsdp, len(devices), len(_slices(devices)))
@@ -50,7 +54,7 @@ def _slices(devices: list) -> set[int]:
 
 
 def place(shape: tuple[int, int], devices: list) -> np.ndarray:
-    """Devices as an array [data, fsdp], so that neighbours along `fsdp` are linked best."""
+    """Devices as an array [data, fsdp] whose neighbours along `fsdp` have the fastest links."""
     slices = len(_slices(devices))
     if slices == 1:
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
@@ -61,7 +65,7 @@ def place(shape: tuple[int, int], devices: list) -> np.ndarray:
 
 
 def mesh_of(tree) -> Mesh:
-    """The mesh on which a tree of arrays lies; where they lie on none, one of all devices."""
+    """The mesh of a tree of arrays; a mesh of all devices if the arrays are on none."""
     for leaf in jax.tree.leaves(tree):
         sharding = getattr(leaf, "sharding", None)
         mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
@@ -71,7 +75,7 @@ def mesh_of(tree) -> Mesh:
 
 
 def local_mesh() -> Mesh:
-    """As `make_mesh`, of this process's devices alone."""
+    """A mesh as of `make_mesh`, of this process's devices only."""
     devices = np.array(jax.local_devices()).reshape(-1, 1)
     return Mesh(devices, AXES, axis_types=(AxisType.Auto, AxisType.Auto))
 
@@ -87,9 +91,10 @@ def split_batch(mesh: Mesh) -> NamedSharding:
 
 
 def sharded(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
-    """Where an array of the training state lies: its largest divisible axis is split over `fsdp`.
+    """The sharding of an array of the training state.
 
-    Arrays of less than SHARDED_FROM elements, and those without such an axis, lie on every device.
+    It splits the largest axis that is divisible by the size of `fsdp`. An array without such an
+    axis or with fewer than SHARDED_FROM elements is replicated.
     """
     parts = mesh.shape["fsdp"]
     divisible = [axis for axis, size in enumerate(shape) if size % parts == 0]
@@ -100,20 +105,20 @@ def sharded(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
 
 
 def gathered(mesh: Mesh, tree):
-    """Inside a jitted function: the tree with every array whole on every device."""
+    """Inside a jitted function: the tree with every array replicated to all devices."""
     return jax.lax.with_sharding_constraint(tree, replicated(mesh))
 
 
 def local_rows(sharding: NamedSharding, size: int) -> np.ndarray:
-    """Which places along a first axis of `size` lie on this process's devices; int64, ascending."""
+    """The rows of an array with first axis `size` on this process's devices: int64, ascending."""
     slices = sharding.addressable_devices_indices_map((size,)).values()
     return np.unique(np.concatenate([np.arange(size)[place] for place in slices]))
 
 
 def put(tree, sharding: NamedSharding):
-    """A tree of arrays as they shall lie on a mesh.
+    """Transfer a tree of arrays to a mesh, with one sharding.
 
-    What only this process has must be the same in every process that the mesh reaches to.
+    Arrays in host memory must be equal in all processes whose devices are in the mesh.
     """
     leaves = jax.tree.leaves(tree)
     if any(isinstance(a, jax.Array) and not a.is_fully_addressable for a in leaves):
@@ -131,3 +136,29 @@ def put(tree, sharding: NamedSharding):
 @functools.cache
 def _relay(sharding: NamedSharding):
     return jax.jit(lambda tree: tree, out_shardings=sharding)
+
+
+def map_in_batches(
+    function: Callable[[jax.Array], Any], array: np.ndarray, size: int, mesh: Mesh
+) -> Iterator[Any]:
+    """Apply a function to an array, `size` rows at a time, on all devices of a mesh.
+
+    function: takes [size, …], split over the mesh, and returns a tree of arrays [size, …]. array:
+    [N, …]; size: a multiple of the mesh's devices. The last batch is padded with zeros, so that one
+    compiled program serves all of them, and the padding is cut from its results. Yields a tree of
+    NumPy arrays for each batch in order, while the devices already compute the batch that follows.
+    """
+    split, running = split_batch(mesh), None
+    for start in range(0, len(array), size):
+        rows = array[start : start + size]
+        padding = [(0, size - len(rows)), *[(0, 0)] * (array.ndim - 1)]
+        following = len(rows), function(put(np.pad(rows, padding), split))
+        if running is not None:
+            yield _fetch_rows(*running)
+        running = following
+    if running is not None:
+        yield _fetch_rows(*running)
+
+
+def _fetch_rows(count: int, tree: Any) -> Any:
+    return jax.tree.map(lambda array: hosts.fetch(array)[:count], tree)

@@ -1,16 +1,61 @@
-"""Bars for what takes long, and all that is printed beside them; one rule for all of them."""
+"""All output to the terminal: messages and progress bars to stderr, results to stdout."""
 
 import contextlib
 import os
 import re
 import sys
-from collections.abc import Iterator
 from typing import TextIO
 
 TERMINAL_SECONDS, FILE_SECONDS = 0.5, 10.0
-# What a terminal obeys instead of showing it; names of files and classes may hold it.
-CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
-_lost: list[OSError] = []  # why stdout could not be written
+# Characters that a terminal obeys or cannot show. Names of files and classes may contain them.
+CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_stdout_errors: list[OSError] = []
+
+
+def escape(text: str, keep: str = "") -> str:
+    """The text with control characters, except those in `keep`, as escapes like \\x1b."""
+
+    def replacement(match: re.Match) -> str:
+        return match[0] if match[0] in keep else match[0].encode("unicode_escape").decode()
+
+    return CONTROL.sub(replacement, text)
+
+
+def log(line: str) -> None:
+    """Print a line to stderr, above the progress bar if there is one."""
+    clear_bar = contextlib.nullcontext()
+    if sys.stderr is not None and "tqdm" in sys.modules:
+        clear_bar = sys.modules["tqdm"].tqdm.external_write_mode(file=sys.stderr)
+    with clear_bar:
+        _write(sys.stderr, escape(line) + "\n")
+
+
+def print_result(text: str) -> None:
+    """Print a result to stdout at once. If stdout fails, the work continues: see `stdout_error`."""
+    error = _write(sys.stdout, escape(text, keep="\n\t") + "\n")
+    if error is not None:
+        _stdout_errors.append(error)
+
+
+def stdout_error() -> OSError | None:
+    """The first error of `print_result` since the last call, or None."""
+    error = _stdout_errors[0] if _stdout_errors else None
+    _stdout_errors.clear()
+    return error
+
+
+def _write(stream: TextIO | None, text: str) -> OSError | None:
+    """Write a text. On an error (disk full, closed pipe) redirect the stream to /dev/null."""
+    if stream is None:
+        return None
+    try:
+        stream.write(text)
+        stream.flush()
+        return None
+    except OSError as error:
+        with contextlib.suppress(OSError, ValueError), open(os.devnull, "wb") as null:
+            os.dup2(null.fileno(), stream.fileno())
+        return error
 
 
 class _NoBar:
@@ -24,27 +69,22 @@ class _NoBar:
 
 
 class _Lines:
-    """A stream for tqdm that keeps each state of a bar as a line of its own."""
-
-    def __init__(self, stream: TextIO):
-        self._stream = stream
+    """A stream for tqdm that writes each state of a bar to stderr as a line of its own."""
 
     def write(self, text: str) -> None:
         state = text.strip("\r\n ")
         if state:
-            with _kept(self._stream):
-                self._stream.write(state + "\n")
+            _write(sys.stderr, state + "\n")
 
     def flush(self) -> None:
-        with _kept(self._stream):
-            self._stream.flush()
+        pass
 
 
 def progress_bar(total: int, show: bool, what: str, unit: str, initial: int = 0):
-    """A tqdm bar on stderr; where none is to be shown, something that takes its updates.
+    """A context manager of a tqdm bar on stderr, or of an object that ignores its updates.
 
-    A terminal sees it move every half second. Anything else, such as the log of a batch job, gets
-    a full line every ten seconds, one at the beginning and one at the end.
+    On a terminal the bar moves every half second. A file, for example the log of a batch job, gets
+    a line at the beginning, every ten seconds and at the end.
     """
     if not show or sys.stderr is None:
         return contextlib.nullcontext(_NoBar())
@@ -53,62 +93,8 @@ def progress_bar(total: int, show: bool, what: str, unit: str, initial: int = 0)
     terminal = sys.stderr.isatty()
     return tqdm(
         total=total, desc=what, unit=unit, initial=initial,
-        file=sys.stderr if terminal else _Lines(sys.stderr),
+        file=sys.stderr if terminal else _Lines(),
         mininterval=TERMINAL_SECONDS if terminal else FILE_SECONDS,
-        # A bar inside another one goes when it is done; lines never move.
+        # An inner bar disappears at its end; lines never move.
         position=None if terminal else 0, leave=None if terminal else True,
     )  # fmt: skip
-
-
-def log(line: str) -> None:
-    """Print a line to stderr, above a bar that may be there, with control characters as escapes."""
-    text = CONTROL.sub(_escaped, line)
-    with _kept(sys.stderr) as stream:
-        if stream is not None and "tqdm" in sys.modules:
-            sys.modules["tqdm"].tqdm.write(text, file=stream)
-        elif stream is not None:
-            print(text, file=stream)
-
-
-def print_result(text: str) -> None:
-    """Print a result to stdout at once, control characters but line ends and tabs as escapes.
-
-    Where stdout takes no more the work goes on, and `lost` says so at its end.
-    """
-    with _kept(sys.stdout) as stream:
-        if stream is not None:
-            print(
-                CONTROL.sub(
-                    lambda found: found[0] if found[0] in "\n\t" else _escaped(found), text
-                ),
-                file=stream,
-                flush=True,
-            )
-
-
-def lost() -> OSError | None:
-    """What kept stdout from being written so far, if anything did."""
-    with _kept(sys.stdout) as stream:
-        if stream is not None:
-            stream.flush()
-    error = _lost[0] if _lost else None
-    _lost.clear()
-    return error
-
-
-def _escaped(found: re.Match) -> str:
-    return found[0].encode("unicode_escape").decode()
-
-
-@contextlib.contextmanager
-def _kept(stream: TextIO | None) -> Iterator[TextIO | None]:
-    """A stream that is replaced by nothing where it cannot be written: full, or a closed pipe."""
-    try:
-        yield stream
-    except OSError as error:
-        if stream is sys.stdout:
-            _lost.append(error)
-        with contextlib.suppress(OSError, ValueError):
-            nothing = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nothing, stream.fileno())  # pyright: ignore[reportOptionalMemberAccess]
-            os.close(nothing)

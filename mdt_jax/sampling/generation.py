@@ -1,18 +1,15 @@
-"""Labels → samples: guidance, sampler and noise put together, batch by batch."""
+"""Labels → samples, batch by batch."""
 
 import dataclasses
 import functools
-import itertools
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from numbers import Integral
-from typing import Any, cast
+from typing import Any, ClassVar, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from mdt_jax.diffusion.guidance import guide
 from mdt_jax.diffusion.options import (
     SampleOptions,
     check_finite,
@@ -20,164 +17,36 @@ from mdt_jax.diffusion.options import (
     check_seed,
     defaults,
 )
-from mdt_jax.diffusion.samplers import State, sample
+from mdt_jax.models import xla
 from mdt_jax.models.mdt import MDT
 from mdt_jax.runtime import hosts, keys, parallel
 from mdt_jax.runtime.errors import UserError
-from mdt_jax.runtime.precision import of_products
 from mdt_jax.runtime.progress import progress_bar
+from mdt_jax.sampling import engine
+from mdt_jax.sampling.engine import Batch, Program
+from mdt_jax.sampling.noise import Noise
 
-# Where the progress is shown, a batch is drawn in about so many pieces.
-PARTS = 50
+Labels = Sequence[int] | np.ndarray
 
 
-@dataclasses.dataclass(frozen=True)
-class Noise:
-    """Which noise samples are drawn with: [B] numbers, or on the way to those of `to`, [B].
+class Samples(NamedTuple):
+    """A batch of samples.
 
-    mix: [B] in [0, 1], how far on the way (`slerp`); given with `to`.
+    start: number of the first one in the request. samples: [n, H, W, C] float32. predictions: the
+    predicted clean samples x̂₀ at earlier moments that were requested, each like `samples`.
     """
 
-    number: jax.Array | np.ndarray
-    to: jax.Array | np.ndarray | None = None
-    mix: jax.Array | np.ndarray | None = None
-
-
-jax.tree_util.register_dataclass(Noise)
-
-
-def slerp(a: jax.Array, b: jax.Array, mix: jax.Array) -> jax.Array:
-    """Along the great circle from a to b, so that noise between them is as large as noise is.
-
-    a, b: arrays of one shape, each taken as one vector; mix: scalar in [0, 1]. Shoemake 1985.
-    """
-    cosine = jnp.vdot(a, b) / (jnp.linalg.norm(a) * jnp.linalg.norm(b))
-    angle = jnp.arccos(jnp.clip(cosine, -1, 1))
-    alike = jnp.sin(angle) < 1e-3  # also a itself
-    safe = jnp.where(alike, 1.0, jnp.sin(angle))
-    from_a = jnp.where(alike, 1 - mix, jnp.sin((1 - mix) * angle) / safe)
-    return from_a * a + jnp.where(alike, mix, jnp.sin(mix * angle) / safe) * b
-
-
-def draw(model: MDT, key: jax.Array, noise: Noise, k: jax.Array | int) -> jax.Array:
-    """Draw number k of each sample, [B, H, W, C] standard normal."""
-    shape = (*model.input_size, model.in_channels)
-
-    def one(n):
-        return jax.random.normal(jax.random.fold_in(jax.random.fold_in(key, n), k), shape)
-
-    drawn = jax.vmap(one)(noise.number)
-    if noise.to is None:
-        return drawn
-    mix = cast(jax.Array, noise.mix)
-    return jax.vmap(slerp)(drawn, jax.vmap(one)(noise.to), mix)
-
-
-@functools.partial(jax.jit, static_argnames=("model", "options"))
-def _begin(model: MDT, options: SampleOptions, key, noise: Noise) -> State:
-    return options.make_sampler().start(draw(model, key, noise, 0))
-
-
-def network_of(
-    model: MDT, params, labels, options: SampleOptions, scales, doubled: bool, keep_ids=None
-) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    """The network (x, t) → [B, H, W, 2C] for labels [B] and scales [B], guided if `doubled`.
-
-    keep_ids: [K], what is known of every sample, for a masked pass.
-    """
-    stacked = model.unstack_blocks(params)
-
-    def network(x, t, y) -> Any:  # Flax annotates `apply` with all that it may return
-        ids = None if keep_ids is None else jnp.broadcast_to(keep_ids, (len(x), len(keep_ids)))
-        with of_products(options.precision):
-            return model.apply({"params": stacked()}, x, t, y, keep_ids=ids)
-
-    if not doubled:
-        return functools.partial(network, y=labels)
-    channels = options.guidance_channels or None
-    weight = functools.partial(options.weight, scale=scales)
-    return guide(network, labels, model.num_classes, weight, channels)
-
-
-Stretch = tuple[bool, int]  # whether both halves are evaluated, and for how many evaluations
-
-
-def stretches(kinds: Sequence[bool]) -> tuple[Stretch, ...]:
-    """Runs of equal values in a row: (value, how many), in order."""
-    return tuple((kind, len(list(run))) for kind, run in itertools.groupby(kinds))
-
-
-@functools.partial(jax.jit, static_argnames=("model", "options", "piece"), donate_argnames="state")
-def _run(
-    model: MDT, options, piece, params, key, noise, labels, scales, state, start
-):  # fmt: skip
-    """Make the evaluations of some stretches from `state` on, the first one being number `start`.
-
-    Returns the state, and the number of the next evaluation, which is there when the state is.
-    """
-
-    def noise_at(k):
-        return draw(model, key, noise, k + 1)
-
-    for doubled, count in piece:
-        network = network_of(model, params, labels, options, scales, doubled)
-        sampler, schedule = options.make_sampler(), options.schedule()
-        state = sample(network, sampler, schedule, state, noise_at, start, count)
-        start = start + count
-    return state, start
-
-
-def pieces(stretches_: tuple[Stretch, ...], progress: bool) -> list[tuple[Stretch, ...]]:
-    """All in one piece, or where progress is to be shown in about PARTS.
-
-    Of equal length where they can be: each length is a program to compile.
-    """
-    if not progress:
-        return [stretches_]
-    least = -(-sum(count for _, count in stretches_) // PARTS)
-    cut = []
-    for kind, count in stretches_:
-        lengths = range(min(least, count), min(5 * least, count) + 1)
-        length = next((n for n in lengths if count % n == 0), least)
-        cut += [((kind, length),)] * (count // length)
-        cut += [((kind, count % length),)] if count % length else []
-    return cut
-
-
-def frame_pieces(stretches_: tuple[Stretch, ...], frames: int) -> list[tuple[Stretch, ...]]:
-    """As many pieces as frames, of nearly equal length."""
-    kinds = [kind for kind, count in stretches_ for _ in range(count)]
-    ends = [round(len(kinds) * frame / frames) for frame in range(frames + 1)]
-    return [stretches(kinds[a:b]) for a, b in itertools.pairwise(ends)]
-
-
-def in_pieces(
-    run: Callable, state, cut: list[tuple[Stretch, ...]], moved: Callable[[int], object]
-) -> Iterator[Any]:
-    """Call run(piece, state, start) → (state, next start) for each piece; yield the states.
-
-    A piece is handed to the devices before the one before is done. moved: told of evaluations done.
-    """
-    done, waiting = 0, None
-    for piece in cut:
-        state, ready = run(piece, state, done)
-        count = sum(count for _, count in piece)
-        if waiting is not None:
-            waiting[0].block_until_ready()
-            moved(waiting[1])
-        waiting, done = (ready, count), done + count
-        yield state
-    if waiting is not None:
-        waiting[0].block_until_ready()
-        moved(waiting[1])
+    start: int
+    samples: np.ndarray
+    predictions: list[np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What is to be drawn, checked and ready for the devices.
+    """Samples to draw, checked.
 
-    labels, scales: [N] int32 and float32. numbers: [N] int32, whose noise each sample is drawn
-    with. to, mix: as in `Noise`, [N], or None.
+    labels, scales: [N] int32 and float32. noise: of N samples. batch_size: the most that are drawn
+    at a time.
     """
 
     model: MDT
@@ -185,144 +54,145 @@ class Request:
     options: SampleOptions
     labels: np.ndarray
     scales: np.ndarray
-    numbers: np.ndarray
-    to: np.ndarray | None
-    mix: np.ndarray | None
+    noise: Noise
     seed: int
     batch_size: int
+    purpose: ClassVar[keys.Purpose] = keys.Purpose.SAMPLES
+    title: ClassVar[str] = "sampling"
+
+    def draw(self, progress: bool = False) -> np.ndarray:
+        """All samples: [N, H, W, C] float32. Raises NotFiniteError."""
+        empty = np.zeros((0, *self.model.input_size, self.model.in_channels), np.float32)
+        return np.concatenate([empty, *(batch.samples for batch in self.batches(progress))])
 
     def batches(
-        self, frames: int = 0, progress: bool = False, done: Collection[int] = ()
-    ) -> Iterator[tuple[int, list[np.ndarray]]]:
-        """(first sample, what `frames` says) batch by batch.
+        self, progress: bool = False, *, frames: int = 1, done: Collection[int] = ()
+    ) -> Iterator[Samples]:
+        """Draw batch by batch.
 
-        frames: 0: the samples [n, H, W, C]; else so many predictions of them on the way, each
-        [n, H, W, C], the last one being the samples. done: the first samples of batches that are
-        not drawn; the same in every process. Raises NotFiniteError before a batch with NaN or
-        infinity is handed on.
+        frames: number of moments to return, evenly spaced: `frames` − 1 predictions and the
+        samples. done: the `start` of batches to leave out, the same in every process. Raises
+        NotFiniteError before a batch that is not finite.
         """
         mesh, params, key = self.on_devices()
-        doubled = self.options.guided_evaluations(self.scales).tolist()
-        whole, total = stretches(doubled), len(doubled)
-        cut = frame_pieces(whole, frames) if frames else pieces(whole, progress)
-        options = self.traced_options()
-        batches = self.rows(mesh)
-        left = [each for each in batches if each[0] not in done]
-        show, before = progress and jax.process_index() == 0, (len(batches) - len(left)) * total
-        with progress_bar(len(batches) * total, show, "sampling", "step", before) as bar:
-            for start, count, rows in left:
-                inputs = self.inputs(rows, mesh)
+        program, guided, masked = self.program(), *self.evaluations()
+        total = len(guided)
+        moments = [round(total * frame / frames) for frame in range(1, frames + 1)]
+        chain = engine.segments(guided, masked, moments, progress)
+        starts = range(0, len(self.labels), self.batch_size)
+        left = [start for start in starts if start not in done]
+        show, drawn = progress and hosts.is_first(), len(starts) - len(left)
+        with progress_bar(len(starts) * total, show, self.title, "step", drawn * total) as bar:
+            for start in left:
+                batch, arrays = self.batch(start, key, mesh), []
+                for count, state in engine.run(program, chain, params, batch, bar):
+                    if count in moments:
+                        arrays.append(self.fetch(state.x if count == total else state.x0, start))
+                *predictions, samples = arrays
+                yield Samples(start, samples, predictions)
 
-                def run(piece, state, at, inputs=inputs):
-                    return _run(self.model, options, piece, params, key, *inputs, state, at)
+    def program(self) -> Program:
+        """What is compiled."""
+        model = xla.for_devices(self.model, jax.default_backend(), jax.device_count())
+        return Program(model, dataclasses.replace(self.options, guidance_scale=1.0))
 
-                first, seen = _begin(self.model, options, key, inputs[0]), []
-                for state in in_pieces(run, first, cut, bar.update):
-                    if frames:
-                        seen.append(hosts.fetch(state.x0))
-                seen = [a[:count] for a in (*seen[:-1], hosts.fetch(state.x))]
-                for array in seen:
-                    check_finite(array, lambda i, rows=rows: f"sample {self.numbers[rows[i]]}")
-                yield start, seen
+    def evaluations(self) -> tuple[list[bool], list[bool]]:
+        """For each evaluation of the network: whether it is guided, and whether it is masked."""
+        guided = self.options.guided_evaluations(self.scales).tolist()
+        return guided, [False] * len(guided)
 
-    def on_devices(self, purpose=keys.Purpose.SAMPLES) -> tuple[Mesh, dict, jax.Array]:
-        """(mesh, parameters, the seed's key for a purpose), as they lie on the devices."""
+    def on_devices(self) -> tuple[Mesh, dict, jax.Array]:
+        """(mesh, parameters, the seed's key), the arrays on every device of the mesh."""
         mesh = parallel.mesh_of(self.params)
         whole = parallel.replicated(mesh)
-        key = jax.jit(functools.partial(keys.of, purpose=purpose), out_shardings=whole)(self.seed)
+        of_seed = functools.partial(keys.of, purpose=self.purpose)
+        key = jax.jit(of_seed, out_shardings=whole)(self.seed)
         return mesh, parallel.put(self.params, whole), key
 
-    def traced_options(self) -> SampleOptions:
-        """The options without the scale, which comes to the program as an array."""
-        return dataclasses.replace(self.options, guidance_scale=1.0)
+    def rows(self, start: int, mesh: Mesh) -> np.ndarray:
+        """The numbers of a batch's samples, the last one repeated.
 
-    def rows(self, mesh: Mesh) -> list[tuple[int, int, np.ndarray]]:
-        """(first sample, how many, their numbers and some again) of each batch.
-
-        All have one shape, a multiple of the devices, so that the program compiles once.
+        All batches have one shape, a multiple of the devices, so that the program compiles once.
         """
         total = len(self.labels)
-        size = max(min(self.batch_size, total), 1)
-        each = np.arange(-(-size // mesh.size) * mesh.size)
-        return [
-            (start, count, start + np.minimum(each, count - 1))
-            for start in range(0, total, size)
-            for count in (min(size, total - start),)
-        ]
+        padded = -(-min(self.batch_size, total) // mesh.size) * mesh.size
+        return np.minimum(start + np.arange(padded), min(start + self.batch_size, total) - 1)
 
-    def inputs(self, rows: np.ndarray, mesh: Mesh) -> tuple[Noise, jax.Array, jax.Array]:
-        """(noise, labels, scales) of the samples `rows`, split over the devices."""
-        way = (None if array is None else array[rows] for array in (self.to, self.mix))
-        noise = Noise(self.numbers[rows], *way)
-        chosen = (noise, self.labels[rows], self.scales[rows])
-        return parallel.put(chosen, parallel.split_batch(mesh))
+    def batch(self, start: int, key: jax.Array, mesh: Mesh) -> Batch:
+        """The batch from sample `start` on, split over the devices."""
+        rows = self.rows(start, mesh)
+        split = jax.tree.map(lambda array: array[rows], (self.noise, self.labels, self.scales))
+        return Batch(key, *parallel.put(split, parallel.split_batch(mesh)))
+
+    def fetch(self, array: jax.Array, start: int) -> np.ndarray:
+        """The array of a batch without its padding. Raises NotFiniteError."""
+        fetched = hosts.fetch(array)[: min(self.batch_size, len(self.labels) - start)]
+        check_finite(fetched, lambda i: f"sample {self.noise.number[start + i]}")
+        return fetched
 
 
 def request(
     model: MDT,
     params: dict,
-    labels: Sequence[int] | np.ndarray,
+    labels: Labels,
     *,
     seed: int = 0,
     batch_size: int = 64,
     options: SampleOptions | None = None,
     guidance_scale: float | Sequence[float] | np.ndarray | None = None,
     numbers: Sequence[int] | np.ndarray | None = None,
-    to: Sequence[int] | np.ndarray | None = None,
-    mix: Sequence[float] | np.ndarray | None = None,
     **changes,
 ) -> Request:
-    """Check what `generate` is asked for; arguments are its own. Raises UserError."""
-    scales = None
+    """Check the arguments of `generate`, which describes them. Raises UserError."""
+    if guidance_scale is not None and not np.ndim(guidance_scale):
+        changes["guidance_scale"] = guidance_scale
+    options = changed(options or defaults(model.num_classes), changes)
+    options = options.clipping_for(model.in_channels in (1, 3))
+    scales = [options.guidance_scale]
     if guidance_scale is not None and np.ndim(guidance_scale):
         scales = np.asarray(guidance_scale)
-    elif guidance_scale is not None:
-        changes["guidance_scale"] = guidance_scale
-    try:
-        options = dataclasses.replace(options or defaults(model.num_classes), **changes)
-        options = options.clipping_for(model.in_channels in (1, 3))
-    except TypeError as error:
-        raise UserError(f"generate: {error}") from None
-    if scales is not None:
-        if len(scales) != len(labels) or scales.dtype.kind not in "iuf":
+        if len(scales) != np.size(labels) or scales.dtype.kind not in "iuf":
             raise UserError(
-                f"guidance_scale is {len(scales)} values for {len(labels)} samples; give one, or "
-                "a number for each"
+                f"guidance_scale is {len(scales)} values for {np.size(labels)} samples; give one, "
+                "or a number for each"
             )
-        for scale in np.unique(scales).tolist():
-            dataclasses.replace(options, guidance_scale=scale).check(model.num_classes)
-    else:
-        options.check(model.num_classes)
+    for scale in dict.fromkeys(np.asarray(scales, object)):
+        dataclasses.replace(options, guidance_scale=scale).check(model.num_classes)
     check_labels(labels, model.num_classes)
-    labels = np.asarray(labels, np.int32)
     if not isinstance(batch_size, Integral) or batch_size < 1:
         raise UserError(f"batch_size is {batch_size}; it must be a whole number from 1")
     check_seed(seed)
-    scales = np.resize(options.guidance_scale if scales is None else scales, len(labels))
-    numbers = range(len(labels)) if numbers is None else numbers
-    if np.shape(numbers) != labels.shape:
-        raise UserError(f"numbers of shape {np.shape(numbers)} for {len(labels)} samples; one each")
+    scales = np.resize(scales, len(labels)).astype(np.float32)
+    noise = Noise(_checked_numbers(numbers, len(labels)))
+    labels = np.asarray(labels, np.int32)
+    return Request(model, params, options, labels, scales, noise, seed, int(batch_size))
+
+
+def changed(options: SampleOptions, changes: Mapping[str, Any]) -> SampleOptions:
+    """The options with other values for some of them. Raises UserError for an unknown name."""
+    known = [field.name for field in dataclasses.fields(SampleOptions)]
+    unknown = changes.keys() - known
+    if unknown:
+        raise UserError(f"unknown option {min(unknown)!r}; choose from {', '.join(known)}")
+    return dataclasses.replace(options, **changes)
+
+
+def _checked_numbers(numbers: Sequence[int] | np.ndarray | None, count: int) -> np.ndarray:
+    """[count] int32, 0, 1, … by default. Raises UserError."""
+    if numbers is None:
+        return np.arange(count, dtype=np.int32)
+    if np.shape(numbers) != (count,):
+        raise UserError(f"numbers of shape {np.shape(numbers)} for {count} samples; one each")
     for number in numbers:
         if not isinstance(number, Integral) or not 0 <= int(number) < 2**31:
             raise UserError(f"number {number!r} is no whole number in [0, 2^31)")
-    return Request(
-        model,
-        params,
-        options,
-        labels,
-        scales.astype(np.float32),
-        np.asarray(numbers, np.int32),
-        None if to is None else np.asarray(to, np.int32),
-        None if mix is None else np.asarray(mix, np.float32),
-        seed,
-        batch_size,
-    )
+    return np.asarray(numbers, np.int32)
 
 
 def generate(
     model: MDT,
     params: dict,
-    labels: Sequence[int] | np.ndarray,
+    labels: Labels,
     *,
     seed: int = 0,
     batch_size: int = 64,
@@ -334,22 +204,20 @@ def generate(
 ) -> np.ndarray:
     """Draw one sample for each label.
 
-    labels: N ints in 0…num_classes−1 (an unconditional model reads only how many there are).
-    seed: sample n depends on (seed, n, its label and guidance scale) alone, not on batch_size or
-    the devices. numbers: another n for each sample, to draw some of many, or with equal noise.
-    options, changes: a SampleOptions, such as the `options` of what `mdt_jax.load` gives (default:
-    the published ones), and fields of it by name, such as num_steps=250 or sampler="ddim".
-    guidance_scale may also be N numbers, one for each sample. clip_denoised is on by default where
-    the model has 1 or 3 channels, which are taken for pixels, unless options say.
-    Returns [N, H, W, C] float32, what the model was trained on: pixels in about [−1, 1]
-    (`mdt_jax.to_uint8` makes images of them), or latents. `model.clone(dtype=jnp.bfloat16)`
-    computes in bfloat16. Raises UserError for options and labels that make no sense, and for
-    samples that are not finite.
+    labels: N ints in 0…num_classes−1. An unconditional model uses only their number.
+    seed: sample n depends on the seed, n, its label and its guidance scale alone, not on batch_size
+    or the devices. numbers: N ints that replace n, to draw some of many samples, or several from
+    the same noise.
+    options, changes: SampleOptions, for example the `options` of `mdt_jax.load`'s result (default:
+    the published ones), and fields of it by name, for example num_steps=250 or sampler="ddim".
+    guidance_scale: one scale, or one for each sample. clip_denoised: unless given, on for a model
+    of 1 or 3 channels, whose samples are taken for pixels.
+    Returns [N, H, W, C] float32 of the kind that the model was trained on: pixels, about in
+    [−1, 1] (`mdt_jax.to_uint8` converts them to images), or latents. `model.clone(
+    dtype=jnp.bfloat16)` computes in bfloat16. Raises UserError for invalid arguments, and
+    NotFiniteError for samples that are not finite.
     """
-    asked = request(
+    return request(
         model, params, labels, seed=seed, batch_size=batch_size, options=options,
         guidance_scale=guidance_scale, numbers=numbers, **changes,
-    )  # fmt: skip
-    drawn = [np.zeros((0, *model.input_size, model.in_channels), np.float32)]
-    drawn += [seen[-1] for _, seen in asked.batches(progress=progress)]
-    return np.concatenate(drawn)
+    ).draw(progress)  # fmt: skip

@@ -1,35 +1,37 @@
-"""Images with a hidden part → complete images, with any checkpoint, in two ways."""
+"""Images with a hidden part → complete images, with any checkpoint, in two modes."""
 
 import dataclasses
-import functools
-from collections.abc import Sequence
+from typing import ClassVar, cast
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
-from mdt_jax.diffusion.inpainting import inpaint_steps, resampling_walk
-from mdt_jax.diffusion.options import SampleOptions, check_finite
+from mdt_jax.diffusion.guidance import Network
+from mdt_jax.diffusion.inpainting import Known, RePaint, resampling_walk
+from mdt_jax.diffusion.options import SampleOptions, defaults
+from mdt_jax.diffusion.samplers import State
 from mdt_jax.models.mdt import MDT
-from mdt_jax.runtime import hosts, keys, limits, parallel
+from mdt_jax.runtime import keys, limits, parallel
 from mdt_jax.runtime.errors import UserError
-from mdt_jax.runtime.progress import progress_bar
-from mdt_jax.sampling.generation import draw, in_pieces, network_of, pieces, request, stretches
+from mdt_jax.sampling.engine import Batch, Program, Segment
+from mdt_jax.sampling.generation import Labels, Request, request
+from mdt_jax.weights.vae import Vae
 
 MODES = ("repaint", "side_interpolater")
-# What x̂_0 is clipped to in masked passes, even where `clip_denoised` is off; scaled latents have a
-# deviation of about 1. MDT v1 cannot predict the noise of what it does not see.
+# x̂₀ is clipped to this in masked passes, even without `clip_denoised`: MDT v1 cannot predict the
+# noise of tokens that it does not see. Scaled latents have a standard deviation of about 1.
 PIXEL_LIMIT, LATENT_LIMIT = 1.0, 4.0
-_first_noise = jax.jit(draw, static_argnums=0)
 
 
 @dataclasses.dataclass(frozen=True)
 class InpaintOptions:
-    """How what is hidden is drawn.
+    """How the hidden part is drawn.
 
-    mode: "repaint": full passes, and jumps back of `jump_length` steps so that each stretch is
-    passed `num_resamples` times. "side_interpolater": the first `masked_share` of the steps, the
-    noisiest, take the masked pass: the encoder sees the known tokens, the side-interpolater
-    predicts the others; the later steps are full passes; nothing is passed twice.
+    mode: "repaint": full passes, with jumps back of `jump_length` steps, so that each interval of
+    that length is passed `num_resamples` times. "side_interpolater": without jumps; the first
+    `masked_share` of the steps, the noisiest, take the masked pass, in which the encoder sees the
+    known tokens and the side-interpolater predicts the others; the later steps are full passes.
     """
 
     mode: str = "repaint"
@@ -38,13 +40,13 @@ class InpaintOptions:
     masked_share: float = 0.3
 
     def check(self, model: MDT, options: SampleOptions) -> None:
-        """Raise UserError, naming the option, for what cannot be done."""
+        """Raise UserError, naming the option, for options that cannot be used together."""
         if self.mode not in MODES:
             raise UserError(f"unknown mode {self.mode!r}; choose one of {', '.join(MODES)}")
         if options.make_sampler().remembers:
             raise UserError(
                 f"inpainting takes the sampler ddpm or ddim, not {options.sampler}, whose steps "
-                "depend on those before"
+                "depend on earlier ones"
             )
         for name in ("jump_length", "num_resamples"):
             if getattr(self, name) < 1:
@@ -58,11 +60,11 @@ class InpaintOptions:
         if jumps and options.num_steps <= self.jump_length:
             raise UserError(
                 f"num_steps {options.num_steps} leaves no room for jumps of {self.jump_length}: "
-                "more num_steps, a smaller jump_length, or num_resamples=1"
+                "use more num_steps, a smaller jump_length, or num_resamples=1"
             )
 
     def walk(self, num_steps: int) -> np.ndarray:
-        """As `resampling_walk` gives it."""
+        """The steps of the schedule in the order of `resampling_walk`."""
         resamples = self.num_resamples if self.mode == "repaint" else 1
         return resampling_walk(num_steps, self.jump_length, resamples)
 
@@ -73,39 +75,64 @@ class InpaintOptions:
         return [k < early for k in range(count)]
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=("model", "options", "doubled", "how", "limit", "piece"),
-    donate_argnames="x",
-)
-def _run(
-    model: MDT, options, doubled, how: InpaintOptions, limit, piece, params, key, known, hidden,
-    keep_ids, noise, labels, scales, x, start,
-):  # fmt: skip
-    """As `sampling._run`, a stretch being (whether it takes the masked pass, how many).
+@dataclasses.dataclass(frozen=True)
+class InpaintProgram(Program):
+    """A program that walks and puts the known part back as RePaint does.
 
-    doubled: whether all evaluations are of both halves.
+    limit: what x̂₀ is clipped to in masked passes.
     """
-    walk = how.walk(options.num_steps)
 
-    def noise_at(k):
-        return draw(model, key, noise, k + 1)
+    how: InpaintOptions
+    limit: float
 
-    for masked, count in piece:
-        ids = keep_ids if masked else None
-        network = network_of(model, params, labels, options, scales, doubled, ids)
-        sampler = options.make_sampler()
-        if masked and sampler.limit is None:
-            sampler = dataclasses.replace(sampler, limit=limit)
-        x = inpaint_steps(
-            network, sampler, options.schedule(), walk, x, known, hidden, noise_at, start, count
+    def advance(
+        self, network: Network, batch: Batch, segment: Segment, state: State, start: jax.Array
+    ) -> State:
+        sampler, schedule = self.options.make_sampler(), self.options.schedule()
+        if segment.masked and sampler.limit is None:
+            sampler = dataclasses.replace(sampler, limit=self.limit)
+        repaint = RePaint(sampler, schedule, self.how.walk(self.options.num_steps))
+        known, noise = cast(Known, batch.known), self.noise(batch)
+        x = repaint.sample(network, state.x, known, noise, start, segment.count)
+        return sampler.start(x)
+
+
+@dataclasses.dataclass(frozen=True)
+class InpaintRequest(Request):
+    """Images to complete, checked.
+
+    images: [N, H, W, C] float32; hidden: [H, W] bool; limit: as of `InpaintProgram`.
+    """
+
+    images: np.ndarray
+    hidden: np.ndarray
+    how: InpaintOptions
+    limit: float
+    purpose: ClassVar[keys.Purpose] = keys.Purpose.INPAINTING
+    title: ClassVar[str] = "inpainting"
+
+    def program(self) -> InpaintProgram:
+        plain = super().program()
+        return InpaintProgram(plain.model, plain.options, self.how, self.limit)
+
+    def evaluations(self) -> tuple[list[bool], list[bool]]:
+        """If any step is guided, all are: a walk passes each step several times."""
+        masked = self.how.masked(self.options.num_steps)
+        guided = bool(self.options.guided_evaluations(self.scales).any())
+        return [guided] * len(masked), masked
+
+    def batch(self, start: int, key: jax.Array, mesh: Mesh) -> Batch:
+        images = parallel.put(self.images[self.rows(start, mesh)], parallel.split_batch(mesh))
+        hidden, keep_ids = parallel.put(
+            (self.hidden[None, :, :, None], known_tokens(self.hidden, self.model.patch_size)),
+            parallel.replicated(mesh),
         )
-        start = start + count
-    return x, start
+        batch = super().batch(start, key, mesh)
+        return dataclasses.replace(batch, known=Known(images, hidden), keep_ids=keep_ids)
 
 
 def check_hidden(hidden: np.ndarray, size: tuple[int, int], name: str = "the mask") -> None:
-    """Raise UserError for a mask that is not of the size (H, W) or leaves nothing to do."""
+    """Raise UserError for a mask that is not of the size (H, W), or hides nothing or everything."""
     if hidden.shape != size:
         height, width = hidden.shape if hidden.ndim == 2 else (0, 0)
         raise UserError(f"{name} is {height}×{width}, but the model draws {size[0]}×{size[1]}")
@@ -116,7 +143,7 @@ def check_hidden(hidden: np.ndarray, size: tuple[int, int], name: str = "the mas
 
 
 def known_tokens(hidden: np.ndarray, patch_size: int) -> np.ndarray:
-    """Which tokens are wholly known: hidden [H, W] bool → [K] int32, ascending."""
+    """The tokens without a hidden pixel: hidden [H, W] bool → [K] int32, ascending."""
     rows, columns = (side // patch_size for side in hidden.shape)
     patches = hidden.reshape(rows, patch_size, columns, patch_size)
     return np.flatnonzero(~patches.any((1, 3))).astype(np.int32)
@@ -127,66 +154,64 @@ def inpaint(
     params: dict,
     images: np.ndarray,
     hidden: np.ndarray,
-    labels: Sequence[int] | np.ndarray,
+    labels: Labels,
     *,
     how: InpaintOptions | None = None,
-    seed: int = 0,
-    batch_size: int = 64,
     progress: bool = False,
     options: SampleOptions | None = None,
     pixels: bool | None = None,
-    **changes,
+    **sampling,
 ) -> np.ndarray:
-    """Draw what is hidden of each image.
+    """Draw the hidden part of each image.
 
-    images: [N, H, W, C] float32, of the kind that the model was trained on: pixels in [−1, 1], or
-    scaled latents. hidden: [H, W] bool, for all of them. labels: N ints (an unconditional model
-    reads only how many). options, changes: as `generate` takes them, sampler ddpm or ddim;
-    guidance_skip_tolerance is not used. pixels: whether images are pixels, within [−1, 1]; default:
-    where they have 1 or 3 channels. Sample n depends on the seed, n, image, mask and label alone.
-    Returns [N, H, W, C] float32; what is known is as it was. Raises UserError.
+    images: [N, H, W, C] float32 of the kind that the model was trained on: pixels in [−1, 1], or
+    scaled latents. hidden: [H, W] bool, for all images. labels: N ints; an unconditional model uses
+    only their number. options: as in `generate`, with the sampler ddpm or ddim;
+    guidance_skip_tolerance has no effect. pixels: whether images are pixels, within [−1, 1]; by
+    default where they have 1 or 3 channels. sampling: seed, batch_size, guidance_scale and the
+    fields of SampleOptions, as in `generate`. Sample n depends on the seed, n, its image and label
+    and the mask alone.
+    Returns [N, H, W, C] float32, the known part unchanged. Raises UserError for invalid arguments,
+    and NotFiniteError for samples that are not finite.
     """
     how = how or InpaintOptions()
     pixels = model.in_channels in (1, 3) if pixels is None else pixels
-    options = (options or SampleOptions()).clipping_for(pixels)
-    asked = request(
-        model, params, labels, seed=seed, batch_size=batch_size, options=options, **changes
-    )
+    options = (options or defaults(model.num_classes)).clipping_for(pixels)
+    plain = request(model, params, labels, options=options, **sampling)
     images, hidden = np.asarray(images, np.float32), np.asarray(hidden, bool)
-    shape = (len(asked.labels), *model.input_size, model.in_channels)
+    shape = (len(plain.labels), *model.input_size, model.in_channels)
     if images.shape != shape:
-        raise UserError(
-            f"images have the shape {images.shape}; with these labels it must be {shape}"
-        )
+        raise UserError(f"images of shape {images.shape}; with these labels it must be {shape}")
     check_hidden(hidden, model.input_size)
     if not np.isfinite(images[:, ~hidden]).all():
-        raise UserError("what is known of the images is not finite everywhere")
-    how.check(model, asked.options)
-    keep_ids = known_tokens(hidden, model.patch_size)
-    if any(how.masked(asked.options.num_steps)) and not len(keep_ids):
-        raise UserError("no token is wholly known, so there is no masked pass; use mode repaint")
+        raise UserError("the known part of the images is not finite everywhere")
+    how.check(model, plain.options)
+    masked = any(how.masked(plain.options.num_steps))
+    if masked and not len(known_tokens(hidden, model.patch_size)):
+        raise UserError("no token is completely known, as the masked pass requires; use repaint")
+    limit = PIXEL_LIMIT if pixels else LATENT_LIMIT
+    completed = InpaintRequest(**vars(plain), images=images, hidden=hidden, how=how, limit=limit)
+    return np.where(hidden[None, :, :, None], completed.draw(progress), images)
 
-    mesh, params, key = asked.on_devices(keys.Purpose.INPAINTING)
-    whole = parallel.replicated(mesh)
-    fixed = parallel.put((hidden[None, :, :, None], keep_ids), whole)
-    doubled = bool(asked.options.guided_evaluations(asked.scales).any())
-    options, limit = asked.traced_options(), PIXEL_LIMIT if pixels else LATENT_LIMIT
-    cut = pieces(stretches(how.masked(asked.options.num_steps)), progress)
-    total = sum(count for piece in cut for _, count in piece)
-    batches, drawn = asked.rows(mesh), [np.zeros((0, *shape[1:]), np.float32)]
-    show = progress and jax.process_index() == 0
-    with progress_bar(len(batches) * total, show, "inpainting", "step") as bar:
-        for _, count, rows in batches:
-            inputs = asked.inputs(rows, mesh)
-            known = parallel.put(images[rows], parallel.split_batch(mesh))
 
-            def run(piece, x, at, inputs=inputs, known=known):
-                return _run(
-                    model, options, doubled, how, limit, piece, params, key, known, *fixed, *inputs,
-                    x, at,
-                )  # fmt: skip
+def encode_known(
+    image: np.ndarray, hidden: np.ndarray, vae: Vae, precision: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Encode the known part of an image: scaled latents [h, w, c], and the hidden ones [h, w] bool.
 
-            *_, x = in_pieces(run, _first_noise(model, key, inputs[0], 0), cut, bar.update)
-            drawn.append(hosts.fetch(x)[:count])
-            check_finite(drawn[-1], lambda i, rows=rows: f"sample {asked.numbers[rows[i]]}")
-    return np.where(hidden[None, :, :, None], np.concatenate(drawn), images)
+    image: [H, W, 3] uint8; hidden: [H, W] bool. The mean of the known pixels replaces the hidden
+    ones, so that they do not influence the latents. A latent is hidden if one of its pixels is.
+    Raises UserError if all are.
+    """
+    known = np.where(hidden[:, :, None], image[~hidden].mean(0).astype(np.uint8), image)
+    encode = vae.encoder(parallel.make_mesh(devices=jax.devices()[:1]), precision)
+    mean, _ = encode(known[None])
+    rows, columns = mean.shape[1:3]
+    side = vae.network.factor
+    hidden_latents = np.asarray(hidden.reshape(rows, side, columns, side).any((1, 3)))
+    if hidden_latents.all():
+        raise UserError(
+            f"the mask leaves no {side}×{side} pixels whole, so that no latent is known; use one "
+            "that leaves larger parts"
+        )
+    return np.asarray(mean[0]) * np.float32(vae.scale), hidden_latents

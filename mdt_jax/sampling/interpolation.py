@@ -1,6 +1,6 @@
-"""Between two classes, between two noises, and along the way from noise to sample."""
+"""Predictions on the way from noise to sample, and interpolation between noises and classes."""
 
-from collections.abc import Sequence
+import dataclasses
 from numbers import Integral
 
 import jax.numpy as jnp
@@ -9,75 +9,74 @@ import numpy as np
 from mdt_jax.diffusion.options import check_labels
 from mdt_jax.models.mdt import MDT
 from mdt_jax.runtime.errors import UserError
-from mdt_jax.sampling.generation import generate, request
+from mdt_jax.sampling.generation import Labels, generate, request
+from mdt_jax.sampling.noise import Noise
 
 
 def trajectory(
     model: MDT,
     params: dict,
-    labels: Sequence[int] | np.ndarray,
+    labels: Labels,
     *,
     frames: int = 10,
-    progress=False,
-    **how,
+    progress: bool = False,
+    **sampling,
 ) -> np.ndarray:
-    """What the network takes the clean samples for, at `frames` moments of the way: x̂_0.
+    """Predicted clean samples x̂₀ at `frames` moments, evenly spaced over the denoising steps.
 
-    how: as `generate` takes it. Returns [N, frames, H, W, C] float32; the last moment's are the
-    samples. Raises UserError where there are fewer evaluations of the network than frames.
+    sampling: as `generate` takes it. Returns [N, frames, H, W, C] float32; the last frame is the
+    sample itself. Raises UserError for more frames than evaluations of the network.
     """
-    asked = request(model, params, labels, **how)
-    evaluations = len(asked.options.guided_evaluations())
+    drawn = request(model, params, labels, **sampling)
+    evaluations = len(drawn.options.guided_evaluations())
     if not isinstance(frames, Integral) or not 1 <= frames <= evaluations:
         raise UserError(f"frames is {frames}; of {evaluations} evaluations, 1 to all can be shown")
-    shape = (0, frames, *model.input_size, model.in_channels)
-    seen = [np.stack(x0, axis=1) for _, x0 in asked.batches(frames, progress)]
-    return np.concatenate([np.zeros(shape, np.float32), *seen])
+    rows = [np.zeros((0, frames, *model.input_size, model.in_channels), np.float32)]
+    for batch in drawn.batches(progress, frames=frames):
+        rows.append(np.stack([*batch.predictions, batch.samples], axis=1))
+    return np.concatenate(rows)
 
 
 def interpolate_noise(
     model: MDT,
     params: dict,
-    labels: Sequence[int] | np.ndarray,
+    labels: Labels,
     *,
     frames: int = 10,
-    progress=False,
-    **how,
+    progress: bool = False,
+    **sampling,
 ) -> np.ndarray:
-    """From sample n's noise to that of n + 1, for each label n, all steps' noise along with it.
+    """For each label n, interpolate from the noise of sample n to that of sample n + 1.
 
-    how: as `generate` takes it, but for numbers and with one guidance scale. Returns
-    [N, frames, H, W, C] float32; both ends are what `generate` draws with that noise, whatever the
-    sampler.
+    The noise of all steps is interpolated (`slerp`). sampling: as `generate` takes it, except for
+    numbers, and with one guidance scale. Returns [N, frames, H, W, C] float32; the first and the
+    last frame equal the samples that `generate` draws with these noises.
     """
-    mix = _fractions(frames, how)
+    mix = _fractions(frames, sampling)
     check_labels(labels, model.num_classes)
-    rows, numbers = len(labels), np.arange(len(labels)).repeat(frames)
-    drawn = request(
-        model, params, np.asarray(labels, np.int32).repeat(frames), numbers=numbers, to=numbers + 1,
-        mix=np.tile(mix, rows), **how,
-    )  # fmt: skip
-    shape = (*model.input_size, model.in_channels)
-    images = [np.zeros((0, *shape), np.float32)]
-    images += [seen[-1] for _, seen in drawn.batches(progress=progress)]
-    return np.concatenate(images).reshape(rows, frames, *shape)
+    rows = len(labels)
+    numbers = np.arange(rows, dtype=np.int32).repeat(frames)
+    noise = Noise(numbers, numbers + 1, np.tile(mix, rows))
+    plain = request(model, params, np.asarray(labels, np.int32).repeat(frames), **sampling)
+    images = dataclasses.replace(plain, noise=noise).draw(progress)
+    return images.reshape(rows, frames, *images.shape[1:])
 
 
 def interpolate_classes(
-    model: MDT, params: dict, labels: Sequence[int] | np.ndarray, *, frames: int = 10, **how
+    model: MDT, params: dict, labels: Labels, *, frames: int = 10, **sampling
 ) -> np.ndarray:
-    """From each of N labels to the next, along the line between their embeddings.
+    """Interpolate linearly from the embedding of each of N labels to that of the next.
 
-    how: as `generate` takes it, but for numbers and with one guidance scale. Returns
+    sampling: as `generate` takes it, except for numbers, and with one guidance scale. Returns
     [N − 1, frames, H, W, C] float32; row n has the noise of sample n. Raises UserError for fewer
-    than two labels and for a model without classes.
+    than two labels and for an unconditional model.
     """
-    mix = _fractions(frames, how)
+    mix = _fractions(frames, sampling)
     if not model.num_classes:
-        raise UserError("the model is unconditional: there are no classes to go between")
+        raise UserError("an unconditional model has no classes to interpolate between")
     check_labels(labels, model.num_classes)
     if len(labels) < 2:
-        raise UserError(f"{len(labels)} label: to go between classes takes two or more")
+        raise UserError(f"{len(labels)} label; interpolating between classes takes two or more")
     rows = len(labels) - 1
     table = jnp.asarray(params["label_embed"]["table"]["embedding"])
     begin, end = (table[jnp.repeat(jnp.asarray(ids), frames)] for ids in (labels[:-1], labels[1:]))
@@ -86,14 +85,15 @@ def interpolate_classes(
     params = {**params, "label_embed": {"table": {"embedding": between}}}
     images = generate(
         model.clone(num_classes=rows * frames), params, np.arange(rows * frames),
-        numbers=np.arange(rows).repeat(frames), **how,
+        numbers=np.arange(rows).repeat(frames), **sampling,
     )  # fmt: skip
     return images.reshape(rows, frames, *images.shape[1:])
 
 
-def _fractions(frames: int, how: dict) -> np.ndarray:
-    if "numbers" in how or np.ndim(how.get("guidance_scale", 0)):
-        raise UserError("between two ends there are no numbers, and one guidance_scale")
+def _fractions(frames: int, sampling: dict) -> np.ndarray:
+    """[frames] float32 from 0 to 1. Raises UserError for arguments that do not interpolate."""
+    if "numbers" in sampling or np.ndim(sampling.get("guidance_scale", 0)):
+        raise UserError("interpolation takes no numbers, and one guidance_scale")
     if not isinstance(frames, Integral) or frames < 2:
-        raise UserError(f"frames is {frames}; from one end to the other takes 2 or more")
+        raise UserError(f"frames is {frames}; interpolation takes 2 or more")
     return np.linspace(0, 1, frames, dtype=np.float32)

@@ -1,305 +1,296 @@
-"""Which network draws, how, of what classes, what decodes it, and where samples go on the way."""
+"""A checkpoint and what sampling needs of it: network, options, classes, VAE, images, note."""
 
 import dataclasses
-import hashlib
-import pathlib
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+import functools
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
 from mdt_jax import __version__
-from mdt_jax.data.classes import parse_label, says_which
+from mdt_jax.data.classes import parse_label
 from mdt_jax.data.images import UINT8_RULE, to_uint8
-from mdt_jax.data.sample_files import Sink
-from mdt_jax.diffusion.options import (
-    SampleOptions,
-    balanced_labels,
-    check_labels,
-    defaults,
-    random_labels,
-)
-from mdt_jax.models.autoencoder import VAE_SCALE, AutoencoderKL
+from mdt_jax.diffusion.options import SampleOptions, check_labels, defaults
 from mdt_jax.models.mdt import MDT
-from mdt_jax.runtime import files, hosts
-from mdt_jax.runtime.errors import NotFiniteError, UserError
-from mdt_jax.runtime.files import check_regular, reason
-from mdt_jax.runtime.hosts import is_first
-from mdt_jax.sampling.generation import Request
-from mdt_jax.weights.networks import Weights, describe, load_vae, load_weights
-from mdt_jax.weights.networks import vae_scale as read_scale
-from mdt_jax.weights.vae import at_once, decode, sha256
+from mdt_jax.runtime import hosts
+from mdt_jax.runtime.backend import keep_compilations
+from mdt_jax.runtime.errors import UserError
+from mdt_jax.sampling import generation, inpainting
+from mdt_jax.sampling.generation import Request, changed
+from mdt_jax.sampling.labels import describe_labels
+from mdt_jax.weights.networks import Weights, describe, load_weights, params_sha256
+from mdt_jax.weights.vae import Vae, recorded_scale, slice_size
 
-PIXELS = "identity"
+PIXELS = "identity"  # vae.path of a model of pixels
 
 
-def load(
-    checkpoint: str, decoder_layers: int | None, dtype: str | None, given: dict
-) -> tuple[Weights[MDT], SampleOptions, list[float] | None]:
-    """(weights, options, guidance scale of each sample in turn, or None where all have the same).
+class Pipeline(tuple[MDT, dict]):
+    """(model, params) of a checkpoint, and what else sampling needs: `model, params = pipeline`.
 
-    given: fields of SampleOptions that override the checkpoint's own; None does not. Its
-    guidance_scale is a list, and its vae where the VAE lies, if that is said. Raises UserError.
+    path: the checkpoint's name. weights: all that was read from it, for example its step. options:
+    SampleOptions, as the run's config has them or as published. scales: guidance scales that
+    samples take in turn; empty if all have `options.guidance_scale`.
     """
-    weights = load_weights(checkpoint, decoder_layers=decoder_layers)
-    if dtype is not None:
-        weights = weights._replace(model=weights.model.clone(dtype=jnp.dtype(dtype)))
-    vae, fields = given.get("vae"), [field.name for field in dataclasses.fields(SampleOptions)]
-    given = {name: given[name] for name in fields if given.get(name) is not None}
-    scales = given.pop("guidance_scale", [])
-    if len(scales) == 1:
-        given["guidance_scale"] = scales[0]
-    options = dataclasses.replace(options_of(weights, vae), **given)
-    options.check(weights.model.num_classes)
-    return weights, options, scales if len(scales) > 1 else None
+
+    path: str
+    weights: Weights[MDT]
+    options: SampleOptions
+    scales: tuple[float, ...]
+    _vae: Vae | str | None
+    _vae_scale: float | None
+
+    def __new__(
+        cls,
+        path: str,
+        weights: Weights[MDT],
+        *,
+        vae: Vae | str | None = None,
+        vae_scale: float | None = None,
+        **options: Any,
+    ) -> "Pipeline":
+        """Of weights in memory; vae, vae_scale, options: as `load` takes them."""
+        pipeline = super().__new__(cls, (weights.model, weights.params))
+        pipeline.path, pipeline.weights = path, weights
+        pipeline._vae, pipeline._vae_scale = vae, vae_scale
+        scales = np.atleast_1d(options.pop("guidance_scale", ())).tolist()
+        if len(scales) == 1:
+            options["guidance_scale"] = scales.pop()
+        pipeline.scales = tuple(scales)
+        own = defaults(weights.model.num_classes)
+        if weights.config is not None:
+            own = SampleOptions.from_config(weights.config)
+        own = own.clipping_for(_is_pixels(weights.model, vae))
+        pipeline.options = changed(own, options)
+        return pipeline
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike,
+        params: str = "ema",
+        decoder_layers: int | None = None,
+        input_size: tuple[int, int] | None = None,
+        *,
+        dtype: str | None = None,
+        vae: str | None = None,
+        vae_scale: float | None = None,
+        **options: Any,
+    ) -> "Pipeline":
+        """Load a network and its parameters, on the default device.
+
+        path: a workdir, its checkpoints folder, one step of it, a folder that `convert` wrote, a
+        published file (.pt, .pth, .bin, .ckpt, .safetensors), or hf://OWNER/REPOSITORY/FILE.
+        params: "ema", or "raw" for the parameters that the optimiser updates; a file has only one
+        kind. decoder_layers: of a published file of MDT v1, which does not state it (None: 2).
+        input_size: (H, W) of the latents or pixels that the model takes. Weights for another size
+        are resampled, with a line on stderr.
+        dtype: of matmuls and activations, "float32" or "bfloat16"; None: the run's.
+        vae, vae_scale: of a model of latents, the path of its VAE and the factor of its latents;
+        None: as the run's config says. The VAE is read on first use.
+        options: fields of SampleOptions that replace the checkpoint's; guidance_scale may be
+        several scales, which samples take in turn.
+        From now on compiled programs are cached on disk, as the commands do, unless JAX is
+        configured otherwise.
+        Raises UserError if nothing can be loaded, or it is damaged or another network, and for
+        options that cannot be sampled with.
+        """
+        keep_compilations()
+        weights = load_weights(path, params, decoder_layers, input_size)
+        if dtype is not None:
+            weights = weights._replace(model=weights.model.clone(dtype=jnp.dtype(dtype)))
+        pipeline = cls(str(path), weights, vae=vae, vae_scale=vae_scale, **options)
+        pipeline.options.check(pipeline.model.num_classes)
+        return pipeline
+
+    @classmethod
+    def from_flags(cls, flags: Mapping[str, Any]) -> "Pipeline":
+        """Load the --checkpoint of a command as its other flags say; those not given are None."""
+        names = {"decoder_layers", "dtype", "vae", "vae_scale"}
+        names |= {field.name for field in dataclasses.fields(SampleOptions)}
+        given = {name: flags[name] for name in names & flags.keys() if flags[name] is not None}
+        return cls.load(flags["checkpoint"], **given)
+
+    def __repr__(self) -> str:
+        return f"Pipeline({self.path!r})"
+
+    @property
+    def model(self) -> MDT:
+        """The network."""
+        return self.weights.model
+
+    @property
+    def params(self) -> dict:
+        """The network's parameters."""
+        return self.weights.params
+
+    @property
+    def config(self) -> ConfigDict | None:
+        """The config of the run; None for a file."""
+        return self.weights.config
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of class 0, 1, … in the run's data; empty if they are not known."""
+        return self.weights.classes
+
+    @functools.cached_property
+    def vae(self) -> Vae | None:
+        """The VAE of a model of latents, read on first use; None for a model of pixels.
+
+        Raises UserError if its path is not known, or its latents are not the model's.
+        """
+        return self._vae if isinstance(self._vae, Vae) else self._load_vae(self._vae)
+
+    def _load_vae(self, given: str | None) -> Vae | None:
+        """given: the path of the VAE that replaces the run's own."""
+        config, channels = self.config, self.model.in_channels
+        path = given or (config.vae.path if config is not None else None)
+        if path == PIXELS and channels not in (1, 3):
+            raise UserError(f"--vae={PIXELS}, but {channels} channels are no picture's")
+        if _is_pixels(self.model, path):
+            if self._vae_scale is not None:
+                raise UserError(f"--vae_scale is for latents; {self.path} draws pixels")
+            return None
+        if path is None:
+            raise UserError(
+                f"{self.path} draws latents of {channels} channels; to make pictures of them say "
+                "--vae=hf://stabilityai/sd-vae-ft-mse, or the path of the VAE"
+            )
+        trained = config.vae.scale if config is not None else None
+        if trained is not None and self._vae_scale not in (None, trained):
+            raise UserError(
+                f"--vae_scale={self._vae_scale}, but {self.path} was trained with {trained}"
+            )
+        vae = Vae.load(path, trained or self._vae_scale)
+        if self.weights.vae_sha256 not in (None, vae.sha256):
+            hosts.log0(f"warning: {self.path} was trained with another VAE than {path}")
+        if vae.network.latent_channels != channels:
+            raise UserError(
+                f"the latents of {path} have {vae.network.latent_channels} channels, but the "
+                f"model draws {channels}"
+            )
+        # A run's own VAE has the scale of the training, whatever the VAE's folder records.
+        recorded = recorded_scale(path) if given is not None or trained is None else None
+        if recorded not in (None, vae.scale):
+            other = f"{self.path} was trained with" if trained else "--vae_scale is"
+            raise UserError(
+                f"the scaling_factor of --vae={path} is {recorded}, but {other} {vae.scale}"
+            )
+        return vae
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(H, W, C) of the images that `to_images` returns."""
+        height, width = self.model.input_size
+        if self.vae is None:
+            return height, width, self.model.in_channels
+        return self.vae.network.factor * height, self.vae.network.factor * width, 3
+
+    def to_images(self, samples: np.ndarray, batch_size: int = 64, first: int = 0) -> np.ndarray:
+        """Samples [N, h, w, c] → images [N, H, W, C] uint8; latents are decoded by the VAE.
+
+        batch_size: the most latents that are decoded at a time. first: the number of the first
+        sample, for messages. Raises UserError, and NotFiniteError for images that are not finite.
+        """
+        if self.vae is None:
+            return to_uint8(samples)
+        height, width, _ = self.image_shape
+        images = self.vae.decode(
+            samples,
+            batch_size=min(batch_size, slice_size(height, width) * jax.device_count()),
+            precision=self.options.precision,
+            name=lambda i: f"sample {first + i}",
+        )
+        return to_uint8(images)
+
+    def labels(self, classes: Sequence[int | str] | np.ndarray) -> np.ndarray:
+        """The labels of classes that are given by number or name: [N] int32.
+
+        Names are read as by the flag --labels. Raises UserError for a name of no class, or several.
+        """
+        count = self.model.num_classes
+        if np.ndim(classes) == 1:
+            classes = [
+                parse_label(each, count, self.classes, "labels") if isinstance(each, str) else each
+                for each in classes
+            ]
+        check_labels(np.asarray(classes, object), count)
+        return np.asarray(classes, np.int32)
+
+    def request(self, labels: Sequence[int | str] | np.ndarray, **sampling: Any) -> Request:
+        """A request for samples with the pipeline's options; sampling: as `generate` takes it.
+
+        labels: numbers or names of classes. Raises UserError.
+        """
+        labels = self.labels(labels)
+        return generation.request(*self, labels, **{**self._sampling(len(labels)), **sampling})
+
+    def generate(
+        self, labels: Sequence[int | str] | np.ndarray, progress: bool = False, **sampling: Any
+    ) -> np.ndarray:
+        """Draw one sample for each label, as `mdt_jax.generate` with the pipeline's options.
+
+        labels: numbers or names of classes. Returns [N, h, w, c] float32. Raises UserError.
+        """
+        return self.request(labels, **sampling).draw(progress)
+
+    def inpaint(
+        self,
+        images: np.ndarray,
+        hidden: np.ndarray,
+        labels: Sequence[int | str] | np.ndarray,
+        **sampling: Any,
+    ) -> np.ndarray:
+        """Complete images [N, h, w, c], as `mdt_jax.inpaint` with the pipeline's options.
+
+        labels: numbers or names of classes. Returns [N, h, w, c] float32. Raises UserError.
+        """
+        labels = self.labels(labels)
+        sampling = {**self._sampling(len(labels)), "pixels": self.vae is None, **sampling}
+        return inpainting.inpaint(*self, images, hidden, labels, **sampling)
+
+    def _sampling(self, count: int) -> dict[str, Any]:
+        """The pipeline's own arguments for `count` samples."""
+        scales = {"guidance_scale": np.resize(self.scales, count)} if self.scales else {}
+        return {"options": self.options, **scales}
+
+    def note(self, request: Request | None = None, text: str | None = None) -> dict[str, Any]:
+        """How samples are made: network, parameters, options and VAE; and which, with a request.
+
+        text: the labels as --labels gave them.
+        """
+        model, vae = self.model, self.vae
+        note: dict[str, Any] = {
+            "mdt_jax": __version__,
+            "checkpoint": self.path,
+            "step": self.weights.step,
+            "parameters": self.weights.item or "those of the file",
+            "parameters_sha256": params_sha256(self.params),
+            "network": describe(model),
+            "num_classes": model.num_classes,
+        }
+        if self.classes:
+            note["classes"] = list(self.classes)
+        note |= {"dtype": jnp.dtype(model.dtype).name, **dataclasses.asdict(self.options)}
+        if self.scales:
+            note["guidance_scale"] = list(self.scales)
+        note["uint8"] = UINT8_RULE
+        if vae is not None:
+            note |= {"vae": vae.path, "vae_scale": vae.scale, "vae_sha256": vae.sha256}
+        if request is not None:
+            note |= describe_labels(request.labels, text)
+            note |= {"seed": request.seed, "batch_size": request.batch_size}
+        return note
 
 
-def options_of(weights: Weights[MDT], vae: str | None = None) -> SampleOptions:
-    """How a run draws; of a file the published way. vae: where the VAE lies, if that is said."""
-    config = weights.config
-    options = defaults(weights.model.num_classes)
-    if config is not None:
-        options = SampleOptions.from_config(config)
-    return options.clipping_for(draws_pixels(weights.model, vae))
-
-
-def draws_pixels(model: MDT, vae: str | None) -> bool:
-    """Whether samples are pixels, as far as the model and where its VAE lies tell."""
+def _is_pixels(model: MDT, vae: Vae | str | None) -> bool:
+    """Whether samples are pixels, as far as the model and the path of its VAE tell."""
     return vae == PIXELS or (vae is None and model.in_channels in (1, 3))
 
 
-class Vae(NamedTuple):
-    """The VAE between a model's latents and images of [H, W, 3], and their scale."""
-
-    path: str
-    scale: float
-    network: AutoencoderKL
-    params: dict
-
-
-def note_of(
-    checkpoint: str,
-    weights: Weights[MDT],
-    options: SampleOptions,
-    scales: list[float] | None = None,
-    vae: Vae | None = None,
-) -> dict:
-    """What tells how samples came about: network, parameters, options, VAE, the uint8 rule."""
-    note = {
-        "mdt_jax": __version__,
-        "checkpoint": checkpoint,
-        "step": weights.step,
-        "parameters": weights.item or "those of the file",
-        "parameters_sha256": sha256(weights.params),
-        "network": describe(weights.model),
-        "num_classes": weights.model.num_classes,
-        **({"classes": list(weights.classes)} if weights.classes else {}),
-        "dtype": jnp.dtype(weights.model.dtype).name,
-        **dataclasses.asdict(options),
-        **({} if scales is None else {"guidance_scale": scales}),
-        "uint8": UINT8_RULE,
-    }
-    if vae is not None:
-        note |= {"vae": vae.path, "vae_scale": vae.scale, "vae_sha256": sha256(vae.params)}
-    return note
-
-
-def note_of_labels(labels: np.ndarray, said: str | None, seed: int, batch_size: int) -> dict:
-    """What tells which samples of a network they are; said: what was said of the labels."""
-    return {
-        "labels": said or "balanced",
-        "labels_sha256": hashlib.sha256(labels.astype("<i8").tobytes()).hexdigest(),
-        "num_samples": len(labels),
-        "seed": seed,
-        "batch_size": batch_size,
-    }
-
-
-def find_vae(
-    checkpoint: str, weights: Weights[MDT], path: str | None = None, vae_scale: float | None = None
-) -> Vae | None:
-    """The VAE that goes with a model of latents; None for a model of pixels.
-
-    path: where it lies; None: where the run's config says. vae_scale: what latents are multiplied
-    by; None: as the run was trained, or for a file's as the VAE's folder says, else VAE_SCALE.
-    Raises UserError, also where a scale that is given, the run's and the folder's differ.
-    """
-    model, config, given = weights.model, weights.config, path
-    path = path or (config.vae.path if config is not None else None)
-    if path == PIXELS and model.in_channels not in (1, 3):
-        raise UserError(f"--vae={PIXELS}, but {model.in_channels} channels are no picture's")
-    if draws_pixels(model, path):
-        if vae_scale is not None:
-            raise UserError(f"--vae_scale is for latents; {checkpoint} draws pixels")
-        return None
-    if path is None:
-        raise UserError(
-            f"{checkpoint} draws latents of {model.in_channels} channels; to make pictures of "
-            "them say --vae=hf://stabilityai/sd-vae-ft-mse, or where the VAE lies"
-        )
-    trained = config.vae.scale if config is not None else None
-    if trained is not None and vae_scale not in (None, trained):
-        raise UserError(f"--vae_scale={vae_scale}, but {checkpoint} was trained with {trained}")
-    vae, params = load_vae(path)
-    if weights.vae_sha256 not in (None, sha256(params)):
-        hosts.log0(
-            f"warning: the VAE {path} is another than the one that {checkpoint} was trained with"
-        )
-    if vae.latent_channels != model.in_channels:
-        raise UserError(
-            f"the latents of {path} have {vae.latent_channels} channels, but the model draws "
-            f"{model.in_channels}"
-        )
-    # A run with its own VAE draws latents as it was trained, whatever is said beside that VAE.
-    said = read_scale(path) if given is not None or trained is None else None
-    scale = trained or vae_scale or said or VAE_SCALE
-    if said not in (None, scale):
-        asked = f"{checkpoint} was trained with" if trained else "--vae_scale is"
-        raise UserError(f"the scaling_factor of --vae={path} is {said}, but {asked} {scale}")
-    return Vae(path, scale, vae, params)
-
-
-def decoder(
-    model: MDT, vae: Vae | None, batch_size: int, precision: str
-) -> tuple[Callable[..., np.ndarray], tuple[int, int, int]]:
-    """(function from samples [n, h, w, c] to uint8 images [n, H, W, C]; an image's shape).
-
-    batch_size: how many samples a batch has, which is also the most that are decoded at a time.
-    The function's second argument is the number of the first sample, for messages. It raises
-    NotFiniteError.
-    """
-    if vae is None:
-        return lambda samples, first=0: to_uint8(samples), (*model.input_size, model.in_channels)
-
-    height, width = (vae.network.factor * side for side in model.input_size)
-    size = min(batch_size, at_once(height, width) * jax.device_count())
-
-    def to_images(latents, first=0):
-        def name(i):
-            return f"sample {first + i}"
-
-        images = decode(
-            vae.network, vae.params, latents, scale=vae.scale, batch_size=size,
-            precision=precision, name=name,
-        )  # fmt: skip
-        return to_uint8(images)
-
-    return to_images, (height, width, 3)
-
-
-def write_samples(asked: Request, sink: Sink, to_images: Callable, progress: bool = True) -> bool:
-    """Draw what a sink has not got yet and give it to it; False where it has all.
-
-    Of several processes the first one writes, and says what is there. Raises UserError where
-    another run writes there, and NotFiniteError: of the batch with the first sample that is not
-    finite, nothing is written.
-    """
-    with hosts.alone(sink.lock, str(sink.out)):
-        return _write_samples(asked, sink, to_images, progress)
-
-
-def _write_samples(asked: Request, sink: Sink, to_images: Callable, progress: bool) -> bool:
-    total, size = len(asked.labels), asked.batch_size
-    starts = range(0, total, size)
-    there = "all" if is_first() and sink.finished() else ""
-    if is_first() and not there:
-        sink.begin()
-        there = " ".join(str(s) for s in starts if sink.done(s, min(size, total - s)))
-    there = hosts.broadcast(there)
-    if there == "all":
-        return False
-    done = {int(start) for start in there.split()}
-    try:
-        for start, seen in asked.batches(progress=progress, done=done):
-            images = to_images(seen[-1], start)
-            if is_first():
-                sink.write(start, images)
-    except NotFiniteError:
-        if is_first():
-            sink.give_up()
-        raise
-    if is_first():
-        sink.finish()
-    return True
-
-
-def parse_labels(
-    text: str | None,
-    num_samples: int | None,
-    num_classes: int,
-    classes: Sequence[str] = (),
-    seed: int = 0,
-) -> np.ndarray:
-    """`num_samples` labels: those of the text in turn, of a file, random ones, or all in turn.
-
-    classes: the run's own names. Raises UserError, also for a name that says something else, too.
-    """
-    count = 100 if num_samples is None else num_samples
-    from_file = text is not None and text.endswith((".txt", ".npy")) and not says_which(text)
-    if text in classes and (from_file or text in ("balanced", "random")):
-        raise UserError(
-            f"--labels={text} is a class of the run, and says where labels come from, too; "
-            f"--labels=name:{text} is the class"
-        )
-    if text is None or (text == "balanced" and num_classes):
-        return balanced_labels(count, num_classes)
-    if not num_classes:
-        raise UserError("--labels was given, but the model is unconditional")
-    if text == "random":
-        return random_labels(count, num_classes, seed)
-    if from_file:
-        labels = read_labels(text, num_classes, classes)
-    else:
-        parts = [text] if text in classes else text.split(",")
-        labels = [
-            parse_label(part.strip(), num_classes, classes, f"--labels={text}") for part in parts
-        ]
-    check_labels(labels, num_classes)
-    if from_file and num_samples not in (None, len(labels)):
-        raise UserError(
-            f"--labels={text} has {len(labels)} labels, but --num_samples={num_samples}; one for "
-            "each, or no --num_samples"
-        )
-    return np.resize(np.asarray(labels, np.int32), num_samples or len(labels))
-
-
-def read_labels(path: str, num_classes: int, classes: Sequence[str]) -> list[int]:
-    """Those of a .npy of whole numbers [N], or of a .txt with a number or name a line."""
-    try:
-        check_regular(path)
-        if path.endswith(".npy"):
-            labels = np.load(path, mmap_mode="r")  # no more than there is, whatever its header says
-            if not isinstance(labels, np.ndarray) or labels.dtype.kind not in "iu":
-                raise UserError(f"--labels={path} is no array of whole numbers")
-            if labels.ndim != 1 or not len(labels):
-                raise UserError(f"--labels={path} has the shape {labels.shape}; it must be [N]")
-            return labels.tolist()
-        lines = pathlib.Path(path).read_text(encoding="utf-8-sig").split("\n")
-    except UserError:
-        raise
-    except Exception as error:  # of many kinds, by what is damaged
-        raise UserError(f"--labels={path} could not be read: {reason(error)}") from None
-    labels = [
-        parse_label(line.strip(), num_classes, classes, f"--labels={path}, line {number}")
-        for number, line in enumerate(lines, 1)
-        if line.strip()
-    ]
-    if not labels:
-        raise UserError(f"--labels={path} holds no labels")
-    return labels
-
-
-def check_writable(out: pathlib.Path) -> None:
-    """Raise UserError now rather than after much work, where the file --out cannot be written, or
-    a folder beside it with what a stopped command has kept. The first process alone writes.
-    """
-    if not is_first():
-        return
-    if out.is_dir():
-        raise UserError(f"--out={out} cannot be written: it is a folder")
-    files.check_writable(out.parent, f"--out={out}")
-    for kept in (out.with_name(f"{out.name}.{what}") for what in ("parts", "features")):
-        if kept.exists():
-            files.check_writable(kept, f"--out={out}: {kept}")
+load = Pipeline.load
+Run = Pipeline  # the name before there was a Pipeline

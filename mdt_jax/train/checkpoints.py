@@ -1,17 +1,21 @@
-"""Checkpoints: everything a run needs to go on, in one atomic Orbax step.
+"""Checkpoints: the whole state of a run, in one atomic Orbax step each.
 
-A step directory holds the items `params`, `ema`, `progress` (optimiser state and counters) and
-`meta` (config, step, times).
+A step folder holds the items `params`, `ema`, `progress` (optimiser state and counters) and `meta`
+(config, step, times and hashes).
 """
 
+import json
+import math
 import os
 import pathlib
-import shutil
 import time
 from collections.abc import Callable
+from typing import Any
 
 import orbax.checkpoint as ocp
+from ml_collections import ConfigDict
 
+from mdt_jax import config as configs
 from mdt_jax.runtime import hosts
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.train.state import TrainState
@@ -36,28 +40,33 @@ def _items(state: TrainState) -> dict[str, object]:
 
 
 class Checkpoints:
-    """Saves a run's state in the background, and finds the newest sound one to go on from.
+    """Saves the state of a run in the background, and restores the newest sound one.
 
-    keep: how many, those of the latest steps; None: all.
+    keep: how many of the latest steps remain. ranking: Orbax's `best_fn` and `best_mode`, after
+    which the best steps remain instead.
     """
 
-    def __init__(self, workdir: str | os.PathLike, keep: int | None = 1):
+    def __init__(self, workdir: str | os.PathLike, keep: int = 1, **ranking):
         quiet()
         self.directory = pathlib.Path(workdir).absolute() / FOLDER
-        self._keep = keep
-        self._manager = None
+        self._options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, create=True, cleanup_tmp_directories=True, **ranking
+        )
+        self._manager: ocp.CheckpointManager | None = None
 
-    def __enter__(self) -> "Checkpoints":
+    def __enter__(self):
         return self
 
     def __exit__(self, *_) -> None:
         self.close()
 
-    def restore(self, state: TrainState, check: Callable[[dict], None]):
-        """(state, meta) of the newest sound step, or None where nothing was ever saved.
+    def restore(
+        self, state: TrainState, check: Callable[[dict], None]
+    ) -> tuple[TrainState, dict] | None:
+        """(state, meta) of the newest sound step, or None where no step was ever saved.
 
-        state: the shapes and shardings to restore to. check(meta) may raise UserError before
-        anything else is read. A damaged newer step is set aside in `damaged/`, and this is said.
+        state: the shapes and shardings to restore to. check(meta) may raise UserError before any
+        array is read. Damaged newer steps are moved to `damaged/`, with a line for each.
         """
 
         def read(folder: pathlib.Path):
@@ -66,76 +75,110 @@ class Checkpoints:
             return restore(folder, _items(state))
 
         if self.directory.exists() and not self.directory.is_dir():
-            raise UserError(f"{self.directory} is a file; it should be the folder of checkpoints")
+            raise UserError(f"{self.directory} is a file; it must be the folder of checkpoints")
         items, damaged = newest_sound(self.directory, read)
         if items is None:
             return None
         for step in damaged:
-            # The folder of checkpoints may be a link to another disk.
-            aside = self.directory.resolve().parent / "damaged" / f"{step}-{time.time_ns()}"
-            if hosts.is_first():
-                aside.parent.mkdir(exist_ok=True)
-                (self.directory / str(step)).rename(aside)
-            hosts.log0(f"going on without step {step}, now in {aside}")
+            self._set_aside(step)
         state = TrainState(params=items["params"], ema=items["ema"], **items["progress"])
         return state, items["meta"]
 
-    def save(self, state: TrainState, meta: dict) -> None:
-        """Start to save; returns once the state is copied.
+    def _set_aside(self, step: int) -> None:
+        """Move a damaged step to `damaged/`; nothing is deleted."""
+        # The folder of checkpoints may be a link to another disk.
+        aside = self.directory.resolve().parent / "damaged" / f"{step}-{time.time_ns()}"
+        if hosts.is_first():
+            aside.parent.mkdir(exist_ok=True)
+            (self.directory / str(step)).rename(aside)
+        hosts.log0(f"going on without the damaged step {step}, now in {aside}")
 
-        Raises UserError where this or the save before cannot be written, such as on a full disk.
-        """
+    def _open(self) -> ocp.CheckpointManager:
         if self._manager is None:
-            options = ocp.CheckpointManagerOptions(
-                max_to_keep=self._keep, create=True, cleanup_tmp_directories=True
-            )  # fmt: skip
-            self._manager = ocp.CheckpointManager(self.directory, options=options)
-        step = int(state.step)
-        if step in self._manager.all_steps():
+            self._manager = ocp.CheckpointManager(self.directory, options=self._options)
+        return self._manager
+
+    def save(self, state: TrainState, meta: dict, metrics: dict | None = None) -> None:
+        """Start to save a state, unless its step is saved. Returns once the state is copied.
+
+        metrics: what Orbax ranks the step by. Raises UserError where this save or the one before
+        fails, for example on a full disk.
+        """
+        manager, step = self._open(), int(state.step)
+        if step in manager.all_steps():
             return
         items = _items(state)
-        parts = sealed(items, {"step": step, **meta})
-        manager, self._manager = self._manager, None  # nothing to wait for where this fails
+        contents = sealed(items, {"step": step, **meta})
+        self._manager = None  # if the save fails, there is nothing to wait for
         with writing(self.directory, items):
-            manager.save(step, args=parts, force=True)
+            manager.save(step, args=contents, metrics=metrics, force=True)
         self._manager = manager
 
-    def replace(self, state: TrainState, meta: dict) -> None:
-        """Save, wait until it is on disk, and remove all that was there before."""
-        step = int(state.step)
-        self.close()
-        self._remove(lambda there: there == step)
-        self.save(state, meta)
-        self.close()
-        self._remove(lambda there: there != step)
-
-    def _remove(self, chosen: Callable[[int], bool]) -> None:
-        if hosts.is_first():
-            for step in filter(chosen, steps_of(self.directory)):
-                shutil.rmtree(self.directory / str(step))
-        hosts.all_hosts(True)  # wait for it
-
-    def metas(self) -> list[dict]:
-        """The meta of each finished step that can be read, the newest first."""
-        self.close()
-        found = []
-        for step in steps_of(self.directory):
-            folder = self.directory / str(step)
-            try:
-                found.append(read_meta(folder))
-            except Exception as error:  # whatever Orbax makes of a damaged folder
-                check_readable(folder, error)
-        return found
-
     def newest(self) -> pathlib.Path | None:
-        """The folder of the newest finished step, if any, once what was saved is on disk."""
+        """The folder of the newest finished step, if any, after every save has finished."""
         self.close()
         steps = steps_of(self.directory)
         return self.directory / str(steps[0]) if steps else None
 
     def close(self) -> None:
-        """Wait until what was saved is on disk. Raises UserError where it cannot be written."""
+        """Wait until every save is on disk. Raises UserError where one failed."""
         manager, self._manager = self._manager, None
         if manager is not None:
             with writing(self.directory):
                 manager.close()
+
+
+class BestCheckpoint(Checkpoints):
+    """The state with the least measure of its samples, as Orbax ranks them.
+
+    A step that was measured with other settings is no rival, nor is a damaged one.
+    """
+
+    def __init__(self, workdir: str | os.PathLike, config: ConfigDict):
+        self._settings = _measurement(config)
+        super().__init__(workdir, best_fn=self._rank, best_mode="min")
+
+    def _rank(self, metrics: Any) -> float:
+        # A checkpoint of an older version lacks the fields that came later.
+        settings = _measurement(configs.default()) | metrics["settings"]
+        return metrics["value"] if settings == self._settings else math.inf
+
+    def _open(self) -> ocp.CheckpointManager:
+        if self._manager is None:
+            for step in steps_of(self.directory):
+                folder = self.directory / str(step)
+                try:
+                    read_meta(folder)
+                    for file in folder.glob("metrics/metrics"):
+                        json.loads(file.read_bytes())
+                except Exception as error:  # whatever Orbax makes of a damaged folder
+                    check_readable(folder, error)
+                    self._set_aside(step)
+            hosts.all_hosts(True)  # wait for it
+        return super()._open()
+
+    def offer(self, state: TrainState, meta: dict, value: float) -> bool:
+        """Save a state whose samples measure `value`, unless an earlier one is as good.
+
+        Returns whether it was saved; then it is on disk, and the earlier one is deleted.
+        """
+        manager, step = self._open(), int(state.step)
+        best = manager.best_step()
+        if best is not None and not value < self._rank(manager.metrics(best)):
+            return False
+        if step in manager.all_steps():  # measured before, with other settings
+            manager.delete(step)
+        self.save(state, meta, {"value": value, "settings": self._settings})
+        self.close()
+        return True
+
+
+def _measurement(config: ConfigDict) -> dict:
+    """The config fields that a measure of samples depends on."""
+    unrelated = {"evaluation": ("every",), "sample": ("num_samples", "batch_size")}
+    return {
+        f"{group}.{field}": value
+        for group, others in unrelated.items()
+        for field, value in config[group].items()
+        if field not in others
+    }

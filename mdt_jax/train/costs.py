@@ -1,4 +1,4 @@
-"""What a model costs: parameters, multiply-accumulates, memory, and what a chip can do."""
+"""The costs of a model: parameters, multiply-accumulates and memory; the peak of a device."""
 
 import math
 import os
@@ -21,8 +21,8 @@ from mdt_jax.train.step import compile_step
 
 TRAINING_ONLY = ("side_interpolater", "mask_token")
 
-# Dense bfloat16 TFLOP/s of one device as JAX counts them, from the makers' data sheets; the first
-# name that is among the words of `device_kind` counts. A TPU v2 or v3 is one of a chip's two cores.
+# Dense bfloat16 TFLOP/s of one device as JAX counts devices, from the vendors' data sheets: of the
+# first name in `device_kind`. A TPU v2 or v3 device is one of a chip's two cores.
 PEAKS = {
     "B200": 2250, "H200": 989, "GH200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989,
     "A100": 312, "A10G": 70, "L40S": 362, "L40": 181, "L4": 121, "V100": 125, "T4": 65,
@@ -32,23 +32,30 @@ PEAKS = {
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """The most operations that a device does in a second in bfloat16; None where not known."""
-    return next(
-        (peak * 1e12 for name, peak in PEAKS.items() if re.search(rf"\b{name}\b", device_kind)),
-        None,
-    )
+    """A device's peak bfloat16 operations per second; None if unknown."""
+    for name, peak in PEAKS.items():
+        if re.search(rf"\b{name}\b", device_kind):
+            return peak * 1e12
+    return None
+
+
+# Parameters and multiply-accumulates.
+
+
+def _param_shapes(model: MDT) -> dict:
+    return jax.eval_shape(lambda key: init_params(model, key), keys.key(0))
 
 
 def parameter_counts(model: MDT) -> tuple[int, int]:
-    """(all parameters, those that sampling needs)."""
-    shapes = jax.eval_shape(lambda key: init_params(model, key), keys.key(0))
+    """(all parameters, the parameters that sampling needs)."""
+    shapes = _param_shapes(model)
     sizes = {name: sum(a.size for a in jax.tree.leaves(part)) for name, part in shapes.items()}
     total = sum(sizes.values())
     return total, total - sum(sizes.get(name, 0) for name in TRAINING_ONLY)
 
 
 def inner_jaxprs(params: dict[str, Any]) -> Iterator[jax.extend.core.Jaxpr]:
-    """The jaxprs among an equation's parameters, such as a scan's body or a cond's branches."""
+    """The jaxprs among an equation's parameters, for example a scan's body or cond's branches."""
     for value in params.values():
         for item in value if isinstance(value, (tuple, list)) else [value]:
             if isinstance(item, jax.extend.core.ClosedJaxpr):
@@ -58,12 +65,14 @@ def inner_jaxprs(params: dict[str, Any]) -> Iterator[jax.extend.core.Jaxpr]:
 
 
 def _shape(variable) -> tuple[int, ...]:
-    """Of an array in a jaxpr."""
     return variable.aval.shape
 
 
 def _macs(jaxpr: jax.extend.core.Jaxpr) -> int:
-    """Multiply-accumulates of all matrix products; a loop's as often as it runs."""
+    """Multiply-accumulates of all matmuls; a loop's body counts as often as it runs.
+
+    XLA's own cost analysis counts a scanned block once.
+    """
     total = 0
     for equation in jaxpr.eqns:
         if equation.primitive.name == "dot_general":
@@ -76,8 +85,7 @@ def _macs(jaxpr: jax.extend.core.Jaxpr) -> int:
 
 
 def pass_macs(model: MDT, kept: int | None = None) -> int:
-    """Multiply-accumulates of one image's forward pass; kept: tokens the masked pass keeps."""
-    params = jax.eval_shape(lambda key: init_params(model, key), keys.key(0))
+    """Multiply-accumulates of one image's forward pass; kept: the masked pass's kept tokens."""
     x = jax.ShapeDtypeStruct((1, *model.input_size, model.in_channels), jnp.float32)
     number = jax.ShapeDtypeStruct((1,), jnp.int32)
     ids = None if kept is None else jax.ShapeDtypeStruct((1, kept), jnp.int32)
@@ -85,11 +93,11 @@ def pass_macs(model: MDT, kept: int | None = None) -> int:
     def forward(params, x, t, y, ids):
         return model.apply({"params": params}, x, t, y, ids)
 
-    return _macs(jax.make_jaxpr(forward)(params, x, number, number, ids).jaxpr)
+    return _macs(jax.make_jaxpr(forward)(_param_shapes(model), x, number, number, ids).jaxpr)
 
 
 def kept_lengths(config: ConfigDict, num_tokens: int) -> tuple[int, int] | None:
-    """(fewest, most) tokens that a masked pass keeps; None where there is no masked pass."""
+    """(fewest, most) tokens that the masked pass keeps; None without a masked pass."""
     mask = config.mask
     if mask.passes == "full":
         return None
@@ -98,10 +106,10 @@ def kept_lengths(config: ConfigDict, num_tokens: int) -> tuple[int, int] | None:
 
 
 def training_flops(config: ConfigDict, model: MDT) -> int:
-    """Operations that training takes for each image: both passes, forward and backward.
+    """Operations of training per image: both passes, forward and backward.
 
-    A multiply-accumulate is two of them, and the backward pass costs two forward passes; what is
-    recomputed is not counted, and of a drawn mask ratio the mean.
+    A multiply-accumulate is two operations; the backward pass costs two forward passes.
+    Recomputation is not counted. Of a drawn mask ratio, the mean of the extremes counts.
     """
     lengths, macs = kept_lengths(config, model.num_tokens), 0
     if config.mask.passes != "masked":
@@ -111,31 +119,34 @@ def training_flops(config: ConfigDict, model: MDT) -> int:
     return 6 * macs
 
 
-def step_memory(config: ConfigDict, model: MDT, optimized: bool = False) -> dict[str, int]:
-    """Bytes on each device: the training state, the batch, and what a step needs on top.
+# Memory.
 
-    optimized: compile as training does; it takes longer and plans the same buffers. Raises
-    UserError where the compiler does not tell.
+
+def step_memory(config: ConfigDict, model: MDT, optimized: bool = False) -> dict[str, int]:
+    """Bytes per device of a training step: "state", "batch" and "temporary".
+
+    optimized: compile as for training; this takes longer and plans the same buffers. Raises
+    UserError if the compiler has no memory analysis.
     """
     mesh = parallel.make_mesh(config.mesh.data, config.mesh.fsdp)
     optimizer = make_optimizer(config.optim)
     state = abstract_state(model, optimizer, mesh)
-    # The buffers are planned before LLVM is asked to optimise, which takes most of the time.
+    # XLA plans buffers before LLVM optimises, which takes most of the time.
     options = None if optimized else {"xla_backend_optimization_level": 0}
     memory = compile_step(config, model, optimizer, state, mesh, options).memory_analysis()
     if memory is None:
-        raise UserError("the compiler for these devices does not tell what memory a step needs")
-    held = _held(state)
+        raise UserError("the compiler for these devices does not report the memory of a step")
+    state_size = _state_size(state)
     # The new state takes the place of the old one; the rest of the output is metrics.
     new = memory.output_size_in_bytes - memory.alias_size_in_bytes
     return {
-        "state": held,
-        "batch": memory.argument_size_in_bytes - held,
+        "state": state_size,
+        "batch": memory.argument_size_in_bytes - state_size,
         "temporary": memory.temp_size_in_bytes + new,
     }
 
 
-def _held(state: TrainState) -> int:
+def _state_size(state: TrainState) -> int:
     """Bytes of an abstract state on each device."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
@@ -144,29 +155,36 @@ def _held(state: TrainState) -> int:
 
 
 def check_memory(config: ConfigDict, model: MDT, state: TrainState) -> None:
-    """Raise UserError where the least that training keeps is more than all memory of a device.
+    """Raise UserError if training's lower bound exceeds the memory of a device.
 
-    Of shapes alone, before any memory is asked for. state: as of `abstract_state`. CPU devices
-    share the machine's memory. The least is the state, the images of a batch, and the input of each
-    block.
+    The bound is the state, the images of a batch and the input of each block. It is computed from
+    shapes, before memory is allocated. state: as `abstract_state` returns it. CPU devices share the
+    machine's memory.
     """
-    data, parts = config.data, config.train.accumulate
-    each = data.batch_size // jax.device_count()
-    numbers = -(-each // parts) * model.num_tokens * model.hidden_size * model.depth
-    least = {
-        "parameters, EMA and optimiser": _held(state),
-        "the images of a batch": each * data.image_size**2 * data.channels,
-        "the inputs of the blocks": numbers * jnp.dtype(model.dtype).itemsize,
+    data = config.data
+    images = data.batch_size // jax.device_count()
+    microbatch = -(-images // config.train.accumulate)
+    activations = microbatch * model.num_tokens * model.hidden_size * model.depth
+    sizes = {
+        "parameters, EMA and optimiser": _state_size(state),
+        "the images of a batch": images * data.image_size**2 * data.channels,
+        "the inputs of the blocks": activations * jnp.dtype(model.dtype).itemsize,
     }
-    device = jax.local_devices()[0]
-    room = (device.memory_stats() or {}).get("bytes_limit")
-    if room is None:
-        pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        room = pages // jax.local_device_count()
-    if sum(least.values()) > room:
-        parts_ = ", ".join(f"{name} {size / 2**30:,.1f}" for name, size in least.items())
+    least, available = sum(sizes.values()), _device_memory()
+    if least > available:
+        parts = ", ".join(f"{name} {size / 2**30:,.1f}" for name, size in sizes.items())
         raise UserError(
-            f"training takes at least {sum(least.values()) / 2**30:,.1f} GiB on each device, which "
-            f"has {room / 2**30:.1f} ({parts_}): a smaller network or data.batch_size, or more "
-            "devices and mesh.fsdp"
+            f"training takes at least {least / 2**30:,.1f} GiB on each device, which has "
+            f"{available / 2**30:.1f} ({parts}): choose a smaller network or data.batch_size, or "
+            "use more devices and mesh.fsdp"
         )
+
+
+def _device_memory() -> int:
+    """Bytes of memory of one device; of a CPU device, its share of the machine's."""
+    device = jax.local_devices()[0]
+    limit = (device.memory_stats() or {}).get("bytes_limit")
+    if limit is not None:
+        return limit
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return pages // jax.local_device_count()

@@ -1,7 +1,6 @@
 """What a run is trained on: a config's images or latents, checked, as batches on the devices."""
 
 import dataclasses
-import functools
 from collections.abc import Collection, Generator
 
 import jax
@@ -10,62 +9,63 @@ from ml_collections import ConfigDict
 
 from mdt_jax.data import latents, pipeline, sources
 from mdt_jax.data.crops import CroppedImages
-from mdt_jax.data.pipeline import Source
+from mdt_jax.data.protocols import Source
 from mdt_jax.diffusion.options import UNGUIDED, SampleOptions
-from mdt_jax.models.autoencoder import AutoencoderKL
-from mdt_jax.models.mdt import VAE_CHANNELS, VAE_FACTOR
+from mdt_jax.evaluation.evaluator import Evaluator
 from mdt_jax.runtime import hosts, parallel
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.runtime.hosts import log0
-from mdt_jax.weights import networks, vae
+from mdt_jax.weights.vae import Vae
 
 
 @dataclasses.dataclass(frozen=True)
-class Vae:
-    """A VAE with its parameters, and the path they were read from."""
+class Inputs:
+    """What a run reads: training data, the held-out images of a packaged set, and a VAE."""
 
-    path: str
-    network: AutoencoderKL
-    params: dict
+    source: Source
+    held_out: sources.Images | None
+    vae: Vae | None
 
-    @functools.cached_property
-    def sha256(self) -> str:
-        """Of the parameters, hexadecimal."""
-        return vae.sha256(self.params)
+    def identity(self, evaluator: Evaluator | None, num_classes: int) -> dict:
+        """Classes and hashes of the data and files that a run depends on, for its checkpoints.
 
-    def __post_init__(self):
-        found = self.network.latent_channels, self.network.factor
-        if found != (VAE_CHANNELS, VAE_FACTOR):
-            raise UserError(
-                f"vae.path {self.path} has latents of {found[0]} channels at 1/{found[1]} of the "
-                f"size; they must have {VAE_CHANNELS} at 1/{VAE_FACTOR}"
-            )
-
-
-def load_vae(config: ConfigDict) -> Vae | None:
-    """The VAE of a config, if it has one: to encode, to decode, or to compare with a cache's."""
-    if config.vae.path == "identity":
-        return None
-    return Vae(config.vae.path, *networks.load_vae(config.vae.path))
+        The first process reads all of the evaluator's reference.
+        """
+        hashes = {} if self.vae is None else {"vae.path": self.vae.sha256}
+        if evaluator is not None:
+            reference = evaluator.reference.sha256 if hosts.is_first() else ""
+            hashes["evaluation.reference"] = hosts.broadcast(reference)
+            if "inception" in evaluator.networks:
+                note = evaluator.networks["inception"].note
+                hashes["evaluation.inception"] = note["inception_sha256"]
+        return {
+            "classes": self.source.classes if num_classes else [],
+            "images_sha256": self.source.identity,
+            "files_sha256": hashes,
+        }
 
 
-def check_scale(config: ConfigDict) -> None:
-    """Raise UserError where the folder of a config's VAE says another scale than vae.scale."""
-    if config.vae.path == "identity":
-        return
-    said = networks.vae_scale(config.vae.path)
-    if said not in (None, config.vae.scale):
-        raise UserError(
-            f"vae.scale is {config.vae.scale}, but the scaling_factor of {config.vae.path} is "
-            f"{said}: set vae.scale to it, or to train with your own take scaling_factor out of "
-            "the VAE's config.json"
-        )
+def open_inputs(config: ConfigDict, set_fields: Collection[str] = ()) -> Inputs:
+    """Open and check the data and the VAE of a config, which is completed by `complete_config`.
+
+    Raises UserError where they do not exist, or do not fit the config or each other.
+    """
+    source, held_out = open_data(config)
+    complete_config(config, len(source.classes), set_fields)
+    vae = Vae.from_config(config)
+    if vae is not None:
+        vae.check_scale()
+    if isinstance(source, latents.Latents) and vae is not None:  # a config of latents has a VAE
+        check_cache(source, config, vae)
+        if doubt := doubt_scale(source.manifest["latent_std"], config.vae.scale):
+            log0(f"warning: {source.folder}: {doubt}")
+    return Inputs(source, held_out, vae)
 
 
 def open_data(config: ConfigDict) -> tuple[Source, sources.Images | None]:
     """The training images or latents of a config, and of a packaged set the held-out images.
 
-    Raises UserError where there is nothing, or it does not fit the config.
+    Raises UserError where there are none, or they do not fit the config.
     """
     data, held_out = config.data, None
     if data.name in sources.PACKAGED:
@@ -90,53 +90,53 @@ def open_data(config: ConfigDict) -> tuple[Source, sources.Images | None]:
 
 
 def name_of(data: ConfigDict) -> str:
-    """What messages call the set of a config's `data`."""
+    """The name of a config's data set in messages."""
     return f"{data.name} {data.path}".strip()
 
 
-def say_found(data: ConfigDict, source: Source) -> None:
-    """Say once what a set of image files holds, what it leaves out, and what its images lose."""
+def log_contents(data: ConfigDict, source: Source) -> None:
+    """Print what a set of image files holds, what it leaves out, and what its images lose."""
     if isinstance(source, CroppedImages) and hosts.is_first():
-        hosts.log0(f"{name_of(data)}: {source.files.found}")
-        for line in source.losses():
+        hosts.log0(f"{name_of(data)}: {source.files.summary}")
+        for line in source.warnings():
             hosts.log0(f"warning: {name_of(data)}: {line}")
 
 
-def check_classes(name: str, found: int, num_classes: int, left_out: str = "") -> None:
-    """Raise UserError where a set does not have the classes that a config is for.
+def check_classes(name: str, classes: int, num_classes: int, left_out: str = "") -> None:
+    """Raise UserError where a data set has not as many classes as model.num_classes.
 
-    left_out: what the set leaves out, among which classes may be that are missing.
+    left_out: the files that the data set ignores, in words; they may hold the missing classes.
     """
-    if num_classes <= 0 or found == num_classes > 1:
+    if num_classes <= 0 or classes == num_classes > 1:
         return
-    if found < 2:
-        what = "one class: there is nothing to tell apart" if found else "no labels"
+    if classes < 2:
+        problem = "a single class, and two are needed" if classes else "no labels"
         advice = "set model.num_classes to 0 to train without classes"
     else:
-        what = f"{found} classes, but model.num_classes is {num_classes}"
-        advice = f"set it to {found}, or to 0 to train without classes"
-    if left_out and found < num_classes:
-        advice = f"see whether what is left out ({left_out}) holds the others, or {advice}"
-    raise UserError(f"{name} has {what}; {advice}")
+        problem = f"{classes} classes, but model.num_classes is {num_classes}"
+        advice = f"set it to {classes}, or to 0 to train without classes"
+    if left_out and classes < num_classes:
+        advice = f"check whether the files left out ({left_out}) hold the others, or {advice}"
+    raise UserError(f"{name} has {problem}; {advice}")
 
 
-def settle(config: ConfigDict, found: int, said: Collection[str] = ()) -> None:
-    """Write into a config what follows from the number of classes that its data has, and say so.
+def complete_config(config: ConfigDict, classes: int, set_fields: Collection[str] = ()) -> None:
+    """Set the config fields that depend on the number of classes in the data, with a line for each.
 
     model.num_classes=-1 becomes that number, or 0 for fewer than two. Without classes there is no
-    guidance. said: fields that a person has set, such as sample.guidance_scale. Raises UserError
-    where guidance is among them and there are no classes.
+    guidance. set_fields: the fields that the user set, for example sample.guidance_scale. Raises
+    UserError where guidance is among them and there are no classes.
     """
     if config.model.num_classes < 0:
-        config.model.num_classes = found if found > 1 else 0
-        has = {0: "no labels", 1: "one class, nothing to tell apart"}.get(found, f"{found} classes")
-        log0(f"model.num_classes is {config.model.num_classes}: the data has {has}")
+        config.model.num_classes = classes if classes > 1 else 0
+        text = {0: "no labels", 1: "a single class"}.get(classes, f"{classes} classes")
+        log0(f"model.num_classes is {config.model.num_classes}: the data has {text}")
     if config.model.num_classes or not SampleOptions.from_config(config).guided:
         return
     for name, value in UNGUIDED.items():
-        if config.sample[name] in (value, "constant"):  # of which a scale of 1 guides nothing
+        if config.sample[name] in (value, "constant"):  # constant guidance of scale 1 is none
             continue
-        if f"sample.{name}" in said:
+        if f"sample.{name}" in set_fields:
             raise UserError(
                 f"sample.{name} is {config.sample[name]}, but model.num_classes is 0: an "
                 "unconditional model takes no guidance; leave the flag out, or train with classes"
@@ -145,26 +145,23 @@ def settle(config: ConfigDict, found: int, said: Collection[str] = ()) -> None:
         config.sample[name] = value
 
 
-def check_cache(cache: latents.Latents, config: ConfigDict, found: Vae) -> None:
-    """Raise UserError where latents were made with another VAE or size than the config's.
+def check_cache(cache: latents.Latents, config: ConfigDict, vae: Vae) -> None:
+    """Raise UserError where latents were made with another VAE or image size than the config's.
 
-    The scale may be another: latents are multiplied when they are read. Another precision is a
+    The scale may differ, since latents are scaled when they are read. Another precision is a
     warning.
     """
-    made, hashed = cache.manifest, found.sha256
-    compared = {
-        "data.image_size": (made["image_size"], config.data.image_size),
-        "vae.path": (
-            f"{made['vae']} (SHA-256 {made['vae_sha256'][:12]})",
-            f"{found.path} (SHA-256 {hashed[:12]})",
-        ),
-    }
-    if hashed == made["vae_sha256"]:
-        del compared["vae.path"]
-    other = [f"{name} {was}, not {now}" for name, (was, now) in compared.items() if was != now]
-    if other:
-        raise UserError(f"{cache.folder} was made with {'; '.join(other)}")
-    precision = made.get("precision", config.train.precision)
+    manifest, different = cache.manifest, []
+    if manifest["image_size"] != config.data.image_size:
+        different.append(f"data.image_size {manifest['image_size']}, not {config.data.image_size}")
+    if manifest["vae_sha256"] != vae.sha256:
+        different.append(
+            f"vae.path {manifest['vae']} (SHA-256 {manifest['vae_sha256'][:12]}), not {vae.path} "
+            f"(SHA-256 {vae.sha256[:12]})"
+        )
+    if different:
+        raise UserError(f"{cache.folder} was made with {'; '.join(different)}")
+    precision = manifest.get("precision", config.train.precision)
     if precision != config.train.precision:
         log0(
             f"warning: {cache.folder} was made with train.precision {precision}, not "
@@ -172,12 +169,15 @@ def check_cache(cache: latents.Latents, config: ConfigDict, found: Vae) -> None:
         )
 
 
-USUAL = (2 / 3, 3 / 2)  # deviation of scaled latents: Stable Diffusion's of ImageNet have 0.91
+# Usual standard deviations of scaled latents. Stable Diffusion's latents of ImageNet have 0.91.
+USUAL_STD = (2 / 3, 3 / 2)
 
 
 def doubt_scale(std: float, scale: float) -> str:
-    """ "", or what is unusual about latents of a deviation that are multiplied by a scale."""
-    if USUAL[0] < std * scale < USUAL[1]:
+    """A warning where latents with standard deviation `std` have an unusual one when scaled; else
+    "".
+    """
+    if USUAL_STD[0] < std * scale < USUAL_STD[1]:
         return ""
     return (
         f"{describe_scale(std, scale)}, which should be about 1; measure vae.scale with "
@@ -186,33 +186,34 @@ def doubt_scale(std: float, scale: float) -> str:
 
 
 def describe_scale(std: float, scale: float) -> str:
-    """A scale in a few words."""
+    """The standard deviation of latents, before and after they are scaled, in words."""
     return f"latents have a deviation of {std:.4f}, times vae.scale {scale:g} is {std * scale:.3f}"
 
 
 def feed(
-    config: ConfigDict, source: Source, mesh: Mesh, found: Vae | None, start: int
+    config: ConfigDict, data: Inputs, mesh: Mesh, start: int
 ) -> Generator[dict[str, jax.Array], None, None]:
-    """Batch `start`, `start` + 1, … on the devices, as `train.step.batch_shapes` says.
+    """Batches number `start`, `start` + 1, … on the devices, as `train.step.batch_shapes` has them.
 
-    Each process reads what its devices hold. found: the VAE that encodes images on the way, if any.
+    Each process reads what its devices hold. Images are encoded on the way where the config has a
+    VAE.
     """
-    size, split = config.data.batch_size, parallel.split_batch(mesh)
+    source, size, split = data.source, config.data.batch_size, parallel.split_batch(mesh)
+    encode = None
+    if data.vae is not None and config.data.name != "latents":
+        encode = data.vae.encoder(mesh, config.train.precision)
     rows = parallel.local_rows(split, size)
     plan = pipeline.Shuffled(len(source), config.train.seed, size, rows, start)
-    if found is not None:
-        encode = vae.encoder(found.network, mesh, config.train.precision)
-        params = parallel.put(found.params, parallel.replicated(mesh))
     for arrays in pipeline.batches(source, plan, config.data.workers, config.data.max_damaged):
-        del arrays["damaged"]
+        del arrays["items"], arrays["status"]
         batch = {k: jax.make_array_from_process_local_data(split, v) for k, v in arrays.items()}
-        if found is not None:
-            batch["mean"], batch["std"] = encode(params, batch.pop("images"))
+        if encode is not None:
+            batch["mean"], batch["std"] = encode(batch.pop("images"))
         yield batch
 
 
 def describe_classes(classes: list[str]) -> str:
-    """The class map in a line, however many there are."""
+    """Numbers and names of classes in a line; of more than twelve, the first ten and the last."""
     named = [f"{number} = {name}" for number, name in enumerate(classes)]
     if len(named) > 12:
         named = [*named[:10], "…", named[-1]]

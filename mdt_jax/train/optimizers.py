@@ -4,12 +4,16 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
+
+from mdt_jax.runtime import parallel
 
 
 class AdanState(NamedTuple):
-    """count: steps taken; m, v, n: moments of gradient, difference and square; last: gradient."""
+    """count: updates; m, v, n: moving averages (see `scale_by_adan`); last: the last gradient."""
 
     count: jax.typing.ArrayLike
     m: optax.Updates
@@ -23,8 +27,8 @@ def scale_by_adan(
 ) -> optax.GradientTransformation:
     """Adan (Xie et al. 2022, arXiv 2208.06677) with the decay rates of its published code.
 
-    With d the gradient less the one before (0 at the first step), m, v and n the moving averages
-    of g, d and (g + b2·d)², each corrected for its start at 0: (m + b2·v) / (√n + eps).
+    Let d be the gradient g minus the previous one (0 at the first step), and m, v and n the
+    bias-corrected moving averages of g, d and (g + b2·d)². The update is (m + b2·v) / (√n + eps).
     `optax.scale_by_adan` weights d by 1 − b2 instead, in both places.
     """
 
@@ -34,7 +38,7 @@ def scale_by_adan(
 
     def update(updates, state, params=None):
         del params
-        grads = updates  # which is Optax's name for what comes in, too
+        grads = updates  # Optax passes gradients under this name
         first = state.count == 0
         count = optax.safe_increment(state.count)
         diff = jax.tree.map(lambda g, last: jnp.where(first, 0, g - last), grads, state.last)
@@ -53,9 +57,9 @@ def scale_by_adan(
 
 
 def make_optimizer(optim: ConfigDict) -> optax.GradientTransformation:
-    """The optimiser of a config's `optim` fields but `lr`, without weight decay, at a rate of 1.
+    """The optimiser of a config's `optim` fields, for a learning rate of 1 and no weight decay.
 
-    The step multiplies its updates by the learning rate.
+    The training step multiplies the updates by the learning rate.
 
     adamw: betas (0.9, 0.999), eps 1e-8, as published for MDT. adan: betas (0.98, 0.92, 0.99), eps
     1e-8, as published for MDTv2. optim.clip_norm > 0 first clips the gradient's global norm.
@@ -64,6 +68,11 @@ def make_optimizer(optim: ConfigDict) -> optax.GradientTransformation:
         optimizer = optax.chain(scale_by_adan(), optax.scale(-1.0))
     else:
         optimizer = optax.adamw(1.0, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0)
-    # The same state with and without clipping, so that a run can go on with it switched.
+    # The state is the same with and without clipping, so that a resumed run may change it.
     clip = optax.clip_by_global_norm(optim.clip_norm) if optim.clip_norm > 0 else optax.identity()
     return optax.chain(clip, optimizer)
+
+
+def learning_rate(optim: ConfigDict, mesh: Mesh) -> jax.Array:
+    """optim.lr as float32, on every device of a mesh: an input of the step, not a constant."""
+    return parallel.put(np.float32(optim.lr), parallel.replicated(mesh))

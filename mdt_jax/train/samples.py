@@ -1,47 +1,40 @@
 """What a run in training shows of its samples: grids, measurements, and those at its end."""
 
-import contextlib
 import dataclasses
 import pathlib
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Collection, Sequence
 
-import jax
 import numpy as np
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mdt_jax.data import sources
 from mdt_jax.data.images import save_grid
-from mdt_jax.data.pipeline import Source
+from mdt_jax.data.protocols import Source
 from mdt_jax.data.sample_files import Npz
 from mdt_jax.data.sample_notes import written
-from mdt_jax.diffusion.options import SampleOptions, balanced_labels
-from mdt_jax.evaluation import image_sets, references
-from mdt_jax.evaluation.image_sets import Slices
-from mdt_jax.evaluation.measuring import Evaluator
+from mdt_jax.diffusion.options import balanced_labels
+from mdt_jax.evaluation import references
+from mdt_jax.evaluation.evaluator import Evaluator
+from mdt_jax.evaluation.image_sets import Slices, open_images
 from mdt_jax.models.mdt import MDT
 from mdt_jax.runtime import hosts
-from mdt_jax.runtime.errors import NotFiniteError, UserError
+from mdt_jax.runtime.errors import UserError
 from mdt_jax.runtime.hosts import is_first, log0
-from mdt_jax.sampling import pipeline
-from mdt_jax.sampling.generation import Request, request
-from mdt_jax.sampling.pipeline import Vae, decoder
-from mdt_jax.train import inputs
+from mdt_jax.sampling.generation import Request
+from mdt_jax.sampling.pipeline import Pipeline
+from mdt_jax.sampling.writing import write_samples
 from mdt_jax.train.state import TrainState
-from mdt_jax.weights import networks
+from mdt_jax.weights.networks import Weights
+from mdt_jax.weights.vae import Vae
 
 
 @dataclasses.dataclass(frozen=True)
 class LazySamples:
-    """Samples as an `ImageSet`, drawn as they are read, never kept.
+    """Samples as an `ImageSet`, drawn as they are read, never kept."""
 
-    to_images: as of `decoder`; shape: (H, W, C) of an image.
-    """
-
+    pipeline: Pipeline
     request: Request
-    to_images: Callable[..., np.ndarray]
-    shape: tuple[int, int, int]
     path = "the samples"
     classes = ()
 
@@ -52,33 +45,40 @@ class LazySamples:
     def labels(self) -> np.ndarray:
         return self.request.labels
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.pipeline.image_shape
+
     def name(self, i: int) -> str:
         return f"sample {i}"
 
     def slices(self, size: int = 0, done: Collection[int] = ()) -> Slices:
         """The batches of the request; their size is its own."""
-        for start, seen in self.request.batches(done=done):
-            yield start, self.to_images(seen[-1], start)
+        for batch in self.request.batches(done=done):
+            images = self.pipeline.to_images(batch.samples, self.request.batch_size, batch.start)
+            yield batch.start, images
 
 
 class RunSampler:
-    """Draws with a run's model as its config says, as images; the same noise each time."""
+    """Draws samples of a run in training as its config says; the same noise each time."""
 
     def __init__(self, config: ConfigDict, model: MDT, vae: Vae | None):
-        self.config, self.model = config, model
-        self.options = SampleOptions.from_config(config)
-        self.vae = vae
-        self.to_images, self.shape = decoder(
-            model, vae, config.sample.batch_size, self.options.precision
-        )
+        self.config, self.model, self.vae = config, model, vae
 
-    def request(self, params, count: int) -> Request:
+    def pipeline(
+        self, params, path: str = "", step: int | None = None, classes: Sequence[str] = ()
+    ) -> Pipeline:
+        weights = Weights(self.model, params, self.config, "ema", tuple(classes), step)
+        return Pipeline(path, weights, vae=self.vae)
+
+    def request(self, pipeline: Pipeline, count: int) -> Request:
         labels = balanced_labels(count, self.model.num_classes)
         size, seed = self.config.sample.batch_size, self.config.train.seed
-        return request(self.model, params, labels, seed=seed, batch_size=size, options=self.options)
+        return pipeline.request(labels, seed=seed, batch_size=size)
 
     def samples(self, params, count: int) -> LazySamples:
-        return LazySamples(self.request(params, count), self.to_images, self.shape)
+        pipeline = self.pipeline(params)
+        return LazySamples(pipeline, self.request(pipeline, count))
 
 
 def open_evaluator(
@@ -100,8 +100,8 @@ def open_evaluator(
     else:
         return None
     size, images = config.data.image_size, reference.images
-    if isinstance(images, image_sets.Files):
-        log0(f"evaluation.reference {images.found}")
+    if images is not None and images.summary:
+        log0(f"evaluation.reference {images.summary}")
     if images is not None and images.shape != (size, size, config.data.channels):
         there = "×".join(map(str, images.shape))
         raise UserError(
@@ -113,72 +113,22 @@ def open_evaluator(
     return Evaluator(reference, features, asked.inception)
 
 
-def identities(found: inputs.Vae | None, evaluator: Evaluator | None) -> dict[str, str]:
-    """SHA-256 of what a run reads besides its data, by the config's field that says where it lies.
-
-    All of a reference is read for it, by the first process.
-    """
-    told = {} if found is None else {"vae.path": found.sha256}
-    if evaluator is not None:
-        first = evaluator.reference.sha256 if is_first() else ""
-        told["evaluation.reference"] = hosts.broadcast(first)
-        if "inception" in evaluator.networks:
-            told["evaluation.inception"] = evaluator.networks["inception"].note["inception_sha256"]
-    return told
-
-
-@contextlib.contextmanager
-def going_on_without(what: str):
-    """Say it where samples are not finite: an EMA of bad steps may still come right."""
-    try:
-        yield
-    except NotFiniteError as error:
-        log0(f"warning: {what}: {error}")
-
-
-def describe(config: ConfigDict, images: int, parameters: int, mesh: Mesh) -> None:
-    """Say what is trained, on what, for how long."""
-    size, steps, name = config.data.batch_size, config.train.steps, config.data.name
-    classes = config.model.num_classes
-    log0(
-        f"data: {images:,} images of {name}, {f'{classes} classes' if classes else 'no classes'}; "
-        f"{steps:,} steps of {size:,} are {steps * size / images:.4g} epochs"
-    )
-    log0(
-        f"network: {parameters:,} parameters; matmuls and activations {config.train.dtype}, "
-        f"float32 matmuls of precision {config.train.precision}"
-    )
-    kind = jax.devices()[0].device_kind
-    axes = " × ".join(f"{axis} {count}" for axis, count in mesh.shape.items())
-    log0(f"devices: {mesh.size} × {kind}, as a mesh of {axes}")
-
-
-def note_of(
-    workdir: pathlib.Path, drawer: RunSampler, state: TrainState, classes: list[str], asked
-) -> dict:
-    """How samples of a run come about, as `mdt_jax.sample` notes it. asked: a Request."""
-    config, step = drawer.config, int(state.step)
-    of = networks.Weights(drawer.model, state.ema, config, "ema", tuple(classes), step)
-    note = pipeline.note_of(str(workdir), of, drawer.options, vae=drawer.vae)
-    return note | pipeline.note_of_labels(asked.labels, None, asked.seed, asked.batch_size)
-
-
 def save_sample_grid(
-    path: pathlib.Path, drawer: RunSampler, state: TrainState, classes: list[str]
+    path: pathlib.Path, sampler: RunSampler, state: TrainState, classes: list[str]
 ) -> None:
-    """A PNG of one batch of samples, which says how they came about."""
-    asked = drawer.request(state.ema, drawer.config.sample.batch_size)
-    note = note_of(path.parents[1], drawer, state, classes, asked)
-    ((start, seen),) = asked.batches(progress=True)
-    images = drawer.to_images(seen[-1], start)
+    """Write a PNG of one batch of samples, with a note of how they are made."""
+    size = sampler.config.sample.batch_size
+    pipeline = sampler.pipeline(state.ema, str(path.parents[1]), int(state.step), classes)
+    request = sampler.request(pipeline, size)
+    images = pipeline.to_images(request.draw(progress=True), size)
     if is_first():
         path.parent.mkdir(exist_ok=True)
-        save_grid(str(path), images, note=written(note))
+        save_grid(str(path), images, note=written(pipeline.note(request)))
 
 
 def sample_and_measure(
     workdir: pathlib.Path,
-    drawer: RunSampler,
+    sampler: RunSampler,
     state: TrainState,
     classes: list[str],
     evaluator: Evaluator | None,
@@ -187,16 +137,17 @@ def sample_and_measure(
 
     Raises NotFiniteError.
     """
-    started, config, out = time.perf_counter(), drawer.config, workdir / "samples.npz"
-    asked = drawer.request(state.ema, config.sample.num_samples)
-    note = note_of(workdir, drawer, state, classes, asked)
-    sink = Npz(out, asked.labels, drawer.shape, note)
+    started, out = time.perf_counter(), workdir / "samples.npz"
+    pipeline = sampler.pipeline(state.ema, str(workdir), int(state.step), classes)
+    request = sampler.request(pipeline, sampler.config.sample.num_samples)
+    note = pipeline.note(request)
+    sink = Npz(out, request.labels, pipeline.image_shape, note)
     if is_first():
         sink.give_way()
-    pipeline.write_samples(asked, sink, drawer.to_images)
+    write_samples(pipeline, request, sink)
     seconds = time.perf_counter() - started
     hosts.all_hosts(True)  # the others wait until it is there
-    samples = image_sets.open_images(str(out), labelled=True)
+    samples = open_images(str(out), labelled=True)
     if is_first():
         shown = samples.take(np.arange(min(100, len(samples))))
         text = written(note)

@@ -1,6 +1,8 @@
-"""How fast a run is, and how much of its machine it uses."""
+"""Time, throughput, memory and profiler traces of a run."""
 
 import contextlib
+import pathlib
+import re
 import resource
 import sys
 import time
@@ -8,9 +10,14 @@ from collections.abc import Iterator
 
 import jax
 
+from mdt_jax.runtime.errors import UserError
+
 
 class Clock:
-    """Seconds of training, without pauses; and how many of them were spent waiting for data."""
+    """Counts the seconds of training, without pauses. waited: those spent waiting for data.
+
+    before: seconds of training in earlier processes.
+    """
 
     def __init__(self, before: float = 0.0):
         self._began = time.perf_counter() - before
@@ -35,11 +42,10 @@ class Clock:
 
 
 class Speed:
-    """What is logged of it, each time since the time before.
+    """Throughput since the last line of the log.
 
-    images: in a step, over all devices; flops: operations that training takes for each, as the
-    model asks for them (recomputed ones are not counted); peak: what a device does in a second at
-    most, if known.
+    images: the global batch size. flops: floating-point operations of training for each image,
+    recomputation not counted. peak: the most of them that a device does in a second, if known.
     """
 
     def __init__(self, clock: Clock, step: int, images: int, flops: int, peak: float | None):
@@ -47,7 +53,7 @@ class Speed:
         self._last = step, clock.seconds(), clock.waited
 
     def since(self, step: int, steps: int) -> dict[str, float]:
-        """Up to `step`, of a run of `steps`: see README, "Read the log"."""
+        """The fields of the log up to `step` of `steps`, which docs/training.md explains."""
         (step_before, seconds_before, waited_before), now = self._last, self._clock.seconds()
         self._last = step, now, self._clock.waited
         spent, done = max(now - seconds_before, 1e-9), step - step_before
@@ -67,12 +73,42 @@ class Speed:
 
 
 def memory_high_water() -> int:
-    """The most bytes that were in use at once on one of this process's devices.
+    """The peak of bytes in use on one of this process's devices.
 
-    On a CPU, where devices do not tell, it is the process's resident memory.
+    CPU devices do not report it; there it is the peak of the process's resident memory.
     """
-    told = [device.memory_stats() for device in jax.local_devices()]
-    if all(stats and "peak_bytes_in_use" in stats for stats in told):
-        return max(stats["peak_bytes_in_use"] for stats in told)
+    statistics = [device.memory_stats() for device in jax.local_devices()]
+    if all(stats and "peak_bytes_in_use" in stats for stats in statistics):
+        return max(stats["peak_bytes_in_use"] for stats in statistics)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+class Profile:
+    """A profiler trace of some steps, for the viewers of TensorBoard and Perfetto.
+
+    steps: the first and the last step, for example "10:13", counted as in metrics.jsonl; "" for no
+    trace. Raises UserError for anything else.
+    """
+
+    def __init__(self, steps: str, folder: pathlib.Path):
+        match = re.fullmatch(r"([0-9]+):([0-9]+)", steps)
+        if steps and (not match or not 1 <= int(match[1]) <= int(match[2])):
+            raise UserError(f"--profile_steps={steps} must be FIRST:LAST, for example 10:13")
+        self._first, self._last = (int(match[1]), int(match[2])) if match else (0, 0)
+        self._folder, self._running = folder, False
+
+    def before(self, step: int, state) -> None:
+        """Start or stop the trace; call it before each step, with the state that it starts from."""
+        if self._first <= step <= self._last and not self._running:
+            jax.block_until_ready(state)
+            jax.profiler.start_trace(str(self._folder))
+            self._running = True
+        elif self._running and step > self._last:
+            jax.block_until_ready(state)
+            self.close()
+
+    def close(self) -> None:
+        if self._running:
+            jax.profiler.stop_trace()
+        self._running = False

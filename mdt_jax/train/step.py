@@ -1,4 +1,8 @@
-"""One training step: a full and a masked pass, one optimiser update, one EMA update."""
+"""One training step: a full and a masked pass, one optimiser update, one EMA update.
+
+`draw_step` draws all of a step's randomness. The loss is a pure function of parameters, batch and
+these draws.
+"""
 
 import dataclasses
 import functools
@@ -13,10 +17,9 @@ from ml_collections import ConfigDict
 
 from mdt_jax.diffusion.losses import LOSS_WEIGHTS, diffusion_losses
 from mdt_jax.diffusion.schedule import extract, linear_schedule
-from mdt_jax.models import masking
+from mdt_jax.models import masking, xla
 from mdt_jax.models.mdt import MDT
 from mdt_jax.runtime import keys, parallel
-from mdt_jax.runtime.precision import of_products
 from mdt_jax.train.state import TrainState
 from mdt_jax.weights.vae import from_uint8
 
@@ -41,49 +44,40 @@ class Objective:
 
 
 class Draws(NamedTuple):
-    """All the randomness of one step. Both passes share t; the rest is each one's own."""
+    """All the randomness of one step. Both passes share t; the rest is drawn for each."""
 
     t: jax.Array  # [B] int32, 0…T−1
     noise_full: jax.Array  # [B, H, W, C] float32, standard normal
     noise_masked: jax.Array
     drop_full: jax.Array  # [B] bool: replace the label by the null label
     drop_masked: jax.Array
-    mask_noise: jax.Array  # [B, L] float32, uniform: the smallest are kept
-    ratio_u: jax.Array  # [] float32, uniform: where between ratio and ratio_max
-    posterior: jax.Array | None = None  # [B, H, W, C] standard normal: what the VAE's latents are
+    mask_noise: jax.Array  # [B, L] float32, uniform: the tokens with the smallest are kept
+    ratio_u: jax.Array  # [] float32, uniform: the position between ratio and ratio_max
+    posterior: jax.Array | None = None  # [B, H, W, C] standard normal, for the VAE's posterior
 
 
-def draw(key: jax.Array, step: jax.Array, model: MDT, batch: int, diffusion_steps: int) -> Draws:
+def draw_step(
+    key: jax.Array, step: jax.Array, model: MDT, batch: int, diffusion_steps: int
+) -> Draws:
     """The draws of `step`: a pure function of (key, step), the same on any number of devices."""
-    each = jax.random.split(jax.random.fold_in(key, step), 8)
+    subkeys = jax.random.split(jax.random.fold_in(key, step), 8)
     shape = (batch, *model.input_size, model.in_channels)
     return Draws(
-        t=jax.random.randint(each[0], (batch,), 0, diffusion_steps),
-        noise_full=jax.random.normal(each[1], shape),
-        noise_masked=jax.random.normal(each[2], shape),
-        drop_full=jax.random.bernoulli(each[3], LABEL_DROPOUT, (batch,)),
-        drop_masked=jax.random.bernoulli(each[4], LABEL_DROPOUT, (batch,)),
-        mask_noise=jax.random.uniform(each[5], (batch, model.num_tokens)),
-        ratio_u=jax.random.uniform(each[6]),
-        posterior=jax.random.normal(each[7], shape),
+        t=jax.random.randint(subkeys[0], (batch,), 0, diffusion_steps),
+        noise_full=jax.random.normal(subkeys[1], shape),
+        noise_masked=jax.random.normal(subkeys[2], shape),
+        drop_full=jax.random.bernoulli(subkeys[3], LABEL_DROPOUT, (batch,)),
+        drop_masked=jax.random.bernoulli(subkeys[4], LABEL_DROPOUT, (batch,)),
+        mask_noise=jax.random.uniform(subkeys[5], (batch, model.num_tokens)),
+        ratio_u=jax.random.uniform(subkeys[6]),
+        posterior=jax.random.normal(subkeys[7], shape),
     )
 
 
-def latents_of(batch: dict, draws: Draws, scale: float) -> jax.Array:
-    """[B, H, W, C] float32, what the model is trained on, of a batch as `batch_shapes` has it.
-
-    Pixels in [−1, 1]; or (mean + std·noise)·scale, a draw from the VAE's posterior.
-    """
-    if "images" in batch:
-        return from_uint8(batch["images"])
-    mean, std = (batch[name].astype(jnp.float32) for name in ("mean", "std"))
-    return (mean + std * draws.posterior) * scale
-
-
 def batch_shapes(config: ConfigDict, model: MDT, sharding) -> dict[str, jax.ShapeDtypeStruct]:
-    """What a batch is: "labels", and "images" (uint8), or "mean" and "std" of a VAE's posteriors.
+    """The arrays of a batch: "labels", and "images" (uint8) or a VAE's posterior, "mean" and "std".
 
-    These are float16 in a cache, float32 where the VAE encodes images on the way.
+    The posterior is float16 in a latent cache, float32 where the VAE encodes images on the fly.
     """
     size = config.data.batch_size
     shape = (size, *model.input_size, model.in_channels)
@@ -96,23 +90,50 @@ def batch_shapes(config: ConfigDict, model: MDT, sharding) -> dict[str, jax.Shap
     return {name: jax.ShapeDtypeStruct(*array, sharding=sharding) for name, array in arrays.items()}
 
 
-def _by_quartile(values: jax.Array, t: jax.Array, steps: int, name: str) -> dict[str, jax.Array]:
-    """Means over the samples of each quarter of the timesteps; NaN where there is none."""
-    quartile = t * 4 // steps
-    return {
-        f"{name}/q{q + 1}": jnp.where(quartile == q, values, 0).sum() / (quartile == q).sum()
-        for q in range(4)
-    }
+def batch_latents(batch: dict, noise: jax.Array | None, scale: float) -> jax.Array:
+    """The training data of a batch (see `batch_shapes`), [B, H, W, C] float32.
+
+    Pixels in [−1, 1], or (mean + std·noise)·scale, a sample of the VAE's posterior.
+    """
+    if "images" in batch:
+        return from_uint8(batch["images"])
+    mean, std = (batch[name].astype(jnp.float32) for name in ("mean", "std"))
+    return (mean + std * noise) * scale
 
 
-def _kept(model: MDT, objective: Objective, draws: Draws) -> tuple[jax.Array, jax.Array | None]:
-    """(keep_ids [B, K], keep_count): the tokens the encoder sees in the masked pass."""
-    ratio, ratio_max, tokens = objective.ratio, objective.ratio_max, model.num_tokens
-    # The length is static, so that one program serves every ratio drawn.
-    ids = masking.keep_ids(draws.mask_noise, masking.keep_length(tokens, ratio))
-    if ratio_max <= ratio:
-        return ids, None
-    return ids, masking.keep_count(tokens, ratio, ratio_max, draws.ratio_u)
+class Pass(NamedTuple):
+    """One of a step's two forward passes."""
+
+    noise: jax.Array  # [B, H, W, C] float32
+    drop: jax.Array  # [B] bool: replace the label by the null label
+    keep_ids: jax.Array | None = None  # [B, K] int32, the tokens the encoder sees; None: all
+    keep_count: jax.Array | None = None  # [] int32: only the first of keep_ids; None: all K
+    loss_mask: jax.Array | None = None  # [B, H, W, 1] bool, the pixels that count; None: all
+
+
+def make_passes(model: MDT, objective: Objective, draws: Draws) -> dict[str, Pass]:
+    """The passes of a step by name, "full" and "masked"."""
+    passes = {}
+    if objective.passes != "masked":
+        passes["full"] = Pass(draws.noise_full, draws.drop_full)
+    if objective.passes != "full":
+        # The length is static, so that one program serves every ratio drawn.
+        length = masking.keep_length(model.num_tokens, objective.ratio)
+        keep_ids = masking.keep_ids(draws.mask_noise, length)
+        keep_count = _drawn_count(model, objective, draws)
+        mask = None
+        if objective.loss_on == "masked":
+            mask = _masked_pixels(model, keep_ids, keep_count)
+        passes["masked"] = Pass(draws.noise_masked, draws.drop_masked, keep_ids, keep_count, mask)
+    return passes
+
+
+def _drawn_count(model: MDT, objective: Objective, draws: Draws) -> jax.Array | None:
+    """The number of tokens the masked pass keeps, [] int32; None where it is not drawn."""
+    ratio, ratio_max = objective.ratio, objective.ratio_max
+    if objective.passes == "full" or ratio_max <= ratio:
+        return None
+    return masking.keep_count(model.num_tokens, ratio, ratio_max, draws.ratio_u)
 
 
 def _masked_pixels(model: MDT, keep_ids: jax.Array, keep_count: jax.Array | None) -> jax.Array:
@@ -126,61 +147,83 @@ def _masked_pixels(model: MDT, keep_ids: jax.Array, keep_count: jax.Array | None
 def sample_losses(
     model: MDT, objective: Objective, params: dict, batch: dict, draws: Draws
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """mean(weight·mse + vb) of the full pass plus the same of the masked pass; and each sample's.
+    """The loss, and its terms for each sample. A pure function.
 
-    batch: {"latents": [B, H, W, C] float32, "labels": [B] int32}. A pure function. What is given
-    for each sample, [B] float32: of each pass `loss`, `mse` (not weighted), `vb`, and
-    `weighted_mse` where the weight is not 1.
+    batch: {"latents": [B, H, W, C] float32, "labels": [B] int32}.
+    The loss is the sum over the passes of mean(weight·mse + vb). The terms, [B] float32, are for
+    each pass `loss`, `mse` (not weighted), `vb` and, where the weight is not 1, `weighted_mse`.
     """
     params = model.gather_unstacked(params)
     schedule = linear_schedule(objective.steps)
     weights = extract(LOSS_WEIGHTS[objective.loss_weight](schedule), draws.t).reshape(-1)
-    passes = {}
-    if objective.passes != "masked":
-        passes["full"] = (draws.noise_full, draws.drop_full, None, None, None)
-    if objective.passes != "full":
-        keep_ids, count = _kept(model, objective, draws)
-        where = _masked_pixels(model, keep_ids, count) if objective.loss_on == "masked" else None
-        passes["masked"] = (draws.noise_masked, draws.drop_masked, keep_ids, count, where)
-    values = {}
-    for name, (noise, drop, keep_ids, count, where) in passes.items():
-        labels = jnp.where(drop, model.num_classes, batch["labels"])
-
-        # Any, since Flax annotates `apply` with all that it may return.
-        def network(x, t, labels=labels, keep_ids=keep_ids, count=count) -> Any:
-            return model.apply({"params": params}, x, t, labels, keep_ids, count)
-
-        parts = diffusion_losses(network, schedule, batch["latents"], draws.t, noise, where)
-        weighted = weights * parts["mse"]
+    passes = make_passes(model, objective, draws)
+    terms = {}
+    for name, each in passes.items():
+        labels = jnp.where(each.drop, model.num_classes, batch["labels"])
+        network = functools.partial(_predict, model, params, labels, each)
+        losses = diffusion_losses(
+            network, schedule, batch["latents"], draws.t, each.noise, each.loss_mask
+        )
+        weighted = weights * losses["mse"]
         if objective.loss_weight != "uniform":
-            parts["weighted_mse"] = weighted
-        parts["loss"] = weighted + parts["vb"]
-        values |= {f"{part}/{name}": each for part, each in parts.items()}
-    loss = sum(values[f"loss/{name}"].mean() for name in passes)
-    return cast(jax.Array, loss), values
+            losses["weighted_mse"] = weighted
+        losses["loss"] = weighted + losses["vb"]
+        terms |= {f"{term}/{name}": value for term, value in losses.items()}
+    loss = sum(terms[f"loss/{name}"].mean() for name in passes)
+    return cast(jax.Array, loss), terms
+
+
+def _predict(model: MDT, params: dict, labels: jax.Array, pass_: Pass, x, t) -> Any:
+    # Any, since Flax annotates `apply` with everything it may return.
+    return model.apply({"params": params}, x, t, labels, pass_.keep_ids, pass_.keep_count)
 
 
 def summary(
-    model: MDT, objective: Objective, values: dict[str, jax.Array], draws: Draws
+    model: MDT, objective: Objective, terms: dict[str, jax.Array], draws: Draws
 ) -> dict[str, jax.Array]:
-    """What is logged of a batch's `sample_losses`: means over all, and over quarters of t.
+    """The metrics of a step: the means of `sample_losses`' terms, over all t and by quarter of t.
 
-    `kept` is the tokens that a masked pass kept, where their number is drawn.
+    `kept` is the number of tokens the masked pass kept, where it is drawn.
     """
-    metrics = {name: each.mean() for name, each in values.items()}
+    metrics = {name: values.mean() for name, values in terms.items()}
     loss = sum(value for name, value in metrics.items() if name.startswith("loss/"))
-    for name, each in values.items():
+    for name, values in terms.items():
         if not name.startswith("loss/"):
-            metrics |= _by_quartile(each, draws.t, objective.steps, name)
-    if objective.passes != "full" and objective.ratio_max > objective.ratio:
-        metrics["kept"] = cast(jax.Array, _kept(model, objective, draws)[1])
+            metrics |= _by_quartile(values, draws.t, objective.steps, name)
+    kept = _drawn_count(model, objective, draws)
+    if kept is not None:
+        metrics["kept"] = kept
     return {"loss": cast(jax.Array, loss), **metrics}
 
 
-def _parts(tree, count: int):
-    """A batch in `count` parts: [B, …] → [count, B / count, …], and what is one for all repeated.
+def _by_quartile(values: jax.Array, t: jax.Array, steps: int, name: str) -> dict[str, jax.Array]:
+    """The mean of the samples in each quarter of the timesteps; NaN where there is none."""
+    quartile = t * 4 // steps
+    return {
+        f"{name}/q{q + 1}": jnp.where(quartile == q, values, 0).sum() / (quartile == q).sum()
+        for q in range(4)
+    }
 
-    Each part takes every count-th row, so that the rows of a device stay there.
+
+def _accumulate(gradient: Callable, params: dict, batch: dict, draws: Draws, count: int):
+    """`gradient` of a batch in `count` microbatches, one after the other; float32 sums."""
+    if count == 1:
+        return gradient(params, batch, draws)
+
+    def add(total, microbatch):
+        grads, terms = gradient(params, *microbatch)
+        return jax.tree.map(jnp.add, total, grads), terms
+
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    total, terms = jax.lax.scan(add, zeros, _microbatches((batch, draws), count))
+    grads = jax.tree.map(lambda leaf: leaf / count, total)
+    return grads, {name: each.swapaxes(0, 1).reshape(-1) for name, each in terms.items()}
+
+
+def _microbatches(tree, count: int):
+    """Arrays [B, …] → [count, B / count, …]; scalars are repeated.
+
+    A microbatch takes every count-th row, so that the rows of a device stay there.
     """
 
     def split(array):
@@ -200,32 +243,18 @@ def make_train_step(
 ) -> Callable[[TrainState, dict, Draws, jax.Array], tuple[TrainState, dict]]:
     """The function (state, batch, draws, learning rate) → (state, metrics), for the caller to jit.
 
-    optimizer: as of `make_optimizer`, at a rate of 1.
-    accumulate: in how many parts the batch is taken, one after the other; gradients are added in
-    float32 and the optimiser is called once, so that the step is that of the whole batch. A step
-    whose loss or gradient norm is not finite leaves parameters, optimiser and EMA as they were and
-    is counted.
+    optimizer: as `make_optimizer` returns it, for a learning rate of 1.
+    accumulate: the number of microbatches; the step is that of the whole batch.
+    A step whose loss or gradient norm is not finite leaves parameters, optimiser and EMA unchanged
+    and is counted.
     """
-    slopes = jax.grad(functools.partial(sample_losses, model, objective), has_aux=True)
-
-    def gradient(params, batch: dict, draws: Draws):
-        if accumulate == 1:
-            return slopes(params, batch, draws)
-
-        def add(total, part):
-            grads, values = slopes(params, *part)
-            return jax.tree.map(jnp.add, total, grads), values
-
-        zeros = jax.tree.map(jnp.zeros_like, params)
-        total, values = jax.lax.scan(add, zeros, _parts((batch, draws), accumulate))
-        grads = jax.tree.map(lambda leaf: leaf / accumulate, total)
-        return grads, {name: each.swapaxes(0, 1).reshape(-1) for name, each in values.items()}
+    gradient = jax.grad(functools.partial(sample_losses, model, objective), has_aux=True)
 
     def train_step(
         state: TrainState, batch: dict, draws: Draws, learning_rate: jax.Array
     ) -> tuple[TrainState, dict]:
-        grads, values = gradient(state.params, batch, draws)
-        metrics = summary(model, objective, values, draws)
+        grads, terms = _accumulate(gradient, state.params, batch, draws, accumulate)
+        metrics = summary(model, objective, terms, draws)
         metrics["grad_norm"] = optax.tree.norm(grads)
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
 
@@ -264,12 +293,13 @@ def trace_step(
     state: TrainState,
     mesh: Mesh,
 ) -> jax.stages.Traced:
-    """The step of a config, (state, batch, key, learning rate) → (state, metrics).
+    """The training step of a config: (state, batch, key, learning rate) → (state, metrics).
 
-    state: shapes with their shardings; it is donated. key: all of a run's draws come from it. The
-    learning rate is [] float32; optim.lr does not change the program.
+    state: shapes with their shardings; the state is donated. key: the run's key for training, see
+    `draw_step`. The learning rate is a [] float32 argument: changing it does not recompile.
     """
     objective, size = Objective.from_config(config), config.data.batch_size
+    model = xla.for_devices(model, mesh.devices.flat[0].platform, mesh.size)
     if mesh.shape["fsdp"] > 1:
         model = model.clone(gather=functools.partial(parallel.gathered, mesh))
     train_step = make_train_step(
@@ -277,20 +307,19 @@ def trace_step(
     )
 
     def step_with_draws(state, batch, key, learning_rate):
-        draws = draw(key, state.step, model, size, objective.steps)
-        latents = latents_of(batch, draws, config.vae.scale)
-        draws = draws._replace(posterior=None)
+        draws = draw_step(key, state.step, model, size, objective.steps)
+        latents = batch_latents(batch, draws.posterior, config.vae.scale)
         batch = {"latents": latents, "labels": batch["labels"]}
-        return train_step(state, batch, draws, learning_rate)
+        return train_step(state, batch, draws._replace(posterior=None), learning_rate)
 
-    whole = parallel.replicated(mesh)
+    replicated = parallel.replicated(mesh)
     batch = batch_shapes(config, model, parallel.split_batch(mesh))
     key = jax.eval_shape(keys.key, 0)
-    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=whole)
-    rate = jax.ShapeDtypeStruct((), jnp.float32, sharding=whole)
+    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=replicated)
+    rate = jax.ShapeDtypeStruct((), jnp.float32, sharding=replicated)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-    jitted = jax.jit(step_with_draws, donate_argnums=0, out_shardings=(shardings, whole))
-    with of_products(config.train.precision):
+    jitted = jax.jit(step_with_draws, donate_argnums=0, out_shardings=(shardings, replicated))
+    with jax.default_matmul_precision(config.train.precision):
         return jitted.trace(state, batch, key, rate)
 
 
@@ -302,5 +331,5 @@ def compile_step(
     mesh: Mesh,
     compiler_options: dict | None = None,
 ) -> jax.stages.Compiled:
-    """`trace_step`'s, compiled without running it."""
+    """`trace_step`, compiled without being run."""
     return trace_step(config, model, optimizer, state, mesh).lower().compile(compiler_options)

@@ -1,4 +1,4 @@
-"""What a run does when it is told to stop."""
+"""What SIGTERM, Ctrl-C and preemption notices do to a run."""
 
 import contextlib
 import enum
@@ -14,72 +14,72 @@ from mdt_jax.runtime.hosts import several
 
 
 class Stopped(BaseException):
-    """The run was told to stop while it waited; its state is that of a whole step."""
+    """A signal asked the run to stop. Its state is that of a whole number of steps."""
 
 
 class _Phase(enum.Enum):
     STARTING = enum.auto()
     TRAINING = enum.auto()
-    WAITING = enum.auto()
+    INTERRUPTIBLE = enum.auto()
     ENDED = enum.auto()
 
 
 class StopSignal:
-    """What SIGTERM, preemption notices and Ctrl-C do to a run.
+    """Handles SIGTERM, Ctrl-C and preemption notices of a run.
 
-    While it starts, they end it, with 128 + the number of the signal. While it trains, they are a
-    wish that the training loop looks at; of several processes one needs to be told, and all hear of
-    it at the same step. A second Ctrl-C is `interrupts.answered`'s.
+    Before the first step a signal ends the process with exit code 128 + its number. While the run
+    trains, a signal sets a flag that the training loop checks; of several processes one needs to
+    get it, and all stop at the same step. `interrupts.answered` handles a second Ctrl-C.
     """
 
     def __init__(self):
-        self._asked, self._phase = False, _Phase.STARTING
+        self._requested, self._phase = False, _Phase.STARTING
         interrupts.end_soon("stopped before the first step; the same command goes on")
-        self._listen()
+        self._install()
 
-    def _listen(self) -> None:
+    def _install(self) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._told)
+            signal.signal(number, self._handle)
 
-    def _told(self, number: int, _) -> None:
-        self._asked = True
+    def _handle(self, number: int, _) -> None:
+        self._requested = True
         if self._phase is _Phase.ENDED:
             sys.exit(0)
-        if several():  # JAX listens to SIGTERM and passes it on
+        if several():  # JAX handles SIGTERM, and tells the other processes
             os.kill(os.getpid(), signal.SIGTERM)
         elif self._phase is _Phase.STARTING:
             sys.exit(128 + number)
-        elif self._phase is _Phase.WAITING:
+        elif self._phase is _Phase.INTERRUPTIBLE:
             raise Stopped
 
-    def wait_for_steps(self) -> None:
-        """From here on there is something to save: signals are a wish."""
+    def start_training(self) -> None:
+        """From now on there is a state to save, and signals set the flag."""
         self._phase = _Phase.TRAINING
         interrupts.end_soon(None)
 
-    def asked(self, step: int) -> bool:
+    def requested(self, step: int) -> bool:
         """Whether to stop before `step`; every process must ask at every step."""
         if several():
             return multihost_utils.reached_preemption_sync_point(step)
-        return self._asked
+        return self._requested
 
     @contextlib.contextmanager
-    def raising(self) -> Iterator[None]:
-        """What is done inside may be left half done: a signal raises Stopped there.
+    def interruptible(self) -> Iterator[None]:
+        """Inside, a signal raises Stopped at once, since nothing there has to be completed.
 
-        Of several processes each hears of it when all are through.
+        Several processes stop at their next step instead.
         """
-        self._phase = _Phase.WAITING
+        self._phase = _Phase.INTERRUPTIBLE
         try:
-            if self._asked and not several():
+            if self._requested and not several():
                 raise Stopped
             yield
         finally:
             self._phase = _Phase.TRAINING
 
     def exit_at_once(self, step: int) -> None:
-        """From here on (and if it was asked meanwhile) leave with exit code 0."""
-        if self.asked(step):
+        """From now on a signal, also one that has arrived, ends the process with exit code 0."""
+        if self.requested(step):
             sys.exit(0)
         self._phase = _Phase.ENDED
-        self._listen()
+        self._install()

@@ -1,51 +1,63 @@
-"""What shows a run while it goes, besides metrics.jsonl: TensorBoard, W&B, a profiler's trace."""
+"""Where the log of a run goes besides metrics.jsonl: TensorBoard, Weights & Biases, stderr."""
 
+import dataclasses
 import datetime
 import pathlib
 import re
 import secrets
+import sys
 from typing import Protocol
 
-import jax
 import numpy as np
 
-from mdt_jax.data.pictures import opened
+from mdt_jax.data.images import open_image
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.runtime.files import atomic_write
 from mdt_jax.runtime.hosts import log0
 
 
-class Tracker(Protocol):
-    """What shows or keeps the numbers of a run; in the first process alone.
+@dataclasses.dataclass(frozen=True)
+class Monitoring:
+    """How a run is shown besides metrics.jsonl.
 
-    Steps are counted from 1 and never go back; several calls may be of the same step.
+    wandb: the name of a project, or "". profile_steps: the steps to trace, "FIRST:LAST", or "".
+    """
+
+    tensorboard: bool = False
+    wandb: str = ""
+    profile_steps: str = ""
+
+
+class Tracker(Protocol):
+    """Shows or keeps the numbers of a run. Only the first process has trackers.
+
+    Steps are counted from 1 and never decrease. Several calls may have the same step.
     """
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        """metrics: numbers of Python's or NumPy's by name, some perhaps not finite."""
+        """metrics: Python or NumPy numbers by name; they may be NaN or infinite."""
         ...
 
     def image(self, step: int, path: pathlib.Path) -> None:
-        """path: a grid of samples, a PNG in the workdir."""
+        """path: a grid of samples, a PNG file in the workdir."""
         ...
 
     def flush(self) -> None:
-        """Return once what was written survives a crash of this process."""
+        """Return once everything written survives a crash of this process."""
         ...
 
     def close(self) -> None:
-        """To be called once, at the end."""
+        """Release files and connections. Called once, at the end."""
         ...
 
 
 def open_trackers(
     workdir: pathlib.Path, config: dict, step: int, tensorboard: bool, wandb: str
 ) -> list[Tracker]:
-    """Those asked for.
+    """The trackers of a run that starts or resumes at `step`.
 
-    step: where the run goes on; what TensorBoard showed of later steps gives way, W&B keeps its
-    own. wandb: a project's name, or "". Raises UserError where the package or the access is not
-    there.
+    TensorBoard drops what it showed of later steps; W&B keeps it. wandb: the name of a project, or
+    "". Raises UserError where the package is not installed or access is denied.
     """
     trackers: list[Tracker] = []
     if tensorboard:
@@ -55,12 +67,17 @@ def open_trackers(
     return trackers
 
 
+def on_terminal() -> bool:
+    """Whether stderr is a terminal, where a progress bar can move."""
+    return sys.stderr is not None and sys.stderr.isatty()
+
+
 def _missing(flag: str, package: str) -> UserError:
     return UserError(f"{flag} needs the package {package}: pip install {package}")
 
 
 def _picture(path: pathlib.Path) -> np.ndarray:
-    with opened(path) as image:
+    with open_image(path) as image:
         return np.asarray(image.convert("RGB"))
 
 
@@ -89,7 +106,7 @@ class TensorBoard:
 
 
 class Wandb:
-    """A run of Weights & Biases; the same workdir goes on in the same one."""
+    """A run of Weights & Biases. Each workdir has one, also after it resumed."""
 
     def __init__(self, workdir: pathlib.Path, config: dict, project: str):
         try:
@@ -120,23 +137,23 @@ class Wandb:
         self._run.log({"samples": self._image(str(path))}, step=step)
 
     def flush(self) -> None:
-        """Its own process has it already."""
+        """Do nothing: W&B's own process has the numbers already."""
 
     def close(self) -> None:
         self._run.finish()
 
 
 class Lines:
-    """A line on stderr for each one of metrics.jsonl, for logs where no bar can move.
+    """Prints a line to stderr for each logged step, where stderr is a file and no bar can move.
 
-    steps: of the whole run.
+    steps: the last step of the run.
     """
 
     def __init__(self, steps: int):
         self._steps = steps
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        if "loss" not in metrics:  # what was measured of samples is said where it is measured
+        if "loss" not in metrics:  # measures of samples are printed by Run.measure
             return
         left = datetime.timedelta(seconds=round(float(metrics["eta_seconds"])))
         log0(
@@ -149,37 +166,7 @@ class Lines:
         log0(f"step {step}: samples in {path}")
 
     def flush(self) -> None:
-        """Each line is there once it is printed."""
+        """Do nothing: each line is printed at once."""
 
     def close(self) -> None:
-        """Stderr stays open."""
-
-
-class Profile:
-    """A trace of some steps, for TensorBoard's or Perfetto's viewer.
-
-    steps: "10:13", the first and the last, counted as metrics.jsonl does; "": none. Raises
-    UserError for anything else.
-    """
-
-    def __init__(self, steps: str, folder: pathlib.Path):
-        found = re.fullmatch(r"([0-9]+):([0-9]+)", steps)
-        if steps and (not found or not 1 <= int(found[1]) <= int(found[2])):
-            raise UserError(f"--profile_steps={steps} is not such as 10:13, first and last step")
-        self._first, self._last = (int(found[1]), int(found[2])) if found else (0, 0)
-        self._folder, self._running = folder, False
-
-    def before(self, step: int, state) -> None:
-        """To be called before step number `step` with the state that it starts from."""
-        if self._first <= step <= self._last and not self._running:
-            jax.block_until_ready(state)
-            jax.profiler.start_trace(str(self._folder))
-            self._running = True
-        elif self._running and step > self._last:
-            jax.block_until_ready(state)
-            self.close()
-
-    def close(self) -> None:
-        if self._running:
-            jax.profiler.stop_trace()
-        self._running = False
+        """Do nothing: stderr stays open."""

@@ -1,12 +1,11 @@
-"""Networks and their parameters from wherever they lie, and to where others can read them."""
+"""Networks with their parameters: read from runs, folders and files of any kind, and saved."""
 
-import contextlib
 import dataclasses
-import functools
+import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Callable, Mapping
+import types
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
@@ -17,18 +16,17 @@ from ml_collections import ConfigDict
 from mdt_jax import config as configs
 from mdt_jax.models.autoencoder import AutoencoderKL
 from mdt_jax.models.inception import Inception
-from mdt_jax.models.mdt import MDT, init_params
+from mdt_jax.models.mdt import MDT
 from mdt_jax.models.resize import resize_grid
-from mdt_jax.runtime import hub, keys
+from mdt_jax.runtime import hosts, hub
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.runtime.files import reason
 from mdt_jax.runtime.progress import log
 from mdt_jax.weights import inception_names, mdt_names, orbax_folders, torch_files, vae_names
 
-ITEMS = ("ema", "raw")
-# The folder that `save` writes holds one kind of parameters, whichever it was.
-_ONLY = "weights"
-
+ITEMS = ("ema", "raw")  # the parameters of a run
+_STEP_ITEMS = {"ema": "ema", "raw": "params"}  # what a step's folder calls them
+_ONLY = "weights"  # what a folder of `save` calls its parameters, whichever they are
 
 Network = MDT | AutoencoderKL | Inception
 SomeNetwork = TypeVar("SomeNetwork", bound=Network)
@@ -37,10 +35,10 @@ SomeNetwork = TypeVar("SomeNetwork", bound=Network)
 class Weights(NamedTuple, Generic[SomeNetwork]):
     """A network and its parameters.
 
-    config: of the run they come from, if any. item: which of a run's parameters they are, one of
-    ITEMS; None where it is not known, as of a file. classes: their names in the run's data, if
-    known. step: of the run, if known. latents: of a VAE, as `vae_names.about_latents` has it.
-    vae_sha256: of the VAE that the run was trained with, if known.
+    config: of the run that trained it, if any. item: which of the run's parameters they are, one of
+    ITEMS; None where unknown, as of a file. classes: their names in the run's data, if known.
+    step: of the run, if known. latents: of a VAE, as of `vae_names.about_latents`. vae_sha256: of
+    the VAE that the run was trained with, if known.
     """
 
     model: SomeNetwork
@@ -54,34 +52,28 @@ class Weights(NamedTuple, Generic[SomeNetwork]):
 
 
 class _Kind(NamedTuple):
-    """How a kind of network is put into folders and published files."""
+    """A kind of network. names: the module with its published names and layouts."""
 
     model: type
     name: str
-    shapes: Callable[[Any], dict]
-    to_published: Callable[[Any, dict], dict[str, np.ndarray]]
+    names: types.ModuleType
 
 
 KINDS = {
-    "mdt": _Kind(
-        MDT,
-        "an MDT",
-        lambda model: jax.eval_shape(lambda key: init_params(model, key), keys.key(0)),
-        mdt_names.published_from_params,
-    ),
-    "vae": _Kind(AutoencoderKL, "a VAE", vae_names.shapes, vae_names.to_published),
-    "inception": _Kind(
-        Inception,
-        "FID's Inception",
-        inception_names.shapes,
-        inception_names.to_published,
-    ),
+    "mdt": _Kind(MDT, "an MDT", mdt_names),
+    "vae": _Kind(AutoencoderKL, "a VAE", vae_names),
+    "inception": _Kind(Inception, "FID's Inception", inception_names),
 }
 
 
 def kind_of(model: Network) -> str:
     """The key in KINDS of a network."""
     return next(key for key, kind in KINDS.items() if isinstance(model, kind.model))
+
+
+def shapes_of(model: Network) -> dict:
+    """The parameters of a network as shapes."""
+    return KINDS[kind_of(model)].names.shapes(model)
 
 
 def describe(model: Network) -> str:
@@ -101,99 +93,14 @@ def describe(model: Network) -> str:
     return f"FID's Inception with {model.num_classes} logits"
 
 
-def read(
-    path: str | os.PathLike,
-    params: str = "ema",
-    decoder_layers: int | None = None,
-    wanted: str | None = None,
-) -> Weights[Any]:
-    """Any network's weights; arguments as in `load_weights`.
-
-    wanted: a key of KINDS; anything else there is refused. Raises UserError.
-    """
-    if params not in ITEMS:
-        raise UserError(f"params is {params!r}; choose one of {', '.join(ITEMS)}")
-    if not str(path):
-        raise UserError("checkpoint '' does not exist")
-    local = hub.local_path(str(path))
-    if os.path.isdir(local) or local.suffix not in torch_files.SUFFIXES:
-        if decoder_layers is not None:
-            raise UserError(f"decoder_layers is for published files; {path} tells its own")
-        found = _read_folder(local, params)
-    else:
-        try:
-            found = _from_published(torch_files.read(local), decoder_layers, wanted, local)
-            # Now the file is let go. Saving would make one more copy of NumPy's arrays.
-            found = found._replace(params=jax.tree.map(jnp.asarray, found.params))
-            classes = torch_files.read_classes(local)
-            if isinstance(found.model, MDT) and len(classes) == found.model.num_classes:
-                found = found._replace(classes=classes)
-        except UserError as error:
-            name = "" if str(error).startswith(str(local)) else f"{path}: "
-            raise UserError(f"{name}{error}") from None
-        except (ArithmeticError, LookupError, TypeError, ValueError) as error:
-            # Shapes that nobody thought of, in a file by the right names.
-            raise UserError(f"{path}: its arrays do not fit together: {reason(error)}") from None
-    _check_finite(found.params, path)
-    if wanted not in (None, kind := kind_of(found.model)):
-        raise UserError(f"{path} holds {KINDS[kind].name}, not {KINDS[wanted].name}")
-    return found
-
-
-def _check_finite(params: dict, path: str | os.PathLike) -> None:
-    """Raise UserError, naming the first array that is not, where parameters are not finite."""
-    for place, leaf in jax.tree_util.tree_leaves_with_path(params):
-        if not jnp.isfinite(leaf).all():
-            name = jax.tree_util.keystr(place, simple=True, separator="/")
-            raise UserError(f"{path}: {name} is not finite everywhere: the weights are damaged")
-
-
-def _from_published(
-    state: Mapping[str, np.ndarray],
-    decoder_layers: int | None,
-    wanted: str | None,
-    path: pathlib.Path,
-) -> Weights:
-    """The kind is read from the names; where they tell nothing it is tried as what is wanted."""
-    latents = None
-    if vae_names.is_vae(state) or wanted == "vae":
-        told = vae_names.read_config(path)
-        model, params = vae_names.from_published(state, vae_names.norm_groups(told))
-        latents = vae_names.about_latents(told)
-    elif inception_names.is_inception(state) or (
-        wanted == "inception" and "pos_embed" not in state
-    ):
-        model, params = inception_names.from_published(state)
-    else:
-        model = mdt_names.model_from_published(state, decoder_layers)
-        params = mdt_names.params_from_published(state, model)
-    if decoder_layers is not None and not isinstance(model, MDT):
-        raise UserError(f"decoder_layers is for MDT; this is {KINDS[kind_of(model)].name}")
-    return Weights(model, params, latents=latents)
-
-
-def _read_folder(path: pathlib.Path, params: str) -> Weights:
-    """From a workdir, its checkpoints folder, one step of it, or a folder of `save`."""
-
-    def network(meta):
-        if "config" in meta:
-            return MDT.from_config(configs.complete(meta["config"]))
-        fields = dict(meta["model"])
-        kind = KINDS[fields.pop("kind")]
-        return kind.model(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
-
-    def choose(meta):
-        items = list(meta["checksums"])
-        item = _ONLY if _ONLY in items else {"ema": "ema", "raw": "params"}[params]
-        model = network(meta)
-        return item, KINDS[kind_of(model)].shapes(model)
-
-    arrays, meta = orbax_folders.load(path, choose)
-    config = configs.complete(meta["config"]) if "config" in meta else None
-    item = meta["item"] if _ONLY in meta["checksums"] else params
-    classes, step = tuple(meta.get("classes", ())), meta["step"] or None
-    told = meta.get("latents"), meta.get("files_sha256", {}).get("vae.path")
-    return Weights(network(meta), arrays, config, item, classes, step, *told)
+def params_sha256(params: dict) -> str:
+    """SHA-256 of a network's parameters by name, independent of their file; hexadecimal."""
+    digest = hashlib.sha256()
+    for path, leaf in sorted(jax.tree_util.tree_leaves_with_path(params), key=lambda x: str(x[0])):
+        digest.update(f"{jax.tree_util.keystr(path)} {leaf.shape} ".encode())
+        leaf = hosts.fetch(leaf) if isinstance(leaf, jax.Array) else leaf
+        digest.update(np.ascontiguousarray(leaf, "<f4").data)
+    return digest.hexdigest()
 
 
 def load_weights(
@@ -206,99 +113,147 @@ def load_weights(
 
     path: a workdir, its checkpoints folder, one step of it, a folder that `convert` wrote, a
     published file (.pt, .pth, .bin, .ckpt, .safetensors), or hf://OWNER/REPOSITORY/FILE.
-    params: "ema", or "raw" for those the optimiser sees; a file has but one kind.
-    decoder_layers: what a published file of MDT v1 does not tell (None: 2).
-    input_size: (H, W) of latents (or pixels) the model is to take. Where the weights are for
-    another size, position embeddings and bias tables are resampled, and this is said on stderr.
-    Raises UserError where there is nothing to load, or what is there is damaged or another network.
+    params: "ema", or "raw" for the parameters that the optimiser updates; a file has only one kind.
+    decoder_layers: of a published file of MDT v1, which does not record it (None: 2).
+    input_size: (H, W) of the latents (or pixels) that the model shall take. Where the weights are
+    for another size, position embeddings and bias tables are resampled, with a line on stderr.
+    Raises UserError where there are no weights, or they are damaged or another network's.
     """
-    found = read(path, params, decoder_layers, "mdt")
-    if input_size is None or tuple(input_size) == found.model.input_size:
-        return found
-    patch, (height, width) = found.model.patch_size, input_size
+    weights = read_network(path, params, decoder_layers, "mdt")
+    old = weights.model
+    if input_size is None or tuple(input_size) == old.input_size:
+        return weights
+    patch, (height, width) = old.patch_size, input_size
     if min(height, width) < patch or height % patch or width % patch:
-        raise UserError(f"input_size is {height}×{width}; {path} asks for multiples of {patch}")
-    model = found.model.clone(input_size=(height, width))
-    log(f"{path}: {_resampled(found.model, model)}")
-    resampled = resize_grid(found.params, found.model.grid, model.grid)
-    return found._replace(model=model, params=resampled)
+        raise UserError(
+            f"input_size is {height}×{width}; {path} requires positive multiples of {patch}"
+        )
+    new = old.clone(input_size=(height, width))
+    log(f"{path}: {describe_resize(old, new)}")
+    return weights._replace(model=new, params=resize_grid(weights.params, old.grid, new.grid))
 
 
-def _resampled(old: MDT, new: MDT) -> str:
+def describe_resize(old: MDT, new: MDT) -> str:
+    """What happens to the parameters that depend on the grid of tokens, in a line."""
     sizes = (f"{rows}×{columns}" for rows, columns in (old.grid, new.grid))
     return "position embeddings and bias tables resampled from {} to {} tokens".format(*sizes)
 
 
-# Files of a VAE in a folder of diffusers.
-VAE_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+def read_network(
+    path: str | os.PathLike,
+    params: str = "ema",
+    decoder_layers: int | None = None,
+    kind: str | None = None,
+) -> Weights[Any]:
+    """Any network's weights; arguments as of `load_weights`.
 
-
-def load_vae(path: str | os.PathLike) -> tuple[AutoencoderKL, dict]:
-    """(network, float32 parameters) of a Stable Diffusion VAE.
-
-    path: a file (.safetensors, .bin, .pt, .ckpt; in diffusers' or CompVis's layout), a folder of
-    diffusers or of `convert`, or hf://OWNER/REPOSITORY[/FILE]. Raises UserError where there is
-    none.
+    kind: the key in KINDS that the network must have. Raises UserError.
     """
-    path, found = str(path), _vae_file(str(path))
-    if found == path and os.path.isdir(path) and not orbax_folders.is_saved(path):
-        inside = os.path.join(path, "vae")
-        hint = f"; {inside} may be it" if os.path.isdir(inside) else ""
-        raise UserError(f"{path} holds no VAE: expected {' or '.join(VAE_FILES)}{hint}")
-    return read(found, wanted="vae")[:2]
+    if params not in ITEMS:
+        raise UserError(f"params is {params!r}; choose one of {', '.join(ITEMS)}")
+    if not str(path):
+        raise UserError("checkpoint '' does not exist")
+    local = hub.local_path(str(path))
+    if os.path.isdir(local) or local.suffix not in torch_files.SUFFIXES:
+        if decoder_layers is not None:
+            raise UserError(f"decoder_layers is for published files; {path} records its own")
+        weights = _read_folder(local, params)
+    else:
+        weights = _read_file(local, str(path), decoder_layers, kind)
+    for place, leaf in jax.tree_util.tree_leaves_with_path(weights.params):
+        if not jnp.isfinite(leaf).all():
+            name = jax.tree_util.keystr(place, simple=True, separator="/")
+            raise UserError(f"{path}: {name} is not finite everywhere: the weights are damaged")
+    if kind is not None and not isinstance(weights.model, KINDS[kind].model):
+        held = KINDS[kind_of(weights.model)].name
+        raise UserError(f"{path} holds {held}, not {KINDS[kind].name}")
+    return weights
 
 
-def vae_scale(path: str | os.PathLike) -> float | None:
-    """What the latents of a VAE are multiplied by, as its folder says: scaling_factor in diffusers'
-    config.json, which `convert` keeps.
-
-    path: as in `load_vae`, which can read it. Returns None where it does not say. Raises UserError
-    where it says more than a scale.
-    """
-    found = hub.local_path(_vae_file(str(path)))
+def _read_file(
+    file: pathlib.Path, path: str, decoder_layers: int | None, kind: str | None
+) -> Weights[Any]:
+    """From a published file. path: as the user gave it, for messages."""
     try:
-        if found.is_dir():
-            latents = orbax_folders.read_meta(found).get("latents") or {}
-        else:
-            latents = vae_names.about_latents(vae_names.read_config(found))
-        return vae_names.scaling_factor(latents)
+        weights = _from_state_dict(torch_files.read_arrays(file), file, decoder_layers, kind)
+        # Copies, so that the mapped file is closed and saving needs no further copy.
+        weights = weights._replace(params=jax.tree.map(jnp.asarray, weights.params))
+        classes = torch_files.read_classes(file)
+        if isinstance(weights.model, MDT) and len(classes) == weights.model.num_classes:
+            weights = weights._replace(classes=classes)
+        return weights
     except UserError as error:
-        raise UserError(f"the VAE {path}: {error}") from None
+        name = "" if str(error).startswith(str(file)) else f"{path}: "
+        raise UserError(f"{name}{error}") from None
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+        # Unexpected shapes in a file with the right names.
+        raise UserError(f"{path}: its arrays do not fit together: {reason(error)}") from None
 
 
-def _vae_file(path: str) -> str:
-    """The file in a folder or repository of diffusers; else the path as it is."""
-    if path.startswith(hub.SCHEME):
-        if path.removeprefix(hub.SCHEME).count("/") == 1:
-            path = f"{path}/{VAE_FILES[0]}"
-        _fetch_config(path.rpartition("/")[0])
-        return path
-    files = [os.path.join(path, name) for name in VAE_FILES]
-    return next((file for file in files if os.path.isfile(file)), path)
+def _from_state_dict(
+    state: dict[str, np.ndarray], file: pathlib.Path, decoder_layers: int | None, kind: str | None
+) -> Weights[Any]:
+    """The names tell the kind of network; where they do not, it is read as the required kind."""
+    if vae_names.is_vae(state) or kind == "vae":
+        config = vae_names.read_config(file)
+        model, params = vae_names.from_published(state, vae_names.norm_groups(config))
+        weights = Weights(model, params, latents=vae_names.about_latents(config))
+    elif inception_names.is_inception(state) or (kind == "inception" and "pos_embed" not in state):
+        weights = Weights(*inception_names.from_published(state))
+    else:
+        return Weights(*mdt_names.from_published(state, decoder_layers))
+    if decoder_layers is not None:
+        name = KINDS[kind_of(weights.model)].name
+        raise UserError(f"decoder_layers is for MDT; this is {name}")
+    return weights
 
 
-@functools.cache
-def _fetch_config(folder: str) -> None:
-    """Bring config.json beside the file of a folder on the hub, if it has one."""
-    with contextlib.suppress(UserError):  # what else is wrong is told of the file itself
-        hub.local_path(f"{folder}/config.json")
+def _read_folder(path: pathlib.Path, params: str) -> Weights[Any]:
+    """From a workdir, its checkpoints folder, one step of it, or a folder of `save`."""
+
+    def choose(meta: dict) -> tuple[str, dict]:
+        item = _ONLY if _ONLY in meta["checksums"] else _STEP_ITEMS[params]
+        return item, shapes_of(_network_of(meta))
+
+    arrays, meta = orbax_folders.load_item(path, choose)
+    return Weights(
+        _network_of(meta),
+        arrays,
+        config=configs.complete(meta["config"]) if "config" in meta else None,
+        item=meta["item"] if _ONLY in meta["checksums"] else params,
+        classes=tuple(meta.get("classes", ())),
+        step=meta["step"] or None,
+        latents=meta.get("latents"),
+        vae_sha256=meta.get("files_sha256", {}).get("vae.path"),
+    )
+
+
+def _network_of(meta: dict) -> Network:
+    """The network that a folder's meta describes."""
+    if "config" in meta:
+        return MDT.from_config(configs.complete(meta["config"]))
+    fields = dict(meta["model"])
+    kind = KINDS[fields.pop("kind")]
+    return kind.model(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
 
 
 def save(path: str | os.PathLike, weights: Weights) -> None:
-    """Write parameters: a published file where the suffix is one of its, else an Orbax folder.
+    """Write parameters, whole or not at all: a published file where the suffix is one of
+    `torch_files.SUFFIXES`, else an Orbax folder.
 
-    Whole or not at all. A folder keeps the config of the run, if it is of this model. Raises
-    UserError where the published code has no place for the model, and where the disk is full.
+    A folder keeps the config of the run, if it is of this model. Raises UserError where the
+    published code cannot represent the model, and where the disk is full.
     """
     path, kind, model = pathlib.Path(path), kind_of(weights.model), weights.model
     if path.suffix in torch_files.SUFFIXES:
-        torch_files.write(path, KINDS[kind].to_published(model, weights.params), weights.classes)
+        state = KINDS[kind].names.to_published(model, weights.params)
+        torch_files.write_arrays(path, state, weights.classes)
         return
     config = weights.config
-    if config is not None and _fields(MDT.from_config(config)) == _fields(model):
+    if config is not None and fields_of(MDT.from_config(config)) == fields_of(model):
         meta = {"config": config.to_dict()}
     else:
-        meta = {"model": {"kind": kind, **_fields(model)}}
+        meta = {"model": {"kind": kind, **fields_of(model)}}
     meta |= {"item": weights.item, "classes": weights.classes, "step": weights.step}
     if weights.latents:
         meta["latents"] = weights.latents
@@ -308,81 +263,25 @@ def save(path: str | os.PathLike, weights: Weights) -> None:
 
 
 def unrecorded(weights: Weights) -> list[str]:
-    """What a published file of a network does not tell, for whoever reads it."""
-    said, model = [], weights.model
+    """What a published file of a network cannot record, a line each."""
+    lines, model = [], weights.model
     if isinstance(model, MDT):
         if model.version == "v1" and model.decoder_layers != mdt_names.DECODER_LAYERS:
-            said.append(f"to be read with decoder_layers={model.decoder_layers}")
+            lines.append(f"it must be read with decoder_layers={model.decoder_layers}")
         for field in ("masked_shortcut", "asymmetric"):
             if not getattr(model, field):
-                said.append(f"that {field} was False, which concerns the masked pass alone")
+                lines.append(f"{field} was False, which changes only the masked pass")
     elif isinstance(model, AutoencoderKL):
-        told: dict[str, object] = dict(weights.latents or {})
+        config: dict[str, object] = dict(weights.latents or {})
         if model.groups != min(32, *model.channels):
-            told["norm_num_groups"] = model.groups
-        if told:
-            said.append(f"to be read beside a config.json of {json.dumps(told)}")
-    return said
+            config["norm_num_groups"] = model.groups
+        if config:
+            lines.append(f"it needs, beside it, a config.json of {json.dumps(config)}")
+    return lines
 
 
-def _fields(model: Network) -> dict:
-    """What makes the network: every field but those that only say how it is computed."""
-    computed = ("dtype", "remat", "gather", "unroll", "parent", "name")
+def fields_of(model: Network) -> dict:
+    """The fields that define a network, without those that only say how to compute it."""
+    computed = ("dtype", "remat", "gather", "unroll", "transpose", "parent", "name")
     fields = {field.name: getattr(model, field.name) for field in dataclasses.fields(model)}
     return {name: value for name, value in fields.items() if name not in computed}
-
-
-def start_from(config: ConfigDict, model: MDT, key: jax.Array) -> tuple[dict, dict, list[str]]:
-    """(parameters, EMA, what is new) for a run that starts from init.checkpoint.
-
-    A file gives both. Where the number of classes differs the label table is drawn anew from `key`.
-    Where the grid of tokens differs it is an error, or with init.resize position embeddings and
-    bias tables are resampled. Raises UserError where the networks, or the scale of a VAE's
-    latents, differ in anything else.
-    """
-    path = config.init.checkpoint
-    source, ema, theirs, *_ = load_weights(path)
-    is_file = hub.local_path(path).is_file()
-    untold = is_file and source.version == "v1" and source.depth == model.depth
-    if untold and 0 < model.decoder_layers != source.decoder_layers:
-        source, ema, *_ = load_weights(path, decoder_layers=model.decoder_layers)
-    params = ema if is_file else load_weights(path, params="raw").params
-    ours, others = _fields(model), _fields(source)
-    # Seen to below, or without parameters of their own.
-    free = ("input_size", "num_classes", "asymmetric", "masked_shortcut")
-    different = [
-        f"{name} is {others[name]} there and {value} here"
-        for name, value in ours.items()
-        if name not in free and others[name] != value
-    ]
-    if theirs is not None:
-        different += [
-            f"{name} is {there} there and {here} here"
-            for name, there, here in (
-                ("vae.scale", theirs.vae.scale, config.vae.scale),
-                ("diffusion.steps", theirs.diffusion.steps, config.diffusion.steps),
-            )
-            if there != here
-        ]
-    if different:
-        raise UserError(f"init.checkpoint {path} is of another network: {'; '.join(different)}")
-    said = []
-    if source.grid != model.grid:
-        if not config.init.resize:
-            old, new = (f"{rows}×{columns}" for rows, columns in (source.grid, model.grid))
-            raise UserError(
-                f"init.checkpoint {path} is for {old} tokens and the config for {new}; "
-                "init.resize=True resamples position embeddings and bias tables"
-            )
-        params, ema = (resize_grid(tree, source.grid, model.grid) for tree in (params, ema))
-        said.append(_resampled(source, model))
-    if source.num_classes != model.num_classes:
-        fresh = {k: v for k, v in init_params(model, key).items() if k == "label_embed"}
-        params, ema = (
-            {**{k: v for k, v in tree.items() if k != "label_embed"}, **fresh}
-            for tree in (params, ema)
-        )
-        said.append(
-            f"a new label table: {source.num_classes} classes there, {model.num_classes} here"
-        )
-    return params, ema, said

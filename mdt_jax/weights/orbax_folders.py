@@ -1,10 +1,12 @@
-"""A folder of arrays that Orbax writes and reads, whose bits are known to be those that were saved.
+"""Folders of arrays in Orbax's format, with checksums that prove their bits unchanged.
 
-It holds items (trees of arrays by name) and `meta` (JSON, with their checksums and its own). It
-gets its final name only when all of it is written.
+A folder holds items (trees of arrays by name) and `meta` (JSON, with checksums of the items and of
+itself). It gets its final name only once it is complete. A run has one for each step that it saved:
+WORKDIR/checkpoints/STEP.
 """
 
 import contextlib
+import functools
 import glob
 import hashlib
 import json
@@ -16,7 +18,7 @@ import shutil
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import jax
@@ -25,184 +27,74 @@ import orbax.checkpoint as ocp
 
 from mdt_jax.runtime import hosts
 from mdt_jax.runtime.errors import UserError
-from mdt_jax.runtime.files import check_regular, check_room, free, is_text, passes, reason
+from mdt_jax.runtime.files import (
+    check_regular,
+    check_room,
+    file_sha256,
+    free,
+    is_text,
+    passes,
+    reason,
+)
 from mdt_jax.runtime.progress import log
 
 FOLDER = "checkpoints"
-FORMAT = 1  # of a step folder; a newer one is not for this code
-ORBAX_FILES = 1_000_000  # bytes that a step takes besides its arrays, generously
-SUM = "sha256"  # in `meta`: of all else in it; so in every format, newer ones included
-STEP = re.compile("0|[1-9][0-9]*")  # what a step's folder is called
-Read = TypeVar("Read")
-# Files that Orbax itself leaves in a folder that it writes.
+FORMAT = 1  # of a step's folder; this version cannot read newer ones
+ORBAX_FILES = 1_000_000  # bytes that a folder needs besides its arrays, at most
+SUM = "sha256"  # the key in `meta` of the checksum of its other entries, in every format
+STEP = re.compile("0|[1-9][0-9]*")  # the name of a step's folder
+# Files that Orbax itself leaves in a folder.
 ORBAX_MARKS = {"_CHECKPOINT_METADATA", "_METADATA", "_sharding", "manifest.ocdbt"}
+Read = TypeVar("Read")
+# From a folder's meta: the name of an item, and its tree of shapes.
+Choose = Callable[[dict], tuple[str, dict]]
 
 
-@jax.jit
-def _checksum(tree) -> jax.Array:
-    """A uint32 of all bits of a tree, on the devices where it lies; independent of the sharding."""
-    total = jnp.zeros((), jnp.uint32)
-    for number, leaf in enumerate(jax.tree.leaves(tree)):
-        words = jax.lax.bitcast_convert_type(leaf, jnp.uint32)
-        total += jnp.uint32(2 * number + 1) * words.sum(dtype=jnp.uint32)
-    return total
+# --- Names of folders
 
 
-def _reader() -> ocp.Checkpointer:
-    """Each process reads by itself: by default Orbax has those that could wait for those that could
-    not, which have left already."""
-    quiet()
-    this = jax.process_index()
-    alone = ocp.options.MultiprocessingOptions(primary_host=this, active_processes={this})
-    return ocp.Checkpointer(ocp.CompositeCheckpointHandler(), multiprocessing_options=alone)
+def steps_in(workdir: str | os.PathLike) -> list[int]:
+    """The steps that a run has saved, newest first."""
+    return steps_of(pathlib.Path(workdir) / FOLDER)
 
 
-def restore(folder: pathlib.Path, items: dict[str, Any]) -> dict[str, Any]:
-    """Restore items (abstract trees by name) of a step folder; ValueError if bits have changed."""
-    args = {name: ocp.args.StandardRestore(tree) for name, tree in items.items()}
-    error = None
-    try:
-        with _reader() as checkpointer:
-            restored = checkpointer.restore(
-                folder, ocp.args.Composite(meta=ocp.args.JsonRestore(), **args)
-            )
-    except Exception as raised:  # whatever Orbax makes of a damaged folder
-        error = raised
-    # Where the files of one process are damaged, the others must not begin a sum with it.
-    if not hosts.all_hosts(error is None, f"checkpoint {folder.name}"):
-        raise error or ValueError("another process cannot read it")
-    for name in items:
-        if int(_checksum(restored[name])) != restored["meta"]["checksums"][name]:
-            raise ValueError(f"the values of {name} are not those that were saved")
-    return restored
+def steps_of(directory: pathlib.Path) -> list[int]:
+    """The steps in a folder of checkpoints, newest first; unfinished ones have temporary names."""
+    if not directory.is_dir():
+        return []
+    names = [path.name for path in directory.iterdir()]
+    return sorted((int(name) for name in names if STEP.fullmatch(name)), reverse=True)
 
 
-def _digest(meta: dict) -> str:
-    """SHA-256 of a meta, but for the one that it holds."""
-    rest = {name: value for name, value in meta.items() if name != SUM}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
-
-
-def read_meta(folder: pathlib.Path) -> dict:
-    """The JSON of a step folder: config, step, checksums and the times of the run.
-
-    Raises ValueError where it is not what was saved, and UserError where a newer mdt_jax has
-    written it in a way that this one does not know.
-    """
-    _check_regular(folder)
-    with _reader() as checkpointer:
-        meta = checkpointer.restore(folder, ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
-    if SUM in meta and meta[SUM] != _digest(meta):  # older ones have none
-        raise ValueError("its meta is not what was saved")
-    of_run = folder.parent.name == FOLDER and STEP.fullmatch(folder.name)
-    if of_run and int(folder.name) != meta["step"]:
-        raise ValueError(f"its meta is of step {meta['step']}")
-    if meta.get("format", 1) > FORMAT:
-        raise UserError(
-            f"checkpoint {folder} is of format {meta['format']}, newer than the {FORMAT} that this "
-            "mdt_jax knows: install a newer one"
-        )
-    return meta
-
-
-def _check_regular(folder: pathlib.Path) -> None:
-    """Raise OSError for a pipe, a socket or a device in it, which Orbax would wait for."""
-    for place, _, names in os.walk(folder):
-        for name in names:
-            check_regular(os.path.join(place, name))
-
-
-def check_readable(folder: pathlib.Path, error: Exception) -> None:
-    """Raise UserError where a step folder may be sound and only cannot be read just now.
-
-    error: what reading it raised. Orbax takes files that may not be opened for missing ones, so
-    each of them is tried.
-    """
-
-    def fail(why: OSError):
-        if passes(why):
-            raise why
-
-    try:
-        for place, _, names in os.walk(folder, onerror=fail):
-            for name in names:
-                check_regular(os.path.join(place, name))
-                with open(os.path.join(place, name), "rb") as file:
-                    while file.read(1 << 24):
-                        pass
-    except OSError as raised:
-        error = raised
-    if passes(error):
-        raise UserError(
-            f"checkpoint {folder} cannot be read just now: {reason(error)}; nothing was moved, the "
-            "same command tries again"
-        ) from None
+def is_saved(folder: str | os.PathLike) -> bool:
+    """Whether a folder is one step of a run, or a folder of `save_folder`."""
+    return (pathlib.Path(folder) / "meta").is_dir()
 
 
 def check_path(path: str | os.PathLike) -> None:
     """Raise UserError for a folder that Orbax could write but not read.
 
-    It takes its path for a pattern of names, and some names for those of unfinished checkpoints.
+    Orbax takes its path for a glob pattern, and some names for those of unfinished checkpoints.
     """
     full = str(pathlib.Path(path).absolute())
     text = full.encode(errors="backslashreplace").decode()
-    found = [part for part in ("*", "?", "[", "\\", ".orbax-checkpoint-tmp") if part in full]
+    unusable = [part for part in ("*", "?", "[", "\\", ".orbax-checkpoint-tmp") if part in full]
     if not is_text(full):
-        found.append("bytes that are no UTF-8")
-    if found:
+        unusable.append("bytes that are no UTF-8")
+    if unusable:
         raise UserError(
-            f"{text} has {' and '.join(found)} in its path, and checkpoints in such a folder "
+            f"{text} has {' and '.join(unusable)} in its path, and checkpoints in such a folder "
             "cannot be read back; choose another name, or rename the folder"
         )
 
 
-def quiet() -> None:
-    """Orbax logs each save, leftovers of killed ones, and tracebacks of what is raised anyway."""
-    for name in ("absl", "asyncio"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    sys.unraisablehook = _late_work_aside
-    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
-
-
-def _late_work_aside(unraisable) -> None:
-    """Reads and writes under way when another failed end after it, and each would say so."""
-    code = getattr(unraisable.object, "cr_code", None)
-    of_orbax = code is not None and "orbax" in pathlib.Path(code.co_filename).parts
-    if not of_orbax and str(unraisable.exc_value) != "Event loop is closed":
-        sys.__unraisablehook__(unraisable)
-
-
-@contextlib.contextmanager
-def writing(path: pathlib.Path, arrays: object = ()):
-    """Raise UserError where there is no room for the arrays, or for whatever Orbax raises."""
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves(arrays))
-    check_room(path, size + ORBAX_FILES if size else 0)
-    try:
-        yield
-    except Exception as error:
-        if hosts.may_be_lost(error):
-            raise
-        raise UserError(f"{path} could not be written: {reason(error)}{free(path)}") from None
-
-
-def is_saved(folder: str | os.PathLike) -> bool:
-    """Whether a folder is one step of a run, or one of `save_folder`."""
-    return (pathlib.Path(folder) / "meta").is_dir()
-
-
-def sealed(items: dict[str, Any], meta: dict) -> ocp.args.Composite:
-    """What Orbax is to save: items, and meta with their checksums and its own."""
-    checksums = {name: int(_checksum(tree)) for name, tree in items.items()}
-    meta = {"format": FORMAT, "step": 0, "checksums": checksums, **meta}
-    meta[SUM] = _digest(meta)
-    args = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
-    return ocp.args.Composite(meta=ocp.args.JsonSave(meta), **args)
+# --- Writing
 
 
 def save_folder(folder: str | os.PathLike, item: str, arrays: dict, meta: dict) -> None:
     """Write one item as a folder of its own, with its meta; whole or not at all.
 
-    Raises UserError where it cannot be written, such as on a full disk.
+    Raises UserError where it cannot be written, for example on a full disk.
     """
     quiet()
     check_path(folder)
@@ -215,47 +107,106 @@ def save_folder(folder: str | os.PathLike, item: str, arrays: dict, meta: dict) 
         raise
 
 
+@contextlib.contextmanager
+def writing(path: pathlib.Path, arrays: object = ()) -> Iterator[None]:
+    """Raise UserError where there is no room for the arrays, and for any error of Orbax."""
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(arrays))
+    check_room(path, size + ORBAX_FILES if size else 0)
+    try:
+        yield
+    except Exception as error:
+        if hosts.may_be_lost(error):
+            raise
+        raise UserError(f"{path} could not be written: {reason(error)}{free(path)}") from None
+
+
+def sealed(items: dict[str, Any], meta: dict) -> ocp.args.Composite:
+    """What Orbax is to save: the items, and the meta with their checksums and its own."""
+    checksums = {name: int(_checksum(tree)) for name, tree in items.items()}
+    meta = {"format": FORMAT, "step": 0, "checksums": checksums, **meta}
+    meta[SUM] = _meta_sha256(meta)
+    args = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
+    return ocp.args.Composite(meta=ocp.args.JsonSave(meta), **args)
+
+
+@jax.jit
+def _checksum(tree) -> jax.Array:
+    """A uint32 of all bits of a tree, computed where its arrays are; independent of sharding."""
+    total = jnp.zeros((), jnp.uint32)
+    for number, leaf in enumerate(jax.tree.leaves(tree)):
+        words = jax.lax.bitcast_convert_type(leaf, jnp.uint32)
+        total += jnp.uint32(2 * number + 1) * words.sum(dtype=jnp.uint32)
+    return total
+
+
+def _meta_sha256(meta: dict) -> str:
+    """SHA-256 of all entries of a meta but its own checksum."""
+    rest = {name: value for name, value in meta.items() if name != SUM}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
 def _remove_unfinished(folder: pathlib.Path) -> None:
-    """Remove what a failed save of a folder has left, to which Orbax may still be writing."""
+    """Remove the files of a failed save, to which Orbax may still be writing."""
     for _ in range(50):
-        left = list(folder.parent.glob(f"{glob.escape(folder.name)}.orbax-checkpoint-tmp*"))
-        if not left:
+        unfinished = list(folder.parent.glob(f"{glob.escape(folder.name)}.orbax-checkpoint-tmp*"))
+        if not unfinished:
             return
-        for path in left:
+        for path in unfinished:
             shutil.rmtree(path, ignore_errors=True)
         time.sleep(0.1)
 
 
-def steps_of(directory: pathlib.Path) -> list[int]:
-    """Finished steps, newest first: unfinished ones still have a temporary name."""
-    if not directory.is_dir():
-        return []
-    names = [path.name for path in directory.iterdir()]
-    return sorted((int(name) for name in names if STEP.fullmatch(name)), reverse=True)
+# --- Reading
 
 
-def steps_in(workdir: str | os.PathLike) -> list[int]:
-    """The steps that a run has saved there, newest first."""
-    return steps_of(pathlib.Path(workdir) / FOLDER)
+def load_item(path: str | os.PathLike, choose: Choose) -> tuple[dict, dict]:
+    """(arrays, meta) of one item; of a run, from its newest step that is not damaged.
+
+    path: a workdir, its checkpoints folder, one step of it, or a folder of `save_folder`. Raises
+    UserError where the path does not exist, or holds no such item that can be read.
+    """
+    root = pathlib.Path(path).absolute()
+    if not str(path) or not os.path.exists(root):
+        raise UserError(f"checkpoint '{path}' does not exist")
+    if root.is_file():
+        raise UserError(f"{path} is neither the folder of a run nor a file of weights")
+    check_path(root)
+    _check_is_ours(root)
+    read = functools.partial(_read_item, choose=choose)
+    if is_saved(root):
+        try:
+            return read(root)
+        except UserError:
+            raise
+        except Exception as error:  # Orbax raises many kinds for a damaged folder
+            check_readable(root, error)
+            raise UserError(f"checkpoint {path} is damaged: {reason(error)}") from None
+    newest, _ = newest_sound(root / FOLDER if (root / FOLDER).is_dir() else root, read)
+    if newest is None:
+        raise UserError(
+            f"{path} holds no checkpoint: expected a workdir that was trained in{_file_hint(root)}"
+        )
+    return newest
 
 
 def newest_sound(
     directory: pathlib.Path, read: Callable[[pathlib.Path], Read]
 ) -> tuple[Read | None, list[int]]:
-    """read(folder) of the newest step that can be read, and the damaged steps passed over.
+    """read(folder) of the newest step that can be read, and the damaged newer steps.
 
     Returns (None, []) where there is no step at all; raises UserError where none can be read.
     """
     damaged = []
     for step in steps_of(directory):
+        folder = directory / str(step)
         try:
-            return read(directory / str(step)), damaged
+            return read(folder), damaged
         except UserError:
             raise
-        except Exception as error:  # whatever Orbax makes of a damaged folder
-            check_readable(directory / str(step), error)
+        except Exception as error:  # Orbax raises many kinds for a damaged folder
+            check_readable(folder, error)
             damaged.append(step)
-            log(f"checkpoint {directory / str(step)} is damaged: {reason(error)}")
+            log(f"checkpoint {folder} is damaged: {reason(error)}")
     if damaged:
         raise UserError(
             f"none of the {len(damaged)} checkpoints in {directory} can be read; restore "
@@ -264,56 +215,141 @@ def newest_sound(
     return None, damaged
 
 
-def load(path: str | os.PathLike, choose: Callable[[dict], tuple[str, dict]]) -> tuple[dict, dict]:
-    """(arrays, meta) of one item of a workdir, its checkpoints folder, one step of it, or a folder
-    of `save_folder`; of the newest step that is sound.
+def _read_item(folder: pathlib.Path, choose: Choose) -> tuple[dict, dict]:
+    """(arrays, meta) of one folder, on this process's first device."""
+    meta = read_meta(folder)
+    item, shapes = choose(meta)
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    abstract = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), shapes
+    )
+    return restore(folder, {item: abstract})[item], meta
 
-    choose: meta → (item, its shapes). Raises UserError when the path does not exist, holds no
-    checkpoint or no such item, or none can be read.
+
+def read_meta(folder: pathlib.Path) -> dict:
+    """The JSON of a folder: config, step, checksums and the times of the run.
+
+    Raises ValueError where it is damaged, and UserError where a newer mdt_jax has written it in a
+    format that this version does not know.
     """
-    root = pathlib.Path(path).absolute()
-    if not str(path) or not os.path.exists(root):
-        raise UserError(f"checkpoint '{path}' does not exist")
-    if root.is_file():
-        raise UserError(f"{path} is a file of no kind that holds weights, nor the folder of a run")
-    check_path(root)
-
-    def read(folder: pathlib.Path):
-        meta = read_meta(folder)
-        item, shapes = choose(meta)
-        device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        abstract = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), shapes
+    for path in _files_in(folder):
+        check_regular(path)  # Orbax would wait for a pipe
+    with _reader() as checkpointer:
+        meta = checkpointer.restore(folder, ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+    if SUM in meta and meta[SUM] != _meta_sha256(meta):  # the oldest have no checksum
+        raise ValueError("its meta is not what was saved")
+    is_step = folder.parent.name == FOLDER and STEP.fullmatch(folder.name)
+    if is_step and int(folder.name) != meta["step"]:
+        raise ValueError(f"its meta is of step {meta['step']}")
+    if meta.get("format", 1) > FORMAT:
+        raise UserError(
+            f"checkpoint {folder} is of format {meta['format']}, newer than the {FORMAT} that this "
+            "mdt_jax knows: install a newer one"
         )
-        return restore(folder, {item: abstract})[item], meta
+    return meta
 
-    _check_is_ours(root)
-    if is_saved(root):
-        try:
-            return read(root)
-        except UserError:
-            raise
-        except Exception as error:
-            check_readable(root, error)
-            raise UserError(f"checkpoint {path} is damaged: {reason(error)}") from None
-    found, _ = newest_sound(root / FOLDER if (root / FOLDER).is_dir() else root, read)
-    if found is None:
-        kinds = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
-        # Files of several parts are not read.
-        held = sorted(n for n in os.listdir(root) if n.endswith(kinds) and "-of-" not in n)
-        hint = f"; for the weights in {held[0]} give this file" if held else ""
-        raise UserError(f"{path} holds no checkpoint: expected a workdir that was trained in{hint}")
-    return found
+
+def restore(folder: pathlib.Path, items: dict[str, Any]) -> dict[str, Any]:
+    """The items of a folder, and its meta.
+
+    items: abstract trees by name. Raises ValueError if bits have changed.
+    """
+    args = {name: ocp.args.StandardRestore(tree) for name, tree in items.items()}
+    error = None
+    try:
+        with _reader() as checkpointer:
+            restored = checkpointer.restore(
+                folder, ocp.args.Composite(meta=ocp.args.JsonRestore(), **args)
+            )
+    except Exception as raised:  # Orbax raises many kinds for a damaged folder
+        error = raised
+    # A checksum is a collective: no process may begin one if another could not read its part.
+    if not hosts.all_hosts(error is None, f"checkpoint {folder.name}"):
+        raise error or ValueError("another process cannot read it")
+    for name in items:
+        if int(_checksum(restored[name])) != restored["meta"]["checksums"][name]:
+            raise ValueError(f"the values of {name} are not those that were saved")
+    return restored
+
+
+def _reader() -> ocp.Checkpointer:
+    """An Orbax reader for this process alone.
+
+    By default Orbax synchronises the processes, and waits for those that failed to read and left.
+    """
+    quiet()
+    this = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(primary_host=this, active_processes={this})
+    return ocp.Checkpointer(ocp.CompositeCheckpointHandler(), multiprocessing_options=alone)
+
+
+def check_readable(folder: pathlib.Path, error: Exception) -> None:
+    """Raise UserError where a folder may be sound and only cannot be read at the moment.
+
+    error: what reading it raised. Every file is tried, because Orbax reports files that cannot be
+    opened as missing.
+    """
+
+    def raise_if_passing(raised: OSError) -> None:
+        if passes(raised):
+            raise raised
+
+    try:
+        for path in _files_in(folder, raise_if_passing):
+            check_regular(path)
+            file_sha256(path)
+    except OSError as raised:
+        error = raised
+    if passes(error):
+        raise UserError(
+            f"checkpoint {folder} cannot be read just now: {reason(error)}; nothing was moved, "
+            "rerun the same command to try again"
+        ) from None
+
+
+def _files_in(
+    folder: pathlib.Path, onerror: Callable[[OSError], None] | None = None
+) -> Iterator[str]:
+    for place, _, names in os.walk(folder, onerror=onerror):
+        for name in names:
+            yield os.path.join(place, name)
 
 
 def _check_is_ours(root: pathlib.Path) -> None:
-    """Raise UserError for a folder, or one with steps, that another program wrote by Orbax."""
+    """Raise UserError for a folder, or one with steps, that another program wrote with Orbax."""
     for folder in (root, *(root / str(step) for step in steps_of(root))):
         names = {path.name for path in folder.iterdir()}
         if names & ORBAX_MARKS and not names & {"meta", "params", "ema", "progress"}:
             items = sorted(name for name in names if "." not in name and name not in ORBAX_MARKS)
-            held = "arrays alone" if "_METADATA" in names else ", ".join(items[:3])
+            content = "arrays alone" if "_METADATA" in names else ", ".join(items[:3])
             raise UserError(
-                f"{folder} is an Orbax checkpoint of another program: it holds {held}, not the "
+                f"{folder} is an Orbax checkpoint of another program: it holds {content}, not the "
                 "params, ema, progress and meta of a run"
             )
+
+
+def _file_hint(root: pathlib.Path) -> str:
+    """The end of a message where a folder holds a file of weights instead of a checkpoint."""
+    kinds = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
+    # mdt_jax does not read files in several parts.
+    files = sorted(n for n in os.listdir(root) if n.endswith(kinds) and "-of-" not in n)
+    return f"; for the weights in {files[0]} give this file" if files else ""
+
+
+# --- Orbax's own messages
+
+
+def quiet() -> None:
+    """Silence Orbax's log of saves and leftovers, and its tracebacks of errors it raises anyway."""
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    sys.unraisablehook = _ignore_unraisable_of_orbax
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+
+
+def _ignore_unraisable_of_orbax(unraisable) -> None:
+    """When one read or write fails, the others under way end later, each with a message."""
+    code = getattr(unraisable.object, "cr_code", None)
+    of_orbax = code is not None and "orbax" in pathlib.Path(code.co_filename).parts
+    if not of_orbax and str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)

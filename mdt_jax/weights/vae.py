@@ -1,70 +1,198 @@
-"""Images ⇄ latents of a VAE, a few images at a time, on all devices."""
+"""Stable Diffusion's VAE: its files, and images ⇄ latents in slices on all devices."""
 
+import contextlib
+import dataclasses
 import functools
-import hashlib
+import os
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
+from ml_collections import ConfigDict
 
 from mdt_jax.data.images import to_float
 from mdt_jax.diffusion.options import check_finite
 from mdt_jax.models.autoencoder import VAE_SCALE, AutoencoderKL
-from mdt_jax.runtime import hosts, parallel
+from mdt_jax.models.mdt import VAE_CHANNELS, VAE_FACTOR
+from mdt_jax.runtime import hub, parallel
+from mdt_jax.runtime.backend import HIGHEST
 from mdt_jax.runtime.errors import UserError
-from mdt_jax.runtime.precision import HIGHEST, of_products
-from mdt_jax.runtime.progress import progress_bar
+from mdt_jax.weights import networks, orbax_folders, vae_names
+
+# A VAE's file in a folder of diffusers.
+VAE_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 
 
-def at_once(height: int, width: int) -> int:
-    """How many images a device takes at a time: eight of 256×256, or as many pixels of others.
+@dataclasses.dataclass(frozen=True)
+class Vae:
+    """A VAE with its parameters, between images and the latents of a diffusion model.
 
-    So memory does not grow with their number.
+    path: as the user gave it. scale: the factor of its latents, which are scaled in training and
+    sampling. params: float32.
     """
+
+    path: str
+    scale: float
+    network: AutoencoderKL
+    params: dict
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, scale: float | None = None) -> "Vae":
+        """Read a VAE.
+
+        path: a file (.safetensors, .bin, .pt, .ckpt; in diffusers' or CompVis's layout), a folder
+        of diffusers or of `convert`, or hf://OWNER/REPOSITORY[/FILE]. scale: None means
+        `recorded_scale`, or Stable Diffusion's. Raises UserError where there is no VAE.
+        """
+        path = str(path)
+        file = _file_of(path)
+        if file == path and os.path.isdir(path) and not orbax_folders.is_saved(path):
+            inside = os.path.join(path, "vae")
+            hint = f"; try {inside}" if os.path.isdir(inside) else ""
+            raise UserError(f"{path} holds no VAE: expected {' or '.join(VAE_FILES)}{hint}")
+        network, params = networks.read_network(file, kind="vae")[:2]
+        return cls(path, scale or recorded_scale(path) or VAE_SCALE, network, params)
+
+    @classmethod
+    def from_config(cls, config: ConfigDict) -> "Vae | None":
+        """The VAE of a config; None where it trains on pixels.
+
+        Raises UserError where there is none, or MDT's networks cannot take its latents.
+        """
+        if config.vae.path == "identity":
+            return None
+        vae = cls.load(config.vae.path, config.vae.scale)
+        channels, factor = vae.network.latent_channels, vae.network.factor
+        if (channels, factor) != (VAE_CHANNELS, VAE_FACTOR):
+            raise UserError(
+                f"vae.path {vae.path} has latents of {channels} channels at 1/{factor} of the "
+                f"size; they must have {VAE_CHANNELS} at 1/{VAE_FACTOR}"
+            )
+        return vae
+
+    def check_scale(self) -> None:
+        """Raise UserError where the VAE's folder records another scale than the config."""
+        recorded = recorded_scale(self.path)
+        if recorded not in (None, self.scale):
+            raise UserError(
+                f"vae.scale is {self.scale}, but the scaling_factor of {self.path} is {recorded}: "
+                "set vae.scale to it, or to train with your own take scaling_factor out of the "
+                "VAE's config.json"
+            )
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        """SHA-256 of the parameters, hexadecimal."""
+        return networks.params_sha256(self.params)
+
+    def encoder(
+        self, mesh: Mesh, precision: str = HIGHEST
+    ) -> Callable[..., tuple[jax.Array, jax.Array]]:
+        """A compiled function from images to the (mean, std) of their posteriors, not scaled.
+
+        It takes images [B, H, W, 3] uint8 and returns [B, h, w, c] float32, all split over the
+        mesh. Memory does not grow with B. precision: one of PRECISIONS.
+        """
+        params = parallel.put(self.params, parallel.replicated(mesh))
+        return functools.partial(_encode(self.network, mesh, precision), params)
+
+    def decode(
+        self,
+        latents: np.ndarray,
+        *,
+        batch_size: int | None = None,
+        precision: str = HIGHEST,
+        name: Callable[[int], str] = "sample {}".format,
+    ) -> np.ndarray:
+        """Scaled latents [N, h, w, c] → images [N, H, W, 3] float32, about in [−1, 1].
+
+        batch_size: how many to decode at a time, on all devices together; None means `slice_size`
+        on each. precision: one of PRECISIONS. name: what a message calls image i. Raises UserError
+        for another number of channels, and NotFiniteError for an image that is not finite.
+        """
+        if latents.shape[-1] != self.network.latent_channels:
+            raise UserError(
+                f"the VAE's latents have {self.network.latent_channels} channels, but the model "
+                f"draws {latents.shape[-1]}"
+            )
+        height, width = (self.network.factor * side for side in latents.shape[1:3])
+        mesh = parallel.make_mesh()
+        params = parallel.put(self.params, parallel.replicated(mesh))
+        if batch_size is None:
+            batch_size = slice_size(height, width) * mesh.size
+        size = -(-batch_size // mesh.size) * mesh.size
+        decode = functools.partial(_decode, self.network, precision, params)
+        batches = parallel.map_in_batches(decode, latents / np.float32(self.scale), size, mesh)
+        images = np.concatenate([np.zeros((0, height, width, 3), np.float32), *batches])
+        check_finite(images, lambda i: f"{name(i)}, decoded by the VAE,")
+        return images
+
+
+def recorded_scale(path: str | os.PathLike) -> float | None:
+    """What a VAE's folder says its latents are multiplied by: scaling_factor in diffusers'
+    config.json, which `convert` keeps.
+
+    path: as of `Vae.load`, which can read it. Returns None where nothing is recorded. Raises
+    UserError where the latents need more than a factor.
+    """
+    file = hub.local_path(_file_of(str(path)))
+    try:
+        if file.is_dir():
+            latents = orbax_folders.read_meta(file).get("latents") or {}
+        else:
+            latents = vae_names.about_latents(vae_names.read_config(file))
+        return vae_names.scaling_factor(latents)
+    except UserError as error:
+        raise UserError(f"the VAE {path}: {error}") from None
+
+
+def _file_of(path: str) -> str:
+    """The file in a folder or repository of diffusers; any other path unchanged."""
+    if path.startswith(hub.SCHEME):
+        if path.removeprefix(hub.SCHEME).count("/") == 1:
+            path = f"{path}/{VAE_FILES[0]}"
+        _fetch_config(path.rpartition("/")[0])
+        return path
+    files = [os.path.join(path, name) for name in VAE_FILES]
+    return next((file for file in files if os.path.isfile(file)), path)
+
+
+@functools.cache
+def _fetch_config(folder: str) -> None:
+    """Download config.json from a folder on the hub, if it has one, to lie beside the weights."""
+    with contextlib.suppress(UserError):  # reading the weights reports what else is wrong
+        hub.local_path(f"{folder}/config.json")
+
+
+def slice_size(height: int, width: int) -> int:
+    """How many images a device takes at a time: eight of 256×256, or as many pixels of others."""
     return max(1, 8 * 256**2 // (height * width))
 
 
-def sha256(params: dict) -> str:
-    """Of a network's parameters by name, whatever file they came from; hexadecimal."""
-    digest = hashlib.sha256()
-    for path, leaf in sorted(jax.tree_util.tree_leaves_with_path(params), key=lambda x: str(x[0])):
-        digest.update(f"{jax.tree_util.keystr(path)} {leaf.shape} ".encode())
-        leaf = hosts.fetch(leaf) if isinstance(leaf, jax.Array) else leaf
-        digest.update(np.ascontiguousarray(leaf, "<f4").data)
-    return digest.hexdigest()
-
-
 def from_uint8(images: jax.Array) -> jax.Array:
-    """uint8 0…255 → float32 in [−1, 1]: x/127.5 − 1, to the bits that NumPy gives.
+    """uint8 0…255 → float32 in [−1, 1]: x/127.5 − 1, with the bits that NumPy gives.
 
-    XLA would multiply by 1/127.5, which rounds otherwise.
+    A table of 256 values, because XLA would multiply by 1/127.5, which rounds otherwise.
     """
     return jnp.asarray(to_float(np.arange(256, dtype=np.uint8)))[images]
 
 
-def encoder(vae: AutoencoderKL, mesh: Mesh, precision: str = HIGHEST) -> Callable:
-    """A jitted function (params, images) → (mean, std) of the posteriors.
-
-    images: [B, H, W, 3] uint8, split over the mesh, as [B, h, w, c] float32 mean and std are.
-    Each device takes a slice of its images after the other, so that memory does not grow with B.
-    precision: of PRECISIONS.
-    """
+def _encode(network: AutoencoderKL, mesh: Mesh, precision: str) -> jax.stages.Wrapped:
+    """A jitted function (params, images) → (mean, std), as of `Vae.encoder`."""
 
     def moments(params, images):
         count, height, width, _ = images.shape
-        most = min(at_once(height, width), count)
+        most = min(slice_size(height, width), count)
         size = next(n for n in range(most, 0, -1) if count % n == 0)
 
-        def one_slice(images):
-            with of_products(precision):
-                return vae.apply({"params": params}, from_uint8(images), method="encode")
+        def of_slice(images):
+            with jax.default_matmul_precision(precision):
+                return network.apply({"params": params}, from_uint8(images), method="encode")
 
         slices = images.reshape(-1, size, *images.shape[1:])
-        return jax.tree.map(
-            lambda x: x.reshape(count, *x.shape[2:]), jax.lax.map(one_slice, slices)
-        )
+        return jax.tree.map(lambda x: x.reshape(count, *x.shape[2:]), jax.lax.map(of_slice, slices))
 
     split = PartitionSpec(parallel.AXES)
     return jax.jit(
@@ -72,50 +200,7 @@ def encoder(vae: AutoencoderKL, mesh: Mesh, precision: str = HIGHEST) -> Callabl
     )
 
 
-@functools.partial(jax.jit, static_argnames=("vae", "precision"))
-def _decode_slice(vae: AutoencoderKL, precision: str, params, latents):
-    with of_products(precision):
-        return vae.apply({"params": params}, latents, method="decode")
-
-
-def decode(
-    vae: AutoencoderKL,
-    params: dict,
-    latents: np.ndarray,
-    *,
-    scale: float = VAE_SCALE,
-    batch_size: int | None = None,
-    precision: str = HIGHEST,
-    progress: bool = False,
-    name: Callable[[int], str] = "sample {}".format,
-) -> np.ndarray:
-    """Latents [N, h, w, C] as a model draws them → images [N, H, W, 3] float32, about in [−1, 1].
-
-    scale: what the VAE's latents were multiplied by for training. batch_size: how many are decoded
-    at a time, on all devices together; default: `at_once` on each. What is left for the last batch
-    is padded, so that any number of latents takes one program. precision: of PRECISIONS. name: what
-    a message calls image i. Raises UserError where the VAE's latents have another number of
-    channels, and where an image is not finite.
-    """
-    if latents.shape[-1] != vae.latent_channels:
-        raise UserError(
-            f"the VAE's latents have {vae.latent_channels} channels, but the model draws "
-            f"{latents.shape[-1]}"
-        )
-    height, width = (vae.factor * side for side in latents.shape[1:3])
-    mesh = parallel.make_mesh()
-    params = parallel.put(params, parallel.replicated(mesh))
-    if batch_size is None:
-        batch_size = at_once(height, width) * mesh.size
-    size = -(-batch_size // mesh.size) * mesh.size
-    images = [np.zeros((0, height, width, 3), np.float32)]
-    with progress_bar(len(latents), progress, "decoding", "image") as bar:
-        for start in range(0, len(latents), size):
-            part = latents[start : start + size] / np.float32(scale)
-            padded = np.pad(part, [(0, size - len(part)), (0, 0), (0, 0), (0, 0)])
-            padded = parallel.put(padded, parallel.split_batch(mesh))
-            out = _decode_slice(vae, precision, params, padded)
-            images.append(hosts.fetch(out)[: len(part)])
-            check_finite(images[-1], lambda i, at=start: f"{name(at + i)}, decoded by the VAE,")
-            bar.update(len(part))
-    return np.concatenate(images)
+@functools.partial(jax.jit, static_argnames=("network", "precision"))
+def _decode(network: AutoencoderKL, precision: str, params, latents):
+    with jax.default_matmul_precision(precision):
+        return network.apply({"params": params}, latents, method="decode")

@@ -1,24 +1,22 @@
-"""Weights of Stable Diffusion's VAE, in diffusers' layout (both namings) or CompVis's, as ours."""
+"""Weights of Stable Diffusion's VAE in the layouts of diffusers (both namings) and CompVis."""
 
 import json
 import math
 import pathlib
 import re
 from collections.abc import Mapping
-from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.traverse_util import flatten_dict, unflatten_dict
 
 from mdt_jax.models.autoencoder import AutoencoderKL
 from mdt_jax.runtime import keys
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.runtime.files import check_regular, reason
-from mdt_jax.weights.torch_files import check_names, from_torch, to_torch
+from mdt_jax.weights import state_dicts
 
-# CompVis's names, part by part, and diffusers' old ones → diffusers' of today.
+# Patterns of CompVis's names and of diffusers' old ones → diffusers' current names.
 _RENAMED = [
     (r"\.down\.(\d+)\.block\.", r".down_blocks.\1.resnets."),
     (r"\.down\.(\d+)\.downsample\.", r".down_blocks.\1.downsamplers.0."),
@@ -36,14 +34,13 @@ _RENAMED = [
     (r"\.attentions\.0\.(proj_attn|proj_out)\.", ".attentions.0.to_out.0."),
 ]
 
-
-# What diffusers' config.json says of latents, and what leaves them as they are. In full a model is
+# Fields of diffusers' config.json that describe latents, with their neutral values. A model is
 # trained on scaling_factor · (latents − latents_mean − shift_factor) / latents_std.
 LATENTS = {"scaling_factor": None, "shift_factor": 0, "latents_mean": 0, "latents_std": 1}
 
 
 def read_config(file: pathlib.Path) -> dict:
-    """diffusers' config.json beside a VAE's file; {} where there is none.
+    """The config.json of diffusers beside a VAE's file; {} where there is none.
 
     Raises UserError where it cannot be read.
     """
@@ -61,22 +58,28 @@ def read_config(file: pathlib.Path) -> dict:
 
 
 def norm_groups(config: dict) -> int | None:
-    """Of a `read_config`, if it says so. Raises UserError."""
+    """The number of groups in the VAE's norms; None where the config does not have it.
+
+    Raises UserError where it is no positive whole number.
+    """
     groups = config.get("norm_num_groups")
     if groups is not None and (type(groups) is not int or groups < 1):
-        raise UserError(f"norm_num_groups in its config.json is {groups!r}; a whole number from 1")
+        raise UserError(
+            f"norm_num_groups in its config.json is {groups!r}; it must be a whole number from 1"
+        )
     return groups
 
 
 def about_latents(config: dict) -> dict:
-    """The fields of a `read_config` that say what is done to latents; empty where nothing is."""
+    """The fields of a config that are in LATENTS and set."""
     return {name: config[name] for name in LATENTS if config.get(name) is not None}
 
 
 def scaling_factor(latents: dict) -> float | None:
-    """What latents are multiplied by, as `about_latents` has it; None where it does not say.
+    """The factor of the latents; None where there is none.
 
-    Raises UserError where it is no positive number, or latents are shifted or divided, too.
+    latents: as of `about_latents`. Raises UserError where the factor is no positive number, or the
+    latents are shifted or divided as well.
     """
     for name, value in latents.items():
         try:
@@ -86,8 +89,8 @@ def scaling_factor(latents: dict) -> float | None:
         neutral = LATENTS[name]
         if neutral is not None and (values != neutral).any():
             raise UserError(
-                f"{name} is {str(value)[:100]}, but here latents are multiplied by one number and "
-                f"not changed otherwise; to do without it take {name} out of the VAE's config.json"
+                f"{name} is {str(value)[:100]}, but mdt_jax only multiplies latents by one number; "
+                f"to ignore it take {name} out of the VAE's config.json"
             )
     factor = latents.get("scaling_factor")
     if factor is None:
@@ -98,37 +101,36 @@ def scaling_factor(latents: dict) -> float | None:
 
 
 def is_vae(state: Mapping[str, np.ndarray]) -> bool:
-    """Whether these look like the names of such a VAE."""
+    """Whether a state_dict has the names of such a VAE."""
     return any(name.endswith("post_quant_conv.weight") for name in state)
 
 
-def _todays_names(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The VAE's part of a state_dict by diffusers' names of today."""
+def _current_names(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The VAE's part of a state_dict, by diffusers' current names."""
     inner = "first_stage_model."  # of a whole Stable Diffusion checkpoint
     if any(name.startswith(inner) for name in state):
         state = {n.removeprefix(inner): a for n, a in state.items() if n.startswith(inner)}
     parts = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
     state = {name: array for name, array in state.items() if name.startswith(parts)}
-    levels = 1 + max(
-        (int(m[1]) for name in state if (m := re.match(r"decoder\.up\.(\d+)\.", name))), default=-1
-    )
+    level = re.compile(r"decoder\.up\.(\d+)\.")
+    last = max((int(match[1]) for name in state if (match := level.match(name))), default=0)
     renamed = {}
     for name, array in state.items():
-        if levels:  # CompVis counts the decoder's levels from the image's side
-            name = re.sub(
-                r"^decoder\.up\.(\d+)\.", lambda m: f"decoder.up.{levels - 1 - int(m[1])}.", name
-            )
+        # CompVis counts the decoder's levels from the image's side.
+        name = level.sub(lambda match: f"decoder.up.{last - int(match[1])}.", name)
         for pattern, replacement in _RENAMED:
             name = re.sub(pattern, replacement, name)
+        if ".attentions." in name and array.shape[2:] == (1, 1):
+            array = array[:, :, 0, 0]  # CompVis has 1×1 convolutions for linear layers
         renamed[name] = array
     return renamed
 
 
 def _name(path: str) -> str:
-    """diffusers' name of today of an array of ours."""
-    module, _, kind = path.rpartition("/")
-    kind = "bias" if kind == "bias" else "weight"
-    return re.sub(r"_(\d+)(?=/|$)", r".\1", module).replace("/", ".") + f".{kind}"
+    """diffusers' current name of a parameter."""
+    module, _, leaf = path.rpartition("/")
+    leaf = "bias" if leaf == "bias" else "weight"
+    return re.sub(r"_(\d+)(?=/|$)", r".\1", module).replace("/", ".") + f".{leaf}"
 
 
 def shapes(model: AutoencoderKL) -> dict:
@@ -140,13 +142,13 @@ def shapes(model: AutoencoderKL) -> dict:
 def from_published(
     state: Mapping[str, np.ndarray], groups: int | None = None
 ) -> tuple[AutoencoderKL, dict]:
-    """(network, float32 parameters) of a VAE's state_dict, its widths read from the shapes.
+    """(network, float32 parameters) of a VAE's state_dict; the widths follow from the shapes.
 
-    groups: of the norms, which no file tells; None means 32, as in Stable Diffusion, or fewer
+    groups: of the norms, which no state_dict tells; None means 32, as in Stable Diffusion, or fewer
     where the narrowest level has fewer channels. Raises UserError, with the first offending names,
     where it is not such a VAE.
     """
-    names = _todays_names(state)
+    names = _current_names(state)
     for name, array in names.items():
         if not array.size or not array.ndim:
             raise UserError(f"{name} has the shape {list(array.shape)}, which is no VAE's")
@@ -164,26 +166,11 @@ def from_published(
     if model.groups < 1 or any(width % model.groups for width in widths):
         raise UserError(
             f"the VAE's levels of {', '.join(map(str, widths))} channels cannot be normed in "
-            f"{model.groups} groups; norm_num_groups in a config.json beside the file says how many"
+            f"{model.groups} groups; set norm_num_groups in a config.json beside the file"
         )
-    flat = cast(dict[str, Any], flatten_dict(shapes(model), sep="/"))
-    expected = {
-        _name(path): (path, to_torch(np.broadcast_to(np.float32(0), leaf.shape)).shape)
-        for path, leaf in flat.items()
-    }
-    check_names(expected, names or state, "a VAE")
-    params = {}
-    for name, (path, shape) in expected.items():
-        array = names[name]
-        if ".attentions." in name and array.ndim == 4:  # CompVis has convolutions of 1×1 there
-            array = array[:, :, 0, 0]
-        if array.shape != shape:
-            raise UserError(f"{name} has the shape {list(array.shape)}, not {list(shape)}")
-        params[path] = np.ascontiguousarray(from_torch(array), np.float32)
-    return model, unflatten_dict(params, sep="/")
+    return model, state_dicts.to_params(names or state, shapes(model), _name, "a VAE")
 
 
 def to_published(model: AutoencoderKL, params: dict) -> dict[str, np.ndarray]:
-    """The state_dict by diffusers' names of today."""
-    flat = flatten_dict(params, sep="/")
-    return {_name(path): np.ascontiguousarray(to_torch(np.asarray(a))) for path, a in flat.items()}
+    """The state_dict by diffusers' current names."""
+    return state_dicts.from_params(params, _name)

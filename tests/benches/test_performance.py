@@ -12,10 +12,11 @@ import pytest
 from mdt_jax.diffusion.options import SampleOptions
 from mdt_jax.models.mdt import MDT
 from mdt_jax.runtime import keys
-from mdt_jax.sampling.generation import Noise, generate
-from mdt_jax.sampling.generation import draw as draw_noise
+from mdt_jax.sampling.generation import generate
+from mdt_jax.sampling.noise import Noise
+from mdt_jax.sampling.noise import draw as draw_noise
 from mdt_jax.train.step import Draws, Objective, sample_losses
-from mdt_jax.weights.mdt_names import published_from_params
+from mdt_jax.weights.mdt_names import to_published
 from tests.benches.test_benchmarks import rows_of, script
 from tests.conftest import ROOT, run_here
 from tests.models.common import random_params
@@ -39,7 +40,7 @@ def params():
 @pytest.fixture
 def network(plain, params):
     network = plain["TorchMDT"](MODEL)
-    state = published_from_params(MODEL, params)
+    state = to_published(MODEL, params)
     network.load_state_dict({name: torch.tensor(array) for name, array in state.items()})
     return network
 
@@ -92,7 +93,7 @@ def test_the_other_step_has_the_same_loss_and_gradient(plain, network, params, i
     )
     assert theirs.item() == pytest.approx(float(ours), rel=1e-5)
     theirs.backward()
-    expected = published_from_params(MODEL, grads)
+    expected = to_published(MODEL, grads)
     for name, parameter in network.named_parameters():
         assert largest(parameter.grad.numpy(), expected[name]) < 1e-4, name
 

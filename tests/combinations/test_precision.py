@@ -14,7 +14,7 @@ from mdt_jax.models.inception import Inception
 from mdt_jax.models.mdt import MDT, init_params
 from mdt_jax.runtime import parallel
 from mdt_jax.runtime.errors import UserError
-from mdt_jax.sampling import generation
+from mdt_jax.sampling import engine, generation
 from mdt_jax.train.optimizers import make_optimizer
 from mdt_jax.train.state import abstract_state
 from mdt_jax.train.step import trace_step
@@ -53,10 +53,9 @@ def drawing(options: SampleOptions) -> jax.stages.Traced:
         model, init_params(model, jax.random.key(0)), [0, 1], options=options, num_steps=4
     )
     mesh, params, key = asked.on_devices()
-    ((_, _, rows),) = asked.rows(mesh)
-    given = asked.inputs(rows, mesh)
-    state = generation._begin(model, asked.options, key, given[0])
-    return generation._run.trace(model, asked.options, ((True, 4),), params, key, *given, state, 0)
+    program, batch = asked.program(), asked.batch(0, key, mesh)
+    state, segment = engine.start(program, batch), engine.Segment(guided=True, count=4)
+    return engine.run_segment.trace(program, segment, params, batch, state, 0)
 
 
 def abstract(network, *arguments, **flags) -> dict:
@@ -69,12 +68,12 @@ def encoding(precision: str) -> jax.stages.Traced:
     images = jnp.zeros((2, 16, 16, 3), jnp.uint8)
     params = abstract(VAE, jnp.zeros((1, 16, 16, 3)))
     mesh = parallel.make_mesh(devices=jax.devices()[:1])
-    return vae.encoder(VAE, mesh, precision).trace(params, images)
+    return vae._encode(VAE, mesh, precision).trace(params, images)
 
 
 def decoding(precision: str) -> jax.stages.Traced:
     params = abstract(VAE, jnp.zeros((1, 16, 16, 3)))
-    return vae._decode_slice.trace(VAE, precision, params, jnp.zeros((2, 2, 2, 4)))
+    return vae._decode.trace(VAE, precision, params, jnp.zeros((2, 2, 2, 4)))
 
 
 def features() -> jax.stages.Traced:
@@ -121,7 +120,7 @@ def test_unknown_ones_are_refused():
     config = tiny("v1", precision="exact")
     with pytest.raises(UserError, match="train.precision is 'exact'"):
         configs.validate(config)
-    with pytest.raises(UserError, match="unknown precision 'exact'; choose one of highest"):
+    with pytest.raises(UserError, match="precision is 'exact'; it must be one of highest"):
         SampleOptions(precision="exact").check(10)
 
 

@@ -21,11 +21,12 @@ from mdt_jax.diffusion.options import SampleOptions, balanced_labels
 from mdt_jax.models.mdt import MDT
 from mdt_jax.runtime import keys, parallel
 from mdt_jax.runtime.errors import UserError
-from mdt_jax.sampling import generation
+from mdt_jax.sampling import engine, generation
+from mdt_jax.sampling.noise import Noise
 from mdt_jax.train import inputs
 from mdt_jax.train.optimizers import make_optimizer
 from mdt_jax.train.state import abstract_state, init_state
-from mdt_jax.train.step import Objective, compile_step, draw, make_train_step
+from mdt_jax.train.step import Objective, compile_step, draw_step, make_train_step
 
 BATCH = 4
 # The first value of each field makes up a config that is accepted; the others are all there are, or
@@ -89,7 +90,7 @@ def config_of(chosen: dict) -> ConfigDict:
     for field, value in chosen.items():
         group, name = field.split(".")
         config[group][name] = value
-    inputs.settle(config, config.model.num_classes)
+    inputs.complete_config(config, config.model.num_classes)
     return config
 
 
@@ -175,7 +176,7 @@ def trace(config: ConfigDict) -> None:
     )
     state = abstract_state(model, optimizer, mesh)
     key = jax.eval_shape(keys.key, 0)
-    drawn = functools.partial(draw, model=model, batch=BATCH, diffusion_steps=objective.steps)
+    drawn = functools.partial(draw_step, model=model, batch=BATCH, diffusion_steps=objective.steps)
     draws = jax.eval_shape(drawn, key, state.step)
     batch = {
         "latents": draws.noise_full,
@@ -185,14 +186,14 @@ def trace(config: ConfigDict) -> None:
     assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
 
     asked = requested(config, model, {})
-    options = asked.traced_options()
-    doubled = asked.options.guided_evaluations(asked.scales).tolist()
+    program, chain = asked.program(), engine.segments(*asked.evaluations())
 
     def sampled(params, key, labels, scales):
-        noise = generation.Noise(labels)
-        state = generation._begin(model, options, key, noise)
-        piece = generation.stretches(doubled)
-        return generation._run(model, options, piece, params, key, noise, labels, scales, state, 0)
+        batch = engine.Batch(key, Noise(labels), labels, scales)
+        state, done = engine.start(program, batch), 0
+        for segment in chain:
+            state, done = engine.run_segment(program, segment, params, batch, state, done)
+        return state, done
 
     scales = jax.ShapeDtypeStruct((BATCH,), jnp.float32)
     drawn, _ = jax.eval_shape(sampled, state.ema, key, batch["labels"], scales)
@@ -216,8 +217,7 @@ def run(config: ConfigDict) -> None:
     batch = parallel.put(batch, parallel.split_batch(mesh))
     state, metrics = step(state, batch, keys.key(1), np.float32(config.optim.lr))
     assert np.isfinite(metrics["loss"]) and metrics["skipped"] == 0
-    ((_, seen),) = requested(config, model, state.ema).batches()
-    assert np.isfinite(seen[-1]).all()
+    assert np.isfinite(requested(config, model, state.ema).draw()).all()
 
 
 def said(chosen: dict) -> str:
@@ -245,9 +245,9 @@ def test_enumerations_are_complete():
     for field in FIELDS:
         if isinstance(FIRST[field], str):
             unknown = {**FIRST, field: "nothing"}
-            with pytest.raises(UserError, match="choose one of") as refused:
+            with pytest.raises(UserError, match="must be one of") as refused:
                 configs.validate(config_of(unknown))
-            names = str(refused.value).partition("choose one of ")[2].split(", ")
+            names = str(refused.value).partition("must be one of ")[2].split(", ")
             assert set(names) == set(VALUES[field]), field
 
 

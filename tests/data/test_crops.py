@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from mdt_jax.data import crops
+from mdt_jax.data.images import to_rgb
 
 
 def reference(image, size):
@@ -42,7 +43,7 @@ def test_a_long_picture_is_cut_before_it_is_enlarged(width, height, monkeypatch)
     image = Image.fromarray(waves.astype(np.uint8))
     whole = crops.center_crop(image, 32).astype(int)
     random = crops.random_crop(image, 32, np.random.default_rng(3)).astype(int)
-    monkeypatch.setattr(crops, "ENLARGED", 0)
+    monkeypatch.setattr(crops, "MAX_ENLARGED", 0)
     monkeypatch.setattr(Image.Image, "resize", watched := Watched(Image.Image.resize))
     assert np.abs(crops.center_crop(image, 32) - whole).max() <= 1
     cut = crops.random_crop(image, 32, np.random.default_rng(3))
@@ -102,26 +103,26 @@ def test_a_random_crop_is_a_square_from_anywhere():
 )
 def test_every_mode_becomes_rgb(mode, value, expected, tmp_path):
     image = Image.new(mode, (5, 4), value)
-    out = crops.to_rgb(image)
+    out = to_rgb(image)
     assert out.mode == "RGB" and out.getpixel((2, 2)) == expected
 
 
 @pytest.mark.parametrize("mode, value", [("F", 0.5), ("I", 70_000), ("I", -1)])
 def test_pixels_of_no_known_range(mode, value):
     with pytest.raises(ValueError, match="its pixels"):
-        crops.to_rgb(Image.new(mode, (5, 4), value))
+        to_rgb(Image.new(mode, (5, 4), value))
 
 
 def test_a_palette_with_transparency(tmp_path):
     image = Image.new("P", (4, 4), 1)
     image.putpalette([0, 0, 0, 9, 8, 7])
     image.info["transparency"] = 1
-    assert crops.to_rgb(image).getpixel((0, 0)) == (9, 8, 7)
+    assert to_rgb(image).getpixel((0, 0)) == (9, 8, 7)
 
 
 def test_transparency_leaves_the_colours_alone(recwarn):
     image = Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3)).quantize(8)
     image.info["transparency"] = bytes(range(8))
     palette = np.array(image.getpalette()).reshape(-1, 3)
-    np.testing.assert_array_equal(np.asarray(crops.to_rgb(image)), palette[np.asarray(image)])
+    np.testing.assert_array_equal(np.asarray(to_rgb(image)), palette[np.asarray(image)])
     assert not recwarn.list

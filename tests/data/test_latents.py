@@ -8,7 +8,8 @@ import pickle
 import numpy as np
 import pytest
 
-from mdt_jax.data import latents, latents_making, pipeline
+from mdt_jax.data import latents, latents_writer, pipeline
+from mdt_jax.data.protocols import Status
 from mdt_jax.runtime.errors import UserError
 
 SHAPE = (4, 4, 4)
@@ -24,7 +25,8 @@ def batches(items, damaged=()):
                 part[:, None, None, None, None] + parts / 4, (len(part), 4, *SHAPE)
             ).astype(np.float16),
             "labels": (part % 3).astype(np.int32),
-            "damaged": np.where(np.isin(part, damaged), part, -1),
+            "items": part,
+            "status": np.where(np.isin(part, damaged), Status.REPLACED, Status.READ),
         }
 
 
@@ -33,7 +35,7 @@ def make(folder, images=20, shard_images=8, damaged=(), shards=None):
         "format": 1, "images": images, "shard_images": shard_images, "latents": list(SHAPE),
         "classes": ["a", "b", "c"], "image_size": 32, "vae": {"path": "v"}, "scale": 1.0,
     }  # fmt: skip
-    making = latents_making.CacheWriter(folder, what)
+    making = latents_writer.CacheWriter(folder, what)
     making.start()
     for shard in range(making.num_shards) if shards is None else shards:
         making.write(shard, batches(making.items(shard), damaged))
@@ -66,7 +68,7 @@ def test_there_and_back(tmp_path):
         np.testing.assert_array_equal(found["mean"][:, 1, 2, 3], expected)
         np.testing.assert_array_equal(found["std"][:, 1, 2, 3], expected + 0.25)
         np.testing.assert_array_equal(found["labels"], expected % 3)
-        assert found["labels"].dtype == np.int32 and (found["damaged"] == -1).all()
+        assert found["labels"].dtype == np.int32 and (found["status"] == Status.READ).all()
     u = np.arange(18) / 18
     mirrored = latents.load(tmp_path / "c", flip=True).take(items, u)
     expected = np.array(kept)[items] + np.where(u < 0.5, 0.5, 0)
@@ -119,15 +121,15 @@ def test_a_shard_stands_or_is_made_again(tmp_path):
 def test_flipped_bytes_are_found(tmp_path):
     make(tmp_path / "c").finish()
     cache = latents.load(tmp_path / "c")
-    assert [latents.measure(cache, n)["wrong"] for n in range(3)] == ["", "", ""]
-    total = latents.deviation([latents.measure(cache, n) for n in range(3)], SHAPE)
-    assert total == cache.manifest["latent_std"]
+    total = sum((latents.check_shard(cache, n) for n in range(3)), latents.Sums())
+    assert total.deviation(SHAPE) == cache.manifest["latent_std"]
     shard = tmp_path / "c" / cache.manifest["shards"][1]["file"]
     content = bytearray(shard.read_bytes())
     content[len(content) // 2 :] = b"x" * (len(content) - len(content) // 2)
     shard.write_bytes(content)
     cache = latents.load(tmp_path / "c")  # as long as it was
-    assert "00001-of-00003.array_record is damaged: delete it" in latents.measure(cache, 1)["wrong"]
+    with pytest.raises(UserError, match="00001-of-00003.array_record is damaged: delete it"):
+        latents.check_shard(cache, 1)
     with pytest.raises(UserError, match="record . of .*00001-of-00003.* cannot be read: .*verify"):
         list(pipeline.batches(cache, [(np.arange(20), np.ones(20))]))
 
@@ -142,8 +144,8 @@ def test_records_of_another_cache_are_not_trained_on(tmp_path):
     assert len({len(content) for content in whole}) == 1 and len(set(whole)) == 3
 
     def damaged():
-        found = latents.load(tmp_path / "c").take(np.arange(24), np.ones(24))["damaged"]
-        return np.flatnonzero(found != -1).tolist()
+        status = latents.load(tmp_path / "c").take(np.arange(24), np.ones(24))["status"]
+        return np.flatnonzero(status == Status.UNREADABLE).tolist()
 
     assert damaged() == []
     paths[0].write_bytes(whole[1])
@@ -154,7 +156,7 @@ def test_records_of_another_cache_are_not_trained_on(tmp_path):
     records = ArrayRecordReader(str(paths[2])).read_all()
     paths[0].write_bytes(whole[0])
     paths[1].write_bytes(whole[1])
-    writer = ArrayRecordWriter(str(paths[2]), latents_making.OPTIONS)
+    writer = ArrayRecordWriter(str(paths[2]), latents_writer.OPTIONS)
     for n, record in enumerate(records):
         writer.write(records[0] if n == 5 else record)
     writer.close()

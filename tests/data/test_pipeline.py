@@ -93,7 +93,7 @@ class Starts:
             import jax
 
             jax.devices()
-        return {"read": np.ones(len(items)), "damaged": np.full(len(items), -1)}
+        return {"read": np.ones(len(items)), "status": np.zeros(len(items), np.int8)}
 
 
 def test_workers_start_no_jax(monkeypatch):
@@ -162,7 +162,7 @@ class Large(Starts):
     """Batches that do not fit the pipe between processes."""
 
     def take(self, items, u):
-        return {"images": np.ones((2**22,)), "damaged": np.full(len(items), -1)}
+        return {"images": np.ones((2**22,)), "status": np.zeros(len(items), np.int8)}
 
 
 def test_workers_end_when_nobody_reads_their_batches():
@@ -219,7 +219,7 @@ class Slow:
 
     def take(self, items, u):
         time.sleep(0.1)
-        return {"damaged": np.full(len(items), -1)}
+        return {"status": np.zeros(len(items), np.int8)}
 
 
 def test_reading_goes_on_while_a_step_runs():

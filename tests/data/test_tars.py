@@ -110,7 +110,7 @@ def test_classes_of_plain_tars(tmp_path):
     assert load(["2_1.png", "10_1.png"]).classes == ["2", "10"]
     found = load(["1.png", "2.png"])
     assert found.classes == [] and found.labels.tolist() == [0, 0]
-    with pytest.raises(UserError, match="1.png lies in no folder or tar, but others do"):
+    with pytest.raises(UserError, match="1.png is in no folder or tar, but others are"):
         load(["a/1.png", "1.png"])
 
 
@@ -146,9 +146,9 @@ def test_what_is_found_and_what_is_left_out_is_said(tmp_path):
         archive.addfile(special("a", tarfile.DIRTYPE))
     for _ in range(2):  # from the tar, and from its index
         found = tars.load(path)
-        assert found.found.startswith("3 images of 2 classes, 1 (b) to 2 (a) each; left out: ")
+        assert found.summary.startswith("3 images of 2 classes, 1 (b) to 2 (a) each; left out: ")
         for said in (
-            "link: 2 (such as a/3.png)", "hidden: 2 (such as b.tar/x/.hidden/2.png)",
+            "link: 2 (e.g. a/3.png)", "hidden: 2 (e.g. b.tar/x/.hidden/2.png)",
             "no regular file: 1 (a/5.png)", "unknown suffix .cls: 1 (a/1.cls)",
         ):  # fmt: skip
             assert said in found.left_out
@@ -163,7 +163,7 @@ def test_layouts_of_others(tmp_path):
     ):
         path.write_bytes(tar(dict.fromkeys(names, image)))
         for _ in range(2):
-            with pytest.raises(UserError, match="make a tar of one of them, such as train"):
+            with pytest.raises(UserError, match="make a tar of one of them, e.g. train"):
                 tars.load(path)
     path.write_bytes(tar({"train.tar": tar({"1.png": image}), "val.tar": tar({"1.png": image})}))
     with pytest.raises(UserError, match="is divided into train.tar, val.tar"):
@@ -267,12 +267,12 @@ def test_zeros_before_the_end(nested, kept, tmp_path):
 
 def test_how_deep_tars_lie_in_each_other(tmp_path):
     content, path = tar({"a_1.png": jpeg(1)}), tmp_path / "t.tar"
-    for _ in range(tars.DEEPEST - 1):
+    for _ in range(tars.MAX_DEPTH - 1):
         content = tar({"n.tar": content})
     path.write_bytes(content)
     assert len(tars.load(path)) == 1
     path.write_bytes(tar({"n.tar": content}))
-    with pytest.raises(UserError, match="tars lie more than 8 deep in each other"):
+    with pytest.raises(UserError, match="tars are nested more than 8 deep"):
         tars.load(path)
 
 

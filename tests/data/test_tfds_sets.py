@@ -22,7 +22,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 from mdt_jax.data import tfds_sets
-from mdt_jax.errors import UserError
+from mdt_jax.runtime.errors import UserError
 
 def png(value):
     file = io.BytesIO()
@@ -56,7 +56,7 @@ for name in ("tiny_shapes", f"{folder}/tiny_shapes/1.0.0"):
         file, label = found.read(i)
         image = Image.open(file)
         assert image.size == (7, 9) and image.getpixel((3, 3))[0] // 20 % 2 == label
-from mdt_jax.data import image_sets
+from mdt_jax.evaluation import image_sets
 images = image_sets.open_images(f"tfds:{folder}/tiny_shapes/1.0.0:train[:4]", labelled=True)
 values = images.take(range(4))[:, 0, 0, 0] // 20
 assert images.shape == (9, 7, 3) and len(images) == len(set(values.tolist())) == 4

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mdt_jax.diffusion import schedule as sch
-from mdt_jax.diffusion.inpainting import inpaint_steps, resampling_walk
+from mdt_jax.diffusion.inpainting import Known, RePaint, resampling_walk
 from mdt_jax.diffusion.samplers import SAMPLERS
 
 
@@ -57,8 +57,8 @@ def test_a_gaussian_is_completed_by_its_conditional(name, short):
         sampler, count = SAMPLERS[name](0.0), len(walk) - 1
 
         def whole(x, known):
-            return inpaint_steps(
-                network, sampler, schedule, walk, x, known, hidden, noise, 0, count
+            return RePaint(sampler, schedule, walk).sample(
+                network, x, Known(known, hidden), noise, 0, count
             )
 
         return np.asarray(jax.jit(whole)(x, known))[:, 0, 1, 0]
@@ -87,9 +87,9 @@ def test_one_turn(after):
         return jnp.asarray(np.concatenate([eps, eps], -1), jnp.float32)
 
     with jax.disable_jit():
-        out = inpaint_steps(
-            network, sampler, schedule, np.array([6, after, -1]), jnp.asarray(x, jnp.float32),
-            jnp.asarray(known, jnp.float32), jnp.asarray(hidden),
+        out = RePaint(sampler, schedule, np.array([6, after, -1])).sample(
+            network, jnp.asarray(x, jnp.float32),
+            Known(jnp.asarray(known, jnp.float32), jnp.asarray(hidden)),
             lambda k: jnp.asarray(draws, jnp.float32)[k], 0, 1,
         )  # fmt: skip
     abar = schedule.alphas_cumprod

@@ -32,7 +32,7 @@ def folder(tmp_path_factory):
     write_pictures(folder / "photos")
     from tests.fid_packages import random_state
 
-    torch_files.write(folder / "pt_inception-2015-12-05-6726825d.pth", random_state())
+    torch_files.write_arrays(folder / "pt_inception-2015-12-05-6726825d.pth", random_state())
     images = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), np.uint8)
     np.savez(folder / "VIRTUAL_imagenet256_labeled.npz", arr_0=images)
     write_vae(folder / "vae")

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mdt_jax.models.embeddings import sincos_positions
-from mdt_jax.weights.networks import KINDS, kind_of
+from mdt_jax.weights.networks import shapes_of
 
 
 def apply(model, params, *inputs, **options):
@@ -16,7 +16,7 @@ def apply(model, params, *inputs, **options):
 
 def random_params(model, seed=0):
     """Parameters as at the start, but none of them zero; nothing is compiled for them."""
-    shapes = KINDS[kind_of(model)].shapes(model)
+    shapes = shapes_of(model)
     random = np.random.default_rng(seed)
 
     def draw(path, leaf):

@@ -6,16 +6,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mdt_jax.models import layers
+from mdt_jax.models import xla
 from mdt_jax.models.attention import (
-    UNSEEN,
+    MASKED_OUT,
     Attention,
     attend,
     bias_at,
     bias_rows,
     contracted,
-    positions,
     scattered,
+    token_positions,
 )
 from mdt_jax.models.layers import add_gated, affine, gelu, modulated_norm
 from tests.published import relative_error
@@ -46,8 +46,13 @@ def plain_norm(x, shift, scale):
     return norm.apply({}, x) * (1 + scale) + shift
 
 
+def row_major_affine(x, kernel, bias):
+    return affine(x, kernel, bias, xla.row_major_transpose)
+
+
 PLAIN = {
     affine: (plain_affine, [(48, 32), (32, 24), (24,)]),
+    row_major_affine: (plain_affine, [(48, 32), (32, 24), (24,)]),
     gelu: (functools.partial(nn.gelu, approximate=True), [(6, 40)]),
     modulated_norm: (plain_norm, [(2, 8, 32), (2, 1, 32), (2, 1, 32)]),
     add_gated: (lambda x, gate, y: x + gate * y, [(2, 8, 32), (2, 1, 32), (2, 8, 32)]),
@@ -70,7 +75,7 @@ def test_in_bfloat16_parameters_get_float32_gradients(function):
     plain, shapes = PLAIN[function]
     inputs = [normal(*shape, key=i) for i, shape in enumerate(shapes)]
     rounded = [each.astype(jnp.bfloat16) for each in inputs]
-    if function is affine:  # whose parameters come as float32
+    if function in (affine, row_major_affine):  # whose parameters are float32
         rounded[1:] = inputs[1:]
     assert function(*rounded).dtype == jnp.bfloat16
     assert relative_error(function(*rounded), plain(*inputs)) < 0.01
@@ -86,22 +91,6 @@ def test_a_sum_over_many_tokens_keeps_its_small_parts():
     assert bias(jnp.zeros(1))[0] == 2**17
 
 
-def test_matrices_are_laid_out_anew_on_a_cpu_alone():
-    """What a CPU's matrix units need would cost a GPU a copy."""
-
-    def laid_out(x, platform):
-        lowered = jax.jit(layers.transposed).trace(x).lower(lowering_platforms=(platform,))
-        return "LayoutConstraint" in lowered.as_text()
-
-    anew = normal(8, 4, dtype=jnp.bfloat16), normal(3, 2, 16, 8)
-    as_they_lie = normal(8, 4), normal(3, 2, 80, 16)
-    assert all(laid_out(x, "cpu") for x in anew)
-    assert not any(laid_out(x, "cuda") for x in anew)
-    assert not any(laid_out(x, "cpu") for x in as_they_lie)
-    for x in (*anew, *as_they_lie):
-        np.testing.assert_array_equal(layers.transposed(x), x.mT)
-
-
 def pushed(function, inputs, tangents):
     """The output's tangent."""
     return jax.jit(lambda *both: jax.jvp(function, both[: len(inputs)], both[len(inputs) :])[1])(
@@ -112,11 +101,11 @@ def pushed(function, inputs, tangents):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_forward_derivatives_are_the_plain_ones(dtype):
     """Of each function with a backward pass of its own, and under vmap."""
-    where = positions((3, 4), jnp.array([[3, 0, 7], [1, 11, 4]]))
+    where = token_positions((3, 4), jnp.array([[3, 0, 7], [1, 11, 4]]))
     functions = {
         affine: (plain_affine, [(48, 32), (32, 24), (24,)]),
         gelu: (functools.partial(nn.gelu, approximate=True), [(6, 40)]),
-        layers.gradient_barrier: (lambda x: x, [(6, 40)]),
+        xla.gradient_barrier: (lambda x: x, [(6, 40)]),
         attend: (plain_attention, [*[(2, 3, 7, 16)] * 3, (3, 1, 7)]),
         lambda table: bias_at(table, where, (3, 4)): (
             lambda table: jnp.moveaxis(table[where.index], -1, 1), [(bias_rows((3, 4)), 2)]
@@ -167,7 +156,7 @@ def plain_attention(q, k, v, bias=None):
 RANKS = ["", "k", "1k", "q1", "qk", "3qk", "31k", "13qk", "23qk", "11qk", "2111"]
 
 
-@pytest.mark.parametrize("tokens, bias", [  # laid out anew, and as they lie
+@pytest.mark.parametrize("tokens, bias", [  # small matrices are copied, large ones are not
     *[(7, bias) for bias in (None, *RANKS)], (80, None), (80, "13qk"), (80, "23qk"),
 ])  # fmt: skip
 def test_attention_and_its_gradients_are_the_plain_ones(tokens, bias):
@@ -177,8 +166,10 @@ def test_attention_and_its_gradients_are_the_plain_ones(tokens, bias):
         shape = [tokens if axis in "qk" else int(axis) for axis in bias]
         inputs.append(normal(*shape, key=3))
     if bias and bias[-1] == "k":
-        inputs[3] += jnp.where(jnp.arange(tokens) < tokens - 2, 0, UNSEEN)
-    ours = functools.partial(attend, bias=None) if bias is None else attend
+        inputs[3] += jnp.where(jnp.arange(tokens) < tokens - 2, 0, MASKED_OUT)
+    ours = functools.partial(attend, transpose=xla.row_major_transpose)
+    if bias is None:
+        ours = functools.partial(ours, bias=None)
     assert relative_error(ours(*inputs), plain_attention(*inputs)) < 1e-6
     expected = gradients(plain_attention, *inputs)
     # What is added to all logits of a query alike changes nothing: the gradient is 0.
@@ -199,9 +190,9 @@ def test_a_residual_streams_gradient_is_summed_once():
     x = normal(4, 8)
 
     def stream(x):
-        return jnp.sin(layers.gradient_barrier(x)) + x
+        return jnp.sin(xla.gradient_barrier(x)) + x
 
-    np.testing.assert_array_equal(layers.gradient_barrier(x), x)
+    np.testing.assert_array_equal(xla.gradient_barrier(x), x)
     (expected,) = gradients(lambda x: jnp.sin(x) + x, x)
     assert relative_error(gradients(stream, x)[0], expected) < 1e-6
     assert "optimization_barrier" in str(jax.make_jaxpr(jax.grad(lambda x: stream(x).sum()))(x))
@@ -218,7 +209,7 @@ def test_the_bias_gradient_is_the_same_scattered_and_contracted(grid, masked):
     if masked:
         noise = jax.random.uniform(KEY, (2, tokens))
         ids = jnp.argsort(noise, axis=-1)[:, : tokens * 2 // 3].astype(jnp.int32)
-    where = positions(grid, ids)
+    where = token_positions(grid, ids)
     table, grad = normal(bias_rows(grid), heads), normal(*where.index.shape[:1], heads, *(
         2 * where.index.shape[-1:]
     ))  # fmt: skip
@@ -237,7 +228,7 @@ def test_the_bias_gradient_is_the_same_scattered_and_contracted(grid, masked):
 @pytest.mark.parametrize("platform", ["cuda", "tpu", "cpu"])
 def test_accelerators_add_no_gradients_one_by_one(platform):
     ids = jnp.tile(jnp.arange(10, dtype=jnp.int32), (2, 1))
-    where, attention = positions((4, 4), ids), Attention(2, (4, 4))
+    where, attention = token_positions((4, 4), ids), Attention(2, (4, 4))
     params = attention.init(KEY, normal(2, 10, 16), where)
 
     def loss(params, x):

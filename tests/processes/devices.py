@@ -16,7 +16,7 @@ from mdt_jax.runtime import parallel
 from mdt_jax.train import inputs
 from mdt_jax.train.optimizers import make_optimizer
 from mdt_jax.train.state import abstract_state, init_state
-from mdt_jax.train.step import compile_step, draw
+from mdt_jax.train.step import compile_step, draw_step
 
 STEPS, DEVICES = 20, 8
 # devices, fsdp, remat, accumulate, version
@@ -96,7 +96,7 @@ def spread_draws() -> dict[str, np.ndarray]:
     model, split = MDT.from_config(config), parallel.split_batch(parallel.make_mesh(0, 2))
 
     def noise(key):
-        return draw(key, 3, model, 32, 1000).noise_full
+        return draw_step(key, 3, model, 32, 1000).noise_full
 
     spread = jax.jit(noise, out_shardings=split)(jax.random.key(0))
     assert len({str(shard.index) for shard in spread.addressable_shards}) == DEVICES

@@ -16,21 +16,24 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from mdt_jax import cli, encode, main
+from mdt_jax import cli, encode
 from mdt_jax import config as configs
 from mdt_jax.models.mdt import MDT
 from mdt_jax.runtime import hosts, parallel
 from mdt_jax.runtime.errors import UserError
-from mdt_jax.train import inputs
+from mdt_jax.train import inputs, loop
 from mdt_jax.train.checkpoints import Checkpoints
 from mdt_jax.train.optimizers import make_optimizer
 from mdt_jax.train.state import abstract_state
 
 
-def parse(*flags: str, **strings: str):
-    """Where ml_collections looks for the flags of a config's fields, too."""
-    sys.argv = ["command", *flags]
-    return cli.parse_config(sys.argv, "", **strings)
+def parse(*flags: str):
+    """(config, values of the flags)."""
+    parser = cli.Parser()
+    parser.add_argument("--workdir")
+    parser.add_config()
+    args = parser.parse_args(flags)
+    return cli.read_config(args)[0], args
 
 
 @contextlib.contextmanager
@@ -82,9 +85,9 @@ def refused(cases: str) -> None:
     for folder, *flags in json.loads(pathlib.Path(cases).read_text()):
         folder, *flags = (text.replace("@", number) for text in (folder, *flags))
         os.chdir(folder)
-        config, values = parse(*flags, workdir="")
+        config, values = parse(*flags)
         try:
-            main.train(config, pathlib.Path(values.workdir))
+            loop.train(config, pathlib.Path(values.workdir))
             print("refused: no")
         except UserError as error:
             print("refused:", " ".join(str(error).split()))

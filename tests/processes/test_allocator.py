@@ -9,8 +9,8 @@ from tests.conftest import ROOT
 # Calls a program with large buffers; prints the pages that later calls fault in.
 SCRIPT = """
 import resource, sys
-from mdt_jax.runtime import allocator
-kept = len(sys.argv) > 1 and allocator.keep_freed_memory()
+from mdt_jax.runtime import backend
+kept = len(sys.argv) > 1 and backend.keep_freed_memory()
 import jax, jax.numpy as jnp
 def f(x):
     for _ in range(2):
@@ -46,7 +46,7 @@ def test_what_a_call_frees_is_there_for_the_next():
     assert int(faults) > 20_000 and int(fewer) < int(faults) / 20
 
 
-ASK = "from mdt_jax.runtime import allocator; print(allocator.keep_freed_memory())"
+ASK = "from mdt_jax.runtime import backend; print(backend.keep_freed_memory())"
 
 
 @pytest.mark.parametrize(

@@ -109,7 +109,7 @@ def test_two_go_on_from_four_with_another_mesh(alone, four, tmp_path):
     shutil.rmtree(next((two / "checkpoints" / "8" / "ema").glob("ocdbt.process_3")))
     more = ["--config.train.steps=11", "--config.train.accumulate=2", "--config.mesh.fsdp=1"]
     printed = all_well(start_run(2, two, *more))
-    assert "going on without step 8" in printed and "going on from step 4" in printed
+    assert "going on without step 8" in printed and "resuming from step 4" in printed
     assert "mesh.fsdp changed from 2 to 1" in printed
     train_here(*RUN, *more, f"--workdir={one}")
     assert steps_of(two) == list(range(1, 12))
@@ -129,7 +129,7 @@ def test_one_of_four_is_killed_and_the_same_command_goes_on(four, tmp_path):
         assert re.search(rf"error: process {number}: process 2 did not answer", ended[number][1])
     flags += ["--config.train.sample_every=0", "--config.sample.num_samples=0"]  # compared: bits
     printed = all_well(start_run(4, workdir, *flags))
-    assert re.search("going on from step [48]", printed)
+    assert re.search("resuming from step [48]", printed)
     assert steps_of(workdir) == list(range(1, 9))
     for item in ("params", "ema", "progress"):
         for a, b in zip(arrays(workdir, item), arrays(four[0], item), strict=True):
@@ -177,7 +177,7 @@ def test_a_process_of_another_run(tmp_path, monkeypatch):
         ))  # fmt: skip
     for code, printed in ends(processes, timeout=120):
         assert code == 2 and "Traceback" not in printed
-        assert "was set by somebody who is not of this run" in printed.splitlines()[-1]
+        assert "was not set by a process of this run" in printed.splitlines()[-1]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -228,12 +228,12 @@ def test_a_pod_that_cannot_see_its_job(tmp_path):
         "mdt_jax.main", *RUN, f"--workdir={tmp_path}", expect=2,
         KUBERNETES_SERVICE_HOST="127.0.0.1", JOB_COMPLETION_INDEX="1", PYTHONWARNINGS="ignore",
     )  # fmt: skip
-    assert "cannot be brought together" in printed and 'pip install -e ".[k8s]"' in printed
+    assert "could not be connected" in printed and 'pip install -e ".[k8s]"' in printed
 
 
 def test_a_process_that_does_not_come(tmp_path):
     lines = said(3, tmp_path / "run", "--start_timeout=12", without=1)
-    assert all("process 1 of 3 did not come within 12 s" in line for line in lines), lines
+    assert all("process 1 of 3 did not connect within 12 s" in line for line in lines), lines
 
 
 def test_a_coordinator_that_does_not_answer(tmp_path):
@@ -248,4 +248,4 @@ def test_slurm_is_found_by_itself(tmp_path):
         SLURM_JOB_ID="7", SLURM_STEP_NODELIST="localhost", SLURM_NTASKS="2", SLURM_PROCID="0",
         SLURM_LOCALID="0", SLURM_STEP_NUM_NODES="1",
     )  # fmt: skip
-    assert "process 1 of 2 did not come within 5 s" in printed
+    assert "process 1 of 2 did not connect within 5 s" in printed

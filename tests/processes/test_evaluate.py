@@ -22,8 +22,9 @@ def sets(tmp_path_factory):
 
 # Two images a device at once, as in the fixture, and slices of four, so that few are many.
 SMALL = (
-    "from mdt_jax import cli, evaluate; from mdt_jax.evaluation import features; "
-    "features.EACH_DEVICE = 2; features.SLICE = 4; "
+    "from mdt_jax import cli, evaluate; "
+    "from mdt_jax.evaluation import feature_networks, features; "
+    "feature_networks.EACH_DEVICE = 2; features.SLICE = 4; "
     "cli.run(evaluate.main)"
 )
 

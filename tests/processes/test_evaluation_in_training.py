@@ -38,7 +38,7 @@ def test_stopped_while_it_measures(run, tmp_path, number):
         assert process.returncode == 0, out + err
         assert "stopped at step 4, saved; the same command goes on" in err
     printed = train_here(*long)
-    assert "going on from step 4" in printed
+    assert "resuming from step 4" in printed
     found = measured(tmp_path)
     assert list(found) == [4, 6]
     whole = measured(run)

@@ -55,7 +55,7 @@ def test_sample(trained, tmp_path):
         "mdt_jax.sample", f"--checkpoint={trained}", "--out=a.npz", *arguments, cwd=tmp_path
     )[-1]
     assert line.startswith("error: a.npz could not be written: File too large (")
-    assert "its parts are kept in a.npz.parts, and the same command goes on" in line
+    assert "its parts are kept in a.npz.parts, and the same command resumes" in line
     (parts,) = tmp_path.iterdir()
     names = sorted(path.name for path in parts.iterdir())
     assert names == [*(f"{start:09d}.npy" for start in range(0, 600, 100)), "settings.json"]

@@ -14,7 +14,7 @@ from tests.hub_server import serve
 pytest.importorskip("huggingface_hub")
 WEIGHTS = bytes(range(256)) * 1000
 VAE = "diffusion_pytorch_model.safetensors"
-SCALE = "weights.networks.vae_scale"
+SCALE = "weights.vae.recorded_scale"
 FILES = {
     "/someone/model/resolve/main/weights.pt": WEIGHTS,
     f"/someone/vae/resolve/main/{VAE}": WEIGHTS,

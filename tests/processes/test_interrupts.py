@@ -15,12 +15,13 @@ from tests.runs import steps_of
 STUCK = """
 import hashlib, sys, time
 from mdt_jax import cli, main, sample
+from mdt_jax.train import inputs, loop
 
 def stuck(*_):
     print("stuck", flush=True)
     hashlib.pbkdf2_hmac("sha256", b"", b"", 2 * 10**9)
 
-def waits(self, items, u, take=main.inputs.sources.Images.take, seen=[]):
+def waits(self, items, u, take=inputs.sources.Images.take, seen=[]):
     seen.append(0)
     if len(seen) > 5:
         print("stuck", flush=True)
@@ -28,15 +29,15 @@ def waits(self, items, u, take=main.inputs.sources.Images.take, seen=[]):
     return take(self, items, u)
 
 place, sys.argv = sys.argv[1], sys.argv[1:]
-main.READERS_SECONDS = 2
+loop.READERS_SECONDS = 2
 if place == "compiles":
-    main.compile_step = stuck
+    loop.compile_step = stuck
 elif place == "lists":
-    main.inputs.open_data = stuck
+    inputs.open_data = stuck
 elif place == "reads":
-    main.inputs.sources.Images.take = waits
+    inputs.sources.Images.take = waits
 elif place == "samples":
-    sample.drawing.load = stuck
+    sample.backend.start = stuck
 cli.run(sample.main if place == "samples" else main.main)
 """
 

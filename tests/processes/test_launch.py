@@ -22,7 +22,7 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 from mdt_jax import main
-from mdt_jax.runtime.signing import TOKEN
+from mdt_jax.runtime.coordination import TOKEN
 from tests.conftest import ROOT
 from tests.runs import LONG, lines_of, steps_of
 
@@ -253,7 +253,7 @@ def test_command_lines(flags, monkeypatch):
     ran = []
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(main, "train", lambda config, *_: ran.append(config))
-    monkeypatch.setattr(main.distributed, "start", lambda *_: None)
+    monkeypatch.setattr(main.cluster, "start", lambda *_: None)
     monkeypatch.setattr("sys.argv", ["main", *flags])
     main.main(sys.argv)
     assert ran

@@ -69,7 +69,7 @@ def test_killed_twice_ends_with_the_same_bits(undisturbed, tmp_path):
         code, _ = kill_after(workdir, moment, signal.SIGKILL, random_.random() / 20)
         assert code == -signal.SIGKILL
     printed = run_command("mdt_jax.main", *LONG, f"--workdir={workdir}")
-    assert "going on from step" in printed
+    assert "resuming from step" in printed
     assert_same_run(workdir, undisturbed)
 
 
@@ -82,7 +82,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(undisturbed, tmp_path):
     assert steps_of(workdir) == list(range(1, stopped + 1))
     assert not (workdir / "report.json").exists()
     printed = run_command("mdt_jax.main", *LONG, f"--workdir={workdir}")
-    assert f"going on from step {stopped}" in printed
+    assert f"resuming from step {stopped}" in printed
     assert_same_run(workdir, undisturbed)
 
 
@@ -102,8 +102,8 @@ def test_the_step_compiles_once(tmp_path):
 def test_compiled_programs_are_kept_for_the_next_time(tmp_path):
     code = """
 import jax
-from mdt_jax import cli
-accelerators.keep_compilations()
+from mdt_jax.runtime import backend
+backend.keep_compilations()
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 jax.jit(lambda x: x + 1)(1)

@@ -192,7 +192,7 @@ def test_preempted_job_ends_with_the_bits_of_an_undisturbed_one(slurm, tmp_path)
 
     said = slurm.said(job)
     stopped = int(re.search(r"stopped at step (\d+), saved", said)[1])
-    assert 10 < stopped < STEPS and f"going on from step {stopped}" in said
+    assert 10 < stopped < STEPS and f"resuming from step {stopped}" in said
     assert slurm.job(job, "Restarts") == "1"
     assert json.loads((workdir / "report.json").read_text())["steps"] == STEPS
     assert steps_of(workdir) == list(range(1, STEPS + 1))

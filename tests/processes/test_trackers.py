@@ -65,7 +65,14 @@ def test_a_trace_of_the_steps_asked_for(run):
     (trace,) = (run / "profile").rglob("*.xplane.pb")
     assert trace.stat().st_size > 1000
     profiler = jax.profiler.ProfileData.from_file(str(trace))
-    assert any("host" in plane.name.lower() for plane in profiler.planes)
+    (host,) = (plane for plane in profiler.planes if "host:cpu" in plane.name.lower())
+    steps = [
+        dict(event.stats)["step_num"]
+        for line in host.lines
+        for event in line.events
+        if event.name == "train"
+    ]
+    assert steps == [2, 3]
 
 
 def test_what_is_logged_of_the_speed(run):

@@ -4,17 +4,17 @@ import socket
 import subprocess
 import time
 
-from mdt_jax.runtime.roll_call import roll_call_port
+from mdt_jax.runtime.rendezvous import report_port
 from tests.conftest import start_command
 
 
 def free_port() -> int:
-    """A port that nobody listens at, nor where the roll would be called."""
+    """A port that nobody listens at, nor at the port for its processes' reports."""
     while True:
         with socket.socket() as one, socket.socket() as two:
             one.bind(("127.0.0.1", 0))
             try:
-                two.bind(("127.0.0.1", roll_call_port(one.getsockname()[1])))
+                two.bind(("127.0.0.1", report_port(one.getsockname()[1])))
             except OSError:
                 continue
             return one.getsockname()[1]

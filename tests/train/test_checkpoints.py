@@ -15,9 +15,10 @@ import orbax.checkpoint as ocp
 import pytest
 
 import mdt_jax
+from mdt_jax import config as configs
 from mdt_jax.runtime.errors import UserError
-from mdt_jax.train.checkpoints import Checkpoints
-from mdt_jax.train.metrics import MetricsLog
+from mdt_jax.train.checkpoints import BestCheckpoint, Checkpoints
+from mdt_jax.train.log import MetricsLog
 from mdt_jax.train.state import TrainState
 from mdt_jax.weights.networks import load_weights
 from mdt_jax.weights.orbax_folders import read_meta, steps_in
@@ -99,7 +100,7 @@ def test_loading_a_damaged_step_falls_back_or_says_so(copy, damage, capfd):
 def test_training_goes_on_from_the_step_before_a_damaged_one(copy, trained, damage):
     damage(copy / "checkpoints" / "4")
     printed = train_here(*SMOKE, f"--workdir={copy}")
-    assert "4 is damaged" in printed and "going on from step 2" in printed
+    assert "4 is damaged" in printed and "resuming from step 2" in printed
     assert [p.name.split("-")[0] for p in (copy / "damaged").iterdir()] == ["4"]
     assert same(mdt_jax.load(copy)[1], mdt_jax.load(trained)[1])
     lines = (copy / "metrics.jsonl").read_text().splitlines()
@@ -122,7 +123,7 @@ def test_paths_without_a_checkpoint(tmp_path):
         mdt_jax.load(tmp_path)
     file = tmp_path / "file"
     file.touch()
-    with pytest.raises(UserError, match="is a file of no kind that holds weights"):
+    with pytest.raises(UserError, match="is neither the folder of a run nor a file of weights"):
         mdt_jax.load(file)
 
 
@@ -334,29 +335,74 @@ def test_a_file_that_cannot_be_opened_is_not_missing(saved, monkeypatch):
     assert restored(saved) == 2
 
 
-def test_the_best_replaces_whatever_was_there(tmp_path, monkeypatch):
-    """By no clock and no number of a step; also the same step measured anew."""
+def best_config(**fields):
+    config = configs.default()
+    config.evaluation.update(**fields)
+    return config
+
+
+def test_the_best_is_the_least(tmp_path, monkeypatch):
+    """By no clock and no number of a step; and it stays after a restart."""
     import time
 
     clock = iter(range(10**6, 0, -1000))
     monkeypatch.setattr(time, "time", lambda: float(next(clock)))
-    with Checkpoints(tmp_path, keep=None) as best:
-        for step, value in ((4, 3.0), (6, 2.0), (2, 1.0), (2, 0.5)):
-            best.replace(small_state(step), {"measured": {"fid": value}})
-            assert steps_in(tmp_path) == [step]
-            assert best.metas()[0]["measured"] == {"fid": value}
+    order = ((4, 3.0, 4), (6, 2.0, 6), (2, 1.0, 2), (8, 1.0, 2), (9, float("nan"), 2))
+    for step, value, best_step in order:
+        with BestCheckpoint(tmp_path, best_config()) as best:
+            saved = best.offer(small_state(step), {"measured": {"fid": value}}, value)
+        assert saved == (step == best_step)
+        assert steps_in(tmp_path) == [best_step]
+
+
+def test_the_best_of_other_settings_is_no_rival(tmp_path):
+    """Also for the same step, measured anew."""
+    with BestCheckpoint(tmp_path, best_config()) as best:
+        assert best.offer(small_state(4), {}, 1.0)
+    others = best_config(num_samples=5)
+    for step, value, kept in ((4, 3.0, True), (6, 5.0, False), (6, 2.0, True)):
+        with BestCheckpoint(tmp_path, others) as best:
+            assert best.offer(small_state(step), {"value": value}, value) == kept
+    assert steps_in(tmp_path) == [6]
+    assert read_meta(tmp_path / "checkpoints" / "6")["value"] == 2.0
+
+
+def test_the_best_of_before_metrics_stays(tmp_path):
+    """One that an older version saved cannot be ranked, and is kept beside the new one."""
+    with Checkpoints(tmp_path) as older:
+        older.save(small_state(4), {"measured": {"fid": 1.0}})
+    with BestCheckpoint(tmp_path, best_config()) as best:
+        assert best.offer(small_state(6), {}, 3.0)
+    assert steps_in(tmp_path) == [6, 4]
+
+
+def test_a_damaged_best_is_set_aside(tmp_path):
+    with BestCheckpoint(tmp_path, best_config()) as best:
+        best.offer(small_state(4), {}, 1.0)
+    metrics = tmp_path / "checkpoints" / "4" / "metrics" / "metrics"
+    for name in ("metrics", "meta"):
+        damaged = tmp_path / "checkpoints" / "4" / name
+        if name == "metrics":
+            metrics.write_text("{")
+        else:
+            shutil.rmtree(damaged)
+        with BestCheckpoint(tmp_path, best_config()) as best:
+            assert best.offer(small_state(4), {}, 3.0)
+    assert steps_in(tmp_path) == [4]
+    assert len(list((tmp_path / "damaged").iterdir())) == 2
 
 
 def test_the_best_that_cannot_be_read_just_now_is_no_damaged_one(tmp_path, monkeypatch):
-    with Checkpoints(tmp_path, keep=None) as best:
-        best.replace(small_state(4), {"measured": {"fid": 1.0}})
+    with BestCheckpoint(tmp_path, best_config()) as best:
+        best.offer(small_state(4), {}, 1.0)
 
         def fail(*_, **__):
             raise OSError(errno.EIO, os.strerror(errno.EIO))
 
         monkeypatch.setattr(ocp.Checkpointer, "restore", fail)
         with pytest.raises(UserError, match="cannot be read just now: Input/output error"):
-            best.metas()
+            best.offer(small_state(6), {}, 0.5)
+    assert steps_in(tmp_path) == [4] and not (tmp_path / "damaged").exists()
 
 
 def test_checkpoints_on_another_disk(saved, tmp_path):

@@ -13,7 +13,7 @@ from mdt_jax.diffusion.losses import min_snr_weights
 from mdt_jax.diffusion.schedule import linear_schedule
 from mdt_jax.models import masking
 from mdt_jax.models.mdt import MDT, init_params
-from mdt_jax.train.step import Objective, draw
+from mdt_jax.train.step import Objective, draw_step
 from tests.models.common import random_params
 from tests.train.common import training_loss
 
@@ -25,7 +25,7 @@ BATCH = {
     "latents": jax.random.uniform(jax.random.key(5), (8, 8, 8, 1), minval=-1),
     "labels": jnp.arange(8) % 10,
 }
-DRAWS = draw(jax.random.key(0), jnp.int32(0), MODEL, 8, 1000)
+DRAWS = draw_step(jax.random.key(0), jnp.int32(0), MODEL, 8, 1000)
 
 
 @functools.cache

@@ -11,7 +11,7 @@ from mdt_jax.runtime import parallel
 from mdt_jax.train.costs import inner_jaxprs
 from mdt_jax.train.optimizers import make_optimizer
 from mdt_jax.train.state import abstract_state, init_state, state_from_params
-from mdt_jax.train.step import Draws, Objective, draw, make_train_step, trace_step
+from mdt_jax.train.step import Draws, Objective, draw_step, make_train_step, trace_step
 from tests.conftest import FULL_COMPILE
 from tests.published import MODELS, VERSIONS, published_numbers, published_params, relative_error
 from tests.train.common import training_loss
@@ -111,7 +111,7 @@ def test_first_gradient_is_the_published_one(version):
 
 def test_draws_depend_on_the_step_alone_and_differ_everywhere():
     key = jax.random.key(0)
-    one, again, two = (draw(key, jnp.int32(s), MODEL, 64, 1000) for s in (1, 1, 2))
+    one, again, two = (draw_step(key, jnp.int32(s), MODEL, 64, 1000) for s in (1, 1, 2))
     for a, b in zip(one, again, strict=True):
         np.testing.assert_array_equal(a, b)
     assert not np.array_equal(one.t, two.t)
@@ -122,7 +122,7 @@ def test_draws_depend_on_the_step_alone_and_differ_everywhere():
 
 
 def test_timesteps_cover_the_whole_range_and_labels_drop_one_in_ten():
-    draws = draw(jax.random.key(0), jnp.int32(0), MODEL, 20_000, 1000)
+    draws = draw_step(jax.random.key(0), jnp.int32(0), MODEL, 20_000, 1000)
     assert draws.t.min() == 0 and draws.t.max() == 999
     for drop in (draws.drop_full, draws.drop_masked):
         assert np.mean(drop) == pytest.approx(0.1, abs=0.01)
@@ -131,7 +131,7 @@ def test_timesteps_cover_the_whole_range_and_labels_drop_one_in_ten():
 def test_dropped_labels_are_the_null_label():
     state, batch = small_state(), small_batch()
     params = jax.tree.map(lambda a: a + 0.05, state.params)
-    draws = draw(jax.random.key(0), jnp.int32(0), MODEL, 8, 1000)
+    draws = draw_step(jax.random.key(0), jnp.int32(0), MODEL, 8, 1000)
     draws = draws._replace(drop_full=jnp.ones(8, bool), drop_masked=jnp.zeros(8, bool))
     null = {**batch, "labels": jnp.full(8, 10)}
 
@@ -141,7 +141,7 @@ def test_dropped_labels_are_the_null_label():
 
 
 def test_quartiles_average_to_the_whole():
-    draws = draw(jax.random.key(0), jnp.int32(0), MODEL, 8, 1000)
+    draws = draw_step(jax.random.key(0), jnp.int32(0), MODEL, 8, 1000)
     draws = draws._replace(t=jnp.array([0, 249, 250, 499, 500, 749, 750, 999]))
     _, metrics = losses(small_state().params, small_batch(), draws)
     for name in ("mse/full", "vb/full", "mse/masked", "vb/masked"):
@@ -151,7 +151,7 @@ def test_quartiles_average_to_the_whole():
 
 def test_gradient_norm_is_the_norm():
     state, batch = small_state(), small_batch()
-    draws = draw(jax.random.key(0), state.step, MODEL, 8, 1000)
+    draws = draw_step(jax.random.key(0), state.step, MODEL, 8, 1000)
     leaves = jax.tree.leaves(gradient(state.params, batch, draws)[0])
     expected = np.sqrt(sum(np.square(np.float64(leaf)).sum() for leaf in leaves))
     _, metrics = small_step(lr=0.01)(state, batch, draws)
@@ -160,7 +160,7 @@ def test_gradient_norm_is_the_norm():
 
 def test_ema_and_clipping():
     state, batch = small_state(), small_batch()
-    draws = draw(jax.random.key(0), state.step, MODEL, 8, 1000)
+    draws = draw_step(jax.random.key(0), state.step, MODEL, 8, 1000)
     after, _ = small_step(lr=0.01)(state, batch, draws)
     expected = jax.tree.map(lambda e, p: 0.9 * e + 0.1 * p, state.params, after.params)
     assert relative_error(after.ema, expected) < 1e-6
@@ -176,7 +176,7 @@ def test_ema_and_clipping():
 
 def test_a_step_that_is_not_finite_changes_nothing_and_is_counted():
     state, batch, step = small_state(), small_batch(), small_step(lr=0.01)
-    draws = draw(jax.random.key(0), state.step, MODEL, 8, 1000)
+    draws = draw_step(jax.random.key(0), state.step, MODEL, 8, 1000)
     state, _ = step(state, batch, draws)
     broken = {**batch, "latents": batch["latents"].at[0, 0, 0, 0].set(jnp.nan)}
     after, metrics = step(state, broken, draws)
@@ -218,7 +218,7 @@ def test_the_steps_jaxpr_does_not_grow_with_depth(version, unroll):
         adamw = optimizer()
         step = make_train_step(model, Objective(), adamw, 0.9)
         state = abstract_state(model, adamw, parallel.make_mesh())
-        drawn = functools.partial(draw, model=model, batch=8, diffusion_steps=1000)
+        drawn = functools.partial(draw_step, model=model, batch=8, diffusion_steps=1000)
         draws = jax.eval_shape(drawn, jax.random.key(0), 0)._replace(posterior=None)
         batch = {
             "latents": jax.ShapeDtypeStruct((8, 8, 8, 1), jnp.float32),

@@ -12,9 +12,9 @@ import pytest
 
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.train import costs
-from mdt_jax.train.metrics import Means
-from mdt_jax.train.speed import Clock, Speed
-from mdt_jax.train.trackers import Profile, open_trackers
+from mdt_jax.train.log import Means
+from mdt_jax.train.speed import Clock, Profile, Speed
+from mdt_jax.train.trackers import open_trackers
 
 
 def test_speed_is_since_the_step_logged_before(monkeypatch):
@@ -64,7 +64,7 @@ def test_peaks_are_found_by_the_names_that_devices_have():
 
 @pytest.mark.parametrize("steps", ["10", "3:2", "0:3", "a:b"])
 def test_steps_to_profile_that_make_no_sense(steps, tmp_path):
-    with pytest.raises(UserError, match="is not such as 10:13"):
+    with pytest.raises(UserError, match="must be FIRST:LAST, for example 10:13"):
         Profile(steps, tmp_path)
 
 

@@ -2,18 +2,18 @@ import jax
 import numpy as np
 import pytest
 
-from mdt_jax.models.inception import Inception
 from mdt_jax.runtime.errors import UserError
-from mdt_jax.weights import inception_names
 from mdt_jax.weights.inception_names import from_published, shapes, to_published
+from tests.published import zeros_like_published
 
 
 @pytest.fixture(scope="module")
 def state():
     """Names and shapes of the published file, numbered values."""
-    shaped = inception_names._published_shapes(Inception())
-    sizes = {name: int(np.prod(shape)) for name, shape in shaped.items()}
-    return {n: np.arange(sizes[n], dtype=np.float32).reshape(shaped[n]) for n in shaped}
+    return {
+        name: np.arange(array.size, dtype=np.float32).reshape(array.shape)
+        for name, array in zeros_like_published().items()
+    }
 
 
 def test_the_numbers_of_the_published_network(state):

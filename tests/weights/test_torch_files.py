@@ -19,8 +19,8 @@ ARRAYS = {
 @pytest.mark.parametrize("suffix", [".pt", ".pth", ".bin", ".ckpt", ".safetensors"])
 def test_there_and_back(suffix, tmp_path):
     path = tmp_path / f"weights{suffix}"
-    torch_files.write(path, ARRAYS)
-    back = torch_files.read(path)
+    torch_files.write_arrays(path, ARRAYS)
+    back = torch_files.read_arrays(path)
     assert set(back) == set(ARRAYS)
     for name, array in ARRAYS.items():
         assert back[name].dtype == array.dtype
@@ -31,7 +31,7 @@ def test_there_and_back(suffix, tmp_path):
 
 
 def test_pytorch_reads_what_is_written(tmp_path):
-    torch_files.write(tmp_path / "w.pt", ARRAYS)
+    torch_files.write_arrays(tmp_path / "w.pt", ARRAYS)
     state = torch.load(tmp_path / "w.pt", weights_only=True)
     assert state["a.weight"].dtype == torch.float32 and state["b"].dtype == torch.int64
     np.testing.assert_array_equal(state["a.weight"].numpy(), ARRAYS["a.weight"])
@@ -53,7 +53,7 @@ def test_pytorch_reads_what_is_written(tmp_path):
 def test_what_training_programs_put_around_weights(around, tmp_path):
     state = {"a.weight": torch.ones(2), "model.b": torch.arange(3.0)}
     torch.save(around(state), tmp_path / "w.pt")
-    found = torch_files.read(tmp_path / "w.pt")
+    found = torch_files.read_arrays(tmp_path / "w.pt")
     assert list(found) == list(state)
     assert found["model.b"].tolist() == [0, 1, 2] and found["a.weight"].tolist() == [1, 1]
 
@@ -62,7 +62,7 @@ def test_bfloat16_an_old_format_and_a_state_dict_within(tmp_path):
     content = {"state_dict": {"a": torch.ones(3, dtype=torch.bfloat16)}, "global_step": 3}
     for name, new in (("new.ckpt", True), ("old.ckpt", False)):
         torch.save(content, tmp_path / name, _use_new_zipfile_serialization=new)
-        (array,) = torch_files.read(tmp_path / name).values()
+        (array,) = torch_files.read_arrays(tmp_path / name).values()
         assert array.dtype == ml_dtypes.bfloat16
         np.testing.assert_array_equal(array.astype(np.float32), np.ones(3))
 
@@ -84,7 +84,7 @@ def test_nothing_in_a_malicious_file_runs(new, tmp_path):
     with pytest.raises(
         UserError, match=r"evil.pt holds something other than tensors \(\w*\.?open\)"
     ) as error:
-        torch_files.read(file)
+        torch_files.read_arrays(file)
     assert not ran.exists() and "\n" not in str(error.value)
     # The file does what it says when it is read carelessly.
     if new:
@@ -100,30 +100,30 @@ def test_nothing_in_a_malicious_file_runs(new, tmp_path):
 @pytest.mark.parametrize("length", [0, 1, 100, -200])
 def test_a_file_cut_short(suffix, length, tmp_path):
     path = tmp_path / f"cut{suffix}"
-    torch_files.write(path, ARRAYS)
+    torch_files.write_arrays(path, ARRAYS)
     path.write_bytes(path.read_bytes()[:length])
     with pytest.raises(UserError, match=f"cut{suffix} is damaged") as error:
-        torch_files.read(path)
+        torch_files.read_arrays(path)
     assert "\n" not in str(error.value)
 
 
 def test_what_is_no_tensor_is_named(tmp_path):
     torch.save({"a": torch.ones(2), "lr": 0.1}, tmp_path / "lr.pt")
     with pytest.raises(UserError, match="lr.pt: 'lr' is a float, not a tensor by name"):
-        torch_files.read(tmp_path / "lr.pt")
+        torch_files.read_arrays(tmp_path / "lr.pt")
     torch.save([torch.ones(2)], tmp_path / "list.pt")
     with pytest.raises(UserError, match="holds a list, not tensors by name"):
-        torch_files.read(tmp_path / "list.pt")
+        torch_files.read_arrays(tmp_path / "list.pt")
     with pytest.raises(UserError, match="does not exist"):
-        torch_files.read(tmp_path / "none.pt")
+        torch_files.read_arrays(tmp_path / "none.pt")
     (tmp_path / "w.npz").touch()
     with pytest.raises(UserError, match="unknown suffix '.npz'; use one of .pt"):
-        torch_files.read(tmp_path / "w.npz")
+        torch_files.read_arrays(tmp_path / "w.npz")
 
 
 def test_a_failed_write_leaves_nothing(tmp_path):
     with pytest.raises(TypeError):
-        torch_files.write(tmp_path / "w.pt", {"a": np.array(["text"])})
+        torch_files.write_arrays(tmp_path / "w.pt", {"a": np.array(["text"])})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -133,7 +133,7 @@ def test_a_failed_write_leaves_nothing(tmp_path):
 def test_what_is_no_file_of_weights(content, tmp_path):
     (tmp_path / "page.pt").write_bytes(content)
     with pytest.raises(UserError, match="page.pt is damaged, cut short or no file of weights"):
-        torch_files.read(tmp_path / "page.pt")
+        torch_files.read_arrays(tmp_path / "page.pt")
 
 
 @pytest.mark.parametrize("new", [True, False])
@@ -148,7 +148,7 @@ def test_a_byte_that_is_wrong_is_no_traceback(new, tmp_path):
         flipped[place] ^= 0x55
         path.write_bytes(flipped)
         try:
-            found = torch_files.read(path)
+            found = torch_files.read_arrays(path)
         except UserError as error:
             assert "\n" not in str(error)
         else:
@@ -157,19 +157,19 @@ def test_a_byte_that_is_wrong_is_no_traceback(new, tmp_path):
 
 def test_a_flipped_bit_of_a_tensor_is_noticed(tmp_path):
     path = tmp_path / "w.pt"
-    torch_files.write(path, ARRAYS)
+    torch_files.write_arrays(path, ARRAYS)
     content = bytearray(path.read_bytes())
     content[content.index(ARRAYS["a.weight"].tobytes()) + 5] ^= 1
     path.write_bytes(content)
     with pytest.raises(UserError, match=r"w.pt is damaged: \S+ in it does not have its checksum"):
-        torch_files.read(path)
+        torch_files.read_arrays(path)
 
 
 def test_a_pytorch_that_runs_what_is_in_files_is_refused(tmp_path, monkeypatch):
-    torch_files.write(tmp_path / "w.pt", ARRAYS)
+    torch_files.write_arrays(tmp_path / "w.pt", ARRAYS)
     monkeypatch.setattr("importlib.metadata.version", lambda name: "2.5.1+cu124")
     with pytest.raises(UserError, match=r"PyTorch 2.5.1\+cu124 can run code .* 'torch>=2.6'"):
-        torch_files.read(tmp_path / "w.pt")
+        torch_files.read_arrays(tmp_path / "w.pt")
 
 
 @pytest.mark.parametrize(
@@ -184,16 +184,16 @@ def test_a_pytorch_that_runs_what_is_in_files_is_refused(tmp_path, monkeypatch):
 def test_tensors_that_are_no_weights(value, message, tmp_path):
     torch.save({"a": value}, tmp_path / "odd.pt")
     with pytest.raises(UserError, match=message):
-        torch_files.read(tmp_path / "odd.pt")
+        torch_files.read_arrays(tmp_path / "odd.pt")
 
 
 def test_names_that_are_no_text(tmp_path):
     torch.save({0: torch.ones(2)}, tmp_path / "numbers.pt")
     with pytest.raises(UserError, match="not a tensor by name"):
-        torch_files.read(tmp_path / "numbers.pt")
+        torch_files.read_arrays(tmp_path / "numbers.pt")
 
 
 def test_a_neighbour_of_a_similar_name_stays(tmp_path):
     (tmp_path / "w.pt.tmp").write_text("another's")
-    torch_files.write(tmp_path / "w.pt", ARRAYS)
+    torch_files.write_arrays(tmp_path / "w.pt", ARRAYS)
     assert (tmp_path / "w.pt.tmp").read_text() == "another's"

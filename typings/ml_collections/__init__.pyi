@@ -1,9 +1,8 @@
 """ConfigDict with fields of any type: `mdt_jax.config` checks them when a run starts."""
 
+import contextlib
 from collections.abc import Iterator, Mapping
 from typing import Any
-
-from ml_collections import config_flags as config_flags
 
 class ConfigDict:
     def __init__(
@@ -25,3 +24,4 @@ class ConfigDict:
     def to_dict(self) -> dict[str, Any]: ...
     def lock(self) -> ConfigDict: ...
     def unlock(self) -> ConfigDict: ...
+    def ignore_type(self) -> contextlib.AbstractContextManager[None]: ...

@@ -1,0 +1,244 @@
+"""Writing a cache of latents: shards, which any number of hosts can write, and the manifest."""
+
+import base64
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import zlib
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+
+from mdt_jax.data.latents import (
+    CRC,
+    MANIFEST,
+    MOMENTS,
+    UNFINISHED,
+    Sums,
+    check_path,
+    checksum,
+    has_shard,
+    read_manifest,
+    record_dtype,
+)
+from mdt_jax.data.protocols import Status
+from mdt_jax.runtime import locks
+from mdt_jax.runtime.errors import DamagedError, UserError
+from mdt_jax.runtime.files import (
+    atomic_write,
+    check_room,
+    file_sha256,
+    free,
+    fsync,
+    read_json,
+    reason,
+    temp_path,
+)
+
+OPTIONS = "group_size:1,uncompressed"  # for random access; compression saves a few per cent
+# Fields of a description that change no byte of a shard: places, and the scale, which is not
+# applied here.
+UNCOMPARED = ("source", "vae", "scale")
+
+
+@contextlib.contextmanager
+def _write_errors(path: pathlib.Path) -> Iterator[None]:
+    """Turn a failure to write a shard, by the disk or by ArrayRecord, into a UserError."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(
+            f"{path} could not be written: {reason(error)}{free(path)}; finished shards are kept, "
+            "and the same command resumes"
+        ) from None
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheWriter:
+    """A cache that is being written, perhaps by several hosts at once.
+
+    description: the fields of the manifest that describe the cache, including `images`,
+    `shard_images` and `latents`, [h, w, c]. A shard is finished when its sidecar, a JSON beside it,
+    exists. A shard's bytes depend on its images alone.
+    """
+
+    folder: pathlib.Path
+    description: dict
+
+    @property
+    def num_shards(self) -> int:
+        """The number of shards of the whole cache."""
+        return -(-self.description["images"] // self.description["shard_images"])
+
+    def items(self, shard: int) -> np.ndarray:
+        """The numbers of a shard's images."""
+        size = self.description["shard_images"]
+        return np.arange(shard * size, min((shard + 1) * size, self.description["images"]))
+
+    def _make_folder(self) -> None:
+        check_path(self.folder)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except FileExistsError:
+            raise UserError(f"{self.folder} is a file, not a folder for latents") from None
+
+    @contextlib.contextmanager
+    def lock(self, part: tuple[int, int]) -> Iterator[None]:
+        """Lock one part of the shards, (index, number of parts), against other processes.
+
+        Raises UserError where another process writes this part, or divides the shards into another
+        number of parts.
+        """
+        self._make_folder()
+        index, count = part
+        path = self.folder / f".part-{index + 1}-of-{count}.lock"
+        with locks.held(path, f"part {index + 1} of {count} of {self.folder}"):
+            for other in self.folder.glob(".part-*.lock"):
+                if not other.name.endswith(f"-of-{count}.lock"):
+                    locks.check_free(other, str(self.folder))
+            yield
+
+    def start(self) -> bool:
+        """Make the folder, or resume in it; returns whether the cache is finished.
+
+        Lost shards of a finished cache can then be written again. Raises UserError where the folder
+        holds anything else.
+        """
+        self._make_folder()
+        # Listed before it is read, because other hosts may start or finish meanwhile.
+        names = [path for path in self.folder.iterdir() if path.suffix not in (".tmp", ".lock")]
+        try:
+            unfinished = read_json(self.folder / UNFINISHED)
+        except DamagedError as error:
+            raise UserError(f"{error}; remove {self.folder}, and encode anew") from None
+        manifest = read_manifest(self.folder)
+        before = manifest or unfinished
+        if before is None:
+            if names:
+                raise UserError(f"{self.folder} is neither empty nor a cache of latents")
+            self._write(UNFINISHED, self.description)
+            return False
+        self._check_same(before)
+        if manifest is None:
+            return False
+        if self.finished():
+            self._tidy()
+            return True
+        for number, shard in enumerate(manifest["shards"]):
+            if has_shard(self.folder, shard):
+                self._write_sidecar(number, shard)
+        self._write(UNFINISHED, self.description)
+        (self.folder / MANIFEST).unlink(missing_ok=True)
+        return False
+
+    def _check_same(self, before: dict) -> None:
+        """Raise UserError where the folder holds a cache with another description."""
+        # Older versions did not record the precision.
+        before = {"precision": self.description.get("precision"), **before}
+        for name, value in self.description.items():
+            if name not in UNCOMPARED and before.get(name) != value:
+                old, new = (str(each)[:100] for each in (before.get(name), value))
+                raise UserError(
+                    f"{self.folder} holds another cache: its {name} is {old}, not {new}; choose "
+                    "another --out"
+                )
+
+    def finished(self) -> bool:
+        """Whether the folder has a manifest and all of its shards."""
+        shards = (read_manifest(self.folder) or {}).get("shards", ())
+        return bool(shards) and all(has_shard(self.folder, shard) for shard in shards)
+
+    def done(self, shard: int) -> dict | None:
+        """The sidecar of a finished shard; None where the shard must be written."""
+        try:
+            sidecar = read_json(self.folder / self._sidecar(shard))
+        except DamagedError:
+            return None
+        if sidecar is None or sidecar.pop("checksum", "") != checksum(sidecar):
+            return None
+        return sidecar if has_shard(self.folder, sidecar) else None
+
+    def write(self, shard: int, batches: Iterable[dict[str, np.ndarray]]) -> None:
+        """Write a shard atomically. Raises UserError where the disk is full.
+
+        batches: "moments" [n, 4, h, w, c] float16, "labels" [n] int32, "items" [n] and "status" [n]
+        of the shard's images in order. Only images with the status READ are written.
+        """
+        from array_record.python.array_record_module import ArrayRecordWriter
+
+        path = self.folder / self._file(shard)
+        dtype = record_dtype(self.description["latents"])
+        check_room(path, len(self.items(shard)) * dtype.itemsize)
+        temporary = temp_path(path)
+        damaged, crcs, sums = [], [], Sums()
+        try:
+            with _write_errors(path):
+                writer = ArrayRecordWriter(str(temporary), OPTIONS)
+            for batch in batches:
+                read = batch["status"] == Status.READ
+                damaged += batch["items"][~read].tolist()
+                moments = batch["moments"][read].astype(MOMENTS)
+                sums += Sums.of_moments(moments)
+                records = np.zeros(len(moments), dtype)
+                records["label"], records["moments"] = batch["labels"][read], moments
+                with _write_errors(path):
+                    for record in records:
+                        writer.write(record.tobytes())
+                        crcs.append(zlib.crc32(record.tobytes()))
+            with _write_errors(path):
+                writer.close()
+                sidecar = {
+                    "file": path.name,
+                    "bytes": os.stat(temporary).st_size,
+                    "sha256": file_sha256(temporary),
+                    "crc32": base64.b64encode(np.array(crcs, CRC).tobytes()).decode(),
+                    "damaged": damaged,
+                    **dataclasses.asdict(sums),
+                }
+                fsync(temporary)
+                os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        self._write_sidecar(shard, sidecar)
+
+    def finish(self) -> dict | None:
+        """Write the manifest and return it; None where other hosts have not finished."""
+        sidecars = [self.done(shard) for shard in range(self.num_shards)]
+        shards = [sidecar for sidecar in sidecars if sidecar is not None]
+        if len(shards) < self.num_shards:
+            return read_manifest(self.folder)  # another host may just have finished
+        manifest = {
+            **(read_json(self.folder / UNFINISHED) or self.description),
+            "latent_std": Sums.of_shards(shards).deviation(self.description["latents"]),
+            "shards": shards,
+        }
+        manifest["checksum"] = checksum(manifest)
+        try:
+            self._write(MANIFEST, manifest)
+        except UserError:  # another host may just have written it, and tidied
+            if read_manifest(self.folder) is None:
+                raise
+        self._tidy()
+        return manifest
+
+    def _tidy(self) -> None:
+        """Remove everything but the shards and the manifest."""
+        sidecars = [self.folder / self._sidecar(shard) for shard in range(self.num_shards)]
+        killed = self.folder.glob("*.tmp")  # files of killed processes
+        for path in [*sidecars, self.folder / UNFINISHED, *killed]:
+            path.unlink(missing_ok=True)
+
+    def _file(self, shard: int) -> str:
+        return f"latents-{shard:05d}-of-{self.num_shards:05d}.array_record"
+
+    def _sidecar(self, shard: int) -> str:
+        return f"{self._file(shard)}.json"
+
+    def _write_sidecar(self, shard: int, content: dict) -> None:
+        self._write(self._sidecar(shard), {**content, "checksum": checksum(content)})
+
+    def _write(self, name: str, content: dict) -> None:
+        with atomic_write(self.folder / name) as temporary:
+            temporary.write_text(json.dumps(content, indent=1) + "\n")

@@ -1,0 +1,80 @@
+"""An image and the mask that says which part of it to draw anew."""
+
+import numpy as np
+
+from mdt_jax.data.crops import center_crop
+from mdt_jax.data.images import open_image, to_rgb
+from mdt_jax.runtime.errors import UserError
+from mdt_jax.runtime.files import reason
+
+
+def open_picture(path: str, flag: str):
+    """A decoded PIL.Image, rotated as its EXIF says. Raises UserError for a file that is none."""
+    from PIL import ImageOps
+
+    try:
+        with open_image(path) as image:
+            return ImageOps.exif_transpose(image)
+    except Exception as error:  # Pillow raises errors of many types for damaged files
+        raise UserError(f"{flag}={path} could not be read: {reason(error)}") from None
+
+
+def read_pair(
+    image_path: str, mask_path: str, shape: tuple[int, int, int], resize: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Read (image [H, W, C] uint8, hidden [H, W] bool) of the shape (H, W, C).
+
+    Both are rotated as their EXIF says, which is how programs that draw masks show them. With
+    `resize` both are cropped and resized alike. Transparent parts of the mask are known. Raises
+    UserError for files that cannot be read, and for other sizes.
+    """
+    height, width, channels = shape
+    image, mask = open_picture(image_path, "--image"), open_picture(mask_path, "--mask")
+    try:
+        image, mask = to_rgb(image), to_rgb(over_black(mask)).convert("L")
+    except ValueError as error:
+        raise UserError(f"--image={image_path}, --mask={mask_path}: {reason(error)}") from None
+    if mask.size != image.size:
+        fits = scaled_alike(mask.size, image.size)
+        if not (resize and fits):
+            raise UserError(
+                f"--mask={mask_path} is {mask.height}×{mask.width}, but the image is "
+                f"{image.height}×{image.width}; --resize "
+                + ("makes them fit" if fits else "takes masks of the image's proportions only")
+            )
+        mask = mask.resize(image.size)
+    hidden = fitted(mask, shape[:2], resize, f"--mask={mask_path}") > 127
+    image = image.convert("L") if channels == 1 else image
+    pixels = fitted(image, shape[:2], resize, f"--image={image_path}")
+    return pixels.reshape(height, width, channels), hidden
+
+
+def over_black(mask):
+    """A PIL.Image composited over black; unchanged if it has no alpha channel."""
+    from PIL import Image
+
+    if "A" not in mask.getbands() and "transparency" not in mask.info:
+        return mask
+    mask = mask.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", mask.size, (0, 0, 0, 255)), mask)
+
+
+def scaled_alike(mask: tuple[int, int], image: tuple[int, int]) -> bool:
+    """Whether a mask of (W, H) has the aspect ratio of an image, up to rounding."""
+    (width, height), (wide, high) = sorted((mask, image))
+    return abs(high * width / wide - height) < 1
+
+
+def fitted(image, size: tuple[int, int], resize: bool, name: str) -> np.ndarray:
+    """The pixels of a PIL.Image, center-cropped and resized to `size` (H, W) if allowed."""
+    height, width = size
+    if (image.height, image.width) == size:
+        return np.asarray(image)
+    if not resize:
+        raise UserError(
+            f"{name} is {image.height}×{image.width}, but the model draws {height}×{width}; "
+            "--resize makes it fit"
+        )
+    if height != width:
+        raise UserError(f"--resize makes squares, but the model draws {height}×{width}")
+    return center_crop(image, height)

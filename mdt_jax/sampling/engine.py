@@ -1,0 +1,175 @@
+"""Evaluations of the network, compiled in segments that the host enqueues one after another.
+
+Which evaluations need guidance, and which take a masked pass, is known in advance. So each segment
+is a loop with a static trip count, and no segment waits for the host.
+"""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from mdt_jax.diffusion import samplers
+from mdt_jax.diffusion.guidance import Network, guide
+from mdt_jax.diffusion.inpainting import Known
+from mdt_jax.diffusion.options import SampleOptions
+from mdt_jax.diffusion.samplers import State
+from mdt_jax.models.mdt import MDT
+from mdt_jax.sampling.noise import Noise, draw
+
+# With a progress bar the evaluations of a batch are cut into about this many segments.
+PROGRESS_STEPS = 50
+
+
+class Segment(NamedTuple):
+    """Evaluations of the network in a row that are compiled as one loop.
+
+    guided: evaluate both the conditional and the unconditional half. count: how many evaluations.
+    masked: inpainting's masked pass, in which the encoder sees the known tokens alone.
+    """
+
+    guided: bool
+    count: int
+    masked: bool = False
+
+
+def segments(
+    guided: Sequence[bool],
+    masked: Sequence[bool],
+    ends: Collection[int] = (),
+    progress: bool = False,
+) -> list[Segment]:
+    """Cut a chain of evaluations into segments.
+
+    guided, masked: of each evaluation. ends: numbers of evaluations after which a segment must end.
+    progress: cut long segments, so that a progress bar moves.
+    """
+    part = [sum(end <= k for end in ends) for k in range(len(guided))]
+    kinds = itertools.groupby(zip(guided, masked, part, strict=True))
+    whole = [Segment(kind[0], len(list(run)), kind[1]) for kind, run in kinds]
+    if not progress:
+        return whole
+    least = -(-len(guided) // PROGRESS_STEPS)
+    return [piece for segment in whole for piece in _cut(segment, least)]
+
+
+def _cut(segment: Segment, least: int) -> list[Segment]:
+    """Cut a segment into equal pieces of `least` evaluations or up to five times as many.
+
+    If no such length divides the segment, the last piece is shorter: one more program to compile.
+    """
+    count = segment.count
+    lengths = range(min(least, count), min(5 * least, count) + 1)
+    length = next((length for length in lengths if count % length == 0), least)
+    pieces, rest = divmod(count, length)
+    cut = [segment._replace(count=length)] * pieces
+    return [*cut, segment._replace(count=rest)] if rest else cut
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """The samples that are drawn together.
+
+    key: of the seed. labels: [B] int32. scales: [B] float32, guidance scales. For inpainting also
+    `known`, and keep_ids: [K] int32, the tokens that are known completely.
+    """
+
+    key: jax.Array
+    noise: Noise
+    labels: jax.Array
+    scales: jax.Array
+    known: Known | None = None
+    keep_ids: jax.Array | None = None
+
+
+jax.tree_util.register_dataclass(Batch)
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A model and its sampling options, as jit's static argument: equal programs compile once.
+
+    options: without the guidance scale, which a batch has for each sample.
+    """
+
+    model: MDT
+    options: SampleOptions
+
+    def advance(
+        self, network: Network, batch: Batch, segment: Segment, state: State, start: jax.Array
+    ) -> State:
+        """Make the evaluations of a segment, the first of which is number `start`."""
+        sampler, schedule = self.options.make_sampler(), self.options.schedule()
+        noise = self.noise(batch)
+        return samplers.sample(network, sampler, schedule, state, noise, start, segment.count)
+
+    def noise(self, batch: Batch) -> Callable[[jax.Array], jax.Array]:
+        """The function from the number of a draw, after that of the start, to [B, H, W, C]."""
+        return lambda k: draw(self.model, batch.key, batch.noise, k + 1)
+
+    def network(self, params, batch: Batch, segment: Segment) -> Network:
+        """The network (x [B, H, W, C], t [B]) → [B, H, W, 2C] of a batch in a segment."""
+        unstacked = self.model.unstack_blocks(params)
+
+        def apply(x, t, y) -> Any:  # Flax annotates `apply` with all that it may return
+            keep_ids = batch.keep_ids if segment.masked else None
+            if keep_ids is not None:
+                keep_ids = jnp.broadcast_to(keep_ids, (len(x), len(keep_ids)))
+            with jax.default_matmul_precision(self.options.precision):
+                return self.model.apply({"params": unstacked()}, x, t, y, keep_ids=keep_ids)
+
+        if not segment.guided:
+            return functools.partial(apply, y=batch.labels)
+        weight = functools.partial(self.options.weight, scale=batch.scales)
+        channels = self.options.guidance_channels or None
+        return guide(apply, batch.labels, self.model.num_classes, weight, channels)
+
+
+@functools.partial(jax.jit, static_argnames="program")
+def start(program: Program, batch: Batch) -> State:
+    """The state of pure noise before the first evaluation."""
+    noise = draw(program.model, batch.key, batch.noise, 0)
+    return program.options.make_sampler().start(noise)
+
+
+@functools.partial(jax.jit, static_argnames=("program", "segment"), donate_argnames="state")
+def run_segment(
+    program: Program, segment: Segment, params, batch: Batch, state: State, done
+) -> tuple[State, jax.Array]:
+    """Run a segment after `done` evaluations (traced) of a batch.
+
+    Returns the state and the new `done`. Unlike the state, `done` is never donated, so that the
+    host can wait for it.
+    """
+    network = program.network(params, batch, segment)
+    state = program.advance(network, batch, segment, state, done)
+    return state, done + segment.count
+
+
+def run(
+    program: Program, chain: Sequence[Segment], params, batch: Batch, bar
+) -> Iterator[tuple[int, State]]:
+    """Run the segments of a batch; yields (evaluations, state) after each.
+
+    A segment is enqueued before the one before it is done, so that the devices never wait for the
+    host. A yielded state is donated to the next segment. bar: a progress bar of evaluations.
+    """
+    state, enqueued = start(program, batch), 0
+    running: list[tuple[jax.Array, int]] = []
+    for segment in chain:
+        state, done = run_segment(program, segment, params, batch, state, enqueued)
+        enqueued += segment.count
+        running.append((done, segment.count))
+        if len(running) > 1:
+            _wait(bar, *running.pop(0))
+        yield enqueued, state
+    _wait(bar, *running.pop())
+
+
+def _wait(bar, done: jax.Array, count: int) -> None:
+    done.block_until_ready()
+    bar.update(count)

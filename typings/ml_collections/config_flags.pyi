@@ -1,9 +1,0 @@
-from typing import Any
-
-from absl import flags
-from ml_collections import ConfigDict
-
-def DEFINE_config_file(
-    name: str, *, flag_values: flags.FlagValues = ...
-) -> flags.FlagHolder[ConfigDict]: ...
-def get_override_values(config_flag: flags.Flag) -> dict[str, Any]: ...
