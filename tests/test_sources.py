@@ -219,7 +219,7 @@ def test_samples_by_the_names_of_the_classes(place, tmp_path):
         assert np.load(out)["arr_1"].tolist() == [2, 0, 1]
     labels[0] = "--labels=fox"
     printed = run_here(sample.main, *labels, f"--out={tmp_path / 'out.npz'}", expect=2)
-    assert "nor a class of the run such as cat" in printed
+    assert "nor a class of the run (e.g. cat)" in printed
 
 
 BAD_DATA = {

@@ -11,14 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mdt_jax.data.image_files import (
-    ImageFiles,
-    LeftOut,
-    class_in_name,
-    find_splits,
-    number_labels,
-    sort_classes,
-)
+from mdt_jax.data import image_files
+from mdt_jax.data.image_files import ImageFiles, LeftOut
 from mdt_jax.data.images import SUFFIXES
 from mdt_jax.runtime.errors import UserError
 
@@ -103,10 +97,10 @@ def load(path: str | os.PathLike, num_classes: int | None = None) -> FolderFiles
             raise UserError(
                 f"{path}: {bare} has no label, but others have; model.num_classes=0 ignores labels"
             )
-        classes = sort_classes(set(names))
+        classes = image_files.sort_classes(set(names))
         if listing.file is not None and num_classes:
             classes = _numbered_classes(listing, num_classes) or classes
-        labels = number_labels(names, classes)
+        labels = image_files.number_labels(names, classes)
     return FolderFiles(
         root=listing.root, paths=listing.paths, labels=labels, classes=classes,
         left_out=str(left_out),
@@ -160,7 +154,7 @@ def _list_folder(root: pathlib.Path, labelled: bool, left_out: LeftOut) -> _List
         bare = next(path for path in paths if "/" not in path)
         raise UserError(f"{root} holds both folders of images and images without one, e.g. {bare}")
     folders = {os.path.dirname(path) for path in paths}
-    if splits := find_splits(folders):
+    if splits := image_files.find_splits(folders):
         folder, names = splits
         raise UserError(
             f"{root / folder} is divided into {', '.join(names)}: these are splits, not classes; "
@@ -173,7 +167,7 @@ def _list_folder(root: pathlib.Path, labelled: bool, left_out: LeftOut) -> _List
         )
     if nested:
         return _Listing(root, paths, [path.split("/")[0] for path in paths])
-    return _Listing(root, paths, [class_in_name(path) for path in paths])
+    return _Listing(root, paths, [image_files.class_in_name(path) for path in paths])
 
 
 def _common_folder(folders: set[str]) -> str:
@@ -229,16 +223,16 @@ def _list_lines(file: pathlib.Path, lines: Iterable[_Line]) -> _Listing:
     paths = []
     try:
         for number, path, label in lines:
-            where = f"{file}, line {number}"
+            position = f"{file}, line {number}"
             if not path:
-                raise UserError(f"{where}: no path")
+                raise UserError(f"{position}: no path")
             inside = os.path.normpath(path)
             if os.path.isabs(path) or inside.split(os.sep)[0] == "..":
-                raise UserError(f"{where}: {path} leaves {file.parent}")
+                raise UserError(f"{position}: {path} leaves {file.parent}")
             if not os.path.isfile(file.parent / inside):
-                raise UserError(f"{where}: {path} does not exist in {file.parent}")
+                raise UserError(f"{position}: {path} does not exist in {file.parent}")
             if (before := labels.setdefault(inside, label)) != label:
-                raise UserError(f"{where}: {path} is {label}, but {before} in an earlier line")
+                raise UserError(f"{position}: {path} is {label}, but {before} in an earlier line")
             paths.append(inside)
     except UnicodeDecodeError:
         raise UserError(f"{file} is not text in UTF-8") from None
@@ -253,11 +247,11 @@ def _csv_lines(file: pathlib.Path) -> Iterator[_Line]:
         for n, row in enumerate(rows):
             if not row or (n == 0 and row[0].strip().lower() in HEADERS):
                 continue
-            where = f"{file}, line {rows.line_num}"
+            position = f"{file}, line {rows.line_num}"
             if len(row) > 2:
-                raise UserError(f"{where}: expected path,label; got {len(row)} fields")
+                raise UserError(f"{position}: expected path,label; got {len(row)} fields")
             if len(row) == 2 and not row[1].strip():
-                raise UserError(f"{where}: the label is missing")
+                raise UserError(f"{position}: the label is missing")
             yield _Line(rows.line_num, row[0].strip(), row[1].strip() if len(row) == 2 else None)
 
 
@@ -266,16 +260,16 @@ def _json_lines(file: pathlib.Path) -> Iterator[_Line]:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
-            where = f"{file}, line {number}"
+            position = f"{file}, line {number}"
             try:
                 entry = json.loads(line)
                 path, label = entry["path"], entry.get("label")
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                raise UserError(f'{where}: expected {{"path": …, "label": …}}') from None
+                raise UserError(f'{position}: expected {{"path": …, "label": …}}') from None
             is_label = label is None or type(label) is int or isinstance(label, str)
             label = None if label is None else str(label).strip()
             if not isinstance(path, str) or not is_label or label == "":
-                raise UserError(f"{where}: path must be text, and label text or a whole number")
+                raise UserError(f"{position}: path must be text, and label text or a whole number")
             yield _Line(number, path, label)
 
 

@@ -11,31 +11,11 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from mdt_jax.data.latents import (
-    CRC,
-    MANIFEST,
-    MOMENTS,
-    UNFINISHED,
-    Sums,
-    check_path,
-    checksum,
-    has_shard,
-    read_manifest,
-    record_dtype,
-)
+from mdt_jax.data import latents
+from mdt_jax.data.latents import MANIFEST, UNFINISHED, Sums
 from mdt_jax.data.protocols import Status
-from mdt_jax.runtime import locks
+from mdt_jax.runtime import files, locks
 from mdt_jax.runtime.errors import DamagedError, UserError
-from mdt_jax.runtime.files import (
-    atomic_write,
-    check_room,
-    file_sha256,
-    free,
-    fsync,
-    read_json,
-    reason,
-    temp_path,
-)
 
 OPTIONS = "group_size:1,uncompressed"  # for random access; compression saves a few per cent
 # Fields of a description that change no byte of a shard: places, and the scale, which is not
@@ -50,8 +30,8 @@ def _write_errors(path: pathlib.Path) -> Iterator[None]:
         yield
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(
-            f"{path} could not be written: {reason(error)}{free(path)}; finished shards are kept, "
-            "and the same command resumes"
+            f"{path} could not be written: {files.reason(error)}{files.free(path)}; finished "
+            "shards are kept, and the same command resumes"
         ) from None
 
 
@@ -78,7 +58,7 @@ class CacheWriter:
         return np.arange(shard * size, min((shard + 1) * size, self.description["images"]))
 
     def _make_folder(self) -> None:
-        check_path(self.folder)
+        latents.check_path(self.folder)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except FileExistsError:
@@ -110,10 +90,10 @@ class CacheWriter:
         # Listed before it is read, because other hosts may start or finish meanwhile.
         names = [path for path in self.folder.iterdir() if path.suffix not in (".tmp", ".lock")]
         try:
-            unfinished = read_json(self.folder / UNFINISHED)
+            unfinished = files.read_json(self.folder / UNFINISHED)
         except DamagedError as error:
             raise UserError(f"{error}; remove {self.folder}, and encode anew") from None
-        manifest = read_manifest(self.folder)
+        manifest = latents.read_manifest(self.folder)
         before = manifest or unfinished
         if before is None:
             if names:
@@ -127,7 +107,7 @@ class CacheWriter:
             self._tidy()
             return True
         for number, shard in enumerate(manifest["shards"]):
-            if has_shard(self.folder, shard):
+            if latents.has_shard(self.folder, shard):
                 self._write_sidecar(number, shard)
         self._write(UNFINISHED, self.description)
         (self.folder / MANIFEST).unlink(missing_ok=True)
@@ -147,18 +127,18 @@ class CacheWriter:
 
     def finished(self) -> bool:
         """Whether the folder has a manifest and all of its shards."""
-        shards = (read_manifest(self.folder) or {}).get("shards", ())
-        return bool(shards) and all(has_shard(self.folder, shard) for shard in shards)
+        shards = (latents.read_manifest(self.folder) or {}).get("shards", ())
+        return bool(shards) and all(latents.has_shard(self.folder, shard) for shard in shards)
 
     def done(self, shard: int) -> dict | None:
         """The sidecar of a finished shard; None where the shard must be written."""
         try:
-            sidecar = read_json(self.folder / self._sidecar(shard))
+            sidecar = files.read_json(self.folder / self._sidecar(shard))
         except DamagedError:
             return None
-        if sidecar is None or sidecar.pop("checksum", "") != checksum(sidecar):
+        if sidecar is None or sidecar.pop("checksum", "") != latents.checksum(sidecar):
             return None
-        return sidecar if has_shard(self.folder, sidecar) else None
+        return sidecar if latents.has_shard(self.folder, sidecar) else None
 
     def write(self, shard: int, batches: Iterable[dict[str, np.ndarray]]) -> None:
         """Write a shard atomically. Raises UserError where the disk is full.
@@ -169,9 +149,9 @@ class CacheWriter:
         from array_record.python.array_record_module import ArrayRecordWriter
 
         path = self.folder / self._file(shard)
-        dtype = record_dtype(self.description["latents"])
-        check_room(path, len(self.items(shard)) * dtype.itemsize)
-        temporary = temp_path(path)
+        dtype = latents.record_dtype(self.description["latents"])
+        files.check_room(path, len(self.items(shard)) * dtype.itemsize)
+        temporary = files.temp_path(path)
         damaged, crcs, sums = [], [], Sums()
         try:
             with _write_errors(path):
@@ -179,7 +159,7 @@ class CacheWriter:
             for batch in batches:
                 read = batch["status"] == Status.READ
                 damaged += batch["items"][~read].tolist()
-                moments = batch["moments"][read].astype(MOMENTS)
+                moments = batch["moments"][read].astype(latents.MOMENTS)
                 sums += Sums.of_moments(moments)
                 records = np.zeros(len(moments), dtype)
                 records["label"], records["moments"] = batch["labels"][read], moments
@@ -192,12 +172,12 @@ class CacheWriter:
                 sidecar = {
                     "file": path.name,
                     "bytes": os.stat(temporary).st_size,
-                    "sha256": file_sha256(temporary),
-                    "crc32": base64.b64encode(np.array(crcs, CRC).tobytes()).decode(),
+                    "sha256": files.file_sha256(temporary),
+                    "crc32": base64.b64encode(np.array(crcs, latents.CRC).tobytes()).decode(),
                     "damaged": damaged,
                     **dataclasses.asdict(sums),
                 }
-                fsync(temporary)
+                files.fsync(temporary)
                 os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
@@ -208,17 +188,17 @@ class CacheWriter:
         sidecars = [self.done(shard) for shard in range(self.num_shards)]
         shards = [sidecar for sidecar in sidecars if sidecar is not None]
         if len(shards) < self.num_shards:
-            return read_manifest(self.folder)  # another host may just have finished
+            return latents.read_manifest(self.folder)  # another host may just have finished
         manifest = {
-            **(read_json(self.folder / UNFINISHED) or self.description),
+            **(files.read_json(self.folder / UNFINISHED) or self.description),
             "latent_std": Sums.of_shards(shards).deviation(self.description["latents"]),
             "shards": shards,
         }
-        manifest["checksum"] = checksum(manifest)
+        manifest["checksum"] = latents.checksum(manifest)
         try:
             self._write(MANIFEST, manifest)
         except UserError:  # another host may just have written it, and tidied
-            if read_manifest(self.folder) is None:
+            if latents.read_manifest(self.folder) is None:
                 raise
         self._tidy()
         return manifest
@@ -237,8 +217,8 @@ class CacheWriter:
         return f"{self._file(shard)}.json"
 
     def _write_sidecar(self, shard: int, content: dict) -> None:
-        self._write(self._sidecar(shard), {**content, "checksum": checksum(content)})
+        self._write(self._sidecar(shard), {**content, "checksum": latents.checksum(content)})
 
     def _write(self, name: str, content: dict) -> None:
-        with atomic_write(self.folder / name) as temporary:
+        with files.atomic_write(self.folder / name) as temporary:
             temporary.write_text(json.dumps(content, indent=1) + "\n")

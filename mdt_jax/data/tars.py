@@ -1,25 +1,20 @@
 """Images in a tar, read in place: ILSVRC2012's tar of a tar for each class, or a plain tar."""
 
 import dataclasses
+import hashlib
 import io
 import os
 import pathlib
 import tarfile
 import zlib
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 import numpy as np
 
+from mdt_jax.data import image_files
 from mdt_jax.data.folders import STYLEGAN
-from mdt_jax.data.image_files import (
-    ImageFiles,
-    LeftOut,
-    class_in_name,
-    find_splits,
-    number_labels,
-    sort_classes,
-)
+from mdt_jax.data.image_files import ImageFiles, LeftOut
 from mdt_jax.data.images import SUFFIXES
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.runtime.files import save_arrays
@@ -30,11 +25,10 @@ MAX_HEADER = 2**20  # bytes; long names and attributes take a few hundred
 # A tar ends in two blocks of zeros and is then filled up to a record.
 PADDING = 2 * tarfile.BLOCKSIZE + tarfile.RECORDSIZE
 CHECKED = 100  # images whose headers are compared with an index that is read
-# The arrays of an index: one element for each image, one for each tar inside, or as many as given.
+# The arrays of an index: one element for each image, and one for each tar inside. Other arrays are
+# "left_out", "stamp" (the tar's size and time of modification) and "sha256" of all others.
 IMAGE_COLUMNS = ("names", "classes", "headers", "offsets", "sizes", "checks")
 TAR_COLUMNS = ("tar_headers", "tar_offsets", "tar_checks")
-OTHERS = {"left_out": 1, "stamp": 2}  # stamp: the tar's size and time of modification
-STRINGS = ("names", "classes", "left_out")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,23 +88,25 @@ def load(path: str | os.PathLike) -> TarFiles:
     index = _read_index(place, stamp)
     if index is None:
         index = {**_scan(place), "stamp": np.array(stamp)}
+        index["sha256"] = np.array(_digest(index))
         try:
             save_arrays(_index_path(place), index)
         except UserError as error:  # a read-only data set can be used without
             log(f"the index of {path} is not kept: {error}")
     names, class_names = index["names"].tolist(), index["classes"].tolist()
-    if splits := find_splits({os.path.dirname(os.path.normpath(name)) for name in names}):
+    folders = {os.path.dirname(os.path.normpath(name)) for name in names}
+    if splits := image_files.find_splits(folders):
         folder, parts = splits
         raise UserError(
             f"{path}{':' * bool(folder)}{folder} is divided into {', '.join(parts)}: these are "
             f"splits, not classes; make a tar of one of them, e.g. {parts[0]}"
         )
-    classes = sort_classes(set(class_names)) if any(class_names) else []
+    classes = image_files.sort_classes(set(class_names)) if any(class_names) else []
     if "" in classes:
         bare = names[class_names.index("")]
         raise UserError(f"{path}: {bare} is in no folder or tar, but others are")
     return TarFiles(
-        path=place, labels=number_labels(class_names, classes or [""]), classes=classes,
+        path=place, labels=image_files.number_labels(class_names, classes or [""]), classes=classes,
         left_out=str(index["left_out"][0]),
         **{name: index[name] for name in ("names", "headers", "checks", "offsets", "sizes")},
     )  # fmt: skip
@@ -132,72 +128,66 @@ def _read_index(path: pathlib.Path, stamp: list[int]) -> dict[str, np.ndarray] |
         if not os.path.isfile(_index_path(path)):
             return None
         with np.load(_index_path(path)) as file:
-            index = {name: file[name] for name in (*IMAGE_COLUMNS, *TAR_COLUMNS, *OTHERS)}
-        return index if _is_valid(index, path, stamp) else None
+            index = dict(file)
+        sound = str(index["sha256"]) == _digest(index) and index["stamp"].tolist() == stamp
+        return index if sound and _has_headers(path, index) else None
     except Exception:  # of many kinds; the index is made again
         return None
 
 
-def _is_valid(index: dict[str, np.ndarray], path: pathlib.Path, stamp: list[int]) -> bool:
-    """Whether an index has the right form and the tar has the headers that the index lists."""
-    count, tars = len(index["names"]), len(index["tar_headers"])
-    lengths = {**dict.fromkeys(IMAGE_COLUMNS, count), **dict.fromkeys(TAR_COLUMNS, tars), **OTHERS}
-    for name, length in lengths.items():
-        kind = "U" if name in STRINGS else "i"
-        if index[name].shape != (length,) or index[name].dtype.kind != kind:
-            return False
-        index[name].tolist()  # ValueError where strings hold no characters
-    if not count or index["stamp"].tolist() != stamp:
-        return False
+def _digest(index: dict[str, np.ndarray]) -> str:
+    """SHA-256 of all arrays of an index except "sha256", hexadecimal."""
+    digest = hashlib.sha256()
+    for name in sorted(index.keys() - {"sha256"}):
+        array = index[name]
+        digest.update(f"{name} {array.dtype} {array.shape} ".encode() + array.tobytes())
+    return digest.hexdigest()
+
+
+def _has_headers(path: pathlib.Path, index: dict[str, np.ndarray]) -> bool:
+    """Whether a tar has the headers in an index: those of some images and of all tars inside."""
+    some = np.unique(np.linspace(0, len(index["names"]) - 1, CHECKED).astype(int))
     headers, offsets, checks = (
-        np.concatenate([index[name], index[f"tar_{name}"]])
+        [*index[name][some].tolist(), *index[f"tar_{name}"].tolist()]
         for name in ("headers", "offsets", "checks")
     )
-    sizes = np.concatenate([index["sizes"], np.zeros(tars, np.int64)])
-    valid = (headers >= 0) & (headers < offsets) & (offsets - headers < 4 * MAX_HEADER)
-    if not (valid & (sizes >= 0) & (sizes <= stamp[0] - offsets)).all():
-        return False
-    some = np.unique(np.linspace(0, count - 1, CHECKED).astype(int))
     with open(path, "rb") as file:
-        return all(
-            _check(file, int(headers[i]), int(offsets[i])) == checks[i]
-            for i in (*some, *range(count, count + tars))
-        )
+        return checks == [_check(file, *place) for place in zip(headers, offsets, strict=True)]
 
 
 def _scan(path: pathlib.Path) -> dict[str, np.ndarray]:
     """Read a tar through: the arrays of its index, except the stamp."""
     scan = _Scan()
     with open(path, "rb") as file:
-        scan.add_tar(_TarPart(file, 0, os.stat(path).st_size, title=str(path)))
+        scan.add_tar(_TarPart(file, 0, os.stat(path).st_size, str(path)))
     left_out = str(scan.left_out)
-    if not scan.images:
+    if not scan.columns["names"]:
         more = f"; left out: {left_out}" if left_out else ""
         raise UserError(f"{path} holds no images ({', '.join(SUFFIXES)}), nor tars of them{more}")
-    columns = dict(zip(IMAGE_COLUMNS, zip(*scan.images, strict=True), strict=True))
-    tars = zip(*scan.tars, strict=True) if scan.tars else [()] * len(TAR_COLUMNS)
-    columns |= dict(zip(TAR_COLUMNS, tars, strict=True))
     index = {
-        name: np.array(column, np.str_ if name in STRINGS else np.int64)
-        for name, column in columns.items()
+        name: np.array(column, np.str_ if name in ("names", "classes") else np.int64)
+        for name, column in scan.columns.items()
     }
     return {**index, "left_out": np.array([left_out])}
 
 
 class _Scan:
-    """What has been read of a tar, including the tars in it: rows of the index's columns."""
+    """What has been read of a tar, including the tars in it: the columns of the index."""
 
     def __init__(self):
-        self.images: list[tuple[str, str, int, int, int, int]] = []
-        self.tars: list[tuple[int, int, int]] = []
+        self.columns: dict[str, list] = {name: [] for name in (*IMAGE_COLUMNS, *TAR_COLUMNS)}
         self.left_out = LeftOut()
+
+    def _add_row(self, columns: tuple[str, ...], row: tuple) -> None:
+        for name, value in zip(columns, row, strict=True):
+            self.columns[name].append(value)
 
     def add_tar(self, part: "_TarPart") -> None:
         """Add what a tar holds. Raises UserError as `load` does."""
         if part.depth > MAX_DEPTH:
             raise UserError(f"{part.title}: tars are nested more than {MAX_DEPTH} deep")
         try:
-            with tarfile.open(fileobj=part, mode="r:") as archive:
+            with tarfile.open(fileobj=cast(BinaryIO, part), mode="r:") as archive:
                 for member in _members(archive):
                     self._add_member(member, part)
                 _check_end(part, archive.offset)
@@ -232,11 +222,12 @@ class _Scan:
         check = zlib.crc32(part.read(member.offset_data - member.offset))
         header, offset = part.start + member.offset, part.start + member.offset_data
         if is_tar:
-            self.tars.append((header, offset, check))
-            return self.add_tar(part.inner(member, f"{name}/"))
+            self._add_row(TAR_COLUMNS, (header, offset, check))
+            return self.add_tar(part.inner(member, name))
         holder = os.path.basename(os.path.dirname(os.path.normpath(name)))
-        class_name = holder.removesuffix(".tar") or class_in_name(name) or ""
-        self.images.append((name, class_name, header, offset, member.size, check))
+        class_name = holder.removesuffix(".tar") or image_files.class_in_name(name) or ""
+        row = (name, class_name, header, offset, member.size, check)
+        self._add_row(IMAGE_COLUMNS, row)
 
 
 def _left_out_kind(member: tarfile.TarInfo, name: str) -> str | None:
@@ -277,46 +268,40 @@ def _check_end(part: "_TarPart", offset: int) -> None:
         )
 
 
-class _TarPart(io.RawIOBase):
-    """A tar that is part of a file, as a file. One read gives a header at most.
+@dataclasses.dataclass
+class _TarPart:
+    """A tar that is part of a file, with the methods of files that `tarfile` calls.
 
     title: the tar's name in messages. prefix: of the names of its members. depth: the number of
     tars around its members.
     """
 
-    def __init__(self, file: BinaryIO, start: int, size: int, *, title="", prefix="", depth=1):
-        super().__init__()
-        self.file, self.start, self.size = file, start, size
-        self.title, self.prefix, self.depth = title, prefix, depth
-        self._position = 0
+    file: BinaryIO
+    start: int
+    size: int
+    title: str
+    prefix: str = ""
+    depth: int = 1
+    position: int = 0
 
-    def inner(self, member: tarfile.TarInfo, prefix: str) -> "_TarPart":
-        """A tar that is a member of this one."""
-        return _TarPart(
-            self.file, self.start + member.offset_data, member.size,
-            title=f"{self.title}:{member.name}", prefix=prefix, depth=self.depth + 1,
-        )  # fmt: skip
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
+    def inner(self, member: tarfile.TarInfo, name: str) -> "_TarPart":
+        """A tar that is a member of this one; name: with the prefix."""
+        start, title = self.start + member.offset_data, f"{self.title}:{member.name}"
+        return _TarPart(self.file, start, member.size, title, f"{name}/", self.depth + 1)
 
     def tell(self) -> int:
-        return self._position
+        return self.position
 
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self.size}[whence]
-        self._position = base + offset
-        return self._position
+    def seek(self, position: int) -> None:
+        self.position = position
 
-    def read(self, size: int = -1) -> bytes:
-        if not 0 <= size <= MAX_HEADER or self._position < 0:
-            raise tarfile.ReadError(f"a header of {size} bytes at byte {self._position}")
-        if self._position >= self.size:
+    def read(self, size: int) -> bytes:
+        """As of files, but never more than a header takes."""
+        if not 0 <= size <= MAX_HEADER or self.position < 0:
+            raise tarfile.ReadError(f"a header of {size} bytes at byte {self.position}")
+        if self.position >= self.size:
             return b""
-        self.file.seek(self.start + self._position)
-        content = self.file.read(min(size, self.size - self._position))
-        self._position += len(content)
+        self.file.seek(self.start + self.position)
+        content = self.file.read(min(size, self.size - self.position))
+        self.position += len(content)
         return content

@@ -56,20 +56,20 @@ def test_what_a_label_means(text, names, label):
     [
         (
             "1", COUNTED, "--label: '1' may be class 0 by its name '1' or class 1 by its number, "
-            "which is named '2'; say name:1 or number:1",
+            "which is named '2'; give name:1 or number:1",
         ),
         ("1.0", COUNTED, "class 0 by its name '1' or class 1 by its number"),
-        ("1", PADDED, "say name:01 or number:1"),
-        ("GREAT DANE", WORDS, "say name:Great_Dane or name:great dane"),
+        ("1", PADDED, "give name:01 or number:1"),
+        ("GREAT DANE", WORDS, "give name:Great_Dane or name:great dane"),
         ("4", COUNTED, "--label: label 4 is outside the classes 0 to 2"),
         ("-1", DIGITS, "label -1 is outside"),
         ("+10", DIGITS, "label +10 is outside"),
         ("number:3", COUNTED, "label 3 is outside"),
         ("name:4", COUNTED, "'4' is no class number"),
         ("number:cat", WORDS, "'cat' is no class number"),
-        *((text, DIGITS, "is no class number such as 3")
+        *((text, DIGITS, "is no class number (e.g. 3)")
           for text in ("1.5", "1_0", "１", "0x1", "nan", "1e0", "", "9" * 5000)),
-        ("cta", WORDS, "nor a class of the run such as cat"),
+        ("cta", WORDS, "nor a class of the run (e.g. cat)"),
         ("goldfish", SPECIES, "'goldfish' is no class number"),
         ("n01443537", SPECIES, "'n01443537' is no class number"),
         ("otter", FEW, "--label: label 'otter' is no ImageNet class"),
