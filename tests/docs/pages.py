@@ -72,9 +72,9 @@ def smoke(command: str) -> str:
 
 def run_smoke(command: str, folder: pathlib.Path) -> str:
     """Run it in this process, with Inception on two images at a time; returns what it printed."""
-    from mdt_jax.evaluation import features
+    from mdt_jax.evaluation import feature_networks
 
     _, _, module, *arguments = shlex.split(smoke(command))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(features, "EACH_DEVICE", 2)
+        patch.setattr(feature_networks, "EACH_DEVICE", 2)
         return run_here(importlib.import_module(module).main, *arguments, cwd=folder)
