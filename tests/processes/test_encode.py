@@ -131,5 +131,5 @@ def test_the_disk_is_full(place, tmp_path):
     assert done.returncode == 2 and "Traceback" not in done.stderr
     last = done.stderr.splitlines()[-1]
     assert "could not be written: write() failed: File too large" in last
-    assert "finished shards are kept, the same command resumes" in last
+    assert "finished shards are kept, and the same command resumes" in last
     assert [path.name for path in out.iterdir()] == ["unfinished.json"]
