@@ -298,10 +298,10 @@ FOLDERS = {
     "means": ({"latents_mean": [0, 0, 0.5, 0]}, "latents_mean is [0, 0, 0.5, 0], but"),
     "deviations": ({"latents_std": [1, 1, 1, 2]}, "latents_std is [1, 1, 1, 2], but"),
     "words": ({"scaling_factor": "0.2"}, "scaling_factor is 0.2; it must be a positive number"),
-    "huge": ({"shift_factor": 10**400}, "which is no number"),
+    "huge": ({"shift_factor": 10**400}, "but mdt_jax only multiplies latents by one number"),
     "nan": ({"scaling_factor": float("nan")}, "scaling_factor is nan; it must be a positive"),
-    "object": ({"latents_mean": {"a": 1}}, "latents_mean is {'a': 1}, which is no number"),
-    "list": ([1], "config.json is no config of a VAE"),
+    "object": ({"latents_mean": {"a": 1}}, "latents_mean is {'a': 1}, but mdt_jax only"),
+    "list": ([1], "config.json is damaged, or was edited: it holds no JSON object"),
     "damaged": ("{", "config.json cannot be read: "),
     "groups": ({"norm_num_groups": "4"}, "norm_num_groups in its config.json is '4'"),
 }  # fmt: skip

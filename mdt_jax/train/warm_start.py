@@ -1,7 +1,6 @@
 """Weights that a new run starts from: init.checkpoint."""
 
 import pathlib
-from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -19,15 +18,6 @@ from mdt_jax.weights.orbax_folders import steps_in
 _FREE = ("input_size", "num_classes", "asymmetric", "masked_shortcut")
 
 
-class _Start(NamedTuple):
-    """A network, its parameters, their EMA, and the config of its run, if it has one."""
-
-    model: MDT
-    params: dict
-    ema: dict
-    config: ConfigDict | None
-
-
 def read_weights(
     config: ConfigDict, workdir: pathlib.Path, model: MDT, key: jax.Array
 ) -> dict | None:
@@ -41,57 +31,43 @@ def read_weights(
     path = config.init.checkpoint
     if not path or steps_in(workdir):
         return None
-    start = _read(path, model)
-    _check_fits(start, config, model)
-    trees, changes = (start.params, start.ema), []
-    if start.model.grid != model.grid:
-        trees = tuple(resize_grid(tree, start.model.grid, model.grid) for tree in trees)
-        changes.append(describe_resize(start.model, model))
-    if start.model.num_classes != model.num_classes:
+    ema = load_weights(path)
+    source, is_file = ema.model, hub.local_path(path).is_file()
+    # A v1 file does not record decoder_layers: it is read as the config has it.
+    unrecorded = is_file and source.version == "v1" and source.depth == model.depth
+    if unrecorded and 0 < model.decoder_layers != source.decoder_layers:
+        ema = load_weights(path, decoder_layers=model.decoder_layers)
+    params = ema.params if is_file else load_weights(path, params="raw").params
+    _check_fits(ema, config, model)
+    trees, changes = {"params": params, "ema": ema.params}, []
+    if source.grid != model.grid:
+        trees = resize_grid(trees, source.grid, model.grid)
+        changes.append(describe_resize(source, model))
+    if source.num_classes != model.num_classes:
         labels = {k: v for k, v in init_params(model, key).items() if k == "label_embed"}
-        trees = tuple(
-            {**{k: v for k, v in tree.items() if k != "label_embed"}, **labels} for tree in trees
-        )
-        changes.append(
-            f"a new label table: {start.model.num_classes} classes there, {model.num_classes} here"
-        )
+        for name, tree in trees.items():
+            trees[name] = {k: v for k, v in tree.items() if k != "label_embed"} | labels
+        counts = f"{source.num_classes} classes there, {model.num_classes} here"
+        changes.append(f"a new label table: {counts}")
     for line in [f"parameters and EMA are those of {path}", *changes]:
         log0(f"init.checkpoint: {line}")
-    params, ema = trees
     # A step donates its state, so that parameters and EMA must not share memory.
-    return {"params": params, "ema": jax.tree.map(np.array, ema)}
+    return trees | {"ema": jax.tree.map(np.array, trees["ema"])}
 
 
-def _read(path: str, model: MDT) -> _Start:
-    """The weights of a checkpoint that `model` is to start from."""
-    weights: Weights[MDT] = load_weights(path)
-    if not hub.local_path(path).is_file():
-        raw = load_weights(path, params="raw").params
-        return _Start(weights.model, raw, weights.params, weights.config)
-    source = weights.model
-    # A v1 file does not record decoder_layers: it is read as the config has it.
-    unrecorded = source.version == "v1" and source.depth == model.depth
-    if unrecorded and 0 < model.decoder_layers != source.decoder_layers:
-        weights = load_weights(path, decoder_layers=model.decoder_layers)
-    return _Start(weights.model, weights.params, weights.params, weights.config)
-
-
-def _check_fits(start: _Start, config: ConfigDict, model: MDT) -> None:
+def _check_fits(weights: Weights[MDT], config: ConfigDict, model: MDT) -> None:
     """Raise UserError where a model cannot start from the weights of another."""
-    path, theirs = config.init.checkpoint, fields_of(start.model)
-    pairs = [
-        (name, theirs[name], ours) for name, ours in fields_of(model).items() if name not in _FREE
-    ]
-    if start.config is not None:
-        pairs += [
-            ("vae.scale", start.config.vae.scale, config.vae.scale),
-            ("diffusion.steps", start.config.diffusion.steps, config.diffusion.steps),
-        ]
+    path, source, theirs = config.init.checkpoint, weights.model, weights.config
+    source_fields = fields_of(source)
+    pairs = [(n, source_fields[n], ours) for n, ours in fields_of(model).items() if n not in _FREE]
+    if theirs is not None:
+        pairs.append(("vae.scale", theirs.vae.scale, config.vae.scale))
+        pairs.append(("diffusion.steps", theirs.diffusion.steps, config.diffusion.steps))
     different = [f"{name} is {old} there and {new} here" for name, old, new in pairs if old != new]
     if different:
         raise UserError(f"init.checkpoint {path} is of another network: {'; '.join(different)}")
-    if start.model.grid != model.grid and not config.init.resize:
-        old, new = (f"{rows}×{columns}" for rows, columns in (start.model.grid, model.grid))
+    if source.grid != model.grid and not config.init.resize:
+        old, new = (f"{rows}×{columns}" for rows, columns in (source.grid, model.grid))
         raise UserError(
             f"init.checkpoint {path} is for {old} tokens and the config for {new}; "
             "init.resize=True resamples position embeddings and bias tables"

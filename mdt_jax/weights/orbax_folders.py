@@ -50,6 +50,10 @@ Read = TypeVar("Read")
 Choose = Callable[[dict], tuple[str, dict]]
 
 
+class DamagedFolder(Exception):
+    """A folder does not hold what was saved; the message says why."""
+
+
 # --- Names of folders
 
 
@@ -175,12 +179,9 @@ def load_item(path: str | os.PathLike, choose: Choose) -> tuple[dict, dict]:
     read = functools.partial(_read_item, choose=choose)
     if is_saved(root):
         try:
-            return read(root)
-        except UserError:
-            raise
-        except Exception as error:  # Orbax raises many kinds for a damaged folder
-            check_readable(root, error)
-            raise UserError(f"checkpoint {path} is damaged: {reason(error)}") from None
+            return read_sound(root, read)
+        except DamagedFolder as error:
+            raise UserError(f"checkpoint {path} is damaged: {error}") from None
     newest, _ = newest_sound(root / FOLDER if (root / FOLDER).is_dir() else root, read)
     if newest is None:
         raise UserError(
@@ -200,19 +201,27 @@ def newest_sound(
     for step in steps_of(directory):
         folder = directory / str(step)
         try:
-            return read(folder), damaged
-        except UserError:
-            raise
-        except Exception as error:  # Orbax raises many kinds for a damaged folder
-            check_readable(folder, error)
+            return read_sound(folder, read), damaged
+        except DamagedFolder as error:
             damaged.append(step)
-            log(f"checkpoint {folder} is damaged: {reason(error)}")
+            log(f"checkpoint {folder} is damaged: {error}")
     if damaged:
         raise UserError(
             f"none of the {len(damaged)} checkpoints in {directory} can be read; restore "
             "one from a backup, or train anew in another workdir"
         )
     return None, damaged
+
+
+def read_sound(folder: pathlib.Path, read: Callable[[pathlib.Path], Read]) -> Read:
+    """read(folder). Raises DamagedFolder, or UserError where `read` does."""
+    try:
+        return read(folder)
+    except UserError:
+        raise
+    except Exception as error:  # Orbax raises many kinds for a damaged folder
+        check_readable(folder, error)
+        raise DamagedFolder(reason(error)) from None
 
 
 def _read_item(folder: pathlib.Path, choose: Choose) -> tuple[dict, dict]:

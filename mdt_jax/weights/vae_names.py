@@ -1,9 +1,8 @@
 """Weights of Stable Diffusion's VAE in the layouts of diffusers (both namings) and CompVis."""
 
-import json
-import math
 import pathlib
 import re
+import sys
 from collections.abc import Mapping
 
 import jax
@@ -13,7 +12,7 @@ import numpy as np
 from mdt_jax.models.autoencoder import AutoencoderKL
 from mdt_jax.runtime import keys
 from mdt_jax.runtime.errors import UserError
-from mdt_jax.runtime.files import check_regular, reason
+from mdt_jax.runtime.files import read_json
 from mdt_jax.weights import state_dicts
 
 # Patterns of CompVis's names and of diffusers' old ones → diffusers' current names.
@@ -34,9 +33,10 @@ _RENAMED = [
     (r"\.attentions\.0\.(proj_attn|proj_out)\.", ".attentions.0.to_out.0."),
 ]
 
-# Fields of diffusers' config.json that describe latents, with their neutral values. A model is
-# trained on scaling_factor · (latents − latents_mean − shift_factor) / latents_std.
-LATENTS = {"scaling_factor": None, "shift_factor": 0, "latents_mean": 0, "latents_std": 1}
+# What diffusers' config.json may do to latents besides the scaling_factor, and the values that do
+# nothing. A model is trained on scaling_factor · (latents − latents_mean − shift_factor) /
+# latents_std.
+_NEUTRAL = {"shift_factor": 0, "latents_mean": 0, "latents_std": 1}
 
 
 def read_config(file: pathlib.Path) -> dict:
@@ -44,17 +44,7 @@ def read_config(file: pathlib.Path) -> dict:
 
     Raises UserError where it cannot be read.
     """
-    path = file.with_name("config.json")
-    try:
-        check_regular(path)
-        config = json.loads(path.read_text())
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read: {reason(error)}") from None
-    if not isinstance(config, dict):
-        raise UserError(f"{path} is no config of a VAE: it must be a JSON object")
-    return config
+    return read_json(file.with_name("config.json")) or {}
 
 
 def norm_groups(config: dict) -> int | None:
@@ -71,8 +61,9 @@ def norm_groups(config: dict) -> int | None:
 
 
 def about_latents(config: dict) -> dict:
-    """The fields of a config that are in LATENTS and set."""
-    return {name: config[name] for name in LATENTS if config.get(name) is not None}
+    """The fields of a config that describe latents."""
+    names = ("scaling_factor", *_NEUTRAL)
+    return {name: config[name] for name in names if config.get(name) is not None}
 
 
 def scaling_factor(latents: dict) -> float | None:
@@ -81,23 +72,26 @@ def scaling_factor(latents: dict) -> float | None:
     latents: as of `about_latents`. Raises UserError where the factor is no positive number, or the
     latents are shifted or divided as well.
     """
-    for name, value in latents.items():
-        try:
-            values = np.asarray(value, np.float64)
-        except (OverflowError, TypeError, ValueError):
-            raise UserError(f"{name} is {str(value)[:100]}, which is no number") from None
-        neutral = LATENTS[name]
-        if neutral is not None and (values != neutral).any():
+    for name, neutral in _NEUTRAL.items():
+        if name in latents and not _equals(latents[name], neutral):
             raise UserError(
-                f"{name} is {str(value)[:100]}, but mdt_jax only multiplies latents by one number; "
-                f"to ignore it take {name} out of the VAE's config.json"
+                f"{name} is {str(latents[name])[:100]}, but mdt_jax only multiplies latents by one "
+                f"number; to ignore it take {name} out of the VAE's config.json"
             )
     factor = latents.get("scaling_factor")
     if factor is None:
         return None
-    if isinstance(factor, (bool, str, list)) or not 0 < factor < math.inf:
+    if type(factor) not in (int, float) or not 0 < factor <= sys.float_info.max:
         raise UserError(f"scaling_factor is {str(factor)[:100]}; it must be a positive number")
     return float(factor)
+
+
+def _equals(value: object, number: float) -> bool:
+    """Whether a number, or all of a list of numbers, equal one."""
+    try:
+        return bool((np.asarray(value, np.float64) == number).all())
+    except (OverflowError, TypeError, ValueError):
+        return False
 
 
 def is_vae(state: Mapping[str, np.ndarray]) -> bool:
