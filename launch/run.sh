@@ -3,7 +3,7 @@
 #
 # The exit code says what became of the run, which schedulers ask for:
 #   0   it is finished: its report.json is there
-#   75  it was stopped by SIGTERM and saved; the same command goes on
+#   75  it was stopped by SIGTERM and saved; the same command resumes
 #   any other: it failed
 # SIGTERM and Ctrl-C are passed on. LAUNCHER stands before the command, such as "srun"; PYTHON is
 # the interpreter.

@@ -2,7 +2,7 @@
 
 --out=grid.png is one picture of all samples, samples.npz the format of ADM's evaluator (arr_0 uint8
 [N, H, W, C], arr_1 labels), a folder one PNG per sample. An npz and a folder are written batch by
-batch, and the same command continues after an interruption. The settings are stored with the
+batch, and the same command resumes after an interruption. The settings are stored with the
 samples. A model of latents needs a VAE: --vae=hf://OWNER/REPOSITORY.
 """
 

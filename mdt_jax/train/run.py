@@ -184,7 +184,7 @@ class Run:
     def say_stopped(self, step: int) -> None:
         """Once the saved state is on disk."""
         self.checkpoints.close()
-        log0(f"stopped at step {step}, saved; the same command goes on")
+        log0(f"stopped at step {step}, saved; the same command resumes")
 
     def report(self, state: TrainState, sampler: RunSampler) -> bool:
         """Draw and measure the final samples, and write report.json. Returns True."""

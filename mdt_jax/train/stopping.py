@@ -34,7 +34,7 @@ class StopSignal:
 
     def __init__(self):
         self._requested, self._phase = False, _Phase.STARTING
-        interrupts.end_soon("stopped before the first step; the same command goes on")
+        interrupts.end_soon("stopped before the first step; the same command resumes")
         self._install()
 
     def _install(self) -> None:

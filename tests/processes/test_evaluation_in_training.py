@@ -36,7 +36,7 @@ def test_stopped_while_it_measures(run, tmp_path, number):
     assert len(lines_of(tmp_path)) == 4 and measured(tmp_path) == {}
     if number == signal.SIGTERM:
         assert process.returncode == 0, out + err
-        assert "stopped at step 4, saved; the same command goes on" in err
+        assert "stopped at step 4, saved; the same command resumes" in err
     printed = train_here(*long)
     assert "resuming from step 4" in printed
     found = measured(tmp_path)

@@ -67,7 +67,7 @@ def test_a_run_that_starts(place, number, tmp_path):
     process.send_signal(number)
     code, lines = ends(process)
     assert code == 128 + number
-    assert lines[-1] == "stopped before the first step; the same command goes on"
+    assert lines[-1] == "stopped before the first step; the same command resumes"
     assert not any("stopped" in line for line in lines[:-1]) and steps_in(tmp_path) == []
 
 
@@ -81,7 +81,7 @@ def test_a_run_that_waits_for_data_saves(tmp_path):
     process.send_signal(signal.SIGTERM)
     code, lines = ends(process)
     (stopped,) = steps_in(tmp_path)
-    assert code == 0 and lines[-1] == f"stopped at step {stopped}, saved; the same command goes on"
+    assert code == 0 and lines[-1] == f"stopped at step {stopped}, saved; the same command resumes"
     assert steps_of(tmp_path) == list(range(1, stopped + 1))
 
 
