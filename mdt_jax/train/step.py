@@ -28,7 +28,7 @@ LABEL_DROPOUT = 0.1
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """What a step minimises: the config's `mask` and `diffusion` fields, see mdt_jax/config.py."""
+    """What a step minimises: the config's `mask` and `diffusion` fields, see docs/config.md."""
 
     ratio: float = 0.3
     ratio_max: float = 0.0
