@@ -12,7 +12,9 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import absl.logging  # noqa: F401 (defines absl's own flags)
 import jax
+from absl import flags
 from ml_collections import ConfigDict
 
 from mdt_jax import config as configs
@@ -192,14 +194,15 @@ PROCESSES: dict[str, tuple[int | str, str]] = {
 
 
 class Parser(argparse.ArgumentParser):
-    """The flags of a command. Every option of JAX is one of them: --jax_debug_nans=true.
+    """The flags of a command, the options of JAX (--jax_debug_nans=true) and absl's own flags
+    (--verbosity=1).
 
     Mistakes raise UserError. Flags cannot be abbreviated; for an unknown one the error suggests
     the nearest.
     """
 
     def __init__(self, **kwargs):
-        epilog = "The options of JAX are flags, too, for example --jax_debug_nans=true."
+        epilog = "Options of JAX and flags of absl work, too: --jax_debug_nans=true, --verbosity=1."
         super().__init__(allow_abbrev=False, epilog=epilog, **kwargs)
         for name, value in _jax_options().items():
             self.add_argument(
@@ -211,7 +214,7 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args: Sequence[str] | None = None, namespace=None):
         """The values of the flags; JAX's options are set. Raises UserError."""
-        given = sys.argv[1:] if args is None else list(args)
+        given = self._take_absl_flags(sys.argv[1:] if args is None else list(args))
         self._check_known(given)
         values, rest = self.parse_known_args(given, namespace)
         if rest:
@@ -223,8 +226,24 @@ class Parser(argparse.ArgumentParser):
                 limits.check_number(f"--{name}", value)
         return values
 
+    def _take_absl_flags(self, given: Sequence[str]) -> list[str]:
+        """Set the flags that absl defines, such as --verbosity=1; returns the other arguments."""
+        ours, of_absl = [], []
+        for argument in given:
+            name = argument.partition("=")[0]
+            is_absl = name.startswith("--") and name[2:].removeprefix("no") in flags.FLAGS
+            (of_absl if is_absl and name not in self._option_string_actions else ours).append(
+                argument
+            )
+        try:
+            if of_absl:
+                flags.FLAGS([self.prog, *of_absl])
+        except flags.Error as error:
+            raise UserError(str(error)) from None
+        return ours
+
     def _check_known(self, given: Iterable[str]) -> None:
-        known = self._option_string_actions
+        known = [*self._option_string_actions, *(f"--{name}" for name in flags.FLAGS)]
         for argument in given:
             name = argument.partition("=")[0]
             if name.startswith("--") and name not in known:

@@ -1,6 +1,9 @@
 """The flags of the commands."""
 
 import dataclasses
+import logging
+import subprocess
+import sys
 
 import jax
 import pytest
@@ -9,7 +12,7 @@ from mdt_jax import cli, convert, encode, evaluate, info, inpaint, main, sample
 from mdt_jax.config.fields import flat_fields, markdown
 from mdt_jax.diffusion.options import SampleOptions
 from mdt_jax.runtime.errors import UserError
-from tests.conftest import SMOKE, exits_with_one_line, run_here
+from tests.conftest import ROOT, SMOKE, exits_with_one_line, run_here
 
 COMMANDS = (main, sample, inpaint, encode, evaluate, convert, info)
 
@@ -101,3 +104,23 @@ def test_values_that_jax_refuses(flag, line, jax_options):
 
 def test_info_prints_the_page_of_fields():
     assert run_here(info.main, "--fields") == markdown() + "\n"
+
+
+def test_flags_of_absl():
+    """In a process of their own, since absl keeps what it has read."""
+    code = (
+        "import logging; from mdt_jax import cli; from mdt_jax.weights import orbax_folders\n"
+        "parser = cli.Parser(prog='command'); parser.add_argument('--x', type=int)\n"
+        "print(parser.parse_args(['--x=3', '--verbosity=1', '--nologtostderr']))\n"
+        "orbax_folders.quiet(); print(logging.getLogger('absl').level)\n"
+        "for flag in ('--verbosty=1', '--verbosity=x'):\n"
+        "    try: parser.parse_args([flag])\n"
+        "    except cli.UserError as error: print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.splitlines() == [
+        "Namespace(x=3)",
+        str(logging.DEBUG),
+        "unknown flag --verbosty; did you mean --verbosity?",
+        "flag --verbosity=x: invalid literal for int() with base 10: 'x'",
+    ]

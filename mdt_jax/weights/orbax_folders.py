@@ -349,9 +349,14 @@ def _file_hint(root: pathlib.Path) -> str:
 
 
 def quiet() -> None:
-    """Silence Orbax's log of saves and leftovers, and its tracebacks of errors it raises anyway."""
+    """Silence Orbax's log of saves and leftovers, and its tracebacks of errors it raises anyway.
+
+    A log that the user asked for, with --verbosity=1, stays.
+    """
     for name in ("absl", "asyncio"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
+        logger = logging.getLogger(name)
+        if logger.level in (logging.NOTSET, logging.WARNING):
+            logger.setLevel(logging.CRITICAL)
     sys.unraisablehook = _ignore_unraisable_of_orbax
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
 
