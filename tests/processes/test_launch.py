@@ -249,11 +249,11 @@ def commands() -> list[list[str]]:
 
 
 @pytest.mark.parametrize("flags", commands(), ids=" ".join)
-def test_command_lines(flags, monkeypatch):
+def test_command_lines(flags, monkeypatch, keep_signals):
     ran = []
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(main, "train", lambda config, *_: ran.append(config))
-    monkeypatch.setattr(main.cluster, "start", lambda *_: None)
+    monkeypatch.setattr(main.cli, "start", lambda *_, **__: None)
     monkeypatch.setattr("sys.argv", ["main", *flags])
     main.main(sys.argv)
     assert ran
