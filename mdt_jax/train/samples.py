@@ -1,4 +1,4 @@
-"""What a run in training shows of its samples: grids, measurements, and those at its end."""
+"""Samples of a run in training: grids, samples to measure, and the samples at its end."""
 
 import dataclasses
 import pathlib
@@ -31,7 +31,7 @@ from mdt_jax.weights.vae import Vae
 
 @dataclasses.dataclass(frozen=True)
 class LazySamples:
-    """Samples as an `ImageSet`, drawn as they are read, never kept."""
+    """Samples as an `ImageSet`: they are drawn as they are read, and not kept."""
 
     pipeline: Pipeline
     request: Request
@@ -60,7 +60,7 @@ class LazySamples:
 
 
 class RunSampler:
-    """Draws samples of a run in training as its config says; the same noise each time."""
+    """Draws samples of a run in training with its config's options, each time of the same noise."""
 
     def __init__(self, config: ConfigDict, model: MDT, vae: Vae | None):
         self.config, self.model, self.vae = config, model, vae
@@ -68,15 +68,18 @@ class RunSampler:
     def pipeline(
         self, params, path: str = "", step: int | None = None, classes: Sequence[str] = ()
     ) -> Pipeline:
+        """The pipeline of parameters in memory; path, step and classes are for its note."""
         weights = Weights(self.model, params, self.config, "ema", tuple(classes), step)
         return Pipeline(path, weights, vae=self.vae)
 
     def request(self, pipeline: Pipeline, count: int) -> Request:
+        """A request for `count` samples of balanced classes."""
         labels = balanced_labels(count, self.model.num_classes)
         size, seed = self.config.sample.batch_size, self.config.train.seed
         return pipeline.request(labels, seed=seed, batch_size=size)
 
     def samples(self, params, count: int) -> LazySamples:
+        """`count` samples of parameters, to be measured."""
         pipeline = self.pipeline(params)
         return LazySamples(pipeline, self.request(pipeline, count))
 
@@ -84,17 +87,19 @@ class RunSampler:
 def open_evaluator(
     config: ConfigDict, data: Source, held_out: sources.Images | None
 ) -> Evaluator | None:
-    """What measures samples while training and at its end; None where there is nothing to do or
-    nothing to measure against. Raises UserError where samples could not be compared.
+    """The evaluator of samples in training and at its end.
+
+    None where no samples are measured, or where there is no reference to compare them with. Raises
+    UserError where the reference does not fit the config.
     """
-    asked = config.evaluation
-    if not (asked.every or config.sample.num_samples):
+    evaluation = config.evaluation
+    if not (evaluation.every or config.sample.num_samples):
         return None
-    labelled = not asked.reference and config.model.num_classes > 0
-    if asked.reference:
-        files = not asked.reference.endswith(".npz") and asked.reference not in sources.PACKAGED
-        cut = config.data.image_size if files else None
-        reference = references.load(asked.reference, cut)
+    path = evaluation.reference
+    labelled = not path and config.model.num_classes > 0
+    if path:
+        is_files = not path.endswith(".npz") and path not in sources.PACKAGED
+        reference = references.load(path, config.data.image_size if is_files else None)
     elif held_out and isinstance(data, sources.Images):
         reference = references.of_split(config.data.name, data, held_out)
     else:
@@ -103,14 +108,14 @@ def open_evaluator(
     if images is not None and images.summary:
         log0(f"evaluation.reference {images.summary}")
     if images is not None and images.shape != (size, size, config.data.channels):
-        there = "×".join(map(str, images.shape))
+        shape = "×".join(map(str, images.shape))
         raise UserError(
-            f"evaluation.reference {asked.reference} has images of {there}, but the config's are "
+            f"evaluation.reference {path} has images of {shape}, but the config's are "
             f"{size}×{size}×{config.data.channels}"
         )
     pixels = ("pixels", "classifier") if labelled else ("pixels",)
-    features = ("inception",) if asked.inception else pixels
-    return Evaluator(reference, features, asked.inception)
+    features = ("inception",) if evaluation.inception else pixels
+    return Evaluator(reference, features, evaluation.inception)
 
 
 def save_sample_grid(
@@ -120,10 +125,11 @@ def save_sample_grid(
     size = sampler.config.sample.batch_size
     pipeline = sampler.pipeline(state.ema, str(path.parents[1]), int(state.step), classes)
     request = sampler.request(pipeline, size)
+    note = pipeline.note(request)  # hashes parameters of all processes
     images = pipeline.to_images(request.draw(progress=True), size)
     if is_first():
         path.parent.mkdir(exist_ok=True)
-        save_grid(str(path), images, note=written(pipeline.note(request)))
+        save_grid(str(path), images, note=written(note))
 
 
 def sample_and_measure(
@@ -133,9 +139,9 @@ def sample_and_measure(
     classes: list[str],
     evaluator: Evaluator | None,
 ) -> dict:
-    """Write samples.npz and samples.png; returns how good they are, where that can be told.
+    """Write samples.npz and samples.png, and measure the samples where there is an evaluator.
 
-    Raises NotFiniteError.
+    Returns the metrics, or the number of samples alone. Raises NotFiniteError.
     """
     started, out = time.perf_counter(), workdir / "samples.npz"
     pipeline = sampler.pipeline(state.ema, str(workdir), int(state.step), classes)
@@ -146,13 +152,12 @@ def sample_and_measure(
         sink.give_way()
     write_samples(pipeline, request, sink)
     seconds = time.perf_counter() - started
-    hosts.all_hosts(True)  # the others wait until it is there
+    hosts.all_hosts(True)  # the others wait for the file
     samples = open_images(str(out), labelled=True)
     if is_first():
         shown = samples.take(np.arange(min(100, len(samples))))
-        text = written(note)
-        save_grid(str(workdir / "samples.png"), shown, note=text)
-    measured = (
-        evaluator.measure(samples, progress=True) if evaluator else {"num_samples": len(samples)}
-    )
-    return measured | {"sample_seconds": round(seconds, 1)}
+        save_grid(str(workdir / "samples.png"), shown, note=written(note))
+    metrics = {"num_samples": len(samples)}
+    if evaluator is not None:
+        metrics = evaluator.measure(samples, progress=True)
+    return metrics | {"sample_seconds": round(seconds, 1)}
