@@ -45,13 +45,13 @@ def _run(main: Callable[[list[str]], None]) -> None:
     try:
         main(sys.argv)
         cluster.shutdown()
-        _exit_if_lost()
+        _exit_if_stdout_failed()
     except KeyboardInterrupt:
         progress.log("stopped")
         _exit(128 + signal.SIGINT, "Ctrl-C")
     except SystemExit as exit_:
         if not exit_.code and not hosts.several():
-            _exit_if_lost()
+            _exit_if_stdout_failed()
         _exit(exit_.code or 0, "it exited")
     except Exception as error:
         if line := one_line(error):
@@ -72,23 +72,23 @@ def one_line(error: Exception) -> str:
     Names and values of damaged files may hold anything: control characters are written as escapes,
     and of what is longer than LONGEST the middle is left out.
     """
-    met = exceeded_limit(error)
-    if met:  # libraries then print tracebacks of what they could not even begin
+    limit = exceeded_limit(error)
+    if limit:  # libraries then print tracebacks of what they could not even begin
         sys.unraisablehook = lambda _: None
         warnings.simplefilter("ignore")
     if isinstance(error, (UserError, OSError)):
-        said = f"{error}{f' ({met})' if met else ''}"
-    elif met:
-        said = f"{met} ({files.reason(error)})"
+        message = f"{error}{f' ({limit})' if limit else ''}"
+    elif limit:
+        message = f"{limit} ({files.reason(error)})"
     else:
         return ""
-    words = " ".join(said.split())
+    words = " ".join(message.split())
     text = progress.escape(words)
     half = LONGEST // 2
     return text if len(text) <= LONGEST else f"{text[:half]} … {text[-half:]}"
 
 
-def _exit_if_lost() -> None:
+def _exit_if_stdout_failed() -> None:
     """Exit where stdout could not be written: as after SIGPIPE for a closed pipe, else with 2."""
     error = progress.stdout_error()
     if isinstance(error, BrokenPipeError):

@@ -180,24 +180,24 @@ def read_reference(folder: pathlib.Path):
     return gaussians, images
 
 
-FEATURES = {("pixels", "pool"): np.arange(12.0).reshape(4, 3)}
+FEATURES = {"vectors": np.arange(12.0).reshape(4, 3)}
 
 
-def feature_parts(folder: pathlib.Path) -> features.Parts:
-    return features.Parts(folder / "parts", {"features": "pixels"})
+def feature_cache(folder: pathlib.Path) -> features.FeatureCache:
+    return features.FeatureCache(folder / "parts", {"features": "pixels"})
 
 
 def make_features(folder: pathlib.Path) -> None:
-    parts = feature_parts(folder)
-    parts.begin()
-    parts.save(0, FEATURES)
+    cache = feature_cache(folder)
+    assert dict(cache.resume()) == {}
+    cache.put(0, FEATURES)
 
 
 def read_features(folder: pathlib.Path):
-    parts = feature_parts(folder)
-    if 0 not in parts.begin():
-        parts.save(0, FEATURES)
-    return {key: bits(value) for key, value in parts.load(0).items()}
+    cache = feature_cache(folder)
+    if 0 not in dict(cache.resume()):
+        cache.put(0, FEATURES)
+    return {key: bits(value) for key, value in dict(cache.resume())[0].items()}
 
 
 WHAT = {

@@ -100,7 +100,7 @@ def test_a_stored_config_lacks_the_fields_that_came_later(tmp_path):
         ("{}", "", "holds no config"),
         ('{"steps": 3}', "", "holds no config"),
         ('{"model": 3}', "", "holds no config"),
-        ("[]", "", "holds no JSON object"),
+        ("[]", "", "expected a JSON object"),
         ("{", "", "cannot be read"),
         ('{"model": {}}', "smoke", "a stored config has no variants"),
         ('{"model": {"wings": 2}}', "", "unknown config field model.wings"),

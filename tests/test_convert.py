@@ -203,7 +203,7 @@ BAD_LATENTS = {
     "no VAE": ([], "draws latents of 4 channels; to make pictures of them say --vae="),
     "no such VAE": (["--vae=nothing"], "'nothing' does not exist"),
     "no VAE there": (["--vae=CHECKPOINT"], "not the weights of a VAE: missing "),
-    "pixels": (["--vae=identity"], "4 channels are no picture's"),
+    "pixels": (["--vae=identity"], "an image has 1 or 3 channels, not 4"),
     "folder": (["--vae=."], "holds no VAE: expected diffusion_pytorch_model.safetensors or"),
     "class": (["--vae=x", "--labels=golden retreiver"], "the nearest are golden retriever"),
     "two classes": (["--vae=x", "--labels=crane"], "names several classes: 134"),

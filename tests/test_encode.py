@@ -102,10 +102,8 @@ def test_online_and_cached_training_see_the_same(place):
     """The images in the same order with the same mirrors; only the posterior's noise differs."""
     mesh = parallel.make_mesh()
     online, cached = config_of(place), config_of(place, "latents", "cache")
-    vae = Vae.from_config(online)
     streams = [
-        inputs.feed(config, inputs.open_data(config)[0], mesh, found, 0)
-        for config, found in ((online, vae), (cached, None))
+        inputs.feed(config, inputs.open_inputs(config), mesh, 0) for config in (online, cached)
     ]
 
     @jax.jit

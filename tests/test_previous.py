@@ -59,7 +59,7 @@ def test_the_run_resumes(previous, tmp_path):
         "--config.train.steps=2",
         f"--workdir={workdir}",
     )
-    assert "going on from step 1" in printed
+    assert "resuming from step 1" in printed
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
     np.testing.assert_allclose(losses, NUMBERS["loss"], rtol=1e-5)

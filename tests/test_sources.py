@@ -195,7 +195,7 @@ def test_another_vae_under_the_same_path(place, tmp_path):
     train_here(*argv, "--config.train.steps=1")
     run_here(convert.main, f"--src={tmp_path / 'run'}", f"--dst={tmp_path / 'weights'}")
     draw = ["--num_samples=2", "--num_steps=2", f"--out={tmp_path / 'out.png'}"]
-    said = "is another than the one that"
+    said = "was trained with another VAE than"
     assert said not in run_here(sample.main, f"--checkpoint={tmp_path / 'run'}", *draw)
     shutil.rmtree(tmp_path / "vae")
     write_vae(tmp_path / "vae", seed=1)
@@ -225,7 +225,7 @@ def test_samples_by_the_names_of_the_classes(place, tmp_path):
 BAD_DATA = {
     "nothing": (["--config.data.path=NONE"], "does not exist"),
     "one class": (["--config.data.path=PLACE/folder/9"], "has no labels"),
-    "one folder": (["--config.data.path=PLACE/one"], "has one class: there is nothing to tell"),
+    "one folder": (["--config.data.path=PLACE/one"], "has a single class, and two are needed"),
     "a class too many": (["--config.model.num_classes=2"], "has 3 classes, but"),
     "large batch": (["--config.data.batch_size=32"], "24 images, fewer than data.batch_size 32"),
     "label": (["--config.data.path=PLACE/wrong.csv"], "label 12 of folder/2/000.jpg is out of"),
@@ -271,7 +271,7 @@ def test_what_images_lose_is_said(tmp_path, capsys):
         config = configs.default()
         config.model.num_classes = 2
         config.data.update(name="folder", path=str(photographs), batch_size=4, **changes)
-        inputs.say_found(config.data, inputs.open_data(config)[0])
+        inputs.log_contents(config.data, inputs.open_data(config)[0])
         return capsys.readouterr().err
 
     printed, name = said(), f"warning: folder {photographs}: "

@@ -134,7 +134,7 @@ def validate(config: ConfigDict, num_devices: int | None = None) -> None:
         if not holds(values):
             raise UserError(message.format_map(vars(values)))
     limits.check_tokens(values.tokens, config.model.hidden_size)
-    SampleOptions.from_config(config).check(-1)  # guidance without classes: inputs.settle
+    SampleOptions.from_config(config).check(-1)  # guidance without classes: inputs.complete_config
     if num_devices is not None:
         _check_devices(config, num_devices)
 

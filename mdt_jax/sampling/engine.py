@@ -48,9 +48,9 @@ def segments(
     guided, masked: of each evaluation. ends: numbers of evaluations after which a segment must end.
     progress: cut long segments, so that a progress bar moves.
     """
-    part = [sum(end <= k for end in ends) for k in range(len(guided))]
-    kinds = itertools.groupby(zip(guided, masked, part, strict=True))
-    whole = [Segment(kind[0], len(list(run)), kind[1]) for kind, run in kinds]
+    parts = [sum(end <= k for end in ends) for k in range(len(guided))]
+    groups = itertools.groupby(zip(guided, masked, parts, strict=True))
+    whole = [Segment(kind[0], len(list(group)), masked=kind[1]) for kind, group in groups]
     if not progress:
         return whole
     least = -(-len(guided) // PROGRESS_STEPS)

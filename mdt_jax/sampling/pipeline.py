@@ -93,9 +93,9 @@ class Pipeline(tuple[MDT, dict]):
         None: as the run's config says. The VAE is read on first use.
         options: fields of SampleOptions that replace the checkpoint's; guidance_scale may be
         several scales, which samples take in turn.
-        From now on compiled programs are cached on disk, as the commands do, unless JAX is
+        From now on compiled programs are cached on disk, as by the commands, unless JAX is
         configured otherwise.
-        Raises UserError if nothing can be loaded, or it is damaged or another network, and for
+        Raises UserError if the path holds nothing, damaged data or another network, and for
         options that cannot be sampled with.
         """
         keep_compilations()
@@ -150,7 +150,9 @@ class Pipeline(tuple[MDT, dict]):
         config, channels = self.config, self.model.in_channels
         path = given or (config.vae.path if config is not None else None)
         if path == PIXELS and channels not in (1, 3):
-            raise UserError(f"--vae={PIXELS}, but {channels} channels are no picture's")
+            raise UserError(
+                f"--vae={PIXELS}, but an image has 1 or 3 channels, not {channels}"
+            )
         if _is_pixels(self.model, path):
             if self._vae_scale is not None:
                 raise UserError(f"--vae_scale is for latents; {self.path} draws pixels")

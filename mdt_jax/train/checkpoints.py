@@ -164,7 +164,8 @@ class BestCheckpoint(Checkpoints):
         """
         manager, step = self._open(), int(state.step)
         best = manager.best_step()
-        if best is not None and not value < self._rank(manager.metrics(best)):
+        least = math.inf if best is None else self._rank(manager.metrics(best))
+        if not value < least:  # also NaN
             return False
         if step in manager.all_steps():  # measured before, with other settings
             manager.delete(step)

@@ -14,7 +14,7 @@ import numpy as np
 from mdt_jax.models.mdt import MDT
 from mdt_jax.runtime import hosts
 from mdt_jax.runtime.errors import UserError
-from mdt_jax.runtime.files import check_regular
+from mdt_jax.runtime.files import atomic_write, check_regular
 from mdt_jax.runtime.progress import progress_bar
 from mdt_jax.train import costs
 from mdt_jax.train.speed import Speed
@@ -27,17 +27,17 @@ LATEST = ("skipped", "skipped_in_row")  # counts, of which the last value is log
 
 
 class Log:
-    """Logs each step one step late, so that the host never waits for the devices.
+    """Logs each step one step late, so that the devices never wait for the host.
 
     Every `train.log_every` steps the trackers get the means since the last line. skipping: whether
     the last step that was logged was not finite.
     """
 
     def __init__(self, run: "Run", model: MDT, images: int, trackers: Sequence[Tracker]):
-        """images: how many an epoch has; trackers: empty but for the first process."""
+        """images: how many an epoch has; trackers: only process 0 has them."""
         self.skipping = False
         self._run, self._config, self._trackers = run, run.config, trackers
-        self._epoch = images
+        self._epoch_images = images
         self._waiting: tuple[int, dict] | None = None  # metrics that are still on the devices
         self._seconds_before = run.clock.seconds()
         flops = costs.training_flops(run.config, model)
@@ -81,7 +81,7 @@ class Log:
             tracker.flush()
 
     def catch_up(self) -> None:
-        """Log the step that waits, if any."""
+        """Log the step whose metrics are not logged yet, if any."""
         if self._waiting is None:
             return
         (step, on_devices), self._waiting = self._waiting, None
@@ -96,7 +96,7 @@ class Log:
 
     def _line(self, step: int) -> dict[str, float]:
         return self._run.means.take() | {
-            "epoch": round(step * self._config.data.batch_size / self._epoch, 6),
+            "epoch": round(step * self._config.data.batch_size / self._epoch_images, 6),
             "learning_rate": self._config.optim.lr,
             **self._speed.since(step, self._config.train.steps),
             "compile_seconds": self._run.compile_seconds,
@@ -104,8 +104,8 @@ class Log:
 
     def _move_bar(self, step: int, loss: float) -> None:
         seconds = self._run.clock.seconds() - self._seconds_before
-        each, size = seconds / (step - self._run.start), self._config.data.batch_size
-        text = f"{size / each:.0f} img/s, {1000 * each:.0f} ms a step, loss {loss:.3f}"
+        per_step, size = seconds / (step - self._run.start), self._config.data.batch_size
+        text = f"{size / per_step:.0f} img/s, {1000 * per_step:.0f} ms a step, loss {loss:.3f}"
         self._bar.set_postfix_str(text, refresh=False)
         self._bar.update(1)
 
@@ -190,11 +190,9 @@ class MetricsLog:
     """
 
     def __init__(self, path: str | os.PathLike, step: int):
-        kept = [line for number, line in read_steps(path) if number <= step]
-        temporary = f"{path}.tmp"
-        with open(temporary, "w", encoding="utf-8", newline="") as file:
-            file.writelines(kept)
-        os.replace(temporary, path)
+        kept = [line for line_step, line in read_steps(path) if line_step <= step]
+        with atomic_write(path) as temporary:
+            temporary.write_text("".join(kept), encoding="utf-8", newline="")
         self._file = open(path, "a")  # noqa: SIM115 (closed in close)
 
     def close(self) -> None:

@@ -42,7 +42,7 @@ def train(
     """
     show, stop = show or Monitoring(), stop or StopSignal()
 
-    # Whatever can be refused is refused before anything is computed.
+    # Check what can be checked before the workdir is changed.
     workdir.check_usable(folder)
     workdir.agree_on_config(config)
     configs.validate(config, jax.device_count())
@@ -75,7 +75,7 @@ def train(
 
         # Each turn: save → sample → measure → next batch → step → log the step before.
         # A state is saved first, so that a kill while sampling loses nothing. Metrics are logged
-        # one step late, so that the host never waits for the devices. There is one turn more than
+        # one step late, so that the devices never wait for the host. There is one turn more than
         # steps, so that the last state is saved, sampled and measured like any other.
         step, steps = run.start, config.train.steps
         closing = contextlib.closing
@@ -86,11 +86,7 @@ def train(
                         raise Stopped
                     measure = run.must_measure(step)
                     if run.must_save(step, measure):
-                        log.catch_up()
-                        # A non-finite step may come from its parameters. Older checkpoints are
-                        # then kept, unless the run ends here.
-                        if step == steps or not log.skipping:
-                            run.save(state, log)
+                        run.save(step, state, log)
                     with stop.interruptible():
                         if run.must_sample(step):
                             run.save_grid(step, sampler, state, log)
@@ -105,9 +101,7 @@ def train(
                         state, metrics = train_step(state, batch, seed_key, rate)
                     log.write(step + 1, metrics)
             except Stopped:
-                log.catch_up()
-                run.save(state, log)
-                run.say_stopped(step)
+                run.save_stopped(step, state, log)
                 interrupts.end_in(READERS_SECONDS)
                 return False
         return run.report(state, sampler)

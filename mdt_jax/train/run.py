@@ -51,6 +51,7 @@ class Run:
         self.compile_seconds = 0.0
         self._seconds_before = 0.0  # trained before this process started
         self._measured: set[int] = set()
+        self._overdue = False  # a state that was due is not saved yet
         self._opened = contextlib.ExitStack()
 
     def __enter__(self) -> "Run":
@@ -100,8 +101,7 @@ class Run:
     ) -> list[Tracker]:
         """Print what is trained on what, write config.json and classes.json, open the trackers.
 
-        The trackers are empty but in the first process. Raises UserError where one cannot be
-        opened.
+        Only process 0 has trackers. Raises UserError where one cannot be opened.
         """
         if self.resumed:
             log0(f"resuming from step {self.start} in {self.folder}")
@@ -132,18 +132,18 @@ class Run:
             compiled = compile_step()
             seconds = clock.seconds()
             self.compile_seconds += seconds
-            hosts.all_hosts(True)  # wait for the slowest: a sum over CPUs times out early
+            hosts.all_hosts(True)  # otherwise the first sum times out while others compile
             log0(f"the step is compiled ({seconds:.1f} s)")
         self.clock = Clock(self._seconds_before)
         return compiled
 
     def must_save(self, step: int, measure: bool) -> bool:
         """Whether the state of a step is due; `measure`: whether its samples are measured."""
-        due = measure or step % self.config.train.checkpoint_every == 0
+        due = measure or self._overdue or step % self.config.train.checkpoint_every == 0
         return step == self.config.train.steps or (due and step > self.start)
 
     def must_sample(self, step: int) -> bool:
-        """Whether a sample grid of a step is due and missing; every process must ask."""
+        """Whether a sample grid of a step is due and missing; every process must call this."""
         every = self.config.train.sample_every
         if not (every and step and step % every == 0):
             return False
@@ -156,22 +156,45 @@ class Run:
             return False
         return step not in self._measured
 
-    def save(self, state: TrainState, log: Log) -> None:
-        """Start to save a state. The log is flushed first: no checkpoint is ahead of it."""
+    def save(self, step: int, state: TrainState, log: Log, only: bool = False) -> None:
+        """Start to save a state, unless its last step was not finite.
+
+        Its parameters may be the reason, so older checkpoints are kept instead, and the next finite
+        state is saved. The last state of the run is saved in any case, and so is one that would be
+        its `only` checkpoint. The log is flushed first: no checkpoint is ahead of it.
+        """
+        log.catch_up()
+        self._overdue = log.skipping and step < self.config.train.steps and not only
+        if self._overdue:
+            return
         log.flush()
         with jax.transfer_guard("allow"):
             self.checkpoints.save(state, self._meta())
 
+    def save_stopped(self, step: int, state: TrainState, log: Log) -> None:
+        """Save a state at which the run stops, wait until it is on disk, and print that."""
+        log.catch_up()
+        newest = self.checkpoints.newest()
+        self.save(step, state, log, only=newest is None)
+        self.checkpoints.close()
+        if self._overdue:
+            log0(
+                f"stopped at step {step}, which is not saved since the last step was not finite; "
+                f"the same command resumes from {newest}"
+            )
+        else:
+            log0(f"stopped at step {step}, saved; the same command resumes")
+
     def save_grid(self, step: int, sampler: RunSampler, state: TrainState, log: Log) -> None:
         """Write samples/STEP.png; samples that are not finite are a warning."""
-        with self._apart(f"no samples are drawn at step {step}"):
+        with self._outside_training(f"no samples are drawn at step {step}"):
             save_sample_grid(self._grid(step), sampler, state, self.identity["classes"])
             log.image(step, self._grid(step))
 
     def measure(self, step: int, sampler: RunSampler, state: TrainState, log: Log) -> None:
         """Measure samples of the EMA, and keep the state in best/ if none was better."""
         assert self.evaluator is not None  # as `must_measure` says
-        with self._apart(f"step {step} is not measured"):
+        with self._outside_training(f"step {step} is not measured"):
             samples = sampler.samples(state.ema, self.config.evaluation.num_samples)
             measured = self.evaluator.measure(samples, progress=True)
             log.flush()
@@ -180,11 +203,6 @@ class Run:
             log.write_now(step, measured)
             values = ", ".join(f"{name} {value:.4g}" for name, value in measured.items())
             log0(f"step {step}: {values}{'; the best so far' if better else ''}")
-
-    def say_stopped(self, step: int) -> None:
-        """Once the saved state is on disk."""
-        self.checkpoints.close()
-        log0(f"stopped at step {step}, saved; the same command resumes")
 
     def report(self, state: TrainState, sampler: RunSampler) -> bool:
         """Draw and measure the final samples, and write report.json. Returns True."""
@@ -221,17 +239,17 @@ class Run:
         return run | self.identity | times
 
     @contextlib.contextmanager
-    def _apart(self, otherwise: str) -> Iterator[None]:
-        """Work beside training: not timed, free to wait for the devices.
+    def _outside_training(self, consequence: str) -> Iterator[None]:
+        """Work that the clock does not count and that may transfer arrays.
 
-        Samples that are not finite are a warning, which begins with `otherwise`: the EMA of bad
-        steps may recover.
+        Samples that are not finite are a warning with its consequence: the EMA of bad steps may
+        recover.
         """
         with self.clock.paused(), jax.transfer_guard("allow"):
             try:
                 yield
             except NotFiniteError as error:
-                log0(f"warning: {otherwise}: {error}")
+                log0(f"warning: {consequence}: {error}")
 
 
 def parameter_count(state: TrainState) -> int:

@@ -58,7 +58,7 @@ class StopSignal:
         interrupts.end_soon(None)
 
     def requested(self, step: int) -> bool:
-        """Whether to stop before `step`; every process must ask at every step."""
+        """Whether to stop before `step`; every process must call this at every step."""
         if several():
             return multihost_utils.reached_preemption_sync_point(step)
         return self._requested

@@ -186,5 +186,5 @@ def test_a_model_without_decoder_is_a_dit():
 
 
 def test_v2_with_an_odd_encoder_is_refused():
-    with pytest.raises(ValueError, match="even number of encoder blocks, not 3"):
+    with pytest.raises(ValueError, match="even number of encoder blocks, got 3"):
         init_params(V2.clone(depth=5), jax.random.key(0))

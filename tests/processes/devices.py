@@ -79,8 +79,7 @@ def run(name: str) -> dict[str, np.ndarray]:
     key = jax.device_put(jax.random.key(0), parallel.replicated(mesh))
     rate = jax.device_put(np.float32(config.optim.lr), parallel.replicated(mesh))
     step = compile_step(config, model, optimizer, abstract, mesh)
-    source, _ = inputs.open_data(config)
-    batches, losses = inputs.feed(config, source, mesh, None, 0), []
+    batches, losses = inputs.feed(config, inputs.open_inputs(config), mesh, 0), []
     for _ in range(STEPS):
         state, metrics = step(state, next(batches), key, rate)
         losses.append([metrics["loss"], metrics["grad_norm"], metrics["mse/masked/q2"]])

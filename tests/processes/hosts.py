@@ -71,8 +71,7 @@ def feed(out: str, steps: str, *arguments: str) -> None:
     config, _ = parse(*arguments)
     mesh = parallel.make_mesh()
     configs.validate(config, mesh.size)
-    source, _ = inputs.open_data(config)
-    batches = inputs.feed(config, source, mesh, None, 0)
+    batches = inputs.feed(config, inputs.open_inputs(config), mesh, 0)
     for k, batch in enumerate(itertools.islice(batches, int(steps))):
         for name, array in batch.items():
             for shard in array.addressable_shards:
