@@ -150,9 +150,7 @@ class Pipeline(tuple[MDT, dict]):
         config, channels = self.config, self.model.in_channels
         path = given or (config.vae.path if config is not None else None)
         if path == PIXELS and channels not in (1, 3):
-            raise UserError(
-                f"--vae={PIXELS}, but an image has 1 or 3 channels, not {channels}"
-            )
+            raise UserError(f"--vae={PIXELS}, but an image has 1 or 3 channels, not {channels}")
         if _is_pixels(self.model, path):
             if self._vae_scale is not None:
                 raise UserError(f"--vae_scale is for latents; {self.path} draws pixels")

@@ -68,6 +68,8 @@ def make_optimizer(optim: ConfigDict) -> optax.GradientTransformation:
         optimizer = optax.chain(scale_by_adan(), optax.scale(-1.0))
     elif optim.name == "adamw":
         optimizer = optax.adamw(1.0, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0)
+    else:
+        raise ValueError(f"unknown optimizer {optim.name!r}")
     # The state is the same with and without clipping, so that a resumed run may change it.
     clip = optax.clip_by_global_norm(optim.clip_norm) if optim.clip_norm > 0 else optax.identity()
     return optax.chain(clip, optimizer)
