@@ -36,8 +36,8 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 GROUPS = ("processes", "docs", "benches", "combinations")
 # The files that take longest, in this order; files that start late must be short.
 SLOW_FIRST = (
-    "test_evaluate.py", "train/test_step.py", "test_sampling.py",
-    "test_inpaint.py", "test_sources.py", "test_evaluation_in_training.py", "test_main.py",
+    "test_evaluate.py", "train/test_step.py", "sampling/test_generation.py", "test_inpaint.py",
+    "data/test_sources.py", "train/test_evaluation_in_training.py", "test_main.py",
     "test_convert.py", "train/test_objective.py", "test_commands.py", "models/test_mdt.py",
     "processes/test_distributed.py", "docs/test_pages.py", "benches/test_benchmarks.py",
     "combinations/test_switches.py", "processes/test_devices.py", "processes/test_main.py",

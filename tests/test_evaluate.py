@@ -19,11 +19,11 @@ from mdt_jax.evaluation.metrics import precision_recall
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.runtime.files import file_sha256
 from mdt_jax.weights.vae import Vae
+from tests.adm import adm_frechet, adm_precision_recall
 from tests.conftest import exits_with_one_line, run_here
 from tests.measuring import assert_equal, crops, flags, make_sets, measured, quick_inception
 from tests.runs import DIGITS
 from tests.small_data import write_pictures, write_vae
-from tests.test_measures import adm_frechet, adm_precision_recall
 
 torch = pytest.importorskip("torch")
 fid = pytest.importorskip("tests.fid_packages")

@@ -19,8 +19,8 @@ from mdt_jax.sampling.inpainting import InpaintOptions, known_tokens
 from mdt_jax.sampling.inpainting import inpaint as fill
 from mdt_jax.weights import networks
 from tests.conftest import ROOT, exits_with_one_line, run_here
+from tests.lively import load_lively, with_a_broken_class
 from tests.small_data import VAE, write_vae
-from tests.test_sampling import load_lively, with_a_broken_class
 
 DIGITS = str(ROOT / "tests" / "digits.safetensors")
 OPTIONS = dict(num_steps=50, guidance_scale=2.0, seed=0)

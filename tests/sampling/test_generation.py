@@ -18,29 +18,17 @@ from mdt_jax.runtime.errors import NotFiniteError, UserError
 from mdt_jax.sampling import engine, generation
 from mdt_jax.sampling.noise import Noise
 from tests.conftest import ROOT, XLA_FLAGS, run_command
-
-# Not clipped: tolerances are relative to the samples, which those of `load_lively` make large.
-OPTIONS = dict(seed=3, num_steps=5, guidance_scale=2.0, clip_denoised=False)
-LABELS = np.arange(70) % 10
+from tests.lively import LABELS, OPTIONS, load_lively, with_a_broken_class
 
 EIGHT_DEVICES = """
 import sys, jax, numpy as np, mdt_jax
-from tests.test_sampling import LABELS, OPTIONS, load_lively
+from tests.lively import LABELS, OPTIONS, load_lively
 assert jax.device_count() == 8
 model, params = load_lively(sys.argv[1])
 for size in (1, 7, 64):
     samples = mdt_jax.generate(model, params, LABELS, batch_size=size, **OPTIONS)
     np.save(f"{sys.argv[2]}/{size}.npy", samples)
 """
-
-
-def load_lively(path):
-    """A smoke run's model with weights that matter: its own have barely left their start."""
-    model, params = mdt_jax.load(path)
-    leaves, tree = jax.tree.flatten(params)
-    random = np.random.RandomState(0)
-    leaves = [leaf + random.normal(0, 0.2, leaf.shape).astype(np.float32) for leaf in leaves]
-    return model, tree.unflatten(leaves)
 
 
 @pytest.fixture(scope="module")
@@ -198,13 +186,6 @@ def test_what_cannot_be_sampled(labels, changes, message):
                 decoder_layers=1, num_classes=10)  # fmt: skip
     with pytest.raises(UserError, match=re.escape(message)):
         mdt_jax.generate(model, {}, labels, **changes)
-
-
-def with_a_broken_class(params, label: int) -> dict:
-    """The parameters with numbers in the embedding of one class that overflow in the network."""
-    table = np.array(params["label_embed"]["table"]["embedding"])
-    table[label] = 3e38
-    return {**params, "label_embed": {"table": {"embedding": table}}}
 
 
 def test_the_first_sample_that_is_not_finite_is_named(lively):

@@ -8,6 +8,7 @@ import pytest
 
 from mdt_jax.evaluation import metrics
 from mdt_jax.evaluation.metrics import Moments, frechet, gaussian, inception_score, precision_recall
+from tests.adm import adm_frechet, adm_precision_recall
 
 torch = pytest.importorskip("torch")
 fid = pytest.importorskip("tests.fid_packages")
@@ -20,32 +21,6 @@ def features(count: int, size: int, seed: int, shift: float = 0.0) -> np.ndarray
     mix = np.random.RandomState(9).randn(size, size) / np.sqrt(size) * np.geomspace(2, 0.05, size)
     drawn = np.random.RandomState(seed).randn(count, size)
     return np.maximum(drawn @ mix + 0.4 + shift, 0).astype(np.float32)
-
-
-def adm_frechet(a: np.ndarray, b: np.ndarray) -> float:
-    """ADM's: means, np.cov, and the trace of a square root of the product's, by its eigenvalues."""
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    if len(a) + len(b) < a.shape[1]:  # turned into fewer dimensions, whose zeros make less noise
-        axes, _ = np.linalg.qr(np.concatenate([a, b]).T)
-        a, b = a @ axes, b @ axes
-    covariances = [np.cov(x, rowvar=False) for x in (a, b)]
-    roots = np.sqrt(np.linalg.eigvals(covariances[0] @ covariances[1]).astype(complex)).real.sum()
-    gap = a.mean(0) - b.mean(0)
-    return gap @ gap + np.trace(covariances[0]) + np.trace(covariances[1]) - 2 * roots
-
-
-def adm_precision_recall(reference: np.ndarray, samples: np.ndarray, k: int = 3):
-    """Every distance on its own, none left out."""
-
-    def distances(a, b):
-        return np.array([np.linalg.norm(np.float64(b) - row, axis=1) for row in np.float64(a)])
-
-    def radii(x):
-        return np.sort(distances(x, x), axis=1)[:, k]
-
-    between = distances(samples, reference)
-    precision = (between <= radii(reference)).any(1).mean()
-    return precision, (between <= radii(samples)[:, None]).any(0).mean()
 
 
 @pytest.mark.parametrize("size", [64, 289], ids=["pool", "spatial"])

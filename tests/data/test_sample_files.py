@@ -22,10 +22,10 @@ from mdt_jax.runtime.errors import UserError
 from mdt_jax.sampling.labels import parse_labels
 from mdt_jax.weights import networks
 from tests.conftest import exits_with_one_line, run_here
+from tests.lively import with_a_broken_class
 from tests.models.common import random_params
 from tests.runs import DIGITS, SAMPLE
 from tests.small_data import VAE, write_vae
-from tests.test_sampling import with_a_broken_class
 
 
 def draw(*flags: str) -> str:
