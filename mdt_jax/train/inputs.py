@@ -206,7 +206,8 @@ def feed(
     plan = pipeline.Shuffled(len(source), config.train.seed, size, rows, start)
     for arrays in pipeline.batches(source, plan, config.data.workers, config.data.max_damaged):
         del arrays["items"], arrays["status"]
-        batch = {k: jax.make_array_from_process_local_data(split, v) for k, v in arrays.items()}
+        with jax.transfer_guard("allow"):
+            batch = {k: jax.make_array_from_process_local_data(split, v) for k, v in arrays.items()}
         if encode is not None:
             batch["mean"], batch["std"] = encode(batch.pop("images"))
         yield batch
