@@ -14,6 +14,7 @@ from mdt_jax import config as configs
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.train import inputs
 from mdt_jax.train.log import Log, read_steps
+from mdt_jax.train.stopping import StopSignal
 from tests.conftest import (
     SMOKE,
     exits_with_one_line,
@@ -220,6 +221,29 @@ def test_a_loss_that_is_not_finite_stops_the_run(copy):
     train_here(*SMOKE, f"--workdir={copy}", "--config.train.steps=6")
     assert steps_of(copy) == [1, 2, 3, 4, 5, 6]
     assert all(np.isfinite(json.loads(line)["loss"]) for line in lines_of(copy))
+
+
+def test_a_run_that_stops_after_a_step_that_is_not_finite_keeps_its_checkpoints(copy, monkeypatch):
+    monkeypatch.setattr(StopSignal, "requested", lambda self, step: step == 8)
+    flags = [*SMOKE, f"--workdir={copy}", "--config.train.steps=12", "--config.optim.lr=1e30"]
+    printed = train_here(*flags)
+    assert "stopped at step 8, which is not saved since the last step was not finite" in printed
+    assert f"the same command resumes from {copy}/checkpoints/4" in printed
+    assert sorted(p.name for p in (copy / "checkpoints").iterdir()) == ["2", "4"]
+
+
+def test_a_state_that_was_due_is_saved_once_a_step_is_finite(tmp_path, monkeypatch):
+    catch_up = Log.catch_up
+
+    def catch_up_with_a_bad_step(self):
+        step = self._waiting[0] if self._waiting else None
+        catch_up(self)
+        self.skipping = self.skipping if step is None else step == 4
+
+    monkeypatch.setattr(Log, "catch_up", catch_up_with_a_bad_step)
+    flags = ["--config.train.steps=6", "--config.train.checkpoint_every=2"]
+    train_here(*SMOKE, f"--workdir={tmp_path}", *flags)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["2", "5", "6"]
 
 
 def test_the_loop_refuses_implicit_transfers(tmp_path, monkeypatch):
