@@ -299,7 +299,7 @@ FOLDERS = {
     "huge": ({"shift_factor": 10**400}, "but mdt_jax only multiplies latents by one number"),
     "nan": ({"scaling_factor": float("nan")}, "scaling_factor is nan; it must be a positive"),
     "object": ({"latents_mean": {"a": 1}}, "latents_mean is {'a': 1}, but mdt_jax only"),
-    "list": ([1], "config.json is damaged, or was edited: it holds no JSON object"),
+    "list": ([1], "config.json is damaged, or was edited: expected a JSON object"),
     "damaged": ("{", "config.json cannot be read: "),
     "groups": ({"norm_num_groups": "4"}, "norm_num_groups in its config.json is '4'"),
 }  # fmt: skip

@@ -249,7 +249,7 @@ def test_a_workdir_of_somebody_else(
         (sample, "--checkpoint=X --out=OUT/", "sampling.pipeline.load"),
         (sample, "--checkpoint=X --out=OUT.gif --show=noise", "sampling.pipeline.load"),
         (inpaint, "--checkpoint=X --image=X --mask=X --out=OUT.png", "sampling.pipeline.load"),
-        (encode, "--config=configs/xl2.py --out=OUT", "train.encoding.open_images"),
+        (encode, "--config=configs/xl2.py --out=OUT", "train.encoding._open_images"),
         (evaluate, "--samples=X --reference=digits --out=OUT.json", "evaluate.open_images"),
         (evaluate, "--make_reference=X --out=OUT.npz", "evaluate.open_images"),
         (evaluate, "--vae=X --images=X --out=OUT.json", "weights.vae.Vae.load"),

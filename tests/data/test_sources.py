@@ -256,7 +256,7 @@ def test_what_is_found_is_said_and_the_advice_is_right(place, tmp_path):
         (last,) = printed.splitlines()
         assert "unknown suffix .jfif: 8 (e.g. 10/002.jfif)" in last
         assert "but model.num_classes is 3; check whether the files left out (" in last
-        assert "folder without images: 1 (10)) holds the others, or set it to 2, or to 0" in last
+        assert "folder without images: 1 (10)) hold the others, or set it to 2, or to 0" in last
 
 
 def test_what_images_lose_is_said(tmp_path, capsys):
