@@ -99,7 +99,7 @@ def test_a_step_that_one_process_alone_cannot_read(four, tmp_path, monkeypatch):
     workdir = shutil.copytree(four[0], tmp_path / "run")
     more = [str(tmp_path / "out.npz"), str(workdir), *RUN, "--config.mesh.fsdp=2"]
     printed = all_well(start_hosts(2, "restore", *more))
-    assert "going on without step 8" in printed
+    assert "going on without the damaged step 8" in printed
     assert [path.name for path in (workdir / "checkpoints").iterdir()] == ["4"]
 
 
@@ -109,7 +109,7 @@ def test_two_go_on_from_four_with_another_mesh(alone, four, tmp_path):
     shutil.rmtree(next((two / "checkpoints" / "8" / "ema").glob("ocdbt.process_3")))
     more = ["--config.train.steps=11", "--config.train.accumulate=2", "--config.mesh.fsdp=1"]
     printed = all_well(start_run(2, two, *more))
-    assert "going on without step 8" in printed and "resuming from step 4" in printed
+    assert "going on without the damaged step 8" in printed and "resuming from step 4" in printed
     assert "mesh.fsdp changed from 2 to 1" in printed
     train_here(*RUN, *more, f"--workdir={one}")
     assert steps_of(two) == list(range(1, 12))

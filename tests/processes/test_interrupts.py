@@ -37,7 +37,7 @@ elif place == "lists":
 elif place == "reads":
     inputs.sources.Images.take = waits
 elif place == "samples":
-    sample.backend.start = stuck
+    cli.backend.start = stuck
 cli.run(sample.main if place == "samples" else main.main)
 """
 
