@@ -227,7 +227,7 @@ class Parser(argparse.ArgumentParser):
         return values
 
     def _take_absl_flags(self, given: Sequence[str]) -> list[str]:
-        """Set the flags that absl defines, such as --verbosity=1; returns the other arguments."""
+        """Set the flags that absl defines, like --verbosity=1; returns the other arguments."""
         ours, of_absl = [], []
         for argument in given:
             name = argument.partition("=")[0]

@@ -96,7 +96,7 @@ def _derived(config: ConfigDict) -> types.SimpleNamespace:
 
 
 def get(config: ConfigDict, name: str) -> Any:
-    """The value of a field such as "optim.lr"."""
+    """The value of a field, for example "optim.lr"."""
     group, _, field = name.partition(".")
     return config[group][field]
 

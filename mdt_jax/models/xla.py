@@ -120,7 +120,7 @@ def unstack_blocks(params: dict, stacks: Sequence[str]) -> Callable[[], dict]:
     Call this outside the sampling loop, and the returned function inside it. XLA cancels stacking
     against slicing, so that the loop reads each block's parameters directly; otherwise it slices
     them out of their stack at every step. Gain: sampling in float32 0.89 → 0.81 of PyTorch's time,
-    together with the gradient of attention. Test: tests/test_sampling.py.
+    together with the gradient of attention. Test: tests/sampling/test_generation.py.
     """
     leaves, tree = jax.tree.flatten({name: params[name] for name in stacks if name in params})
     by_block = [list(leaf) for leaf in leaves]

@@ -173,7 +173,6 @@ class Run:
 
     def save_stopped(self, step: int, state: TrainState, log: Log) -> None:
         """Save a state at which the run stops, wait until it is on disk, and print that."""
-        log.catch_up()
         newest = self.checkpoints.newest()
         self.save(step, state, log, only=newest is None)
         self.checkpoints.close()
@@ -198,11 +197,11 @@ class Run:
             samples = sampler.samples(state.ema, self.config.evaluation.num_samples)
             measured = self.evaluator.measure(samples, progress=True)
             log.flush()
-            value = next(measured[name] for name in BEST if name in measured)
-            better = self.best.offer(state, self._meta() | {"measured": measured}, value)
+            ranked = next(measured[name] for name in BEST if name in measured)
+            better = self.best.offer(state, self._meta() | {"measured": measured}, ranked)
             log.write_now(step, measured)
-            values = ", ".join(f"{name} {value:.4g}" for name, value in measured.items())
-            log0(f"step {step}: {values}{'; the best so far' if better else ''}")
+            text = ", ".join(f"{name} {value:.4g}" for name, value in measured.items())
+            log0(f"step {step}: {text}{'; the best so far' if better else ''}")
 
     def report(self, state: TrainState, sampler: RunSampler) -> bool:
         """Draw and measure the final samples, and write report.json. Returns True."""
@@ -253,7 +252,7 @@ class Run:
 
 
 def parameter_count(state: TrainState) -> int:
-    """Of the network."""
+    """The number of the network's parameters."""
     return sum(leaf.size for leaf in jax.tree.leaves(state.params))
 
 
