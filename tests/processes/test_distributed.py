@@ -14,7 +14,7 @@ import pytest
 from tests.conftest import ROOT, run_command, start_command, train_here
 from tests.processes.together import all_well, ends, free_port, start_hosts
 from tests.runs import arrays, steps_of
-from tests.small_data import write_pictures
+from tests.small_data import write_pictures, write_vae
 
 # Wide enough that the stacks of blocks are split over `fsdp`.
 RUN = [
@@ -249,3 +249,17 @@ def test_slurm_is_found_by_itself(tmp_path):
         SLURM_LOCALID="0", SLURM_STEP_NUM_NODES="1",
     )  # fmt: skip
     assert "process 1 of 2 did not connect within 5 s" in printed
+
+
+def test_two_processes_encode_images_while_they_train(tmp_path):
+    """The VAE's parameters and each batch are placed inside the loop's transfer guard."""
+    write_pictures(tmp_path / "pictures")
+    write_vae(tmp_path / "vae")
+    flags = [
+        "--config.data.name=folder", f"--config.data.path={tmp_path}/pictures",
+        "--config.data.image_size=32", "--config.data.channels=3", "--config.vae.scale=1.0",
+        f"--config.vae.path={tmp_path}/vae", "--config.model.num_classes=3",
+        "--config.train.steps=2", "--config.train.sample_every=0", "--config.sample.num_samples=0",
+    ]  # fmt: skip
+    all_well(start_run(2, tmp_path / "run", *flags))
+    assert steps_of(tmp_path / "run") == [1, 2]
