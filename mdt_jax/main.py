@@ -36,7 +36,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def main(argv: list[str]) -> None:
     """Parse the flags and train."""
-    stop = StopSignal()
+    stop = StopSignal(ends_process=True)
     args = parse(argv)
     config, given = cli.read_config(args)
     cli.start(args, keep_memory=True)

@@ -133,6 +133,7 @@ def run_here(command, *arguments: str, expect: int = 0, cwd=ROOT) -> str:
     Equal training steps are traced and compiled once.
     """
     from mdt_jax import cli
+    from mdt_jax.runtime import interrupts
     from mdt_jax.train import costs, loop
 
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -141,6 +142,7 @@ def run_here(command, *arguments: str, expect: int = 0, cwd=ROOT) -> str:
         patch.chdir(cwd)
         patch.setattr(loop, "compile_step", compiled_once(loop.compile_step))
         patch.setattr(costs, "pass_macs", counted_once())
+        patch.setattr(interrupts, "end_in", lambda seconds: None)
         patch.setattr("sys.argv", ["command", *arguments])
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
             try:

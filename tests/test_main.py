@@ -11,8 +11,9 @@ from PIL import Image
 import mdt_jax
 from mdt_jax import cli, main
 from mdt_jax import config as configs
+from mdt_jax.runtime import interrupts
 from mdt_jax.runtime.errors import UserError
-from mdt_jax.train import inputs
+from mdt_jax.train import inputs, loop
 from mdt_jax.train.log import Log, read_steps
 from mdt_jax.train.stopping import StopSignal
 from tests.conftest import (
@@ -230,6 +231,17 @@ def test_a_run_that_stops_after_a_step_that_is_not_finite_keeps_its_checkpoints(
     assert "stopped at step 8, which is not saved since the last step was not finite" in printed
     assert f"the same command resumes from {copy}/checkpoints/4" in printed
     assert sorted(p.name for p in (copy / "checkpoints").iterdir()) == ["2", "4"]
+
+
+def test_a_stopped_run_does_not_end_a_python_program(tmp_path, monkeypatch, in_root, keep_signals):
+    ended = []
+    monkeypatch.setattr(interrupts, "end_in", ended.append)
+    monkeypatch.setattr(StopSignal, "requested", lambda self, step: step == 1)
+    config = configs.load("configs/digits.py", "smoke")
+    config.sample.num_samples = 0
+    assert not loop.train(config, tmp_path / "called") and ended == []
+    stop = StopSignal(ends_process=True)
+    assert not loop.train(config, tmp_path / "command", stop=stop) and ended == [30]
 
 
 def test_a_state_that_was_due_is_saved_once_a_step_is_finite(tmp_path, monkeypatch):

@@ -102,6 +102,7 @@ def train(
                     log.write(step + 1, metrics)
             except Stopped:
                 run.save_stopped(step, state, log)
-                interrupts.end_in(READERS_SECONDS)
+                if stop.ends_process:
+                    interrupts.end_in(READERS_SECONDS)
                 return False
         return run.report(state, sampler)

@@ -30,9 +30,12 @@ class StopSignal:
     Before the first step a signal ends the process with exit code 128 + its number. While the run
     trains, a signal sets a flag that the training loop checks; of several processes one needs to
     get it, and all stop at the same step. `interrupts.answered` handles a second Ctrl-C.
+
+    ends_process: the process has nothing to do after the run.
     """
 
-    def __init__(self):
+    def __init__(self, ends_process: bool = False):
+        self.ends_process = ends_process
         self._requested, self._phase = False, _Phase.STARTING
         interrupts.end_soon("stopped before the first step; the same command resumes")
         self._install()
