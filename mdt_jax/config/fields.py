@@ -9,7 +9,7 @@ from mdt_jax.data.crops import CROPS
 from mdt_jax.diffusion.losses import LOSS_WEIGHTS
 from mdt_jax.diffusion.options import CLIPPING, NOT_IN_SAMPLE, SampleOptions
 from mdt_jax.models.autoencoder import VAE_SCALE
-from mdt_jax.models.xla import REMAT
+from mdt_jax.models.xla import ATTENTION, REMAT
 from mdt_jax.runtime import files, hub
 from mdt_jax.runtime.backend import HIGHEST, PRECISIONS
 from mdt_jax.runtime.bounds import ANY, Bound, above, at_least, half_open, one_of
@@ -118,6 +118,8 @@ FIELDS: dict[str, dict[str, Field]] = dict(
         dtype=Field("float32", "type of matmuls and activations", one_of(("float32", "bfloat16"))),
         precision=Field(HIGHEST, "precision of float32 matmuls on accelerators, the VAE's too",
                         one_of(PRECISIONS)),
+        attention=Field("auto", "form of attention: the fastest of the devices, or plain XLA",
+                        one_of(ATTENTION)),
         remat=Field("none", "part of a block that the backward pass recomputes", one_of(REMAT)),
         accumulate=Field(1, "parts of the batch that a step takes one after another", at_least(1)),
         log_every=Field(100, "steps between lines of metrics.jsonl", at_least(1)),

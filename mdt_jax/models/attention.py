@@ -1,18 +1,18 @@
 """Self-attention with MDT's learned two-dimensional relative position bias."""
 
 import functools
-from typing import NamedTuple
 
+import einops
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mdt_jax.models import masking
 from mdt_jax.models.gradients import with_backward
-from mdt_jax.models.layers import Linear, Matmul, Transpose
-
-# The bias of a key outside the key mask, far below every logit.
-MASKED_OUT = float(-0.7 * np.finfo(np.float32).max)
+from mdt_jax.models.layers import Linear
+from mdt_jax.models.masking import Kept
+from mdt_jax.models.xla import Ops
 
 
 def relative_index(grid: tuple[int, int]) -> np.ndarray:
@@ -33,142 +33,42 @@ def bias_rows(grid: tuple[int, int]) -> int:
     return (2 * height - 1) * (2 * width - 1) + 3
 
 
-class Positions(NamedTuple):
-    """The positions of N tokens on the grid.
-
-    index: [1 or B, N, N] int32, the row of the bias table for each (query, key) pair.
-    ids: [B, N] int32, the tokens' row-major indices; None: all tokens of the grid, in order.
-    """
-
-    index: jax.Array
-    ids: jax.Array | None = None
-
-
-def token_positions(grid: tuple[int, int], ids: jax.Array | None = None) -> Positions:
-    """The positions of the tokens `ids` [B, N] of a grid; None: of all tokens."""
-    index = jnp.asarray(relative_index(grid))
-    if ids is None:
-        return Positions(index[None])
-    return Positions(index[ids[:, :, None], ids[:, None, :]], ids)
-
-
-def bias_at(table: jax.Array, positions: Positions, grid: tuple[int, int]) -> jax.Array:
-    """The bias of all pairs of tokens, [1 or B, heads, N, N]; table: [rows, heads]."""
-    return _bias_lookup(grid)(table, positions)
+def bias_at(table: jax.Array, grid: tuple[int, int]) -> jax.Array:
+    """The bias of all pairs of a grid's tokens, [1, heads, L, L]; table: [rows, heads]."""
+    return _bias_lookup(grid)(table)
 
 
 @functools.cache
 def _bias_lookup(grid: tuple[int, int]):
-    def forward(table, positions):
-        return _look_up(table, positions), positions
-
-    def backward(positions, grad):
-        scatter, contract = (
-            functools.partial(function, grid) for function in (scattered, contracted)
-        )
-        return (jax.lax.platform_dependent(grad, positions, cpu=scatter, default=contract),)
-
     # The lookup is linear in the table.
-    def tangent(positions, d_table):
-        return _look_up(d_table, positions)
+    def look_up(_, table):
+        return jnp.moveaxis(table[relative_index(grid)], -1, 0)[None]
 
-    return with_backward(forward, tangent, backward, inputs=1)
+    return with_backward(
+        lambda table: (look_up(None, table), ()),
+        look_up,
+        lambda _, grad: (_bias_gradient(grid, grad[0]),),
+    )
 
 
-def _look_up(table, positions):
-    return jnp.moveaxis(table[positions.index], -1, 1)
+def _bias_gradient(grid: tuple[int, int], pairs: jax.Array) -> jax.Array:
+    """The gradient of the table [rows, heads] from that of the bias [heads, L, L].
 
-
-def scattered(grid: tuple[int, int], grad: jax.Array, positions: Positions) -> jax.Array:
-    """The gradient of the bias table [rows, heads] by scatter-add.
-
-    grad: gradient of the bias, [1 or B, heads, N, N].
+    By matmuls with one-hot matrices: all platforms are slow at adding many values into few rows.
     """
-    table = jnp.zeros((bias_rows(grid), grad.shape[1]), grad.dtype)
-    return table.at[positions.index].add(jnp.moveaxis(grad, 1, -1))
-
-
-def contracted(grid: tuple[int, int], grad: jax.Array, positions: Positions) -> jax.Array:
-    """As `scattered`, by matmuls with one-hot matrices.
-
-    Accelerators are slow at adding many values into few rows.
-    """
-    (height, width), heads = grid, grad.shape[1]
-    exact = "highest"  # the products are sums, which must not be rounded
-    if positions.ids is None:
-        pairs = grad.sum(0)
-    else:
-        one_hot = jax.nn.one_hot(positions.ids, height * width, dtype=grad.dtype)  # [B, N, L]
-        rows = jnp.einsum("bhij,bjk->bhik", grad, one_hot, precision=exact)
-        pairs = jnp.einsum("bhik,bil->hlk", rows, one_hot, precision=exact)
+    (height, width), heads = grid, len(pairs)
     pairs = pairs.reshape(heads, height, width, height, width)
     differences = _differences(height), _differences(width)
-    table = jnp.einsum("hyxvu,yvd,xue->deh", pairs, *differences, precision=exact)
+    # The products are sums, which must not be rounded.
+    table = jnp.einsum("hyxvu,yvd,xue->deh", pairs, *differences, precision="highest")
     unused = bias_rows(grid) - table.shape[0] * table.shape[1]
-    return jnp.pad(table.reshape(-1, heads), ((0, unused), (0, 0))).astype(grad.dtype)
+    return jnp.pad(table.reshape(-1, heads), ((0, unused), (0, 0)))
 
 
 def _differences(size: int) -> np.ndarray:
     """[size, size, 2·size − 1] float32, one-hot: 1 where i − j + size − 1 is the last index."""
     i = np.arange(size)
     return np.eye(2 * size - 1, dtype=np.float32)[i[:, None] - i + size - 1]
-
-
-def attend(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    bias: jax.Array | None,
-    transpose: Transpose = jnp.matrix_transpose,
-) -> jax.Array:
-    """softmax(q·kᵀ / √d + bias)·v (Vaswani et al. 2017); the softmax is float32.
-
-    q, k, v: [B, heads, N, d]; bias: float32, broadcast to [B, heads, N, N]; transpose: the function
-    that transposes matrices. Returns [B, heads, N, d] in v's dtype.
-    """
-    return _attend(transpose)(q, k, v, bias)
-
-
-@functools.cache
-def _attend(transpose: Transpose):
-    forward = functools.partial(_attend_forward, transpose)
-    backward = functools.partial(_attend_backward, transpose)
-    return with_backward(forward, _attend_tangent, backward)
-
-
-def _attend_forward(transpose, q, k, v, bias):
-    logits = jnp.matmul(q, transpose(k), preferred_element_type=jnp.float32)
-    logits = logits * q.shape[-1] ** -0.5
-    if bias is not None:
-        logits = logits + bias
-    weights = jax.nn.softmax(logits).astype(v.dtype)
-    return weights @ v, (q, k, v, bias, weights)
-
-
-def _attend_tangent(saved, dq, dk, dv, d_bias):
-    q, k, v, _, weights = saved
-    from_q, from_k = (
-        jnp.matmul(a, b.mT, preferred_element_type=jnp.float32) for a, b in ((dq, k), (q, dk))
-    )
-    d_logits = (from_q + from_k) * q.shape[-1] ** -0.5
-    if d_bias is not None:
-        d_logits = d_logits + d_bias
-    w32 = weights.astype(jnp.float32)
-    d_weights = w32 * (d_logits - (w32 * d_logits).sum(-1, keepdims=True))
-    return d_weights.astype(v.dtype) @ v + weights @ dv
-
-
-def _attend_backward(transpose, saved, grad):
-    q, k, v, bias, weights = saved
-    d_weights = jnp.matmul(grad, transpose(v), preferred_element_type=jnp.float32)
-    w32 = weights.astype(jnp.float32)
-    d_logits = w32 * (d_weights - (w32 * d_weights).sum(-1, keepdims=True))
-    d_bias = None
-    if bias is not None:
-        broadcast = functools.partial(jnp.broadcast_to, shape=d_logits.shape)
-        (d_bias,) = jax.linear_transpose(broadcast, bias)(d_logits)
-    d_scaled = (d_logits * q.shape[-1] ** -0.5).astype(q.dtype)
-    return d_scaled @ k, transpose(d_scaled) @ q, transpose(weights) @ grad, d_bias
 
 
 class Attention(nn.Module):
@@ -180,29 +80,26 @@ class Attention(nn.Module):
     num_heads: int
     grid: tuple[int, int]
     relative_bias: bool = True
-    matmul: Matmul = Matmul()
+    ops: Ops = Ops()
 
     @nn.compact
-    def __call__(
-        self, x: jax.Array, positions: Positions, key_mask: jax.Array | None = None
-    ) -> jax.Array:
-        """x: [B, N, D] and the positions of its tokens → [B, N, D].
-
-        key_mask: [N] bool, the tokens that are attended to; None: all.
-        """
-        batch, length, dim = x.shape
-        qkv = Linear(3 * dim, self.matmul, name="qkv")(x)
-        qkv = qkv.reshape(batch, length, 3, self.num_heads, -1)
-        q, k, v = jnp.moveaxis(qkv, (2, 3), (0, 2))  # [B, heads, N, D / heads] each
-        bias: jax.Array | None = None
+    def __call__(self, x: jax.Array, kept: Kept | None = None) -> jax.Array:
+        """x: [B, L, D], all tokens of the grid, or the kept ones, [B, K, D] → the same shape."""
+        dim, bias = x.shape[-1], None
+        qkv = Linear(3 * dim, self.ops, name="qkv")(x)
+        if kept is not None:
+            # Where tokens are in the order of the grid, one bias serves all samples.
+            qkv = masking.put(qkv, kept)
+        q, k, v = einops.rearrange(qkv, "b n (c h d) -> c b n h d", c=3, h=self.num_heads)
         if self.relative_bias:
             table = self.param(
                 "relative_bias",
                 nn.initializers.normal(0.02),  # published: truncated, but at 100 deviations
                 (bias_rows(self.grid), self.num_heads),
             )
-            bias = bias_at(table, positions, self.grid)
-        if key_mask is not None:
-            bias = jnp.where(key_mask, 0.0 if bias is None else bias, MASKED_OUT)
-        out = jnp.moveaxis(attend(q, k, v, bias, self.matmul.transpose), 1, 2)
-        return Linear(dim, self.matmul, name="proj")(out.reshape(batch, length, dim))
+            bias = bias_at(table, self.grid)
+        out = self.ops.attend(q, k, v, bias, None if kept is None else kept.visible)
+        out = einops.rearrange(out, "b n h d -> b n (h d)")
+        if kept is not None:
+            out = masking.take(out, kept)
+        return Linear(dim, self.ops, name="proj")(out)

@@ -5,8 +5,6 @@ has the input's dtype. In bfloat16 such sums would be neither exact nor, on a CP
 """
 
 import functools
-from collections.abc import Callable
-from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -14,16 +12,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from mdt_jax.models.gradients import with_backward
-from mdt_jax.models.xla import LINEAR_OUTPUT
-
-Transpose = Callable[[jax.Array], jax.Array]
-
-
-class Matmul(NamedTuple):
-    """How matmuls are computed. dtype: None: the input's; transpose: see `affine` and `attend`."""
-
-    dtype: jnp.dtype | None = None
-    transpose: Transpose = jnp.matrix_transpose
+from mdt_jax.models.xla import CAST, LINEAR_OUTPUT, Ops
 
 
 class Linear(nn.Module):
@@ -34,65 +23,103 @@ class Linear(nn.Module):
     """
 
     features: int
-    matmul: Matmul = Matmul()
+    ops: Ops = Ops()
     kernel_init: nn.initializers.Initializer = nn.initializers.xavier_uniform()
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        flat = x.reshape(-1, x.shape[-1]).astype(self.matmul.dtype or x.dtype)
-        out = affine(flat, kernel, bias, self.matmul.transpose)
-        return checkpoint_name(out, LINEAR_OUTPUT).reshape(*x.shape[:-1], self.features)
+        flat = x.reshape(-1, x.shape[-1]).astype(self.ops.dtype or x.dtype)
+        out = affine(flat, kernel, bias, self.get_variable("params", CAST), self.ops)
+        return out.reshape(*x.shape[:-1], self.features)
 
 
 def affine(
-    x: jax.Array, kernel: jax.Array, bias: jax.Array, transpose: Transpose = jnp.matrix_transpose
+    x: jax.Array,
+    kernel: jax.Array,
+    bias: jax.Array,
+    cast: jax.Array | None = None,
+    ops: Ops = Ops(),  # noqa: B008
 ) -> jax.Array:
     """x [N, D]·kernel [D, E] + bias [E], in x's dtype; kernel and bias are float32.
 
-    transpose: the function that transposes matrices in the backward pass.
+    cast: the kernel in x's dtype, where it has been cast already. The gradient is the kernel's.
     """
-    return _affine(transpose)(x, kernel, bias)
+    return _affine(ops)(x, kernel, bias, kernel.astype(x.dtype) if cast is None else cast)
 
 
 @functools.cache
-def _affine(transpose: Transpose):
-    backward = functools.partial(_affine_backward, transpose)
-    return with_backward(_affine_forward, _affine_tangent, backward)
+def _affine(ops: Ops):
+    backward = functools.partial(_affine_backward, ops)
+    return with_backward(_affine_forward, _affine_tangent, backward, inputs=3)
 
 
-def _affine_forward(x, kernel, bias):
-    return x @ kernel.astype(x.dtype) + bias.astype(x.dtype), (x, kernel)
+def _affine_forward(x, kernel, bias, cast):
+    # Saved without the bias, whose sum then is part of the kernels that read it.
+    product = checkpoint_name(x @ cast, LINEAR_OUTPUT)
+    return product + bias.astype(x.dtype), (x, cast)
 
 
 def _affine_tangent(saved, dx, d_kernel, d_bias):
-    x, kernel = saved
-    return dx @ kernel.astype(x.dtype) + x @ d_kernel.astype(x.dtype) + d_bias.astype(x.dtype)
+    x, cast = saved
+    return dx @ cast + x @ d_kernel.astype(x.dtype) + d_bias.astype(x.dtype)
 
 
-def _affine_backward(transpose, saved, grad):
-    x, kernel = saved
-    ones = jnp.ones(len(grad), grad.dtype)  # since XLA's CPU back end is slow at sums of bfloat16
-    return (
-        grad @ transpose(kernel.astype(x.dtype)),
-        jnp.dot(transpose(x), grad, preferred_element_type=kernel.dtype),
-        jnp.dot(ones, grad, precision="highest", preferred_element_type=kernel.dtype),
-    )
+def _affine_backward(ops, saved, grad):
+    x, cast = saved
+    d_kernel = jnp.dot(ops.transpose(x), grad, preferred_element_type=jnp.float32)
+    return grad @ ops.transpose(cast), d_kernel, ops.sum_rows(grad)
 
 
-def layer_norm(x: jax.Array) -> jax.Array:
-    """LayerNorm (Ba et al. 2016) over the last axis, without parameters, eps 1e-6; float32."""
-    x = x.astype(jnp.float32)
-    centred = x - x.mean(-1, keepdims=True)
-    variance = jnp.square(centred).mean(-1, keepdims=True)
-    return centred * jax.lax.rsqrt(variance + 1e-6)
+EPS = 1e-6  # of LayerNorm (Ba et al. 2016), here without parameters
 
 
 def modulated_norm(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
-    """LayerNorm(x)·(1 + scale) + shift; x: [B, N, D]; shift, scale: [B, 1, D]."""
-    shift, scale = (each.astype(jnp.float32) for each in (shift, scale))
-    return (layer_norm(x) * (1 + scale) + shift).astype(x.dtype)
+    """LayerNorm(x)·(1 + scale) + shift; x: [B, N, D]; shift, scale: [B, 1, D].
+
+    The backward pass keeps x and two numbers for each token. By JAX's own it would keep a float32
+    array of x's shape.
+    """
+    return _modulated_norm(x, shift, scale)
+
+
+def _standardized(x, mean, inverse):
+    return (x.astype(jnp.float32) - mean) * inverse
+
+
+def _norm_forward(x, shift, scale):
+    x32 = x.astype(jnp.float32)
+    mean = x32.mean(-1, keepdims=True)
+    inverse = jax.lax.rsqrt(jnp.square(x32 - mean).mean(-1, keepdims=True) + EPS)
+    shift, factor = shift.astype(jnp.float32), 1 + scale.astype(jnp.float32)
+    out = _standardized(x, mean, inverse) * factor + shift
+    return out.astype(x.dtype), (x, mean, inverse, scale)
+
+
+def _norm_slope(h, inverse, grad):
+    """The derivative of the standardised h, applied to grad. It is symmetric."""
+    mean, along = grad.mean(-1, keepdims=True), (grad * h).mean(-1, keepdims=True)
+    return inverse * (grad - mean - h * along)
+
+
+def _norm_tangent(saved, dx, d_shift, d_scale):
+    x, mean, inverse, scale = saved
+    h = _standardized(x, mean, inverse)
+    dh = _norm_slope(h, inverse, dx.astype(jnp.float32))
+    d_shift, d_scale, scale = (each.astype(jnp.float32) for each in (d_shift, d_scale, scale))
+    return (dh * (1 + scale) + h * d_scale + d_shift).astype(x.dtype)
+
+
+def _norm_backward(saved, grad):
+    x, mean, inverse, scale = saved
+    h, g = _standardized(x, mean, inverse), grad.astype(jnp.float32)
+    dx = _norm_slope(h, inverse, g * (1 + scale.astype(jnp.float32))).astype(x.dtype)
+    d_shift, d_scale = (each.sum(1, keepdims=True).astype(scale.dtype) for each in (g, g * h))
+    return dx, d_shift, d_scale
+
+
+_modulated_norm = with_backward(_norm_forward, _norm_tangent, _norm_backward)
 
 
 def add_gated(x: jax.Array, gate: jax.Array, y: jax.Array) -> jax.Array:
@@ -122,5 +149,10 @@ def _gelu_tangent(x, dx):
     return (dx.astype(jnp.float32) * slope).astype(x.dtype)
 
 
-# The derivative is elementwise, so that its transpose is itself.
-_gelu = with_backward(_gelu_forward, _gelu_tangent, lambda x, grad: (_gelu_tangent(x, grad),))
+def _gelu_backward(x, grad):
+    # The derivative is elementwise, so that its transpose is itself. Without the barrier XLA would
+    # store tanh, a float32 array, in the forward pass.
+    return (_gelu_tangent(jax.lax.optimization_barrier(x), grad),)
+
+
+_gelu = with_backward(_gelu_forward, _gelu_tangent, _gelu_backward)

@@ -1,7 +1,11 @@
-"""Masking of tokens by gather and scatter with static shapes. Pure functions."""
+"""Masking of tokens by gathers with static shapes. Pure functions."""
+
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from mdt_jax.models.gradients import with_backward
 
 
 def keep_length(num_tokens: int, ratio: float) -> int:
@@ -28,38 +32,56 @@ def keep_ids(noise: jax.Array, length: int) -> jax.Array:
     return jnp.argsort(noise, axis=-1)[:, :length].astype(jnp.int32)
 
 
-def gather_tokens(tokens: jax.Array, ids: jax.Array) -> jax.Array:
-    """The tokens `ids` [B, K] of tokens [B, L, D]: [B, K, D]."""
-    return jnp.take_along_axis(tokens, ids[:, :, None], axis=1)
+class Kept(NamedTuple):
+    """The tokens of a grid that the encoder sees.
 
-
-def places(ids: jax.Array, count: jax.Array | None, num_tokens: int) -> jax.Array:
-    """The indices [B, K] at which to scatter kept tokens: `ids` for the first `count` of them.
-
-    The others get indices ≥ num_tokens, which a scatter drops. count: [] int32; None: K.
+    ids: [B, K] int32, their row-major indices; an index ≥ L marks an unused row. ranks: [B, L]
+    int32, the row of each token of the grid among the K, or K where the token is masked.
     """
-    if count is None:
-        return ids
-    rank = jnp.arange(ids.shape[1], dtype=ids.dtype)
-    return jnp.where(rank < count, ids, num_tokens + rank)
+
+    ids: jax.Array
+    ranks: jax.Array
+
+    @property
+    def visible(self) -> jax.Array:
+        """[B, L] bool, true where a token is kept."""
+        return self.ranks < self.ids.shape[1]
 
 
-def scatter_tokens(
-    kept: jax.Array, places: jax.Array, fill: jax.Array, num_tokens: int
-) -> jax.Array:
-    """Tokens [B, num_tokens, D]: kept ones at their places, `fill` everywhere else.
-
-    kept: [B, K, D]; places: [B, K]; fill: [D].
-    """
-    base = jnp.broadcast_to(fill.astype(kept.dtype), (num_tokens, kept.shape[-1]))
-    return jax.vmap(_set, in_axes=(None, 0, 0))(base, places, kept)
-
-
-def masked_positions(places: jax.Array, num_tokens: int) -> jax.Array:
-    """[B, num_tokens] bool, true where a token is masked; places: [B, K] of the kept tokens."""
-    return jax.vmap(_set, in_axes=(None, 0, None))(jnp.ones(num_tokens, bool), places, False)
+def kept_tokens(ids: jax.Array, count: jax.Array | None, num_tokens: int) -> Kept:
+    """The first `count` of the tokens `ids` [B, K], of `num_tokens`; count: [] int32; None: K."""
+    rank = jnp.arange(ids.shape[1], dtype=jnp.int32)
+    if count is not None:
+        ids = jnp.where(rank < count, ids, num_tokens + rank)
+    masked = jnp.full(num_tokens, ids.shape[1], jnp.int32)
+    # Under vmap XLA knows that samples are independent, and keeps each on its device.
+    return Kept(ids, jax.vmap(_set, in_axes=(None, 0, None))(masked, ids, rank))
 
 
-def _set(base: jax.Array, places: jax.Array, values) -> jax.Array:
-    """Under vmap XLA knows that samples are independent, and keeps each on its device."""
+def _set(base: jax.Array, places: jax.Array, values: jax.Array) -> jax.Array:
     return base.at[places].set(values, unique_indices=True, mode="drop")
+
+
+def take(tokens: jax.Array, kept: Kept) -> jax.Array:
+    """The kept ones of a grid's tokens [B, L, D]: [B, K, D], zeros in unused rows."""
+    return _permuted(tokens, kept.ids, kept.ranks)
+
+
+def put(tokens: jax.Array, kept: Kept) -> jax.Array:
+    """Kept tokens [B, K, D] at their places in the grid: [B, L, D], zeros where it is masked."""
+    return _permuted(tokens, kept.ranks, kept.ids)
+
+
+def _gather(tokens: jax.Array, index: jax.Array) -> jax.Array:
+    """Rows of tokens [B, N, D] by index [B, M]; zeros where the index is ≥ N."""
+    return jnp.take_along_axis(tokens, index[:, :, None], axis=1, mode="fill", fill_value=0)
+
+
+# (tokens, index, inverse) → rows by index. The gradient is a gather, too: JAX's own would be a
+# scatter-add, which accelerators are slow at.
+_permuted = with_backward(
+    lambda tokens, index, inverse: (_gather(tokens, index), (index, inverse)),
+    lambda saved, d_tokens: _gather(d_tokens, saved[0]),
+    lambda saved, grad: (_gather(grad, saved[1]),),
+    inputs=1,
+)

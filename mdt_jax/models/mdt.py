@@ -15,9 +15,11 @@ import jax
 import jax.numpy as jnp
 
 from mdt_jax.models import masking, xla
-from mdt_jax.models.attention import Attention, Positions, token_positions
+from mdt_jax.models.attention import Attention
 from mdt_jax.models.embeddings import LabelEmbedder, TimestepEmbedder, sincos_positions
-from mdt_jax.models.layers import Linear, Matmul, Transpose, add_gated, gelu, modulated_norm
+from mdt_jax.models.layers import Linear, add_gated, gelu, modulated_norm
+from mdt_jax.models.masking import Kept
+from mdt_jax.models.xla import Ops
 
 SIZES = {
     "S": dict(hidden_size=384, depth=12, num_heads=6),
@@ -61,12 +63,12 @@ class Modulation(nn.Module):
     """
 
     count: int
-    matmul: Matmul = Matmul()
+    ops: Ops = Ops()
 
     @nn.compact
     def __call__(self, c: jax.Array) -> list[jax.Array]:
         features, zeros = self.count * c.shape[-1], nn.initializers.zeros
-        linear = Linear(features, self.matmul, zeros, name="linear")
+        linear = Linear(features, self.ops, zeros, name="linear")
         return jnp.split(linear(nn.silu(c))[:, None, :], self.count, axis=-1)
 
 
@@ -76,39 +78,38 @@ class Block(nn.Module):
     num_heads: int
     grid: tuple[int, int]
     relative_bias: bool = True
-    matmul: Matmul = Matmul()
+    ops: Ops = Ops()
 
     @nn.compact
     def __call__(
         self,
         x: jax.Array,
         c: jax.Array,
-        positions: Positions,
-        key_mask: jax.Array | None = None,
+        kept: Kept | None = None,
         skip: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
-        """x, skip: [B, N, D]; c: [B, D]; positions, key_mask: see `Attention`.
+        """x, skip: [B, N, D]; c: [B, D]; kept: the N tokens of x; None: all of the grid.
 
         A block with a skip begins with Linear(2D → D) of [x, skip]. Returns the new x twice, since
         nn.scan expects (carry, output): later blocks take the stacked outputs as skips.
         """
         dim = x.shape[-1]
         if skip is not None:
-            x = Linear(dim, self.matmul, name="skip_linear")(jnp.concatenate([x, skip], axis=-1))
-        modulation = Modulation(6, self.matmul, name="modulation")(c)
+            x = Linear(dim, self.ops, name="skip_linear")(jnp.concatenate([x, skip], axis=-1))
+        modulation = Modulation(6, self.ops, name="modulation")(c)
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation
 
         x = xla.gradient_barrier(x)
         h = modulated_norm(x, shift_attn, scale_attn)
         attention = Attention(
-            self.num_heads, self.grid, self.relative_bias, self.matmul, name="attention"
+            self.num_heads, self.grid, self.relative_bias, self.ops, name="attention"
         )
-        x = add_gated(x, gate_attn, attention(h, positions, key_mask))
+        x = add_gated(x, gate_attn, attention(h, kept))
 
         x = xla.gradient_barrier(x)
         h = modulated_norm(x, shift_mlp, scale_mlp)
-        h = gelu(Linear(4 * dim, self.matmul, name="mlp_in")(h))
-        h = Linear(dim, self.matmul, name="mlp_out")(h)
+        h = gelu(Linear(4 * dim, self.ops, name="mlp_in")(h))
+        h = Linear(dim, self.ops, name="mlp_out")(h)
         x = add_gated(x, gate_mlp, h)
         return x, x
 
@@ -117,12 +118,12 @@ class FinalLayer(nn.Module):
     """Tokens [B, L, D] → [B, L, features], zero at initialisation."""
 
     features: int
-    matmul: Matmul = Matmul()
+    ops: Ops = Ops()
 
     @nn.compact
     def __call__(self, x: jax.Array, c: jax.Array) -> jax.Array:
-        shift, scale = Modulation(2, self.matmul, name="modulation")(c)
-        linear = Linear(self.features, self.matmul, nn.initializers.zeros, name="linear")
+        shift, scale = Modulation(2, self.ops, name="modulation")(c)
+        linear = Linear(self.features, self.ops, nn.initializers.zeros, name="linear")
         return linear(modulated_norm(x, shift, scale))
 
 
@@ -148,8 +149,9 @@ class MDT(nn.Module):
     remat: what the backward pass recomputes of each block, a key of `xla.REMAT`.
     gather: where devices share the parameters, the function that gathers a tree of them. It is
         applied block by block, and again in the backward pass.
-    unroll: compile the blocks one by one instead of a scan: slower to compile, faster on a CPU.
-    transpose: how matrices are transposed for a matmul.
+    attention: "auto" for the fastest form of attention that the devices have, or "plain".
+    unroll: compile the blocks one by one instead of a scan: slower to compile, but faster.
+    ops: how operations are computed.
     """
 
     input_size: tuple[int, int]
@@ -169,8 +171,9 @@ class MDT(nn.Module):
     dtype: jnp.dtype = jnp.float32
     remat: str = "none"
     gather: Callable[[dict], dict] | None = None
+    attention: str = "auto"
     unroll: bool = False
-    transpose: Transpose = jnp.matrix_transpose
+    ops: Ops = Ops()
 
     @classmethod
     def from_config(cls, config) -> "MDT":
@@ -186,6 +189,7 @@ class MDT(nn.Module):
             asymmetric=config.mask.asymmetric,
             dtype=jnp.dtype(config.train.dtype),
             remat=config.train.remat,
+            attention=config.train.attention,
         )
 
     @property
@@ -198,13 +202,13 @@ class MDT(nn.Module):
         return self.grid[0] * self.grid[1]
 
     def setup(self):
-        dim, matmul = self.hidden_size, Matmul(self.dtype, self.transpose)
+        dim, ops = self.hidden_size, self.ops._replace(dtype=self.dtype)
         sincos = jnp.asarray(sincos_positions(self.grid, dim)[None])
 
         def position_embedding(name):
             return self.param(name, lambda _: sincos) if self.learned_position else sincos
 
-        self.patch_embed = Linear(dim, matmul)
+        self.patch_embed = Linear(dim, ops)
         self.pos_embed = position_embedding("pos_embed")
         self.timestep_embed = TimestepEmbedder(dim)
         if self.num_classes:
@@ -225,7 +229,7 @@ class MDT(nn.Module):
             self.decoder = self._blocks(self.decoder_layers)
             if self.side_layers:
                 self.side_interpolater = self._blocks(self.side_layers)
-        self.final_layer = FinalLayer(2 * self.in_channels * self.patch_size**2, matmul)
+        self.final_layer = FinalLayer(2 * self.in_channels * self.patch_size**2, ops)
 
     def _blocks(self, count: int, skip_axis=nn.broadcast) -> nn.Module:
         """`count` blocks with stacked parameters, called as one `Block`.
@@ -234,8 +238,8 @@ class MDT(nn.Module):
         [count, B, N, D], one for each block; otherwise the blocks share one.
         """
         blocks = xla.stack_blocks(Block, count, skip_axis, self.remat, self.gather, self.unroll)
-        matmul = Matmul(self.dtype, self.transpose)
-        return blocks(self.num_heads, self.grid, self.relative_bias, matmul)
+        ops = self.ops._replace(dtype=self.dtype)
+        return blocks(self.num_heads, self.grid, self.relative_bias, ops)
 
     def __call__(
         self,
@@ -257,69 +261,66 @@ class MDT(nn.Module):
         c = self.timestep_embed(t)
         if self.num_classes:
             c = c + self.label_embed(cast(jax.Array, y))  # a class-conditional model requires y
-        positions = token_positions(self.grid)
         inputs = self.patch_embed(patchify(x, self.patch_size))
         inputs = inputs + self.pos_embed.astype(inputs.dtype)
         if keep_ids is not None:
-            tokens = self._masked_pass(inputs, c, positions, keep_ids, keep_count)
+            kept = masking.kept_tokens(keep_ids, keep_count, self.num_tokens)
+            tokens = self._masked_pass(inputs, c, kept)
         else:
-            tokens = self._encode(inputs, c, positions)
+            tokens = self._encode(inputs, c)
             if self.decoder_layers:
                 tokens = tokens + self.decoder_pos_embed.astype(tokens.dtype)
-                tokens = self._decode(tokens, inputs, c, positions)
+                tokens = self._decode(tokens, inputs, c)
         out = self.final_layer(tokens, c).astype(jnp.float32)
         return unpatchify(out, self.grid, self.patch_size)
 
-    def _masked_pass(self, inputs, c, positions, keep_ids, keep_count):
+    def _masked_pass(self, inputs, c, kept):
         """The tokens [B, L, D] for the final layer from the kept ones among `inputs` [B, L, D]."""
         if not self.decoder_layers:
             raise ValueError("a model without decoder blocks (a DiT) has no masked pass")
-        kept = masking.gather_tokens(inputs, keep_ids)
-        kept_positions = token_positions(self.grid, keep_ids)
-        key_mask = None if keep_count is None else jnp.arange(keep_ids.shape[1]) < keep_count
-        places = masking.places(keep_ids, keep_count, self.num_tokens)
-        masked = masking.masked_positions(places, self.num_tokens)[:, :, None]
+        visible = kept.visible[:, :, None]
         decoder_pos = self.decoder_pos_embed.astype(inputs.dtype)
+        mask_token = self.mask_token.astype(inputs.dtype)
+        few = masking.take(inputs, kept)
 
-        tokens = self._encode(kept, c, kept_positions, key_mask)
+        tokens = self._encode(few, c, kept)
         if self.asymmetric:
-            tokens = masking.scatter_tokens(tokens, places, self.mask_token, self.num_tokens)
-            tokens = self._interpolate(tokens + decoder_pos, c, positions, masked)
-            return self._decode(tokens, inputs, c, positions)
-        tokens = tokens + decoder_pos[0][keep_ids]
-        tokens = self._decode(tokens, kept, c, kept_positions, key_mask)
-        tokens = masking.scatter_tokens(tokens, places, self.mask_token, self.num_tokens)
-        tokens = jnp.where(masked, tokens + decoder_pos, tokens)
-        return self._interpolate(tokens, c, positions, masked)
+            tokens = jnp.where(visible, masking.put(tokens, kept), mask_token)
+            tokens = self._interpolate(tokens + decoder_pos, c, visible)
+            return self._decode(tokens, inputs, c)
+        tokens = tokens + masking.take(jnp.broadcast_to(decoder_pos, inputs.shape), kept)
+        tokens = masking.put(self._decode(tokens, few, c, kept), kept)
+        tokens = jnp.where(visible, tokens, mask_token + decoder_pos)
+        return self._interpolate(tokens, c, visible)
 
-    def _encode(self, tokens, c, positions, key_mask=None):
+    def _encode(self, tokens, c, kept=None):
         if self.version == "v1":
-            return self.encoder(tokens, c, positions, key_mask, None)[0]
-        tokens, skips = self.encoder_in(tokens, c, positions, key_mask, None)
+            return self.encoder(tokens, c, kept, None)[0]
+        tokens, skips = self.encoder_in(tokens, c, kept, None)
         # Last in, first out: the first block of the second half has its own input as its skip.
-        return self.encoder_out(tokens, c, positions, key_mask, skips[::-1])[0]
+        return self.encoder_out(tokens, c, kept, skips[::-1])[0]
 
-    def _interpolate(self, tokens, c, positions, masked):
+    def _interpolate(self, tokens, c, visible):
         """The side-interpolater; with the masked shortcut, kept tokens bypass it."""
         if not self.side_layers:
             return tokens
-        predicted, _ = self.side_interpolater(tokens, c, positions, None, None)
-        return jnp.where(masked, predicted, tokens) if self.masked_shortcut else predicted
+        predicted, _ = self.side_interpolater(tokens, c, None, None)
+        return jnp.where(visible, tokens, predicted) if self.masked_shortcut else predicted
 
-    def _decode(self, tokens, inputs, c, positions, key_mask=None):
-        skip = inputs if self.version == "v2" else None
-        return self.decoder(tokens, c, positions, key_mask, skip)[0]
+    def _decode(self, tokens, inputs, c, kept=None):
+        return self.decoder(tokens, c, kept, inputs if self.version == "v2" else None)[0]
 
     def unstack_blocks(self, params: dict) -> Callable[[], dict]:
         """The function that returns `params`; see `xla.unstack_blocks` for unrolled blocks."""
         return xla.unstack_blocks(params, STACKS) if self.unroll else lambda: params
 
-    def gather_unstacked(self, params: dict) -> dict:
-        """`params` with the parameters gathered that belong to no block."""
-        if self.gather is None:
-            return params
-        unstacked = {name: tree for name, tree in params.items() if name not in STACKS}
-        return {**params, **self.gather(unstacked)}
+    def prepare(self, params: dict) -> dict:
+        """`params` as a step uses them: blocks' kernels cast once, other parameters gathered."""
+        blocks = {name: tree for name, tree in params.items() if name in STACKS}
+        others = {name: tree for name, tree in params.items() if name not in STACKS}
+        if self.gather is not None:
+            others = self.gather(others)
+        return others | xla.with_casts(blocks, self.dtype)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -3,14 +3,17 @@
 The figures are ratios measured on a CPU; docs/performance.md has the tables they are taken from.
 """
 
+import functools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 
+from mdt_jax.models import attend, fused
+from mdt_jax.models.attend import Transpose
 from mdt_jax.models.gradients import with_backward
 
 if TYPE_CHECKING:
@@ -19,22 +22,67 @@ if TYPE_CHECKING:
 # On a CPU, stacks of at most this depth are unrolled: the program still compiles in seconds.
 UNROLL_DEPTH = 12
 
-LINEAR_OUTPUT = "linear"  # the checkpoint name of what each Linear layer returns
+CAST = "kernel_cast"  # the name of a kernel's cast beside it, see `with_casts`
+LINEAR_OUTPUT = "linear"  # the checkpoint name of each Linear layer's product, without the bias
+
+
+def sum_rows(x: jax.Array) -> jax.Array:
+    """The sum of x [N, D] over its rows, [D] float32."""
+    return x.astype(jnp.float32).sum(0)
+
+
+def sum_rows_by_matmul(x: jax.Array) -> jax.Array:
+    """`sum_rows`, as a matmul: XLA's CPU back end is slow at sums of bfloat16.
+
+    Gain: 0.74 of the time of a bfloat16 step, together with float32 sums in other gradients. On a
+    GPU XLA would first copy x, padded and in float32. Test: tests/models/test_xla.py.
+    """
+    ones = jnp.ones(len(x), x.dtype)
+    return jnp.dot(ones, x, precision="highest", preferred_element_type=jnp.float32)
+
+
+class Ops(NamedTuple):
+    """How the network's operations are computed.
+
+    dtype: of matmuls; None: the input's. The others do not change the result. transpose: of
+    matrices for a matmul. sum_rows: x [N, D] → [D] float32. attend: see `attend.plain`.
+    """
+
+    dtype: jnp.dtype | None = None
+    transpose: Transpose = jnp.matrix_transpose
+    sum_rows: Callable[[jax.Array], jax.Array] = sum_rows
+    attend: Callable[..., jax.Array] = attend.plain
 
 
 def for_devices(model: "MDT", platform: str, num_devices: int) -> "MDT":
-    """The same model with the fields `unroll` and `transpose` that suit the devices.
+    """The same model with the fields `unroll` and `ops` that suit the devices.
 
     platform: "cpu", "gpu" or "tpu"; num_devices: how many devices run the program together.
     On a CPU unrolled blocks take about 0.73 of the time of scanned ones (S/2, batch 16, float32).
     """
-    cpu = platform == "cpu"
+    if platform != "cpu":
+        ops = model.ops._replace(attend=_attention(model, platform))
+        return model.clone(unroll=platform == "gpu", ops=ops)
     # With several CPU devices XLA would gather a split array to satisfy the layout constraint.
-    row_major = cpu and num_devices == 1
-    return model.clone(
-        unroll=cpu and model.depth <= UNROLL_DEPTH,
-        transpose=row_major_transpose if row_major else jnp.matrix_transpose,
+    transpose = row_major_transpose if num_devices == 1 else jnp.matrix_transpose
+    ops = Ops(None, transpose, sum_rows_by_matmul, _plain(transpose))
+    return model.clone(unroll=model.depth <= UNROLL_DEPTH, ops=ops)
+
+
+@functools.cache  # since partials are equal only to themselves
+def _plain(transpose: Transpose) -> Callable[..., jax.Array]:
+    return functools.partial(attend.plain, transpose=transpose)
+
+
+def _attention(model: "MDT", platform: str) -> Callable[..., jax.Array]:
+    """The fastest form of attention that a platform has for a model."""
+    if platform != "gpu" or model.attention == "plain":
+        return attend.plain
+    depth = model.hidden_size // model.num_heads
+    why = fused.takes(
+        fused.cudnn, model.num_tokens, depth, jnp.dtype(model.dtype).name, model.relative_bias
     )
+    return attend.plain if why else fused.cudnn
 
 
 def row_major_transpose(x: jax.Array) -> jax.Array:
@@ -75,6 +123,8 @@ def regather_in_backward(primitive, *_, **__) -> bool:
     return primitive.name not in ("sharding_constraint", "convert_element_type")
 
 
+ATTENTION = ("auto", "plain")  # train.attention, see `_attention`
+
 # train.remat → which of a block's intermediate values are saved for the backward pass. It
 # recomputes the others from the block's input. "dots" recomputes attention and elementwise work.
 REMAT = {
@@ -92,13 +142,13 @@ def stack_blocks(
     gather: Callable[[dict], dict] | None,
     unroll: bool,
 ) -> Callable[..., nn.Module]:
-    """The class of `count` blocks with stacked parameters, called as (x, c, positions, mask, skip).
+    """The class of `count` blocks with stacked parameters, called as (x, c, kept, skip).
 
     XLA compiles a scanned block once, whatever the count. skip_axis: 0 if each block has its own
     skip [count, B, N, D], `nn.broadcast` if they share one. remat, gather, unroll: see `MDT`.
     """
     if gather is not None:
-        block = nn.map_variables(block, "params", gather)
+        block = nn.map_variables(block, "params", _gather_used(gather))
     if remat != "none" or gather is not None:
         # Unrolled, XLA would find that the recomputed values exist already, and keep them.
         block = nn.remat(block, prevent_cse=unroll, policy=REMAT[remat])
@@ -109,9 +159,42 @@ def stack_blocks(
         variable_axes={"params": 0},
         split_rngs={"params": True},
         # Flax takes a tuple of axes, but annotates an int.
-        in_axes=(shared, shared, shared, skip_axis),  # pyright: ignore[reportArgumentType]
+        in_axes=(shared, shared, skip_axis),  # pyright: ignore[reportArgumentType]
         unroll=count if unroll else 1,
     )
+
+
+def with_casts(params: dict, dtype: jnp.dtype) -> dict:
+    """Blocks' parameters, each kernel with its cast to dtype beside it under the name `CAST`.
+
+    A step otherwise casts each kernel in every pass, and devices that share parameters gather them
+    in float32. Only the cast's value is used; the gradient is the kernel's, in float32.
+    """
+    if jnp.dtype(dtype) == jnp.float32:
+        return params
+
+    def one(tree):
+        tree = {name: one(leaf) if isinstance(leaf, dict) else leaf for name, leaf in tree.items()}
+        if "kernel" in tree:
+            tree[CAST] = jax.lax.stop_gradient(tree["kernel"]).astype(dtype)
+        return tree
+
+    return one(params)
+
+
+def _gather_used(gather: Callable[[dict], dict]) -> Callable[[dict], dict]:
+    """`gather`, but of a kernel with a cast only the cast."""
+
+    def function(params):
+        if CAST in params:
+            used = {name: leaf for name, leaf in params.items() if name != "kernel"}
+            return {**params, **gather(used)}
+        return {
+            name: function(leaf) if isinstance(leaf, dict) else gather(leaf)
+            for name, leaf in params.items()
+        }
+
+    return function
 
 
 def unstack_blocks(params: dict, stacks: Sequence[str]) -> Callable[[], dict]:

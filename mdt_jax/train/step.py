@@ -138,8 +138,7 @@ def _drawn_count(model: MDT, objective: Objective, draws: Draws) -> jax.Array | 
 
 def _masked_pixels(model: MDT, keep_ids: jax.Array, keep_count: jax.Array | None) -> jax.Array:
     """[B, H, W, 1] bool, true on the patches of masked tokens."""
-    places = masking.places(keep_ids, keep_count, model.num_tokens)
-    masked = masking.masked_positions(places, model.num_tokens)
+    masked = ~masking.kept_tokens(keep_ids, keep_count, model.num_tokens).visible
     patches = masked.reshape(-1, *model.grid, 1)
     return patches.repeat(model.patch_size, axis=1).repeat(model.patch_size, axis=2)
 
@@ -153,7 +152,7 @@ def sample_losses(
     The loss is the sum over the passes of mean(weight·mse + vb). The terms, [B] float32, are for
     each pass `loss`, `mse` (not weighted), `vb` and, where the weight is not 1, `weighted_mse`.
     """
-    params = model.gather_unstacked(params)
+    params = model.prepare(params)
     schedule = linear_schedule(objective.steps)
     weights = extract(LOSS_WEIGHTS[objective.loss_weight](schedule), draws.t).reshape(-1)
     passes = make_passes(model, objective, draws)
@@ -258,19 +257,16 @@ def make_train_step(
         metrics["grad_norm"] = optax.tree.norm(grads)
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
 
-        def update(params, ema, opt_state):
-            updates, opt_state = optimizer.update(grads, opt_state, params)
+        old = state.params, state.ema, state.opt_state
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             updates = jax.tree.map(lambda update: learning_rate * update, updates)
-            params = optax.apply_updates(params, updates)
-            ema = jax.tree.map(lambda e, p: ema_decay * e + (1 - ema_decay) * p, ema, params)
-            return params, ema, opt_state
-
-        def skip(*unchanged):
-            return unchanged
-
-        params, ema, opt_state = jax.lax.cond(
-            finite, update, skip, state.params, state.ema, state.opt_state
-        )
+            params = cast(dict, optax.apply_updates(state.params, updates))
+            ema = jax.tree.map(lambda e, p: ema_decay * e + (1 - ema_decay) * p, state.ema, params)
+            # Not by a condition, for whose branches XLA would copy the state.
+            new = params, ema, opt_state
+            select = functools.partial(jnp.where, finite)
+            params, ema, opt_state = jax.tree.map(select, new, old)
         skipped = (~finite).astype(jnp.int32)
         state = TrainState(
             step=state.step + 1,

@@ -18,26 +18,49 @@ def test_the_smallest_draws_are_kept_in_order():
     np.testing.assert_array_equal(masking.keep_ids(noise, 2), [[1, 3], [2, 0]])
 
 
-def test_scatter_is_the_inverse_of_gather():
-    tokens = jax.random.normal(jax.random.key(0), (2, 5, 3))
-    ids = jnp.array([[4, 0, 2], [1, 2, 3]])
-    fill = jnp.array([7.0, 8.0, 9.0])
-    back = masking.scatter_tokens(masking.gather_tokens(tokens, ids), ids, fill, 5)
-    masked = masking.masked_positions(ids, 5)
-    np.testing.assert_array_equal(masked, [[0, 1, 0, 1, 0], [1, 0, 0, 0, 1]])
-    np.testing.assert_array_equal(back, jnp.where(masked[:, :, None], fill, tokens))
+IDS = jnp.array([[4, 0, 2], [1, 2, 3]])
+TOKENS = jax.random.normal(jax.random.key(0), (2, 5, 3))
+
+
+def test_put_is_the_inverse_of_take():
+    kept = masking.kept_tokens(IDS, None, 5)
+    np.testing.assert_array_equal(kept.visible, [[1, 0, 1, 0, 1], [0, 1, 1, 1, 0]])
+    taken = masking.take(TOKENS, kept)
+    np.testing.assert_array_equal(taken[1], TOKENS[1, 1:4])
+    np.testing.assert_array_equal(taken[0], TOKENS[0, jnp.array([4, 0, 2])])
+    back = masking.put(taken, kept)
+    np.testing.assert_array_equal(back, jnp.where(kept.visible[:, :, None], TOKENS, 0))
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_places_beyond_the_count_are_dropped(count):
-    tokens = jax.random.normal(jax.random.key(0), (2, 5, 3))
-    ids = jnp.array([[4, 0, 2], [1, 2, 3]])
-    places = masking.places(ids, jnp.int32(count), 5)
-    masked = masking.masked_positions(places, 5)
-    np.testing.assert_array_equal(masked, masking.masked_positions(ids[:, :count], 5))
-    kept, fill = masking.gather_tokens(tokens, ids), jnp.zeros(3)
-    expected = masking.scatter_tokens(kept[:, :count], ids[:, :count], fill, 5)
-    np.testing.assert_array_equal(masking.scatter_tokens(kept, places, fill, 5), expected)
+def test_rows_beyond_the_count_are_unused(count):
+    kept, fewer = (
+        masking.kept_tokens(*each, 5) for each in ((IDS, jnp.int32(count)), (IDS[:, :count], None))
+    )
+    np.testing.assert_array_equal(kept.visible, fewer.visible)
+    taken = masking.take(TOKENS, kept)
+    np.testing.assert_array_equal(taken[:, :count], masking.take(TOKENS, fewer))
+    assert not np.any(taken[:, count:])
+    tokens = jnp.ones((2, 3, 3)) * TOKENS[:, :3]
+    np.testing.assert_array_equal(masking.put(tokens, kept), masking.put(tokens[:, :count], fewer))
+
+
+@pytest.mark.parametrize("count", [None, 2])
+def test_the_gradients_of_take_and_put_are_their_transposes(count):
+    kept = masking.kept_tokens(IDS, None if count is None else jnp.int32(count), 5)
+    for function, tokens in ((masking.take, TOKENS), (masking.put, TOKENS[:, :3])):
+        index = kept.ids if function is masking.take else kept.ranks
+
+        def plain(tokens, index=index):  # as JAX differentiates it
+            rows = jnp.take_along_axis(tokens, index[:, :, None], axis=1, mode="fill", fill_value=0)
+            return (rows * jnp.arange(rows.size).reshape(rows.shape)).sum()
+
+        def ours(tokens, function=function):
+            rows = function(tokens, kept)
+            return (rows * jnp.arange(rows.size).reshape(rows.shape)).sum()
+
+        np.testing.assert_array_equal(jax.grad(ours)(tokens), jax.grad(plain)(tokens))
+        assert "scatter" not in str(jax.make_jaxpr(jax.grad(ours))(tokens))
 
 
 def test_drawn_lengths_are_those_of_the_published_code():

@@ -111,7 +111,7 @@ def test_initialisation():
 def test_masked_tokens_reach_the_output_in_v2_only(version):
     keep = golden_keep_ids(version)
     x, t, y = golden_inputs(version)
-    hidden = masking.masked_positions(keep, 64)[:, :, None]
+    hidden = ~masking.kept_tokens(keep, None, 64).visible[:, :, None]
     tokens = patchify(x, 2)
     changed = unpatchify(jnp.where(hidden, tokens * 3 + 7, tokens), (8, 8), 2)
     assert not np.array_equal(x, changed)

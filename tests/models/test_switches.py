@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mdt_jax.models.masking import masked_positions
+from mdt_jax.models.masking import kept_tokens
 from mdt_jax.models.mdt import MDT, init_params, patchify, unpatchify
 from tests.models.common import random_params
 from tests.published import relative_error
@@ -17,7 +17,7 @@ V2 = MODEL.clone(version="v2")
 X = jax.random.normal(jax.random.key(0), (2, 8, 8, 1))
 T, Y = jnp.array([10, 900]), jnp.array([0, 3])
 KEEP = jnp.array([[3, 0, 9, 14, 7], [1, 2, 15, 5, 11]])
-MASKED = masked_positions(KEEP, 16)
+MASKED = ~kept_tokens(KEEP, None, 16).visible
 
 
 @functools.cache

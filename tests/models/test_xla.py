@@ -47,13 +47,17 @@ def test_a_model_traces_alike_on_all_devices(monkeypatch):
 
 @pytest.mark.parametrize("platform, devices, depth, unroll, row_major", [
     ("cpu", 1, 12, True, True), ("cpu", 8, 12, True, False), ("cpu", 1, 28, False, True),
-    ("gpu", 1, 4, False, False), ("tpu", 8, 28, False, False),
+    ("gpu", 1, 28, True, False), ("tpu", 8, 28, False, False),
 ])  # fmt: skip
 def test_the_fields_for_devices(platform, devices, depth, unroll, row_major):
     model = xla.for_devices(MODEL.clone(depth=depth), platform, devices)
     transpose = xla.row_major_transpose if row_major else jnp.matrix_transpose
-    assert (model.unroll, model.transpose) == (unroll, transpose)
-    assert model.clone(unroll=False, transpose=MODEL.transpose) == MODEL.clone(depth=depth)
+    assert (model.unroll, model.ops.transpose) == (unroll, transpose)
+    sum_rows = xla.sum_rows_by_matmul if platform == "cpu" else xla.sum_rows
+    assert model.ops.sum_rows is sum_rows
+    assert model.clone(unroll=False, ops=MODEL.ops) == MODEL.clone(depth=depth)
+    # Equal models of equal devices share a compiled program.
+    assert model == xla.for_devices(MODEL.clone(depth=depth), platform, devices)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
