@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mdt_jax.models import masking
+from mdt_jax.models import masking, xla
 from mdt_jax.models.gradients import with_backward
 from mdt_jax.models.layers import Linear
 from mdt_jax.models.masking import Kept
@@ -97,7 +97,8 @@ class Attention(nn.Module):
                 nn.initializers.normal(0.02),  # published: truncated, but at 100 deviations
                 (bias_rows(self.grid), self.num_heads),
             )
-            bias = bias_at(table, self.grid)
+            bias = self.get_variable("params", xla.BIAS)
+            bias = bias_at(table, self.grid) if bias is None else bias
         out = self.ops.attend(q, k, v, bias, None if kept is None else kept.visible)
         out = einops.rearrange(out, "b n h d -> b n (h d)")
         if kept is not None:

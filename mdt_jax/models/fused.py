@@ -31,11 +31,13 @@ def cudnn(
         if visible is None:
             visible = jnp.ones((len(q), length), bool)
         visible = jnp.pad(visible, [(0, 0), (0, 1)])
-    channels = -(-(depth + (visible is not None)) // 8) * 8  # cuDNN takes multiples of 8
-    q, k, v = (jnp.pad(each, [*[(0, 0)] * 3, (0, channels - depth)]) for each in (q, k, v))
     if visible is not None:
-        hidden = jnp.where(visible, 0, HIDDEN).astype(k.dtype)
-        q, k = q.at[..., depth].set(1), k.at[..., depth].set(hidden[:, :, None])
+        hidden = jnp.where(visible, 0, HIDDEN).astype(k.dtype)[:, :, None, None]
+        shape = (*q.shape[:3], 1)
+        q = jnp.concatenate([q, jnp.ones(shape, q.dtype)], -1)
+        k = jnp.concatenate([k, jnp.broadcast_to(hidden, shape)], -1)
+    channels = -(-q.shape[-1] // 8) * 8  # cuDNN takes multiples of 8
+    q, k, v = (jnp.pad(each, [*[(0, 0)] * 3, (0, channels - each.shape[-1])]) for each in (q, k, v))
     out = jax.nn.dot_product_attention(
         q, k, v,
         None if bias is None else bias.astype(q.dtype),

@@ -58,12 +58,13 @@ def _affine(ops: Ops):
 def _affine_forward(x, kernel, bias, cast):
     # Saved without the bias, whose sum then is part of the kernels that read it.
     product = checkpoint_name(x @ cast, LINEAR_OUTPUT)
-    return product + bias.astype(x.dtype), (x, cast)
+    return (product.astype(jnp.float32) + bias).astype(x.dtype), (x, cast)
 
 
 def _affine_tangent(saved, dx, d_kernel, d_bias):
     x, cast = saved
-    return dx @ cast + x @ d_kernel.astype(x.dtype) + d_bias.astype(x.dtype)
+    product = dx @ cast + x @ d_kernel.astype(x.dtype)
+    return (product.astype(jnp.float32) + d_bias).astype(x.dtype)
 
 
 def _affine_backward(ops, saved, grad):

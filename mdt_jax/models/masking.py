@@ -35,27 +35,26 @@ def keep_ids(noise: jax.Array, length: int) -> jax.Array:
 class Kept(NamedTuple):
     """The tokens of a grid that the encoder sees.
 
-    ids: [B, K] int32, their row-major indices; an index ≥ L marks an unused row. ranks: [B, L]
-    int32, the row of each token of the grid among the K, or K where the token is masked.
+    ids: [B, K] int32, their row-major indices. used: [K] bool, false for unused rows, which have no
+    token; None: all have. ranks: [B, L] int32, the row of each token of the grid among the K.
+    visible: [B, L] bool, true where a token is kept; elsewhere its rank has no meaning.
     """
 
     ids: jax.Array
+    used: jax.Array | None
     ranks: jax.Array
-
-    @property
-    def visible(self) -> jax.Array:
-        """[B, L] bool, true where a token is kept."""
-        return self.ranks < self.ids.shape[1]
+    visible: jax.Array
 
 
 def kept_tokens(ids: jax.Array, count: jax.Array | None, num_tokens: int) -> Kept:
     """The first `count` of the tokens `ids` [B, K], of `num_tokens`; count: [] int32; None: K."""
     rank = jnp.arange(ids.shape[1], dtype=jnp.int32)
-    if count is not None:
-        ids = jnp.where(rank < count, ids, num_tokens + rank)
-    masked = jnp.full(num_tokens, ids.shape[1], jnp.int32)
+    used = None if count is None else rank < count
+    places = ids if used is None else jnp.where(used, ids, num_tokens + rank)
     # Under vmap XLA knows that samples are independent, and keeps each on its device.
-    return Kept(ids, jax.vmap(_set, in_axes=(None, 0, None))(masked, ids, rank))
+    masked = jnp.full(num_tokens, len(rank), jnp.int32)
+    ranks = jax.vmap(_set, in_axes=(None, 0, None))(masked, places, rank)
+    return Kept(ids, used, jnp.minimum(ranks, len(rank) - 1), ranks < len(rank))
 
 
 def _set(base: jax.Array, places: jax.Array, values: jax.Array) -> jax.Array:
@@ -64,24 +63,27 @@ def _set(base: jax.Array, places: jax.Array, values: jax.Array) -> jax.Array:
 
 def take(tokens: jax.Array, kept: Kept) -> jax.Array:
     """The kept ones of a grid's tokens [B, L, D]: [B, K, D], zeros in unused rows."""
-    return _permuted(tokens, kept.ids, kept.ranks)
+    used = None if kept.used is None else kept.used[None]
+    return _rows(tokens, (kept.ids, used), (kept.ranks, kept.visible))
 
 
 def put(tokens: jax.Array, kept: Kept) -> jax.Array:
     """Kept tokens [B, K, D] at their places in the grid: [B, L, D], zeros where it is masked."""
-    return _permuted(tokens, kept.ranks, kept.ids)
+    used = None if kept.used is None else kept.used[None]
+    return _rows(tokens, (kept.ranks, kept.visible), (kept.ids, used))
 
 
-def _gather(tokens: jax.Array, index: jax.Array) -> jax.Array:
-    """Rows of tokens [B, N, D] by index [B, M]; zeros where the index is ≥ N."""
-    return jnp.take_along_axis(tokens, index[:, :, None], axis=1, mode="fill", fill_value=0)
+def _gather(tokens: jax.Array, index: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """Rows of tokens [B, N, D] by index [B, M]; zeros where mask [1 or B, M] is false."""
+    rows = jnp.take_along_axis(tokens, index[:, :, None], axis=1, mode="clip")
+    return rows if mask is None else jnp.where(mask[:, :, None], rows, 0)
 
 
-# (tokens, index, inverse) → rows by index. The gradient is a gather, too: JAX's own would be a
-# scatter-add, which accelerators are slow at.
-_permuted = with_backward(
-    lambda tokens, index, inverse: (_gather(tokens, index), (index, inverse)),
-    lambda saved, d_tokens: _gather(d_tokens, saved[0]),
-    lambda saved, grad: (_gather(grad, saved[1]),),
+# (tokens, index and mask, those of the inverse) → rows. The gradient is a gather, too: JAX's own
+# would be a scatter-add, which accelerators are slow at.
+_rows = with_backward(
+    lambda tokens, there, back: (_gather(tokens, *there), (there, back)),
+    lambda saved, d_tokens: _gather(d_tokens, *saved[0]),
+    lambda saved, grad: (_gather(grad, *saved[1]),),
     inputs=1,
 )

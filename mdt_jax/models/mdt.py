@@ -13,9 +13,10 @@ import einops
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from mdt_jax.models import masking, xla
-from mdt_jax.models.attention import Attention
+from mdt_jax.models.attention import Attention, bias_at
 from mdt_jax.models.embeddings import LabelEmbedder, TimestepEmbedder, sincos_positions
 from mdt_jax.models.layers import Linear, add_gated, gelu, modulated_norm
 from mdt_jax.models.masking import Kept
@@ -68,8 +69,9 @@ class Modulation(nn.Module):
     @nn.compact
     def __call__(self, c: jax.Array) -> list[jax.Array]:
         features, zeros = self.count * c.shape[-1], nn.initializers.zeros
-        linear = Linear(features, self.ops, zeros, name="linear")
-        return jnp.split(linear(nn.silu(c))[:, None, :], self.count, axis=-1)
+        modulation = Linear(features, self.ops, zeros, name="linear")(nn.silu(c))
+        modulation = checkpoint_name(modulation, xla.LINEAR_OUTPUT)  # small
+        return jnp.split(modulation[:, None, :], self.count, axis=-1)
 
 
 class Block(nn.Module):
@@ -315,11 +317,20 @@ class MDT(nn.Module):
         return xla.unstack_blocks(params, STACKS) if self.unroll else lambda: params
 
     def prepare(self, params: dict) -> dict:
-        """`params` as a step uses them: blocks' kernels cast once, other parameters gathered."""
+        """`params` with what all passes of a step share computed once; see `xla.DERIVED`.
+
+        Where devices share parameters, those that belong to no block are gathered.
+        """
+        gather = self.gather or (lambda tree: tree)
         blocks = {name: tree for name, tree in params.items() if name in STACKS}
-        others = {name: tree for name, tree in params.items() if name not in STACKS}
-        if self.gather is not None:
-            others = self.gather(others)
+        others = gather({name: tree for name, tree in params.items() if name not in STACKS})
+        biases = 4 * (self.depth + self.side_layers) * self.num_heads * self.num_tokens**2
+        if self.relative_bias and biases <= xla.BIAS_BYTES:
+            look_up = jax.vmap(functools.partial(bias_at, grid=self.grid))
+            for name, stack in blocks.items():
+                bias = look_up(gather(stack["attention"]["relative_bias"]))
+                bias = bias.astype(self.ops.bias_dtype)
+                blocks[name] = {**stack, "attention": {**stack["attention"], xla.BIAS: bias}}
         return others | xla.with_casts(blocks, self.dtype)
 
 

@@ -22,7 +22,12 @@ if TYPE_CHECKING:
 # On a CPU, stacks of at most this depth are unrolled: the program still compiles in seconds.
 UNROLL_DEPTH = 12
 
-CAST = "kernel_cast"  # the name of a kernel's cast beside it, see `with_casts`
+# What a step derives from a parameter once, for all passes, has a name beside the parameter's and
+# is used in its place.
+CAST = "kernel_cast"  # see `with_casts`
+BIAS = "position_bias"  # the bias of all pairs of tokens, [1, heads, L, L] float32
+DERIVED = {CAST: "kernel", BIAS: "relative_bias"}
+BIAS_BYTES = 2**28  # more than this is looked up block by block
 LINEAR_OUTPUT = "linear"  # the checkpoint name of each Linear layer's product, without the bias
 
 
@@ -44,14 +49,16 @@ def sum_rows_by_matmul(x: jax.Array) -> jax.Array:
 class Ops(NamedTuple):
     """How the network's operations are computed.
 
-    dtype: of matmuls; None: the input's. The others do not change the result. transpose: of
-    matrices for a matmul. sum_rows: x [N, D] → [D] float32. attend: see `attend.plain`.
+    dtype: of matmuls; None: the input's. The others change the result by rounding only. transpose:
+    of matrices for a matmul. sum_rows: x [N, D] → [D] float32. attend: see `attend.plain`, with a
+    position bias of bias_dtype.
     """
 
     dtype: jnp.dtype | None = None
     transpose: Transpose = jnp.matrix_transpose
     sum_rows: Callable[[jax.Array], jax.Array] = sum_rows
     attend: Callable[..., jax.Array] = attend.plain
+    bias_dtype: jnp.dtype = jnp.float32
 
 
 def for_devices(model: "MDT", platform: str, num_devices: int) -> "MDT":
@@ -61,7 +68,9 @@ def for_devices(model: "MDT", platform: str, num_devices: int) -> "MDT":
     On a CPU unrolled blocks take about 0.73 of the time of scanned ones (S/2, batch 16, float32).
     """
     if platform != "cpu":
-        ops = model.ops._replace(attend=_attention(model, platform))
+        ops = Ops(attend=_attention(model, platform))
+        if ops.attend is fused.cudnn:
+            ops = ops._replace(bias_dtype=model.dtype)
         return model.clone(unroll=platform == "gpu", ops=ops)
     # With several CPU devices XLA would gather a split array to satisfy the layout constraint.
     transpose = row_major_transpose if num_devices == 1 else jnp.matrix_transpose
@@ -172,27 +181,26 @@ def with_casts(params: dict, dtype: jnp.dtype) -> dict:
     """
     if jnp.dtype(dtype) == jnp.float32:
         return params
-
-    def one(tree):
-        tree = {name: one(leaf) if isinstance(leaf, dict) else leaf for name, leaf in tree.items()}
-        if "kernel" in tree:
-            tree[CAST] = jax.lax.stop_gradient(tree["kernel"]).astype(dtype)
-        return tree
-
-    return one(params)
+    params = {
+        name: with_casts(leaf, dtype) if isinstance(leaf, dict) else leaf
+        for name, leaf in params.items()
+    }
+    if "kernel" in params:
+        params[CAST] = jax.lax.stop_gradient(params["kernel"]).astype(dtype)
+    return params
 
 
 def _gather_used(gather: Callable[[dict], dict]) -> Callable[[dict], dict]:
-    """`gather`, but of a kernel with a cast only the cast."""
+    """`gather` for the parameters whose values are used: not those that have a substitute."""
 
     def function(params):
-        if CAST in params:
-            used = {name: leaf for name, leaf in params.items() if name != "kernel"}
-            return {**params, **gather(used)}
+        whole = {DERIVED[name] for name in params if name in DERIVED} | {BIAS}
         return {
-            name: function(leaf) if isinstance(leaf, dict) else gather(leaf)
+            name: function(leaf) if isinstance(leaf, dict)
+            else leaf if name in whole
+            else gather(leaf)
             for name, leaf in params.items()
-        }
+        }  # fmt: skip
 
     return function
 

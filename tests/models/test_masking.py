@@ -49,10 +49,13 @@ def test_rows_beyond_the_count_are_unused(count):
 def test_the_gradients_of_take_and_put_are_their_transposes(count):
     kept = masking.kept_tokens(IDS, None if count is None else jnp.int32(count), 5)
     for function, tokens in ((masking.take, TOKENS), (masking.put, TOKENS[:, :3])):
-        index = kept.ids if function is masking.take else kept.ranks
+        taking = function is masking.take
+        index = kept.ids if taking else kept.ranks
+        used = jnp.ones((1, 3), bool) if kept.used is None else kept.used[None]
+        mask = used if taking else kept.visible
 
-        def plain(tokens, index=index):  # as JAX differentiates it
-            rows = jnp.take_along_axis(tokens, index[:, :, None], axis=1, mode="fill", fill_value=0)
+        def plain(tokens, index=index, mask=mask):  # as JAX differentiates it
+            rows = jnp.take_along_axis(tokens, index[:, :, None], axis=1) * mask[:, :, None]
             return (rows * jnp.arange(rows.size).reshape(rows.shape)).sum()
 
         def ours(tokens, function=function):
