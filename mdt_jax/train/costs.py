@@ -1,5 +1,6 @@
 """The costs of a model: parameters, multiply-accumulates and memory; the peak of a device."""
 
+import functools
 import math
 import os
 import re
@@ -11,6 +12,7 @@ import jax.extend.core
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from mdt_jax.models import attend
 from mdt_jax.models.masking import keep_length
 from mdt_jax.models.mdt import MDT, init_params
 from mdt_jax.runtime import keys, parallel
@@ -85,7 +87,12 @@ def _macs(jaxpr: jax.extend.core.Jaxpr) -> int:
 
 
 def pass_macs(model: MDT, kept: int | None = None) -> int:
-    """Multiply-accumulates of one image's forward pass; kept: the masked pass's kept tokens."""
+    """Multiply-accumulates of one image's forward pass; kept: the masked pass's kept tokens.
+
+    Attention counts as among the kept tokens, although devices compute it over the whole grid.
+    """
+    params = _param_shapes(model)
+    model = model.clone(ops=model.ops._replace(attend=functools.partial(_attend_kept, kept)))
     x = jax.ShapeDtypeStruct((1, *model.input_size, model.in_channels), jnp.float32)
     number = jax.ShapeDtypeStruct((1,), jnp.int32)
     ids = None if kept is None else jax.ShapeDtypeStruct((1, kept), jnp.int32)
@@ -93,7 +100,13 @@ def pass_macs(model: MDT, kept: int | None = None) -> int:
     def forward(params, x, t, y, ids):
         return model.apply({"params": params}, x, t, y, ids)
 
-    return _macs(jax.make_jaxpr(forward)(_param_shapes(model), x, number, number, ids).jaxpr)
+    return _macs(jax.make_jaxpr(forward)(params, x, number, number, ids).jaxpr)
+
+
+def _attend_kept(kept, q, k, v, bias, visible):
+    length = q.shape[1] if visible is None else kept
+    out = attend.plain(*(each[:, :length] for each in (q, k, v)))
+    return jnp.pad(out, [(0, 0), (0, q.shape[1] - length), (0, 0), (0, 0)])
 
 
 def kept_lengths(config: ConfigDict, num_tokens: int) -> tuple[int, int] | None:
