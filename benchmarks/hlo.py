@@ -195,7 +195,9 @@ class Module:
             ways = [(user, user.operands[0] == operand) for user, operand in uses(instruction.name)]
             if ways and all(first and user.opcode in SLICES for user, first in ways):
                 read += sum(size(user.type) for user, _ in ways)
-            elif ways and all(first and user.opcode == "dynamic-update-slice" for user, first in ways):
+            elif ways and all(
+                first and user.opcode == "dynamic-update-slice" for user, first in ways
+            ):
                 continue  # updated in place
             else:
                 index = int(instruction.arguments)
@@ -244,7 +246,7 @@ def _called(each: Instruction, *attributes: str) -> str:
 
 
 def _trips(loop: Instruction) -> int:
-    found = re.search(r'known_trip_count\D*(\d+)', loop.attributes)
+    found = re.search(r"known_trip_count\D*(\d+)", loop.attributes)
     return int(found[1]) if found else 1
 
 

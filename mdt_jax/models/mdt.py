@@ -7,7 +7,7 @@ decoder. The network draws no random numbers: the caller passes the kept tokens 
 
 import functools
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import einops
 import flax.linen as nn
@@ -68,9 +68,11 @@ class Modulation(nn.Module):
 
     @nn.compact
     def __call__(self, c: jax.Array) -> list[jax.Array]:
-        features, zeros = self.count * c.shape[-1], nn.initializers.zeros
-        modulation = Linear(features, self.ops, zeros, name="linear")(nn.silu(c))
-        modulation = checkpoint_name(modulation, xla.LINEAR_OUTPUT)  # small
+        modulation = self.get_variable("params", xla.MODULATION)
+        if modulation is None:
+            features, zeros = self.count * c.shape[-1], nn.initializers.zeros
+            modulation = Linear(features, self.ops, zeros, name="linear")(nn.silu(c))
+            modulation = checkpoint_name(modulation, xla.LINEAR_OUTPUT)  # small
         return jnp.split(modulation[:, None, :], self.count, axis=-1)
 
 
@@ -153,6 +155,7 @@ class MDT(nn.Module):
         applied block by block, and again in the backward pass.
     attention: "auto" for the fastest form of attention that the devices have, or "plain".
     unroll: compile the blocks one by one instead of a scan: slower to compile, but faster.
+    modulate_first: compute the modulations of many sampling steps before their loop.
     ops: how operations are computed.
     """
 
@@ -175,6 +178,7 @@ class MDT(nn.Module):
     gather: Callable[[dict], dict] | None = None
     attention: str = "auto"
     unroll: bool = False
+    modulate_first: bool = False
     ops: Ops = Ops()
 
     @classmethod
@@ -260,9 +264,7 @@ class MDT(nn.Module):
             of keep_ids. One program of static length K thus serves every length up to K.
         Returns [B, H, W, 2C] float32: noise in the first C channels, variance in the others.
         """
-        c = self.timestep_embed(t)
-        if self.num_classes:
-            c = c + self.label_embed(cast(jax.Array, y))  # a class-conditional model requires y
+        c = self.conditioning(t, y)
         inputs = self.patch_embed(patchify(x, self.patch_size))
         inputs = inputs + self.pos_embed.astype(inputs.dtype)
         if keep_ids is not None:
@@ -275,6 +277,13 @@ class MDT(nn.Module):
                 tokens = self._decode(tokens, inputs, c)
         out = self.final_layer(tokens, c).astype(jnp.float32)
         return unpatchify(out, self.grid, self.patch_size)
+
+    def conditioning(self, t: jax.Array, y: jax.Array | None = None) -> jax.Array:
+        """The conditioning [B, D] float32 of timesteps and labels [B]."""
+        c = self.timestep_embed(t)
+        if self.num_classes:
+            c = c + self.label_embed(cast(jax.Array, y))  # a class-conditional model requires y
+        return c
 
     def _masked_pass(self, inputs, c, kept):
         """The tokens [B, L, D] for the final layer from the kept ones among `inputs` [B, L, D]."""
@@ -321,7 +330,7 @@ class MDT(nn.Module):
 
         Where devices share parameters, those that belong to no block are gathered.
         """
-        gather = self.gather or (lambda tree: tree)
+        gather: Callable[[Any], Any] = self.gather or (lambda tree: tree)
         blocks = {name: tree for name, tree in params.items() if name in STACKS}
         others = gather({name: tree for name, tree in params.items() if name not in STACKS})
         biases = 4 * (self.depth + self.side_layers) * self.num_heads * self.num_tokens**2
@@ -332,6 +341,27 @@ class MDT(nn.Module):
                 bias = bias.astype(self.ops.bias_dtype)
                 blocks[name] = {**stack, "attention": {**stack["attention"], xla.BIAS: bias}}
         return others | xla.with_casts(blocks, self.dtype)
+
+    def modulations(self, params: dict, c: jax.Array) -> dict:
+        """The modulations of all blocks for conditioning c [B, D]: {stack: [blocks, B, 6D]}.
+
+        params: as `prepare` returns them. `with_modulations` uses the result.
+        """
+        ops = self.ops._replace(dtype=self.dtype)
+        linear = Linear(6 * self.hidden_size, ops, parent=None)
+
+        def of_block(params):
+            return linear.apply({"params": params}, nn.silu(c))
+
+        stacks = [name for name in STACKS if name in params and name != "side_interpolater"]
+        return {name: jax.vmap(of_block)(params[name]["modulation"]["linear"]) for name in stacks}
+
+    def with_modulations(self, params: dict, modulations: dict) -> dict:
+        """`params` with the blocks' modulations, which need not be computed then."""
+        return params | {
+            name: {**params[name], "modulation": {xla.MODULATION: values}}
+            for name, values in modulations.items()
+        }
 
 
 @functools.partial(jax.jit, static_argnums=0)

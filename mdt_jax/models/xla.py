@@ -26,6 +26,7 @@ UNROLL_DEPTH = 12
 # is used in its place.
 CAST = "kernel_cast"  # see `with_casts`
 BIAS = "position_bias"  # the bias of all pairs of tokens, [1, heads, L, L] float32
+MODULATION = "values"  # of a block's Modulation, see `MDT.modulations`
 DERIVED = {CAST: "kernel", BIAS: "relative_bias"}
 BIAS_BYTES = 2**28  # more than this is looked up block by block
 LINEAR_OUTPUT = "linear"  # the checkpoint name of each Linear layer's product, without the bias
@@ -62,7 +63,7 @@ class Ops(NamedTuple):
 
 
 def for_devices(model: "MDT", platform: str, num_devices: int) -> "MDT":
-    """The same model with the fields `unroll` and `ops` that suit the devices.
+    """The same model with the fields `unroll`, `modulate_first` and `ops` that suit the devices.
 
     platform: "cpu", "gpu" or "tpu"; num_devices: how many devices run the program together.
     On a CPU unrolled blocks take about 0.73 of the time of scanned ones (S/2, batch 16, float32).
@@ -71,7 +72,7 @@ def for_devices(model: "MDT", platform: str, num_devices: int) -> "MDT":
         ops = Ops(attend=_attention(model, platform))
         if ops.attend is fused.cudnn:
             ops = ops._replace(bias_dtype=model.dtype)
-        return model.clone(unroll=platform == "gpu", ops=ops)
+        return model.clone(unroll=platform == "gpu", modulate_first=True, ops=ops)
     # With several CPU devices XLA would gather a split array to satisfy the layout constraint.
     transpose = row_major_transpose if num_devices == 1 else jnp.matrix_transpose
     ops = Ops(None, transpose, sum_rows_by_matmul, _plain(transpose))

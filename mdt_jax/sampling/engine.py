@@ -21,6 +21,9 @@ from mdt_jax.diffusion.samplers import State
 from mdt_jax.models.mdt import MDT
 from mdt_jax.sampling.noise import Noise, draw
 
+# Modulations of a segment that take more memory than this are computed step by step.
+MODULATION_BYTES = 2**30
+
 # With a progress bar the evaluations of a batch are cut into about this many segments.
 PROGRESS_STEPS = 50
 
@@ -107,20 +110,57 @@ class Program:
         noise = self.noise(batch)
         return samplers.sample(network, sampler, schedule, state, noise, start, segment.count)
 
+    def _modulations(self, params, labels: jax.Array, times: jax.Array | None) -> dict | None:
+        """The blocks' modulations at all times: {stack: [blocks, times, B, 6D]}.
+
+        None: without times, and where they would take too much memory.
+        """
+        model = self.model
+        width = 6 * model.hidden_size * jnp.dtype(model.dtype).itemsize
+        if times is None or len(times) * len(labels) * model.depth * width > MODULATION_BYTES:
+            return None
+        t, y = times.repeat(len(labels)), jnp.tile(labels, len(times))
+        with jax.default_matmul_precision(self.options.precision):
+            c: Any = model.apply({"params": params}, t, y, method="conditioning")
+            found = model.modulations(params, c)
+        shape = len(times), len(labels), -1
+        return {name: values.reshape(len(values), *shape) for name, values in found.items()}
+
     def noise(self, batch: Batch) -> Callable[[jax.Array], jax.Array]:
         """The function from the number of a draw, after that of the start, to [B, H, W, C]."""
         return lambda k: draw(self.model, batch.key, batch.noise, k + 1)
 
-    def network(self, params, batch: Batch, segment: Segment) -> Network:
-        """The network (x [B, H, W, C], t [B]) → [B, H, W, 2C] of a batch in a segment."""
-        unstacked = self.model.unstack_blocks(params)
+    def times(self, segment: Segment, start: jax.Array) -> jax.Array | None:
+        """The timesteps [count] of a segment's evaluations; None: not known in advance."""
+        indices = self.options.make_sampler().indices(self.options.num_steps)
+        times = samplers.visited(self.options.schedule(), indices)
+        return jax.lax.dynamic_slice(times, (start,), (segment.count,))
+
+    def network(self, params, batch: Batch, segment: Segment, start: jax.Array) -> Network:
+        """The network (x [B, H, W, C], t [B]) → [B, H, W, 2C] of a batch in a segment.
+
+        What does not change within the segment is computed here, before its loop.
+        """
+        model, labels = self.model, batch.labels
+        params = model.prepare(params)
+        if segment.guided:
+            labels = jnp.concatenate([labels, jnp.full_like(labels, model.num_classes)])
+        times = self.times(segment, start) if model.modulate_first else None
+        modulations = self._modulations(params, labels, times)
+        of_step = model.unstack_blocks(params)
 
         def apply(x, t, y) -> Any:  # Flax annotates `apply` with all that it may return
             keep_ids = batch.keep_ids if segment.masked else None
             if keep_ids is not None:
                 keep_ids = jnp.broadcast_to(keep_ids, (len(x), len(keep_ids)))
+            params = of_step()
+            if modulations is not None:
+                step = jnp.argmax(times == t[0])
+                params = model.with_modulations(
+                    params, {name: values[:, step] for name, values in modulations.items()}
+                )
             with jax.default_matmul_precision(self.options.precision):
-                return self.model.apply({"params": unstacked()}, x, t, y, keep_ids=keep_ids)
+                return model.apply({"params": params}, x, t, y, keep_ids=keep_ids)
 
         if not segment.guided:
             return functools.partial(apply, y=batch.labels)
@@ -145,7 +185,7 @@ def run_segment(
     Returns the state and the new `done`. Unlike the state, `done` is never donated, so that the
     host can wait for it.
     """
-    network = program.network(params, batch, segment)
+    network = program.network(params, batch, segment, done)
     state = program.advance(network, batch, segment, state, done)
     return state, done + segment.count
 

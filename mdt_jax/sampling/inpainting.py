@@ -85,6 +85,9 @@ class InpaintProgram(Program):
     how: InpaintOptions
     limit: float
 
+    def times(self, segment: Segment, start: jax.Array) -> None:
+        """A walk visits steps several times."""
+
     def advance(
         self, network: Network, batch: Batch, segment: Segment, state: State, start: jax.Array
     ) -> State:

@@ -282,6 +282,16 @@ def unrecorded(weights: Weights) -> list[str]:
 
 def fields_of(model: Network) -> dict:
     """The fields that define a network, without those that only say how to compute it."""
-    computed = ("dtype", "remat", "gather", "attention", "unroll", "ops", "parent", "name")
+    computed = (
+        "dtype",
+        "remat",
+        "gather",
+        "attention",
+        "unroll",
+        "modulate_first",
+        "ops",
+        "parent",
+        "name",
+    )
     fields = {field.name: getattr(model, field.name) for field in dataclasses.fields(model)}
     return {name: value for name, value in fields.items() if name not in computed}
