@@ -149,7 +149,13 @@ def run_here(spec: dict) -> None:
 
 
 PROBE = """
-import jax, json
+import jax, json, sys
+from mdt_jax.runtime import backend
+try:
+    backend.start()
+except Exception as error:
+    print(json.dumps({"reason": str(error)}))
+    sys.exit(1)
 device = jax.devices()[0]
 print(json.dumps({"platform": device.platform, "kind": device.device_kind}))
 """
@@ -164,7 +170,7 @@ def find_device(environment: dict) -> dict:
         log = pathlib.Path(folder) / "log"
         found, reason = run_process([sys.executable, "-c", PROBE], environment, log, 120)
     if not found:
-        raise UserError(f"JAX cannot start its devices: {reason}")
+        raise UserError(reason)
     return found[0]
 
 
@@ -181,19 +187,19 @@ def prepare(out: pathlib.Path, small: bool) -> tuple[dict, dict]:
         "JAX_COMPILATION_CACHE_DIR": str(out / "cache"),
         "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92",
     }
-    device = find_device(plain)
-    if device["platform"] != "gpu":
-        if not small:
-            raise UserError(
-                f"no GPU: JAX finds only the platform {device['platform']}; --small runs on it"
-            )
-        return device, plain
     dump = f"--xla_gpu_dump_autotune_results_to={autotune_file(out)}"
     tuned = {**plain, "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {dump}".strip()}
     try:
-        return find_device(tuned), tuned
+        device, environment = find_device(tuned), tuned
     except UserError:
-        return device, plain
+        device, environment = find_device(plain), plain
+    if device["platform"] == "gpu":
+        return device, environment
+    if not small:
+        raise UserError(
+            f"no GPU: JAX finds only the platform {device['platform']}; --small runs on it"
+        )
+    return device, plain
 
 
 def autotune_file(out: pathlib.Path) -> pathlib.Path:

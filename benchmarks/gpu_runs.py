@@ -87,7 +87,9 @@ def train(
         with jax.profiler.trace(out, profiler_options=options):
             for _ in range(TRACED):
                 step()
-        yield from kernels(pathlib.Path(out), TRACED)
+        files = glob.glob(f"{out}/**/*.xplane.pb", recursive=True)
+        newest = max(files, key=os.path.getmtime)
+        yield from kernels(jax.profiler.ProfileData.from_file(newest), TRACED)
 
 
 def use_blocks(unroll: bool) -> None:
@@ -96,14 +98,12 @@ def use_blocks(unroll: bool) -> None:
     xla.for_devices = lambda *args, **kwargs: choose(*args, **kwargs).clone(unroll=unroll)
 
 
-def kernels(folder: pathlib.Path, steps: int) -> Iterator[dict]:
-    """A table of the kernels of the newest trace in a folder, those that took longest first.
+def kernels(trace: jax.profiler.ProfileData, steps: int) -> Iterator[dict]:
+    """A table of the kernels in a trace of some steps, those that took longest first.
 
     Kernels whose names differ only in the number at the end are one row. A CPU has no kernels: its
     rows are the operations of XLA.
     """
-    files = glob.glob(str(folder / "**" / "*.xplane.pb"), recursive=True)
-    trace = jax.profiler.ProfileData.from_file(max(files, key=os.path.getmtime))
     seconds, calls = Counter(), Counter()
     lines = [(plane, line) for plane in trace.planes for line in plane.lines]
     for plane, line in lines:

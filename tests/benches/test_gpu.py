@@ -154,6 +154,64 @@ def test_an_item_that_fails_does_not_end_the_stage(gpu, tmp_path, capsys):
     assert "Traceback" in (tmp_path / "a.log").read_text()
 
 
+def test_kernels_of_a_gpu(gpu):
+    """The streams of the device alone; XLA's names without their numbers."""
+    import gpu_runs
+    from jax.profiler import ProfileData
+
+    names = dict(enumerate(("loop_fusion_3", "loop_fusion.12", "gemm_128x128_tn", "host"), 1))
+    metadata = " ".join(
+        f'event_metadata {{ key: {i} value {{ id: {i} name: "{name}" }} }}'
+        for i, name in names.items()
+    )
+    events = " ".join(f"events {{ metadata_id: {i} duration_ps: {i}000000 }}" for i in (1, 2, 3))
+    trace = ProfileData.from_text_proto(f"""
+        planes {{ name: "/device:GPU:0" {metadata}
+          lines {{ name: "Stream #13(Compute)" {events} }} lines {{ name: "XLA Ops" {events} }} }}
+        planes {{ name: "/host:CPU" {metadata}
+          lines {{ name: "python" events {{ metadata_id: 4 duration_ps: 9000000 }} }} }}
+    """)
+    everything, *rows = gpu_runs.kernels(trace, 2)
+    assert everything["ms a step"] == pytest.approx(3e-3) and everything["calls a step"] == 1.5
+    got = [(row["kernel"], row["calls a step"], row["share"]) for row in rows]
+    assert sorted(got) == [("gemm_128x128_tn", 0.5, "50.0%"), ("loop_fusion", 1.0, "50.0%")]
+
+
+def test_the_environment_on_a_gpu(gpu, tmp_path, monkeypatch):
+    known = True
+
+    def find_device(environment):
+        if "XLA_FLAGS" in environment and not known:
+            raise gpu["UserError"]("unknown flag")
+        return {"platform": "gpu", "kind": "NVIDIA H100"}
+
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    monkeypatch.setitem(gpu["prepare"].__globals__, "find_device", find_device)
+    device, environment = gpu["prepare"](tmp_path, False)
+    assert device["kind"] == "NVIDIA H100"
+    assert environment["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.92"
+    assert environment["XLA_FLAGS"].startswith("--xla_gpu_dump_autotune_results_to=/")
+    known = False
+    assert "XLA_FLAGS" not in gpu["prepare"](tmp_path, False)[1]
+
+
+def test_an_unknown_flag_of_xla_is_found(gpu):
+    find, known = gpu["find_device"], "--xla_gpu_dump_autotune_results_to=/tmp/x.txt"
+    environment = {**os.environ, "XLA_FLAGS": known}
+    assert find(environment) == {"platform": "cpu", "kind": "cpu"}
+    with pytest.raises(gpu["UserError"], match="xla_no_such"):
+        find({**environment, "XLA_FLAGS": "--xla_no_such_flag=1"})
+
+
+def test_a_missing_package_is_named(gpu, tmp_path, monkeypatch):
+    import gpu_runs
+
+    find = gpu_runs.importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda n: None if n == "grain" else find(n))
+    with pytest.raises(gpu["UserError"], match="packages that are missing: grain$"):
+        next(gpu_runs.resume(True, str(tmp_path)))
+
+
 def test_mistakes_are_one_line(gpu, losses, tmp_path, capsys, monkeypatch):
     other = tmp_path / "other.json"
     other.write_text("{}")
