@@ -62,10 +62,10 @@ STAGES = {
     "a": [
         Item("versions", 20, "versions"),
         Item("ceilings", 50, "ceilings"),
-        Item("goldens_v1", 50, "goldens", {"version": "v1"}),
-        Item("goldens_v2", 50, "goldens", {"version": "v2"}),
+        Item("goldens_v1", 60, "goldens", {"version": "v1"}),
         Item("attention", 90, "attention"),
         Item("xl2", 130, "train", {**XL2, "trace": True}),
+        Item("goldens_v2", 60, "goldens", {"version": "v2"}),
         Item("xl2_plain", 110, "train", {**XL2, "attention": "plain", "trace": True}),
     ],
     "b": [

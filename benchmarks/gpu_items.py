@@ -21,8 +21,7 @@ from mdt_jax import config as configs
 from mdt_jax.diffusion import schedule as sch
 from mdt_jax.diffusion.guidance import guide, power_cosine
 from mdt_jax.diffusion.samplers import SAMPLERS, sample
-from mdt_jax.models import attention as plain_attention
-from mdt_jax.models import masking, xla
+from mdt_jax.models import attend, fused, masking, xla
 from mdt_jax.models.mdt import MDT
 from mdt_jax.train import costs
 from mdt_jax.train.optimizers import make_optimizer
@@ -134,17 +133,21 @@ def relative_error(got, exact: np.ndarray) -> float:
 def goldens(small: bool, out: str, version: str) -> Iterator[dict]:
     """Relative errors to the numbers of the published code, which ran in float32 on a CPU.
 
-    A row for each dtype and precision of float32 matmuls; small: the first row alone.
+    A row for each dtype, precision of float32 matmuls and form of attention; small: one row.
     """
     from tests.published import MODELS
 
-    modes = [("float32", "highest"), ("bfloat16", "highest"), ("float32", "default")]
-    for dtype, precision in modes[: 1 if small else None]:
-        model = MODELS[version].clone(dtype=jnp.dtype(dtype))
+    modes = [
+        ("float32", "highest", "auto"), ("bfloat16", "highest", "auto"),
+        ("bfloat16", "highest", "plain"), ("float32", "default", "auto"),
+    ]  # fmt: skip
+    for dtype, precision, form in modes[: 1 if small else None]:
+        model = MODELS[version].clone(dtype=jnp.dtype(dtype), attention=form)
+        row = {"dtype": dtype, "precision": precision, "attention": chosen_attention(model)}
         model = xla.for_devices(model, jax.default_backend(), 1)
         with jax.default_matmul_precision(precision):
             errors = _pass_errors(version, model) | _training_errors(version, model)
-        yield {"dtype": dtype, "precision": precision, **errors}
+        yield row | errors
 
 
 def _pass_errors(version: str, model: MDT) -> dict[str, float]:
@@ -245,7 +248,7 @@ def attention(small: bool, out: str) -> Iterator[dict]:
     bias = normal(4, (1, heads, tokens, tokens), jnp.float32)
     order = np.random.default_rng(0).permuted(np.tile(np.arange(tokens), (batch, 1)), axis=1)
     some = jnp.asarray(order < count)
-    for (name, function), kept in itertools.product(FORMS.items(), (None, some)):
+    for (name, function), kept in itertools.product(forms_of_attention().items(), (None, some)):
         row = {"attention": name, "tokens": f"{tokens}" if kept is None else f"{count} of {tokens}"}
         # A masked pass drops the outputs of hidden queries.
         grads = grad if kept is None else jnp.where(kept[:, :, None, None], grad, 0)
@@ -256,18 +259,23 @@ def attention(small: bool, out: str) -> Iterator[dict]:
             yield row | {"fails": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
 
 
-def plain(q, k, v, bias, kept=None) -> jax.Array:
-    if kept is not None:
-        bias = jnp.where(kept[:, None, None, :], bias, plain_attention.MASKED_OUT)
-    heads_first = (jnp.moveaxis(each, 2, 1) for each in (q, k, v))
-    return jnp.moveaxis(plain_attention.attend(*heads_first, bias), 1, 2)
+def forms_of_attention() -> dict[str, Callable[..., jax.Array]]:
+    """The forms by name; without a GPU XLA computes what cuDNN would."""
+    if jax.default_backend() == "gpu":
+        return {"plain": attend.plain, "cudnn": fused.cudnn}
+    return {"plain": attend.plain, "as cudnn": functools.partial(fused.cudnn, implementation="xla")}
 
 
-def cudnn(q, k, v, bias, kept=None) -> jax.Array:
-    raise NotImplementedError("there is no fused attention yet")
-
-
-FORMS = {"plain": plain, "cudnn": cudnn}
+def chosen_attention(model: MDT) -> str:
+    """The form of attention that `xla.for_devices` chooses here, and why if it is not the fused."""
+    form = xla.for_devices(model, jax.default_backend(), jax.device_count()).ops.attend
+    if form is fused.cudnn:
+        return "cudnn"
+    if jax.default_backend() != "gpu" or model.attention == "plain":
+        return "plain"
+    width, dtype = model.hidden_size // model.num_heads, jnp.dtype(model.dtype).name
+    why = fused.takes(fused.cudnn, model.num_tokens, width, dtype, model.relative_bias)
+    return f"plain: {why}"
 
 
 def _measure_attention(function: Callable, inputs: tuple, kept, grad) -> dict:

@@ -24,10 +24,13 @@ import jax
 import numpy as np
 import sample_step
 import soak
+import timing
 import train_step
+from gpu_items import chosen_attention
 
 from mdt_jax.models import xla
 from mdt_jax.models.autoencoder import AutoencoderKL
+from mdt_jax.models.mdt import MDT
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.runtime.files import read_json
 from mdt_jax.train import costs
@@ -59,6 +62,10 @@ def train(
         "config": recipe(config, small), "batch_size": 4 if small else batch_size,
         "dtype": "bfloat16", "remat": remat, "attention": attention,
     }  # fmt: skip
+    model = MDT.from_config(timing.recipe(spec["config"], dtype="bfloat16", attention=attention))
+    unrolled = xla.for_devices(model, jax.default_backend(), jax.device_count()).unroll
+    blocks = "unrolled" if unrolled else "scanned"
+    yield spec | {"attention": chosen_attention(model), "blocks": blocks}
     step, facts = train_step.prepare(spec)
     step()
     took = []
@@ -66,7 +73,6 @@ def train(
         began = time.perf_counter()
         metrics = step()
         took.append(time.perf_counter() - began)
-    yield spec | {"blocks": {None: "auto", True: "unrolled", False: "scanned"}[unroll]}
     seconds = statistics.median(took)
     rate = facts["flops"] / seconds
     peak = costs.peak_flops(facts["device"])

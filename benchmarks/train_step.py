@@ -18,7 +18,7 @@ import timing
 from mdt_jax import cli
 
 # The `train` fields of a config that a spec may set.
-TRAIN_FIELDS = ("dtype", "remat", "precision")
+TRAIN_FIELDS = ("dtype", "remat", "precision", "attention")
 
 
 def prepare(spec: dict) -> tuple[Callable[[], dict], dict]:

@@ -1,6 +1,7 @@
 """The stages of benchmarks/gpu.py, with small networks on a CPU."""
 
 import inspect
+import itertools
 import json
 import os
 import pathlib
@@ -17,8 +18,8 @@ from tests.conftest import ROOT, exits_with_one_line
 
 # Of items that differ in their numbers alone, one.
 SOME = {
-    "a": ["versions", "ceilings", "goldens_v2", "attention", "xl2"],
-    "b": ["xl2_unrolled", "v2_xl2"],
+    "a": ["versions", "ceilings", "attention", "xl2", "goldens_v2"],
+    "b": ["xl2_scanned"],
     "c": ["sample_1", "losses", "resume", "vae"],
 }
 
@@ -67,25 +68,24 @@ def test_stage_a(out):
     for name in ("forward", "masked", "guided", "10 steps of ddpm", "gradient", "5 losses"):
         assert golden[name] < 2e-6, name
     assert golden["5 updates"] < 1e-4
-    plain, masked = [row for row in rows["attention"] if row["attention"] == "plain"]
-    assert (plain["tokens"], masked["tokens"]) == ("16", "11 of 16")
-    for row in (plain, masked):
+    cases = itertools.product(("plain", "as cudnn"), ("16", "11 of 16"))
+    assert [(row["attention"], row["tokens"]) for row in rows["attention"]] == list(cases)
+    for row in rows["attention"]:
         errors = [row[f"error of {name}"] for name in ("output", "dq", "dk", "dv", "dbias")]
         assert all(1e-4 < error < 1e-2 for error in errors)  # of bfloat16
         assert row["same bits twice"] and row["forward and backward, ms"] > row["forward, ms"]
     spec, timed, *kernels = rows["xl2"]
     assert (spec["config"], spec["remat"]) == ("configs/xl2.py:smoke", "dots")
+    assert (spec["attention"], spec["blocks"]) == ("plain", "unrolled")
     assert timed["img/s"] > 0 and np.isfinite(timed["loss"])
     assert kernels[0]["kernel"] == "all" and kernels[0]["calls a step"] > 100
     assert kernels[0]["ms a step"] >= kernels[1]["ms a step"] >= kernels[-1]["ms a step"] > 0
 
 
 def test_stage_b(out):
-    rows = run_stage("b", out)
-    for name in SOME["b"]:
-        spec, timed = rows[name]
-        assert spec["blocks"] == ("unrolled" if name == "xl2_unrolled" else "auto")
-        assert timed["ms a step"] > 0 and np.isfinite(timed["loss"])
+    spec, timed = run_stage("b", out)["xl2_scanned"]
+    assert spec["blocks"] == "scanned"
+    assert timed["ms a step"] > 0 and np.isfinite(timed["loss"])
 
 
 def test_stage_c(out, losses):
