@@ -66,8 +66,9 @@ def seconds_of(function: Callable, *arguments, calls: int = 10) -> float:
     took = []
     for _ in range(3):
         began = time.perf_counter()
-        results = [function(*arguments) for _ in range(calls)][-1:]
-        jax.block_until_ready(results)
+        for _ in range(calls):
+            result = function(*arguments)
+        jax.block_until_ready(result)
         took.append((time.perf_counter() - began) / calls)
     return min(took)
 
@@ -112,6 +113,8 @@ def ceilings(small: bool, out: str) -> Iterator[dict]:
 
 def _float32_errors(side: int) -> Iterator[dict]:
     """Matmuls of float32 at each precision, against float64 in NumPy."""
+    from tests.published import relative_error
+
     a, b = (normal(seed, (side, side), jnp.float32) for seed in (3, 4))
     exact = np.asarray(a, np.float64) @ np.asarray(b, np.float64)
     for precision in ("default", "high", "highest"):
@@ -120,11 +123,6 @@ def _float32_errors(side: int) -> Iterator[dict]:
         took = seconds_of(multiply, a, b)
         yield {"float32 matmul": f"{side}×{side}×{side}", "precision": precision,
                "relative error": error, "TFLOP/s": 2 * side**3 / took / 1e12}  # fmt: skip
-
-
-def relative_error(got, exact: np.ndarray) -> float:
-    """‖got − exact‖/‖exact‖ in float64."""
-    return float(np.linalg.norm(np.asarray(got, np.float64) - exact) / np.linalg.norm(exact))
 
 
 # --- The recorded numbers
@@ -200,7 +198,7 @@ def _training_errors(version: str, model: MDT) -> dict[str, float]:
         published_params,
         published_step,
         relative_error,
-    )  # fmt: skip
+    )
 
     golden, initial = published_numbers(version), published_params(f"{version}_state")
     objective, optim = OBJECTIVES[version], configs.default().optim
@@ -209,9 +207,10 @@ def _training_errors(version: str, model: MDT) -> dict[str, float]:
 
     @jax.jit
     def gradient(params, batch, draws):
-        return jax.grad(lambda params: sample_losses(model, objective, params, batch, draws)[0])(
-            params
-        )
+        def loss(params):
+            return sample_losses(model, objective, params, batch, draws)[0]
+
+        return jax.grad(loss)(params)
 
     first = gradient(initial, *published_step(version, 0))
     optimizer, rate = make_optimizer(optim), jnp.float32(golden["train_lr"])
@@ -280,6 +279,7 @@ def chosen_attention(model: MDT) -> str:
 
 def _measure_attention(function: Callable, inputs: tuple, kept, grad) -> dict:
     """Milliseconds, gigabytes, relative errors, and whether a second call gives the same bits."""
+    from tests.published import relative_error
 
     def forward(q, k, v, bias, kept):
         return function(q, k, v, bias, kept)
