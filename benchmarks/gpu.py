@@ -78,7 +78,7 @@ STAGES = {
         Item("xl2_96", 70, "train", {**XL2, "batch_size": 96}),
     ],
     "c": [
-        Item("sample_1", 60, "sample", {"batch_size": 1}),
+        Item("sample_1", 90, "sample", {"batch_size": 1}),
         Item("sample_32", 130, "sample", {"batch_size": 32}),
         Item("losses", 110, "losses"),
         Item("resume", 60, "resume"),

@@ -137,7 +137,7 @@ def sample(small: bool, out: str, batch_size: int) -> Iterator[dict]:
     """Guided sampling with XL/2 in bfloat16; guidance is left out where its weight is near 1."""
     steps = {"ddpm": 5, "ddim": 3} if small else {"ddpm": 250, "ddim": 50}
     tolerances = (0.001,) if small else (0.0, 0.001)
-    for (sampler, count), tolerance in itertools.product(steps.items(), tolerances):
+    for tolerance, (sampler, count) in itertools.product(tolerances, steps.items()):
         spec = {
             "config": recipe("configs/xl2.py", small), "dtype": "bfloat16", "sampler": sampler,
             "batch_size": batch_size, "num_steps": count, "tolerance": tolerance,
@@ -167,7 +167,8 @@ def vae(small: bool, out: str) -> Iterator[dict]:
     init = jax.jit(lambda key: network.init(key, image)["params"])
     decoder = Vae("random", 1.0, network, init(jax.random.key(0)))
     random = np.random.default_rng(0)
-    for precision, count in itertools.product(("highest", "default"), (8, 64)):
+    precisions = ("highest",) if small else ("highest", "default")
+    for precision, count in itertools.product(precisions, (8, 64)):
         latents = random.normal(size=(count, side, side, 4)).astype(np.float32)
         decoder.decode(latents, precision=precision)
         began = time.perf_counter()
