@@ -11,14 +11,22 @@ import argparse
 import itertools
 import json
 import time
+from collections.abc import Callable
 
 import timing
 
 from mdt_jax import cli
 
+# The `train` fields of a config that a spec may set.
+TRAIN_FIELDS = ("dtype", "remat", "precision", "attention")
 
-def ours(spec: dict) -> None:
-    """Compile and run the step of mdt_jax."""
+
+def prepare(spec: dict) -> tuple[Callable[[], dict], dict]:
+    """The training step of mdt_jax on a random batch, compiled.
+
+    spec: config, batch_size and any of TRAIN_FIELDS. Returns the function that runs one step and
+    returns its metrics, and the facts of the step: seconds of compiling, operations, peaks.
+    """
     from mdt_jax.runtime import backend
 
     backend.keep_freed_memory()
@@ -33,7 +41,8 @@ def ours(spec: dict) -> None:
     from mdt_jax.train.state import abstract_state, init_state
     from mdt_jax.train.step import batch_shapes, compile_step
 
-    config = timing.recipe(spec["config"], dtype=spec["dtype"], remat=spec["remat"])
+    changes = {name: spec[name] for name in TRAIN_FIELDS if name in spec}
+    config = timing.recipe(spec["config"], **changes)
     config.data.batch_size = spec["batch_size"]
     mesh = parallel.make_mesh(config.mesh.data, config.mesh.fsdp)
     model, optimizer = MDT.from_config(config), make_optimizer(config.optim)
@@ -56,7 +65,7 @@ def ours(spec: dict) -> None:
     def run():
         nonlocal state
         state, metrics = step(state, batch, key, rate)
-        jax.block_until_ready((state, metrics))
+        return jax.block_until_ready((state, metrics))[1]
 
     facts = {
         "compile_seconds": compiling,
@@ -68,7 +77,7 @@ def ours(spec: dict) -> None:
     if jax.default_backend() != "cpu":
         run()
         facts["memory"] = memory_high_water()
-    timing.serve(run, facts)
+    return run, facts
 
 
 def of_torch(spec: dict) -> None:
@@ -102,7 +111,7 @@ def of_torch(spec: dict) -> None:
     })  # fmt: skip
 
 
-KINDS = {"mdt_jax": ours, "PyTorch": of_torch}
+KINDS = {"mdt_jax": lambda spec: timing.serve(*prepare(spec)), "PyTorch": of_torch}
 
 
 def columns(rows: list[dict]) -> dict:

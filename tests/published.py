@@ -4,10 +4,12 @@ import functools
 import pathlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from mdt_jax.models.inception import Inception
 from mdt_jax.models.mdt import MDT
+from mdt_jax.train.step import Draws, Objective
 from mdt_jax.weights import inception_names
 from mdt_jax.weights.mdt_names import params_from_published
 
@@ -19,6 +21,11 @@ MODELS = {
     "v2": MDT(**_SHAPE, depth=6, version="v2"),
 }
 VERSIONS = tuple(MODELS)
+
+OBJECTIVES = {
+    "v1": Objective(),
+    "v2": Objective(ratio=0.3, ratio_max=0.5, loss_weight="min_snr_5"),
+}
 
 
 def published_state(name: str) -> dict[str, np.ndarray]:
@@ -51,6 +58,25 @@ def published_numbers(version: str) -> dict[str, np.ndarray]:
             array = array.astype(np.int32)
         numbers[name] = array
     return numbers
+
+
+def published_step(version: str, i: int) -> tuple[dict, Draws]:
+    """The batch and the draws of the recorded training step i, 0…4."""
+    golden = published_numbers(version)
+    batch = {
+        "latents": jnp.asarray(golden["train_x0"][i]),
+        "labels": jnp.asarray(golden["train_y"][i]),
+    }
+    draws = Draws(
+        t=jnp.asarray(golden["train_t"][i]),
+        noise_full=jnp.asarray(golden["train_noise_full"][i]),
+        noise_masked=jnp.asarray(golden["train_noise_masked"][i]),
+        drop_full=jnp.asarray(golden["train_labeldrop_full"][i] < 0.1),
+        drop_masked=jnp.asarray(golden["train_labeldrop_masked"][i] < 0.1),
+        mask_noise=jnp.asarray(golden["train_mask_noise"][i]),
+        ratio_u=jnp.asarray(golden["train_ratio_u"][i] if version == "v2" else 0.0),
+    )
+    return batch, draws
 
 
 def relative_error(got, expected) -> float:

@@ -11,36 +11,20 @@ from mdt_jax.runtime import parallel
 from mdt_jax.train.costs import inner_jaxprs
 from mdt_jax.train.optimizers import make_optimizer
 from mdt_jax.train.state import abstract_state, init_state, state_from_params
-from mdt_jax.train.step import Draws, Objective, draw_step, make_train_step, trace_step
+from mdt_jax.train.step import Objective, draw_step, make_train_step, trace_step
 from tests.conftest import FULL_COMPILE
-from tests.published import MODELS, VERSIONS, published_numbers, published_params, relative_error
+from tests.published import (
+    MODELS,
+    OBJECTIVES,
+    VERSIONS,
+    published_numbers,
+    published_params,
+    published_step,
+    relative_error,
+)
 from tests.train.common import training_loss
 
 MODEL = MDT(input_size=(8, 8), in_channels=1, hidden_size=16, depth=3, num_heads=2, num_classes=10)
-
-
-OBJECTIVES = {
-    "v1": Objective(),
-    "v2": Objective(ratio=0.3, ratio_max=0.5, loss_weight="min_snr_5"),
-}
-
-
-def published_step(version: str, i: int) -> tuple[dict, Draws]:
-    golden = published_numbers(version)
-    batch = {
-        "latents": jnp.asarray(golden["train_x0"][i]),
-        "labels": jnp.asarray(golden["train_y"][i]),
-    }
-    draws = Draws(
-        t=jnp.asarray(golden["train_t"][i]),
-        noise_full=jnp.asarray(golden["train_noise_full"][i]),
-        noise_masked=jnp.asarray(golden["train_noise_masked"][i]),
-        drop_full=jnp.asarray(golden["train_labeldrop_full"][i] < 0.1),
-        drop_masked=jnp.asarray(golden["train_labeldrop_masked"][i] < 0.1),
-        mask_noise=jnp.asarray(golden["train_mask_noise"][i]),
-        ratio_u=jnp.asarray(golden["train_ratio_u"][i] if version == "v2" else 0.0),
-    )
-    return batch, draws
 
 
 def optimizer(**changes):
