@@ -13,6 +13,7 @@ h100, a100: `pip install -e ".[aot]"`; v5e, v5p: `pip install "jax[tpu]"`.
 import argparse
 import collections
 import dataclasses
+import importlib.metadata
 import importlib.util
 import itertools
 import json
@@ -25,6 +26,7 @@ import time
 import timing
 
 from mdt_jax import cli
+from mdt_jax import config as configs
 from mdt_jax.runtime.errors import UserError
 
 HERE = pathlib.Path(__file__).parent
@@ -58,7 +60,7 @@ MATMUL, FUSED_ATTENTION, MEMORY = 0.657, 0.152, 0.806
 
 # The modules of a target's compiler, and how to install them.
 WHEELS = {
-    "gpu": ("jax_plugins.xla_cuda13", 'pip install -e ".[aot]"'),
+    "gpu": ("jax_cuda13_plugin", 'pip install -e ".[aot]"'),
     "tpu": ("libtpu", 'pip install "jax[tpu]"'),
 }
 
@@ -117,8 +119,7 @@ def compiled(spec: dict):
 
     config = timing.recipe(spec["config"], dtype=spec["dtype"], remat=spec["remat"])
     config.data.batch_size = spec["batch_size"]
-    if spec["attention"] != "auto":
-        config.train.attention = spec["attention"]
+    config.train.attention = spec["attention"]
     model, optimizer = MDT.from_config(config), make_optimizer(config.optim)
     grid = np.array(devices(spec["target"], spec["devices"])).reshape(-1, spec["fsdp"])
     mesh = Mesh(grid, parallel.AXES, axis_types=(AxisType.Auto, AxisType.Auto))
@@ -177,9 +178,6 @@ def measure(spec: dict) -> dict:
     import hlo
     import jax
 
-    from mdt_jax import config as configs
-
-    configs.load(spec["config"])
     began, cpu = time.perf_counter(), time.process_time()
     program, flops, images = compiled(spec)
     took = {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - cpu}
@@ -247,12 +245,15 @@ def in_its_own_process(spec: dict) -> dict:
 def check_wheels(target: str) -> None:
     """Raise UserError where the compiler of a target is not installed."""
     module, install = WHEELS[TARGETS[target].platform]
-    try:
-        missing = importlib.util.find_spec(module) is None
-    except ModuleNotFoundError:
-        missing = True
-    if missing:
+    if importlib.util.find_spec(module) is None:
         raise UserError(f"the compiler for {target} is not installed: {install}")
+    if TARGETS[target].platform == "gpu":
+        own, compiler = map(importlib.metadata.version, ("jax", "jax-cuda13-plugin"))
+        if own != compiler:
+            raise UserError(
+                f"the compiler for {target} is of JAX {compiler}, and JAX is {own}: "
+                f"pip install jax-cuda13-plugin=={own}"
+            )
 
 
 def report(row: dict) -> str:
@@ -316,6 +317,10 @@ def bench(argv: list[str]) -> list[dict]:
     if args.one:
         print(json.dumps(measure(json.loads(args.one))))
         return []
+    for path, attention in itertools.product(args.config, args.attention):
+        config = timing.recipe(path)
+        config.train.attention = attention
+        configs.validate(config, args.devices)
     for target in args.target:
         if target not in TARGETS:
             raise UserError(f"unknown target '{target}'; choose from {', '.join(TARGETS)}")

@@ -55,7 +55,9 @@ def test_the_fields_for_devices(platform, devices, depth, unroll, row_major):
     assert (model.unroll, model.ops.transpose) == (unroll, transpose)
     sum_rows = xla.sum_rows_by_matmul if platform == "cpu" else xla.sum_rows
     assert model.ops.sum_rows is sum_rows
-    assert model.clone(unroll=False, ops=MODEL.ops) == MODEL.clone(depth=depth)
+    assert model.modulate_first == (platform != "cpu")
+    plain = dict(unroll=False, modulate_first=False, ops=MODEL.ops)
+    assert model.clone(**plain) == MODEL.clone(depth=depth)
     # Equal models of equal devices share a compiled program.
     assert model == xla.for_devices(MODEL.clone(depth=depth), platform, devices)
 
@@ -96,3 +98,66 @@ def test_the_backward_pass_gathers_parameters_again(remat):
     stacks = jax.tree.leaves({name: PARAMS[name] for name in STACKS if name in PARAMS})
     # One constraint for each array in the forward pass, one for its gradient, and the new ones.
     assert str(jaxpr).count("sharding_constraint[") > 2 * len(stacks)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("version", ["v1", "v2"])
+def test_what_passes_share_changes_no_number(version, dtype):
+    """Casts and position biases that are computed once for all passes."""
+    model = MODEL.clone(version=version, dtype=dtype, depth=5)
+    params = random_params(model)
+
+    def prepared(params):
+        return loss(model, model.prepare(params))
+
+    (once, slopes), (each, expected) = (
+        jax.jit(jax.value_and_grad(function))(params)
+        for function in (prepared, functools.partial(loss, model))
+    )
+    assert abs(once - each) <= 1e-6 * abs(each)
+    assert jax.tree.structure(slopes) == jax.tree.structure(params)
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(slopes))
+    assert relative_error(slopes, expected) < 1e-6
+
+
+def test_large_position_biases_are_looked_up_block_by_block(monkeypatch):
+    params = random_params(MODEL)
+    assert xla.BIAS in MODEL.prepare(params)["encoder"]["attention"]
+    monkeypatch.setattr(xla, "BIAS_BYTES", 4 * 4 * 2 * 16**2 - 1)
+    assert xla.BIAS not in MODEL.prepare(params)["encoder"]["attention"]
+    assert xla.BIAS not in params["encoder"]["attention"]
+
+
+def test_devices_gather_the_casts_of_kernels():
+    """Half the bytes of the float32 kernels, which are not gathered."""
+    gathered = []
+
+    def gather(tree):
+        gathered.extend((leaf.dtype.name, leaf.ndim) for leaf in jax.tree.leaves(tree))
+        return tree
+
+    model = MODEL.clone(dtype=jnp.bfloat16, gather=gather)
+    params = random_params(MODEL)
+    without = {name: params[name] for name in params if name in STACKS}
+
+    def total(blocks):
+        return loss(model, model.prepare(params | blocks))
+
+    gradient = jax.eval_shape(jax.grad(total), without)
+    assert jax.tree.map(lambda leaf: leaf.shape, gradient) == jax.tree.map(jnp.shape, without)
+    matrices = [dtype for dtype, ndim in gathered if ndim == 2]
+    others = [leaf for name, tree in params.items() if name not in STACKS
+              for leaf in jax.tree.leaves(tree) if leaf.ndim == 2]  # fmt: skip
+    assert matrices.count("float32") == len(others) and matrices.count("bfloat16") > 10
+
+
+@pytest.mark.parametrize("version", ["v1", "v2"])
+def test_modulations_that_are_computed_first(version):
+    model = MODEL.clone(version=version, depth=5)
+    params = random_params(model)
+    c = model.apply({"params": params}, T, Y, method="conditioning")
+    modulated = model.with_modulations(params, model.modulations(params, c))
+    blocks = [name for name in STACKS if name in params and name != "side_interpolater"]
+    assert all("linear" not in modulated[name]["modulation"] for name in blocks)
+    out, expected = (model.apply({"params": each}, X, T, Y) for each in (modulated, params))
+    assert relative_error(out, expected) < 1e-6
