@@ -164,7 +164,7 @@ class Module:
             source = body[each.operands[0]].type
             return size(source) + size(each.type) - size(source)
         if each.opcode.startswith(COLLECTIVES):
-            return 2 * max(math.prod(shape) * BYTES[dtype] for dtype, shape in shapes(each.type))
+            return 2 * self._delivered(each, body)
         written = size(each.type)
         if each.opcode == "custom-call":  # a matmul's or cuDNN's scratch memory is no result
             written = sum(
@@ -173,6 +173,12 @@ class Module:
                 if dtype not in ("s8", "u8")
             )
         return written + sum(size(body[name].type) for name in each.operands if name in body)
+
+    def _delivered(self, each: Instruction, body: dict[str, Instruction]) -> int:
+        """Bytes of a collective's results."""
+        if each.opcode == "all-gather-start":  # whose type has the operands, too
+            return size(each.type) - sum(size(body[name].type) for name in each.operands)
+        return size(each.type)
 
     def _fusion(self, each: Instruction, body: dict[str, Instruction]) -> int:
         fused = self.computations[_called(each, "calls")]
