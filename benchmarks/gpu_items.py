@@ -270,11 +270,7 @@ def chosen_attention(model: MDT) -> str:
     form = xla.for_devices(model, jax.default_backend(), jax.device_count()).ops.attend
     if form is fused.cudnn:
         return "cudnn"
-    if jax.default_backend() != "gpu" or model.attention == "plain":
-        return "plain"
-    width, dtype = model.hidden_size // model.num_heads, jnp.dtype(model.dtype).name
-    why = fused.takes(fused.cudnn, model.num_tokens, width, dtype, model.relative_bias)
-    return f"plain: {why}"
+    return f"plain {xla.refusal(model, jax.default_backend())}".strip()
 
 
 def _measure_attention(function: Callable, inputs: tuple, kept, grad) -> dict:

@@ -48,7 +48,7 @@ def cudnn(
 
 
 @functools.cache
-def takes(attend: Callable, length: int, depth: int, dtype: str, bias: bool) -> str:
+def refusal(attend: Callable, length: int, depth: int, dtype: str, bias: bool) -> str:
     """Why a fused form cannot be used for training, or "" if it can.
 
     length: number of tokens; depth: channels of a head; bias: whether there is one. The form's own

@@ -69,9 +69,10 @@ def for_devices(model: "MDT", platform: str, num_devices: int) -> "MDT":
     On a CPU unrolled blocks take about 0.73 of the time of scanned ones (S/2, batch 16, float32).
     """
     if platform != "cpu":
-        ops = Ops(attend=_attention(model, platform))
-        if ops.attend is fused.cudnn:
-            ops = ops._replace(bias_dtype=model.dtype)
+        ops = Ops()
+        fits = platform == "gpu" and model.attention != "plain" and not refusal(model, platform)
+        if fits:
+            ops = ops._replace(attend=fused.cudnn, bias_dtype=model.dtype)
         return model.clone(unroll=platform == "gpu", modulate_first=True, ops=ops)
     # With several CPU devices XLA would gather a split array to satisfy the layout constraint.
     transpose = row_major_transpose if num_devices == 1 else jnp.matrix_transpose
@@ -84,15 +85,14 @@ def _plain(transpose: Transpose) -> Callable[..., jax.Array]:
     return functools.partial(attend.plain, transpose=transpose)
 
 
-def _attention(model: "MDT", platform: str) -> Callable[..., jax.Array]:
-    """The fastest form of attention that a platform has for a model."""
+def refusal(model: "MDT", platform: str) -> str:
+    """Why attention is plain on a GPU although cuDNN's was wanted; "" where it is not so."""
     if platform != "gpu" or model.attention == "plain":
-        return attend.plain
+        return ""
     depth = model.hidden_size // model.num_heads
-    why = fused.takes(
-        fused.cudnn, model.num_tokens, depth, jnp.dtype(model.dtype).name, model.relative_bias
-    )
-    return attend.plain if why else fused.cudnn
+    dtype = jnp.dtype(model.dtype).name
+    why = fused.refusal(fused.cudnn, model.num_tokens, depth, dtype, model.relative_bias)
+    return f"attention is plain XLA, since cuDNN does not take it: {why}" if why else ""
 
 
 def row_major_transpose(x: jax.Array) -> jax.Array:
@@ -120,7 +120,7 @@ def gradient_barrier(x: jax.Array) -> jax.Array:
 
 
 _gradient_barrier = with_backward(
-    lambda x: (x, None), lambda _, dx: dx, lambda _, grad: (jax.lax.optimization_barrier(grad),)
+    lambda x: (jax.lax.optimization_barrier(x), None), lambda _, dx: dx, lambda _, grad: (jax.lax.optimization_barrier(grad),)
 )
 
 
@@ -133,7 +133,7 @@ def regather_in_backward(primitive, *_, **__) -> bool:
     return primitive.name not in ("sharding_constraint", "convert_element_type")
 
 
-ATTENTION = ("auto", "plain")  # train.attention, see `_attention`
+ATTENTION = ("auto", "plain")  # train.attention, see `for_devices`
 
 # train.remat → which of a block's intermediate values are saved for the backward pass. It
 # recomputes the others from the block's input. "dots" recomputes attention and elementwise work.

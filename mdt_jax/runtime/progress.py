@@ -1,6 +1,7 @@
 """All output to the terminal: messages and progress bars to stderr, results to stdout."""
 
 import contextlib
+import functools
 import os
 import re
 import sys
@@ -28,6 +29,13 @@ def log(line: str) -> None:
         clear_bar = sys.modules["tqdm"].tqdm.external_write_mode(file=sys.stderr)
     with clear_bar:
         _write(sys.stderr, escape(line) + "\n")
+
+
+@functools.cache
+def log_once(line: str) -> None:
+    """`log` a line, but not a second time, and not an empty one."""
+    if line:
+        log(line)
 
 
 def print_result(text: str) -> None:

@@ -19,7 +19,7 @@ from mdt_jax.diffusion.options import (
 )
 from mdt_jax.models import xla
 from mdt_jax.models.mdt import MDT
-from mdt_jax.runtime import hosts, keys, parallel
+from mdt_jax.runtime import hosts, keys, parallel, progress
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.runtime.progress import progress_bar
 from mdt_jax.sampling import engine
@@ -93,7 +93,9 @@ class Request:
 
     def program(self) -> Program:
         """What is compiled."""
-        model = xla.for_devices(self.model, jax.default_backend(), jax.device_count())
+        platform = jax.default_backend()
+        progress.log_once(xla.refusal(self.model, platform))
+        model = xla.for_devices(self.model, platform, jax.device_count())
         return Program(model, dataclasses.replace(self.options, guidance_scale=1.0))
 
     def evaluations(self) -> tuple[list[bool], list[bool]]:

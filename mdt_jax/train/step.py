@@ -19,7 +19,7 @@ from mdt_jax.diffusion.losses import LOSS_WEIGHTS, diffusion_losses
 from mdt_jax.diffusion.schedule import extract, linear_schedule
 from mdt_jax.models import masking, xla
 from mdt_jax.models.mdt import MDT
-from mdt_jax.runtime import keys, parallel
+from mdt_jax.runtime import keys, parallel, progress
 from mdt_jax.train.state import TrainState
 from mdt_jax.weights.vae import from_uint8
 
@@ -295,7 +295,9 @@ def trace_step(
     `draw_step`. The learning rate is a [] float32 argument: changing it does not recompile.
     """
     objective, size = Objective.from_config(config), config.data.batch_size
-    model = xla.for_devices(model, mesh.devices.flat[0].platform, mesh.size)
+    platform = mesh.devices.flat[0].platform
+    progress.log_once(xla.refusal(model, platform))
+    model = xla.for_devices(model, platform, mesh.size)
     if mesh.shape["fsdp"] > 1:
         model = model.clone(gather=functools.partial(parallel.gathered, mesh))
     train_step = make_train_step(

@@ -50,7 +50,7 @@ def test_a_scans_body_counts_as_often_as_it_runs_and_a_slice_as_a_slice(hlo):
     found = kernels(hlo, function, (8, 64), (10, 64, 64))
     assert sum(each.flops * each.count for each in found) == 10 * 2 * 8 * 64 * 64
     total = sum(each.bytes * each.count for each in found)
-    # Each of ten turns reads a weight of 16 KiB, not the stack. The compiler copies it at most once.
+    # Each of ten turns reads a weight of 16 KiB, not the stack, and copies it once at most.
     assert 10 * 4 * 64 * 64 < total < 10 * 4 * (3 * 64 * 64 + 8 * 8 * 64)
 
 

@@ -253,9 +253,9 @@ def test_kept_tokens_attend_as_if_there_were_no_others(form, relative_bias):
 
 def test_why_a_fused_form_is_not_taken():
     """The library's own checks decide; here there is neither a GPU nor cuDNN."""
-    assert "cuDNN" in fused.takes(fused.cudnn, 256, 72, "bfloat16", True)
-    assert not fused.takes(cudnn_in_xla, 256, 72, "bfloat16", True)
-    assert not fused.takes(attend.plain, 7, 9, "float32", False)
+    assert "cuDNN" in fused.refusal(fused.cudnn, 256, 72, "bfloat16", True)
+    assert not fused.refusal(cudnn_in_xla, 256, 72, "bfloat16", True)
+    assert not fused.refusal(attend.plain, 7, 9, "float32", False)
 
 
 def test_a_residual_streams_gradient_is_summed_once():
