@@ -205,14 +205,13 @@ def _tangent(arrays, *tangents):
 
 
 def _plain(q, k, v, bias, hidden):
-    """What the forward kernel computes, by XLA."""
-    split = (*q.shape[:2], len(bias), -1)
-    q, k, v = (each.reshape(split) for each in (q, k, v))
-    product = functools.partial(jnp.einsum, precision="highest", preferred_element_type=jnp.float32)
+    """What the forward kernel computes, by XLA and all of it in float32."""
+    dtype, shape = v.dtype, q.shape
+    q, k, v = (each.astype(jnp.float32).reshape(*shape[:2], len(bias), -1) for each in (q, k, v))
+    product = functools.partial(jnp.einsum, precision="highest")
     logits = product("bihd,bjhd->bhij", q, k) * q.shape[-1] ** -0.5
-    weights = jax.nn.softmax(logits + bias + hidden[:, None]).astype(v.dtype)
-    out = product("bhij,bjhd->bihd", weights, v).astype(v.dtype)
-    return out.reshape(*out.shape[:2], -1)
+    weights = jax.nn.softmax(logits + bias + hidden[:, None])
+    return product("bhij,bjhd->bihd", weights, v).astype(dtype).reshape(shape)
 
 
 _attend = with_backward(_forward, _tangent, _backward, inputs=4)

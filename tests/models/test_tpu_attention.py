@@ -1,6 +1,7 @@
 """The kernels run in Pallas's interpreter of a TPU, against float64 formulas in NumPy."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -112,6 +113,22 @@ def test_forward_mode(dtype):
     out, tangent = jax.jvp(lambda *moving: tpu(*moving, kept), inputs, tangents)
     np.testing.assert_array_equal(out, tpu(*inputs, kept))
     assert relative_error(tangent, exact_tangent(inputs, kept, tangents)) < LIMITS[dtype]
+
+
+@pytest.mark.parametrize("asked", ["highest", "default"])
+@pytest.mark.parametrize("dtype, expected", [("float32", "HIGHEST"), ("bfloat16", "DEFAULT")])
+def test_the_precision_of_the_products(asked, dtype, expected):
+    """float32 keeps all bits, whatever JAX is asked for; products of bfloat16 are exact anyway."""
+    (*moving, bias), kept = arrays(2, 16, 2, 64, dtype)
+
+    def run(grad):
+        return jax.vjp(lambda *moving: tpu(*moving, bias, kept), *moving)[1](grad)
+
+    with jax.default_matmul_precision(asked):
+        jaxpr = str(jax.make_jaxpr(run)(moving[2]))
+    found = re.findall(r"precision=\(Precision.(\w+), Precision.(\w+)\)", jaxpr)
+    # 7 products for each head, 2 of them in the forward pass.
+    assert found == [(expected, expected)] * 14 and jaxpr.count("dot_general[") == 14
 
 
 @pytest.mark.parametrize("sizes, kind, expected", [
