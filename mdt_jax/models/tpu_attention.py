@@ -5,6 +5,8 @@ Here those of one head stay in the TPU's vector memory (VMEM), and the backward 
 anew. The heads of a token lie side by side, as Linear layers have them, so that nothing is
 transposed or padded in memory. The grid is (group of heads, sample), the samples innermost: the
 bias of a group is read once, and its gradient is summed over the samples before it is written.
+The kernels compute the logits as [keys, queries]. The softmax then sums along the axis over which a
+TPU sums with plain additions, and of the [N, N] factors none has to be transposed.
 """
 
 import functools
@@ -44,7 +46,7 @@ def tpu(
         bias = jnp.zeros((1, heads, length, length))
     hidden = jnp.zeros((batch, length)) if kept is None else jnp.where(kept, 0.0, HIDDEN)
     q, k, v = (each.reshape(batch, length, heads * size) for each in (q, k, v))
-    return _attend(q, k, v, bias[0], hidden[:, None]).reshape(batch, length, heads, size)
+    return _attend(q, k, v, bias[0].mT, hidden[:, None]).reshape(batch, length, heads, size)
 
 
 def on_mesh(mesh: Mesh) -> Callable[..., jax.Array]:
@@ -83,14 +85,14 @@ def _group(heads: int, size: int) -> int:
 def _vmem(length: int, heads: int, size: int, itemsize: int) -> int:
     """An upper bound of the bytes of VMEM that the backward pass takes.
 
-    The blocks have two buffers each, but only one if there is a single group of heads, and the
-    compiler keeps up to three [N, N] arrays for each head of a group.
+    Blocks have two buffers each, but the bias and its gradient only one if there is one group of
+    heads. The compiler keeps up to `itemsize` arrays [N, N] for each head of a group.
     """
     group = _group(heads, size)
     rows, lanes = math.ceil(length / 16) * 16, math.ceil(length / LANES) * LANES
     tokens = rows * math.ceil(group * size / LANES) * LANES * itemsize
     pairs = group * rows * lanes * 4
-    return 2 * 7 * tokens + (2 if group == heads else 4) * pairs + 3 * pairs
+    return 2 * 7 * tokens + (2 if group == heads else 4) * pairs + itemsize * pairs
 
 
 def _dot(x: jax.Array, y: jax.Array, x_axis: int, y_axis: int) -> jax.Array:
@@ -103,10 +105,13 @@ def _dot(x: jax.Array, y: jax.Array, x_axis: int, y_axis: int) -> jax.Array:
 
 
 def _exponentials(q, k, bias, hidden):
-    """The softmax's numerators [N, N] and the inverses [N, 1] of its denominators; float32."""
-    logits = _dot(q, k, 1, 1) * q.shape[-1] ** -0.5 + bias + hidden
-    exponentials = jnp.exp(logits - logits.max(-1, keepdims=True))
-    return exponentials, 1 / exponentials.sum(-1, keepdims=True)
+    """The softmax's numerators [keys, queries] and the inverses [1, queries] of its denominators.
+
+    float32; q, k: [N, d]; bias: [keys, queries]; hidden: [1, keys].
+    """
+    logits = _dot(k, q, 1, 1) * q.shape[-1] ** -0.5 + bias + hidden.T
+    exponentials = jnp.exp(logits - logits.max(0, keepdims=True))
+    return exponentials, 1 / exponentials.sum(0, keepdims=True)
 
 
 def _heads(size: int, *refs) -> list[tuple[jax.Array, ...]]:
@@ -120,8 +125,8 @@ def _forward_kernel(size, q_ref, k_ref, v_ref, bias_ref, hidden_ref, out_ref):
     outs = []
     for head, (q, k, v) in enumerate(_heads(size, q_ref, k_ref, v_ref)):
         exponentials, inverse = _exponentials(q, k, bias_ref[head], hidden_ref[0])
-        out = _dot(exponentials.astype(v.dtype), v, 1, 0) * inverse
-        outs.append(out.astype(v.dtype))
+        out = _dot(v, exponentials.astype(v.dtype), 0, 0) * inverse
+        outs.append(out.T.astype(v.dtype))
     out_ref[0] = jnp.concatenate(outs, -1)
 
 
@@ -136,13 +141,13 @@ def _backward_kernel(size, q_ref, k_ref, v_ref, bias_ref, hidden_ref, grad_ref, 
     for head, (q, k, v, grad) in enumerate(_heads(size, q_ref, k_ref, v_ref, grad_ref)):
         exponentials, inverse = _exponentials(q, k, bias_ref[head], hidden_ref[0])
         weights = exponentials * inverse
-        d_weights = _dot(grad, v, 1, 1)
-        d_logits = weights * (d_weights - (weights * d_weights).sum(-1, keepdims=True))
+        d_weights = _dot(v, grad, 1, 1)
+        d_logits = weights * (d_weights - (weights * d_weights).sum(0, keepdims=True))
         d_bias_ref[head] += d_logits
         d_scaled = (d_logits * size**-0.5).astype(q.dtype)
-        d_v = _dot(weights.astype(v.dtype), grad, 0, 0)
-        three = _dot(d_scaled, k, 1, 0), _dot(d_scaled, q, 0, 0), d_v
-        grads.append([each.astype(q.dtype) for each in three])
+        d_q, d_k = _dot(k, d_scaled, 0, 0).T, _dot(d_scaled, q, 1, 0)
+        d_v = _dot(weights.astype(v.dtype), grad, 1, 0)
+        grads.append([each.astype(q.dtype) for each in (d_q, d_k, d_v)])
     for ref, heads in zip(token_refs, zip(*grads, strict=True), strict=True):
         ref[0] = jnp.concatenate(heads, -1)
 
@@ -179,7 +184,10 @@ def _call(kernel: Callable, products: int, operands: list, results: list) -> lis
 
 
 def _operands(q, k, v, bias, hidden):
-    """Each array with its block: q, k, v [1, N, lanes], bias [group, N, N] and hidden [1, 1, N]."""
+    """Each array with its block.
+
+    q, k, v: [B, N, heads · d]; bias: [heads, keys, queries] float32; hidden: [B, 1, keys] float32.
+    """
     length, heads = q.shape[1], len(bias)
     group = _group(heads, q.shape[2] // heads)
     tokens = pl.BlockSpec((1, length, q.shape[2] // heads * group), lambda h, b: (b, 0, h))
@@ -209,9 +217,9 @@ def _plain(q, k, v, bias, hidden):
     dtype, shape = v.dtype, q.shape
     q, k, v = (each.astype(jnp.float32).reshape(*shape[:2], len(bias), -1) for each in (q, k, v))
     product = functools.partial(jnp.einsum, precision="highest")
-    logits = product("bihd,bjhd->bhij", q, k) * q.shape[-1] ** -0.5
-    weights = jax.nn.softmax(logits + bias + hidden[:, None])
-    return product("bhij,bjhd->bihd", weights, v).astype(dtype).reshape(shape)
+    logits = product("bjhd,bihd->bhji", k, q) * q.shape[-1] ** -0.5
+    weights = jax.nn.softmax(logits + bias + hidden.mT[:, None], axis=-2)
+    return product("bhji,bjhd->bihd", weights, v).astype(dtype).reshape(shape)
 
 
 _attend = with_backward(_forward, _tangent, _backward, inputs=4)
