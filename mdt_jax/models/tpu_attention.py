@@ -5,8 +5,8 @@ Here those of one head stay in the TPU's vector memory (VMEM), and the backward 
 anew. The heads of a token lie side by side, as Linear layers have them, so that nothing is
 transposed or padded in memory. The grid is (group of heads, sample), the samples innermost: the
 bias of a group is read once, and its gradient is summed over the samples before it is written.
-The kernels compute the logits as [keys, queries]. The softmax then sums along the axis over which a
-TPU sums with plain additions, and of the [N, N] factors none has to be transposed.
+The kernels compute the logits as [keys, queries]: a TPU sums fastest over the first axis, and only
+[N, d] matrices are transposed.
 """
 
 import functools
@@ -25,6 +25,7 @@ from mdt_jax.models.gradients import with_backward
 
 LANES = 128  # the width of a TPU's vectors, of which a block is a multiple
 SMALL_VMEM = ("TPU v2", "TPU v3", "TPU v4")  # 16 MiB; later TPUs have 64 MiB or more
+XLA_VMEM = 2**24  # bytes: XLA's limit for a kernel that sets none
 HIDDEN = float(-0.7 * np.finfo(np.float32).max)  # the bias of a hidden key, far below every logit
 
 
@@ -52,7 +53,8 @@ def tpu(
 def on_mesh(mesh: Mesh) -> Callable[..., jax.Array]:
     """`tpu` for arrays whose batch is split over all axes of a mesh.
 
-    Each device runs the kernels on its samples, and gradients of the bias are summed over devices.
+    XLA cannot split a Pallas kernel. Here each device runs the kernels on its own samples, and the
+    gradient of the bias is summed over the devices.
     """
     if mesh.size == 1:
         return tpu
@@ -176,7 +178,7 @@ def _call(kernel: Callable, products: int, operands: list, results: list) -> lis
         out_shape=[jax.ShapeDtypeStruct(each.shape, each.dtype) for each in shapes],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"),
-            vmem_limit_bytes=max(2**24, _vmem(length, heads, size, arrays[0].dtype.itemsize)),
+            vmem_limit_bytes=max(XLA_VMEM, _vmem(length, heads, size, arrays[0].dtype.itemsize)),
         ),
         cost_estimate=cost,
     )
