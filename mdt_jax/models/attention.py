@@ -90,7 +90,10 @@ class Attention(nn.Module):
         if kept is not None:
             # Where tokens are in the order of the grid, one bias serves all samples.
             qkv = masking.put(qkv, kept)
-        q, k, v = einops.rearrange(qkv, "b n (c h d) -> c b n h d", c=3, h=self.num_heads)
+        q, k, v = (
+            einops.rearrange(each, "b n (h d) -> b n h d", h=self.num_heads)
+            for each in jnp.split(qkv, 3, axis=-1)
+        )
         if self.relative_bias:
             table = self.param(
                 "relative_bias",

@@ -52,19 +52,20 @@ def affine(
 @functools.cache
 def _affine(ops: Ops):
     backward = functools.partial(_affine_backward, ops)
-    return with_backward(_affine_forward, _affine_tangent, backward, inputs=3)
+    return with_backward(functools.partial(_affine_forward, ops), _affine_tangent, backward, 3)
 
 
-def _affine_forward(x, kernel, bias, cast):
+def _affine_forward(ops, x, kernel, bias, cast):
     # Saved without the bias, whose sum then is part of the kernels that read it.
     product = checkpoint_name(x @ cast, LINEAR_OUTPUT)
-    return (product.astype(jnp.float32) + bias).astype(x.dtype), (x, cast)
+    if ops.recompute:  # a sum in float32 needs no kernel that casts the bias
+        return (product.astype(jnp.float32) + bias).astype(x.dtype), (x, cast)
+    return product + bias.astype(x.dtype), (x, cast)
 
 
 def _affine_tangent(saved, dx, d_kernel, d_bias):
     x, cast = saved
-    product = dx @ cast + x @ d_kernel.astype(x.dtype)
-    return (product.astype(jnp.float32) + d_bias).astype(x.dtype)
+    return dx @ cast + x @ d_kernel.astype(x.dtype) + d_bias.astype(x.dtype)
 
 
 def _affine_backward(ops, saved, grad):
@@ -76,13 +77,18 @@ def _affine_backward(ops, saved, grad):
 EPS = 1e-6  # of LayerNorm (Ba et al. 2016), here without parameters
 
 
-def modulated_norm(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
+def modulated_norm(
+    x: jax.Array,
+    shift: jax.Array,
+    scale: jax.Array,
+    ops: Ops = Ops(),  # noqa: B008
+) -> jax.Array:
     """LayerNorm(x)·(1 + scale) + shift; x: [B, N, D]; shift, scale: [B, 1, D].
 
-    The backward pass keeps x and two numbers for each token. By JAX's own it would keep a float32
-    array of x's shape.
+    With ops.recompute the backward pass keeps x and two numbers for each token; JAX's own keeps a
+    float32 array of x's shape.
     """
-    return _modulated_norm(x, shift, scale)
+    return _modulated_norm(x, shift, scale) if ops.recompute else _norm_forward(x, shift, scale)[0]
 
 
 def _standardized(x, mean, inverse):
@@ -129,9 +135,9 @@ def add_gated(x: jax.Array, gate: jax.Array, y: jax.Array) -> jax.Array:
     return (x32 + gate * y).astype(x.dtype)
 
 
-def gelu(x: jax.Array) -> jax.Array:
+def gelu(x: jax.Array, ops: Ops = Ops()) -> jax.Array:  # noqa: B008
     """GELU in its tanh form (Hendrycks & Gimpel 2016, arXiv 1606.08415)."""
-    return _gelu(x)
+    return _gelu_recomputed(x) if ops.recompute else _gelu(x)
 
 
 _SQRT, _CUBE = (2 / jnp.pi) ** 0.5, 0.044715
@@ -151,9 +157,13 @@ def _gelu_tangent(x, dx):
 
 
 def _gelu_backward(x, grad):
-    # The derivative is elementwise, so that its transpose is itself. Without the barrier XLA would
-    # store tanh, a float32 array, in the forward pass.
-    return (_gelu_tangent(jax.lax.optimization_barrier(x), grad),)
+    return (_gelu_tangent(x, grad),)  # elementwise, so that its transpose is itself
+
+
+def _gelu_backward_recomputed(x, grad):
+    # Without the barrier XLA would store tanh, a float32 array, in the forward pass.
+    return _gelu_backward(jax.lax.optimization_barrier(x), grad)
 
 
 _gelu = with_backward(_gelu_forward, _gelu_tangent, _gelu_backward)
+_gelu_recomputed = with_backward(_gelu_forward, _gelu_tangent, _gelu_backward_recomputed)

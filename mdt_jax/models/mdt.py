@@ -104,15 +104,15 @@ class Block(nn.Module):
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation
 
         x = xla.gradient_barrier(x)
-        h = modulated_norm(x, shift_attn, scale_attn)
+        h = modulated_norm(x, shift_attn, scale_attn, self.ops)
         attention = Attention(
             self.num_heads, self.grid, self.relative_bias, self.ops, name="attention"
         )
         x = add_gated(x, gate_attn, attention(h, kept))
 
         x = xla.gradient_barrier(x)
-        h = modulated_norm(x, shift_mlp, scale_mlp)
-        h = gelu(Linear(4 * dim, self.ops, name="mlp_in")(h))
+        h = modulated_norm(x, shift_mlp, scale_mlp, self.ops)
+        h = gelu(Linear(4 * dim, self.ops, name="mlp_in")(h), self.ops)
         h = Linear(dim, self.ops, name="mlp_out")(h)
         x = add_gated(x, gate_mlp, h)
         return x, x
@@ -128,7 +128,7 @@ class FinalLayer(nn.Module):
     def __call__(self, x: jax.Array, c: jax.Array) -> jax.Array:
         shift, scale = Modulation(2, self.ops, name="modulation")(c)
         linear = Linear(self.features, self.ops, nn.initializers.zeros, name="linear")
-        return linear(modulated_norm(x, shift, scale))
+        return linear(modulated_norm(x, shift, scale, self.ops))
 
 
 class MDT(nn.Module):

@@ -50,6 +50,7 @@ def tpu(
     return _attend(q, k, v, bias[0].mT, hidden[:, None]).reshape(batch, length, heads, size)
 
 
+@functools.cache  # so that equal meshes get the same function, and programs are equal
 def on_mesh(mesh: Mesh) -> Callable[..., jax.Array]:
     """`tpu` for arrays whose batch is split over all axes of a mesh.
 

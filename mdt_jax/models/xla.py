@@ -11,8 +11,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
+from jax.sharding import Mesh
 
-from mdt_jax.models import attend, fused
+from mdt_jax.models import attend, fused, tpu_attention
 from mdt_jax.models.attend import Transpose
 from mdt_jax.models.gradients import with_backward
 
@@ -52,7 +53,8 @@ class Ops(NamedTuple):
 
     dtype: of matmuls; None: the input's. The others change the result by rounding only. transpose:
     of matrices for a matmul. sum_rows: x [N, D] → [D] float32. attend: see `attend.plain`, with a
-    position bias of bias_dtype.
+    position bias of bias_dtype. recompute: compute elementwise work again in the backward pass and
+    store fewer float32 arrays, for devices whose memory is slow beside their arithmetic.
     """
 
     dtype: jnp.dtype | None = None
@@ -60,29 +62,39 @@ class Ops(NamedTuple):
     sum_rows: Callable[[jax.Array], jax.Array] = sum_rows
     attend: Callable[..., jax.Array] = attend.plain
     bias_dtype: jnp.dtype = jnp.float32
+    recompute: bool = True
 
 
-def for_devices(model: "MDT", platform: str, num_devices: int) -> "MDT":
+def for_devices(model: "MDT", platform: str, num_devices: int, mesh: Mesh | None = None) -> "MDT":
     """The same model with the fields `unroll`, `modulate_first` and `ops` that suit the devices.
 
-    platform: "cpu", "gpu" or "tpu"; num_devices: how many devices run the program together.
-    On a CPU unrolled blocks take about 0.73 of the time of scanned ones (S/2, batch 16, float32).
+    platform: "cpu", "gpu" or "tpu"; num_devices: how many devices run the program together, with
+    batches split over their mesh; without a mesh TPUs take plain attention. On a CPU unrolled
+    blocks take about 0.73 of the time of scanned ones (S/2, batch 16, float32).
     """
     if platform != "cpu":
         ops = Ops()
-        fits = platform == "gpu" and model.attention != "plain" and not refusal(model, platform)
-        if fits:
+        if model.attention == "plain":
+            pass
+        elif platform == "gpu" and not refusal(model, platform):
             ops = ops._replace(attend=fused.cudnn, bias_dtype=model.dtype)
+        elif platform == "tpu" and mesh is not None and _fits_tpu(model, mesh):
+            ops = ops._replace(attend=tpu_attention.on_mesh(mesh))
         return model.clone(unroll=platform == "gpu", modulate_first=True, ops=ops)
     # With several CPU devices XLA would gather a split array to satisfy the layout constraint.
     transpose = row_major_transpose if num_devices == 1 else jnp.matrix_transpose
-    ops = Ops(None, transpose, sum_rows_by_matmul, _plain(transpose))
+    ops = Ops(None, transpose, sum_rows_by_matmul, _plain(transpose), recompute=False)
     return model.clone(unroll=model.depth <= UNROLL_DEPTH, ops=ops)
 
 
 @functools.cache  # since partials are equal only to themselves
 def _plain(transpose: Transpose) -> Callable[..., jax.Array]:
     return functools.partial(attend.plain, transpose=transpose)
+
+
+def _fits_tpu(model: "MDT", mesh: Mesh) -> bool:
+    depth, kind = model.hidden_size // model.num_heads, mesh.devices.flat[0].device_kind
+    return tpu_attention.fits(model.num_tokens, model.num_heads, depth, model.dtype, kind)
 
 
 def refusal(model: "MDT", platform: str) -> str:
@@ -120,7 +132,7 @@ def gradient_barrier(x: jax.Array) -> jax.Array:
 
 
 _gradient_barrier = with_backward(
-    lambda x: (jax.lax.optimization_barrier(x), None), lambda _, dx: dx, lambda _, grad: (jax.lax.optimization_barrier(grad),)
+    lambda x: (x, None), lambda _, dx: dx, lambda _, grad: (jax.lax.optimization_barrier(grad),)
 )
 
 

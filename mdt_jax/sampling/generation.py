@@ -95,7 +95,8 @@ class Request:
         """What is compiled."""
         platform = jax.default_backend()
         progress.log_once(xla.refusal(self.model, platform))
-        model = xla.for_devices(self.model, platform, jax.device_count())
+        mesh = parallel.mesh_of(self.params)
+        model = xla.for_devices(self.model, platform, mesh.size, mesh)
         return Program(model, dataclasses.replace(self.options, guidance_scale=1.0))
 
     def evaluations(self) -> tuple[list[bool], list[bool]]:

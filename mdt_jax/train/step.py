@@ -297,7 +297,7 @@ def trace_step(
     objective, size = Objective.from_config(config), config.data.batch_size
     platform = mesh.devices.flat[0].platform
     progress.log_once(xla.refusal(model, platform))
-    model = xla.for_devices(model, platform, mesh.size)
+    model = xla.for_devices(model, platform, mesh.size, mesh)
     if mesh.shape["fsdp"] > 1:
         model = model.clone(gather=functools.partial(parallel.gathered, mesh))
     train_step = make_train_step(

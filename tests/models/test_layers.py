@@ -56,13 +56,32 @@ def cast_beside_affine(x, kernel, bias):
     return affine(x, kernel, bias, cast)
 
 
+def norm_of_a_cpu(x, shift, scale):
+    return modulated_norm(x, shift, scale, xla.Ops(recompute=False))
+
+
+def norm_with_its_own_gradient(x, shift, scale):
+    return modulated_norm(x, shift, scale, xla.Ops(recompute=True))
+
+
+def gelu_of_a_cpu(x):
+    return gelu(x, xla.Ops(recompute=False))
+
+
+def affine_of_a_cpu(x, kernel, bias):
+    return affine(x, kernel, bias, ops=xla.Ops(recompute=False))
+
+
 PLAIN = {
     affine: (plain_affine, [(48, 32), (32, 24), (24,)]),
     row_major_affine: (plain_affine, [(48, 32), (32, 24), (24,)]),
     affine_by_matmul: (plain_affine, [(48, 32), (32, 24), (24,)]),
     cast_beside_affine: (plain_affine, [(48, 32), (32, 24), (24,)]),
     gelu: (functools.partial(nn.gelu, approximate=True), [(6, 40)]),
-    modulated_norm: (plain_norm, [(2, 8, 32), (2, 1, 32), (2, 1, 32)]),
+    affine_of_a_cpu: (plain_affine, [(48, 32), (32, 24), (24,)]),
+    gelu_of_a_cpu: (functools.partial(nn.gelu, approximate=True), [(6, 40)]),
+    norm_of_a_cpu: (plain_norm, [(2, 8, 32), (2, 1, 32), (2, 1, 32)]),
+    norm_with_its_own_gradient: (plain_norm, [(2, 8, 32), (2, 1, 32), (2, 1, 32)]),
     add_gated: (lambda x, gate, y: x + gate * y, [(2, 8, 32), (2, 1, 32), (2, 8, 32)]),
 }
 
@@ -126,7 +145,7 @@ def test_forward_derivatives_are_the_plain_ones(dtype):
         affine: (plain_affine, [(48, 32), (32, 24), (24,)]),
         gelu: (functools.partial(nn.gelu, approximate=True), [(6, 40)]),
         xla.gradient_barrier: (lambda x: x, [(6, 40)]),
-        modulated_norm: (plain_norm, [(2, 8, 32), (2, 1, 32), (2, 1, 32)]),
+        norm_with_its_own_gradient: (plain_norm, [(2, 8, 32), (2, 1, 32), (2, 1, 32)]),
         attend.plain: (library_attention, [*[(2, 7, 3, 16)] * 3, (1, 3, 7, 7)]),
         lambda table: bias_at(table, (3, 4)): (
             functools.partial(plain_bias, (3, 4)), [(bias_rows((3, 4)), 2)]

@@ -58,6 +58,7 @@ def test_the_fields_for_devices(platform, devices, depth, unroll, row_major):
     assert model.modulate_first == (platform != "cpu")
     plain = dict(unroll=False, modulate_first=False, ops=MODEL.ops)
     assert model.clone(**plain) == MODEL.clone(depth=depth)
+    assert model.ops.recompute == (platform != "cpu")
     # Equal models of equal devices share a compiled program.
     assert model == xla.for_devices(MODEL.clone(depth=depth), platform, devices)
 
