@@ -42,7 +42,7 @@ def sum_rows_by_matmul(x: jax.Array) -> jax.Array:
     """`sum_rows`, as a matmul: XLA's CPU back end is slow at sums of bfloat16.
 
     Gain: 0.74 of the time of a bfloat16 step, together with float32 sums in other gradients. On a
-    GPU XLA would first copy x, padded and in float32. Test: tests/models/test_xla.py.
+    GPU XLA would first copy x, padded and in float32. Test: tests/models/test_layers.py.
     """
     ones = jnp.ones(len(x), x.dtype)
     return jnp.dot(ones, x, precision="highest", preferred_element_type=jnp.float32)
