@@ -30,7 +30,7 @@ from mdt_jax.train.step import make_train_step, sample_losses
 
 PACKAGES = (
     "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "nvidia-cudnn-cu13",
-    "nvidia-cudnn-cu12", "nvidia-cublas", "grain", "scikit-learn", "tqdm",
+    "nvidia-cudnn-cu12", "nvidia-cublas", "grain", "scikit-learn",
 )  # fmt: skip
 GIB = 2**30
 
