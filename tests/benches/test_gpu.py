@@ -128,8 +128,14 @@ time.sleep(1000)
     (row,), reason = run(gpu, code, tmp_path, 3)
     assert reason == "stopped after 3 s" and time.monotonic() - began < 20
     status = pathlib.Path(f"/proc/{row['child']}/status")
-    # Without a parent to read its exit code it may remain as a zombie.
-    assert not status.exists() or "State:\tZ" in status.read_text()
+
+    def dead() -> bool:
+        # Without a parent to read its exit code it may remain as a zombie.
+        return not status.exists() or "State:\tZ" in status.read_text()
+
+    while not dead() and time.monotonic() - began < 30:
+        time.sleep(0.1)
+    assert dead()
 
 
 def test_the_reason_of_a_failure(gpu, tmp_path):
