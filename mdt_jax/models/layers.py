@@ -98,9 +98,10 @@ def _standardized(x, mean, inverse):
 def _norm_forward(x, shift, scale):
     x32 = x.astype(jnp.float32)
     mean = x32.mean(-1, keepdims=True)
-    inverse = jax.lax.rsqrt(jnp.square(x32 - mean).mean(-1, keepdims=True) + EPS)
+    centred = x32 - mean
+    inverse = jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + EPS)
     shift, factor = shift.astype(jnp.float32), 1 + scale.astype(jnp.float32)
-    out = _standardized(x, mean, inverse) * factor + shift
+    out = centred * inverse * factor + shift
     return out.astype(x.dtype), (x, mean, inverse, scale)
 
 

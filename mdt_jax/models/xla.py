@@ -73,12 +73,10 @@ def for_devices(model: "MDT", platform: str, num_devices: int, mesh: Mesh | None
     blocks take about 0.73 of the time of scanned ones (S/2, batch 16, float32).
     """
     if platform != "cpu":
-        ops = Ops()
-        if model.attention == "plain":
-            pass
-        elif platform == "gpu" and not refusal(model, platform):
+        ops, fuse = Ops(), model.attention != "plain"
+        if fuse and platform == "gpu" and not refusal(model, platform):
             ops = ops._replace(attend=fused.cudnn, bias_dtype=model.dtype)
-        elif platform == "tpu" and mesh is not None and _fits_tpu(model, mesh):
+        if fuse and platform == "tpu" and mesh is not None and _fits_tpu(model, mesh):
             ops = ops._replace(attend=tpu_attention.on_mesh(mesh))
         return model.clone(unroll=platform == "gpu", modulate_first=True, ops=ops)
     # With several CPU devices XLA would gather a split array to satisfy the layout constraint.

@@ -201,9 +201,9 @@ def test_the_environment_on_a_gpu(gpu, tmp_path, monkeypatch):
     assert "XLA_FLAGS" not in gpu["prepare"](tmp_path, False)[1]
 
 
-def test_an_unknown_flag_of_xla_is_found(gpu):
-    find, known = gpu["find_device"], "--xla_gpu_dump_autotune_results_to=/tmp/x.txt"
-    environment = {**os.environ, "XLA_FLAGS": known}
+def test_an_unknown_flag_of_xla_is_found(gpu, tmp_path):
+    find, known = gpu["find_device"], "--xla_gpu_dump_autotune_results_to="
+    environment = {**os.environ, "XLA_FLAGS": f"{known}{tmp_path / 'results.txt'}"}
     assert find(environment) == {"platform": "cpu", "kind": "cpu"}
     with pytest.raises(gpu["UserError"], match="xla_no_such"):
         find({**environment, "XLA_FLAGS": "--xla_no_such_flag=1"})

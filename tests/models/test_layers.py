@@ -220,7 +220,7 @@ def test_attention_and_its_gradients_are_those_of_the_library(form, tokens, kept
     ours, theirs = (
         lambda q, k, v, bias=None, f=f: f(q, k, v, bias, visible) for f in (form, library_attention)
     )
-    assert relative_error(ours(*inputs), theirs(*inputs)) < 2e-6
+    assert relative_error(ours(*inputs), theirs(*inputs)) < 1e-6
     got, expected = gradients(ours, *inputs), gradients(theirs, *inputs)
     for a, b in zip(got, expected, strict=True):
         assert a.shape == b.shape and relative_error(a, b) < 2e-6
@@ -266,8 +266,8 @@ def test_kept_tokens_attend_as_if_there_were_no_others(form, relative_bias):
         jax.grad(functools.partial(total, function), argnums=(0, 1))(params, x)
         for function in (ours, alone)
     )
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
-        assert relative_error(a + 1e-3, b + 1e-3) < 2e-6
+    for a, b in zip(got, expected, strict=True):  # of all parameters together, and of x
+        assert relative_error(a, b) < 2e-6
 
 
 def test_why_a_fused_form_is_not_taken():

@@ -19,6 +19,7 @@ from mdt_jax.sampling import engine, generation
 from mdt_jax.sampling.noise import Noise
 from tests.conftest import ROOT, XLA_FLAGS, run_command
 from tests.lively import LABELS, OPTIONS, load_lively, with_a_broken_class
+from tests.published import relative_error
 
 EIGHT_DEVICES = """
 import sys, jax, numpy as np, mdt_jax
@@ -402,6 +403,33 @@ def test_the_loop_does_not_ask_the_host(lively):
     model, params = lively
     text = str(engine.run_segment.trace(*seven_evaluations(model, params)).jaxpr)
     assert "scan[" in text and "while[" not in text and "callback" not in text
+
+
+@pytest.mark.parametrize("options", [
+    dict(), dict(sampler="heun"), dict(sampler="dpmpp_2m", spacing="log_snr"), dict(progress=True),
+    dict(guidance_scale=1.0),
+], ids=str)  # fmt: skip
+def test_modulations_before_the_loop_change_no_sample(lively, options, monkeypatch):
+    model, params = lively
+    options = {"num_steps": 7, "guidance_scale": 3.0, **options}
+    expected = generation.generate(model, params, [0, 1, 2], **options)
+    first = model.clone(modulate_first=True)
+    computed = []
+    found = MDT.modulations
+    monkeypatch.setattr(
+        MDT, "modulations", lambda self, *given: computed.append(1) or found(self, *given)
+    )
+    jax.clear_caches()
+    assert relative_error(generation.generate(first, params, [0, 1, 2], **options), expected) < 1e-5
+    assert computed
+    # Where they would take too much memory, they are computed step by step.
+    computed.clear()
+    monkeypatch.setattr(engine, "MODULATION_BYTES", 0)
+    jax.clear_caches()
+    np.testing.assert_array_equal(
+        generation.generate(first, params, [0, 1, 2], **options), expected
+    )
+    assert not computed
 
 
 def test_blocks_are_not_sliced_out_of_their_stack_in_each_turn(lively):
