@@ -1,9 +1,9 @@
 """Encode: python -m mdt_jax.encode --config=configs/xl2.py --out=latents/imagenet
 
 Encodes images to the VAE's latents once for all runs: mean and deviation of the posterior of each
-image and of its mirror, in float16, on all devices. Several machines share the work with --part=1/4
-and so on. The same command resumes where it was stopped. To train on the cache:
---config.data.name=latents --config.data.path=latents/imagenet
+image and of its mirror, in float16, on all devices. The processes of a run share the work; so do
+machines that do not know each other, with --part=1/4 and so on. The same command resumes where it
+was stopped. To train on the cache: --config.data.name=latents --config.data.path=latents/imagenet
 """
 
 import argparse
@@ -39,12 +39,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--out", default="", type=cli.local, help="folder of the latents")
-    add("--part", default="", metavar="K/N", help="part K of N, for several machines: 2/4")
+    add("--part", default="", metavar="K/N", help="part K of N: 2/4 (default: by the processes)")
     text = f"images of a shard; a stop loses one shard at most (default: {SHARD_IMAGES})"
     add("--shard_images", type=cli.count, default=SHARD_IMAGES, help=text)
     add = parser.add_mutually_exclusive_group().add_argument
     add("--verify", **cli.SWITCH, help="read a finished cache and compare it with its manifest")
     add("--estimate_scale", **cli.SWITCH, help="measure the VAE's scale; nothing is written")
+    parser.add_processes()
     parser.add_config()
     args = parser.parse_args(argv[1:])
     if not (args.out or args.estimate_scale):

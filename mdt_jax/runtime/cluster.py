@@ -6,7 +6,9 @@ From the start on, each process watches the others and ends when one of them die
 import contextlib
 import os
 import re
+import signal
 import socket
+import sys
 import threading
 import time
 from typing import Any
@@ -20,6 +22,7 @@ from mdt_jax.runtime.errors import UserError
 from mdt_jax.runtime.files import reason
 
 LEFT = "mdt_jax/left"  # the key under which a process says why it ends
+LONGEST_REST = 24 * 3600  # seconds that a process waits at the end for the others' parts
 RESUME = "this process stops, too; rerun the same command to resume from the last checkpoint"
 
 
@@ -34,6 +37,9 @@ def start(
     for all processes to connect, and again for a first sum over their devices. patience: seconds
     after which a process that does not answer counts as dead and the others stop.
 
+    Unless SIGTERM is handled already, it ends the process, and the others with it, with exit code
+    143.
+
     Raises UserError, or ends the process with one line, if the processes do not connect.
     """
     if start_timeout < 1 or patience < 5:
@@ -44,6 +50,10 @@ def start(
     if distributed == "off":
         return
     connection.patience = patience
+    # Training handles SIGTERM by now. For other commands JAX would only note it and go on.
+    ends_at_sigterm = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    if ends_at_sigterm:
+        jax.config.update("jax_enable_preemption_service", False)
     connected = threading.Event()
     threading.Thread(
         target=_end_if_incomplete, args=(start_timeout, connected), daemon=True
@@ -68,6 +78,8 @@ def start(
     finally:
         connected.set()
     if hosts.several():
+        if ends_at_sigterm:
+            signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
         _meet(start_timeout)
     else:
         hosts.log0(f"process 0 on {_local_devices()}")
@@ -210,7 +222,7 @@ def shutdown() -> None:
     """Wait for all processes at the end of a run, and disconnect."""
     if not hosts.several():
         return
-    hosts.exchange("shutdown", None)
+    hosts.exchange("shutdown", None, LONGEST_REST)
     connection.ended.set()
     jax.distributed.shutdown()
     for watcher in connection.watchers:  # Python must not exit while one still waits in a call

@@ -45,18 +45,18 @@ def log0(line: str) -> None:
         progress.log(line)
 
 
-def exchange(topic: str, value: Any) -> list[Any]:
+def exchange(topic: str, value: Any, timeout: int = LONGEST_WAIT) -> list[Any]:
     """Every process's value, in the order of the processes; values are JSON.
 
     topic: the subject, equal in all processes. Raises UserError if the topics differ, if a process
-    does not reach the exchange within LONGEST_WAIT seconds, or if another run set a key. If a
-    process died, `cluster` ends this one meanwhile.
+    does not reach the exchange within `timeout` seconds, or if another run set a key. If a process
+    died, `cluster` ends this one meanwhile.
     """
     service = connection.service
     key = f"mdt_jax/exchange/{next(connection.exchanges)}"
     try:
         connection.put(f"{key}/{service.process_id}", json.dumps([topic, value]))
-        service.client.wait_at_barrier(key, LONGEST_WAIT * 1000)
+        service.client.wait_at_barrier(key, timeout * 1000)
         texts = [connection.get(f"{key}/{number}", 60) for number in range(service.num_processes)]
     except Exception as error:
         if not may_be_lost(error):

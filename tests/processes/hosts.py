@@ -1,6 +1,6 @@
 """One of several hosts: python -m tests.processes.hosts COORDINATOR COUNT INDEX WHAT ARGUMENTS …
 
-`encode` is the command itself; `feed OUT STEPS …` saves what this host's devices hold of the first
+`feed OUT STEPS …` saves what this host's devices hold of the first
 batches of a config; `restore OUT WORKDIR …` saves the newest checkpoint's state, gathered; `refused
 CASES` starts a run for each line of a file, and prints a line for each: why it was refused.
 """
@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from mdt_jax import cli, encode
+from mdt_jax import cli
 from mdt_jax import config as configs
 from mdt_jax.models.mdt import MDT
 from mdt_jax.runtime import hosts, parallel
@@ -95,8 +95,4 @@ def refused(cases: str) -> None:
 if __name__ == "__main__":
     coordinator, count, index, what, *arguments = sys.argv[1:]
     jax.distributed.initialize(coordinator, int(count), int(index))
-    if what == "encode":
-        sys.argv = ["encode", *arguments]
-        cli.run(encode.main)
-    else:
-        {"restore": restore, "feed": feed, "refused": refused}[what](*arguments)
+    {"restore": restore, "feed": feed, "refused": refused}[what](*arguments)

@@ -12,10 +12,11 @@ import pytest
 
 from mdt_jax import encode
 from mdt_jax.data import latents
+from mdt_jax.runtime import locks
 from tests.conftest import ROOT, run_command, run_here, start_command
 from tests.encoding import IMAGES, SHARDS, arguments, content, make_place
 from tests.processes.hosts import feed
-from tests.processes.together import all_well, start_hosts
+from tests.processes.together import all_well, ends, start_as_one, start_hosts
 
 
 @pytest.fixture(scope="module")
@@ -79,8 +80,23 @@ def test_on_eight_devices(place, tmp_path):
 
 
 def test_two_hosts_share_the_work(place, tmp_path):
-    all_well(start_hosts(2, "encode", *arguments(place), f"--out={tmp_path / 'cache'}", SHARDS))
+    out = f"--out={tmp_path / 'cache'}"
+    all_well(start_as_one(2, "mdt_jax.encode", *arguments(place), out, SHARDS))
     assert content(tmp_path / "cache") == content(place / "cache")
+    verified = all_well(start_as_one(2, "mdt_jax.encode", *arguments(place), out, "--verify"))
+    assert "is sound: 52 images in 13 shards" in verified
+
+
+def test_a_host_that_fails_tells_the_others(place, tmp_path):
+    """Its part is in use by another command; the other host does not go on alone."""
+    out = tmp_path / "cache"
+    with locks.held(out / ".part-2-of-2.lock", "the test"):
+        flags = [*arguments(place), f"--out={out}", "--shard_images=1"]
+        first, second = ends(start_as_one(2, "mdt_jax.encode", *flags))
+    assert (first[0], second[0]) == (2, 2)
+    assert f"part 2 of 2 of {out} is in use by process" in second[1]
+    assert "process 1 stopped: part 2 of 2" in first[1], first[1]
+    assert not (out / "manifest.json").exists()
 
 
 def test_parts_on_machines_that_know_nothing_of_each_other(place, tmp_path):

@@ -1,18 +1,20 @@
 """Sampling in processes of its own: killed, measured, several as one."""
 
 import random
+import signal
 import subprocess
 import sys
 import time
 
 import jax
 import numpy as np
+import pytest
 
 from mdt_jax import sample
 from mdt_jax.models.mdt import MDT, init_params
 from mdt_jax.weights import networks
 from tests.conftest import ROOT, run_here, start_command
-from tests.processes.together import all_well, free_port
+from tests.processes.together import all_well, ends, free_port, start_as_one
 from tests.runs import SAMPLE
 
 
@@ -98,3 +100,18 @@ def test_two_processes_draw_together(tmp_path):
     assert np.abs(one["arr_0"].astype(int) - two["arr_0"]).max() <= 1
     np.testing.assert_array_equal(one["arr_1"], two["arr_1"])
     assert str(one["note"]) == str(two["note"])
+
+
+@pytest.mark.parametrize("told", [0, 1])
+def test_sigterm_to_one_process_ends_all(told, tmp_path):
+    """Without that, JAX notes SIGTERM, and the processes go on."""
+    flags = [*SAMPLE, "--num_samples=20000", "--batch_size=10", f"--out={tmp_path / 'out.npz'}"]
+    processes = start_as_one(2, "mdt_jax.sample", *flags)
+    parts, until = tmp_path / "out.npz.parts", time.time() + 120
+    while not list(parts.glob("*.npy")):
+        assert processes[0].poll() is None and time.time() < until
+        time.sleep(0.01)
+    processes[told].send_signal(signal.SIGTERM)
+    codes = [code for code, _ in ends(processes, timeout=60)]
+    assert codes == [143, 143] and not (tmp_path / "out.npz").exists()
+    assert not list(tmp_path.glob(".*.lock"))

@@ -31,6 +31,15 @@ def start_hosts(count: int, what: str, *arguments: str) -> list[subprocess.Popen
     ]
 
 
+def start_as_one(count: int, *command: str) -> list[subprocess.Popen]:
+    """The processes of one run of a command, such as "mdt_jax.sample", with its flags."""
+    address = f"--distributed=127.0.0.1:{free_port()}"
+    return [
+        start_command(*command, address, f"--num_processes={count}", f"--process_id={number}")
+        for number in range(count)
+    ]
+
+
 def ends(processes: list[subprocess.Popen], timeout: float = 500) -> list[tuple[int, str]]:
     """(exit code, what it printed, stdout first) of each."""
     until, ended = time.time() + timeout, []
