@@ -24,6 +24,7 @@ from mdt_jax.data.masks import read_pair
 from mdt_jax.data.sample_notes import written
 from mdt_jax.diffusion.options import check_seed
 from mdt_jax.runtime.errors import UserError
+from mdt_jax.runtime.hosts import is_first
 from mdt_jax.runtime.progress import print_result
 from mdt_jax.sampling.inpainting import (
     MODES,
@@ -57,6 +58,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--num_resamples", type=int, help=f"repaint: passes of each stretch (default: {resamples})")
     add("--masked_share", type=float, help=f"side_interpolater: masked steps (default: {share})")
     parser.add_sampling()
+    parser.add_processes()
     return parser.parse_args(argv[1:])
 
 
@@ -119,6 +121,8 @@ def main(argv: list[str]) -> None:
         batch_size=args.batch_size, progress=True,
     )  # fmt: skip
     complete = np.where(hidden[:, :, None], pipeline.to_images(samples, args.batch_size), image)
+    if not is_first():
+        return
     note = pipeline.note() | vars(how) | {
         "image": args.image, "mask": args.mask, "label": args.label, "seed": args.seed,
     }  # fmt: skip

@@ -207,7 +207,7 @@ def encode_known(
     Raises UserError if all are.
     """
     known = np.where(hidden[:, :, None], image[~hidden].mean(0).astype(np.uint8), image)
-    encode = vae.encoder(parallel.make_mesh(devices=jax.devices()[:1]), precision)
+    encode = vae.encoder(parallel.make_mesh(devices=jax.local_devices()[:1]), precision)
     mean, _ = encode(known[None])
     rows, columns = mean.shape[1:3]
     side = vae.network.factor

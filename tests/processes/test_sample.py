@@ -9,13 +9,15 @@ import time
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
-from mdt_jax import sample
+from mdt_jax import inpaint, sample
 from mdt_jax.models.mdt import MDT, init_params
 from mdt_jax.weights import networks
 from tests.conftest import ROOT, run_here, start_command
 from tests.processes.together import all_well, ends, free_port, start_as_one
 from tests.runs import SAMPLE
+from tests.small_data import VAE, write_vae
 
 
 def test_killed_three_times_and_resumed(tmp_path):
@@ -53,7 +55,7 @@ def test_killed_three_times_and_resumed(tmp_path):
 
 MEASURE = """
 import resource, sys
-from mdt_jax import sample
+from mdt_jax import inpaint, sample
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 sample.main(["sample", *sys.argv[1:]])
 print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
@@ -115,3 +117,27 @@ def test_sigterm_to_one_process_ends_all(told, tmp_path):
     codes = [code for code, _ in ends(processes, timeout=60)]
     assert codes == [143, 143] and not (tmp_path / "out.npz").exists()
     assert not list(tmp_path.glob(".*.lock"))
+
+
+def test_two_processes_complete_an_image_of_latents(tmp_path):
+    model = MDT(input_size=(8, 8), in_channels=4, hidden_size=16, depth=2, num_heads=2,
+                decoder_layers=1, num_classes=3)  # fmt: skip
+    networks.save(tmp_path / "mdt", networks.Weights(model, init_params(model, jax.random.key(0))))
+    write_vae(tmp_path / "vae")
+    size = 8 * VAE.factor
+    mask = np.zeros((size, size), np.uint8)
+    mask[10:30, 5:37] = 255
+    image = np.random.RandomState(0).randint(0, 256, (size, size, 3), np.uint8)
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    Image.fromarray(image).save(tmp_path / "in.png")
+    flags = [
+        f"--checkpoint={tmp_path / 'mdt'}", f"--vae={tmp_path / 'vae'}", "--label=1",
+        f"--image={tmp_path / 'in.png'}", f"--mask={tmp_path / 'mask.png'}", "--num_steps=3",
+        "--mode=side_interpolater",
+    ]  # fmt: skip
+    run_here(inpaint.main, *flags, f"--out={tmp_path / 'one.png'}")
+    out = f"--out={tmp_path / 'two.png'}"
+    assert "wrote 1 completion" in all_well(start_as_one(2, "mdt_jax.inpaint", *flags, out))
+    one, two = (np.asarray(Image.open(tmp_path / f"{n}.png")).astype(int) for n in ("one", "two"))
+    assert np.abs(one - two).max() <= 1
+    np.testing.assert_array_equal(two[mask == 0], image[mask == 0])
