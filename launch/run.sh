@@ -1,24 +1,30 @@
 #!/usr/bin/env bash
-# Train: launch/run.sh --config=configs/xl2.py --workdir=DIR [further flags of mdt_jax.main]
+# A command on one machine: launch/run.sh [COMMAND] [flags of the command]
 #
-# The exit code says what became of the run, which schedulers ask for:
-#   0   it is finished: its report.json is there
-#   75  it was stopped by SIGTERM and saved; the same command resumes
+# COMMAND is train (mdt_jax.main; the default), encode, sample, evaluate, inpaint, convert or info.
+# The exit code tells a scheduler the outcome:
+#   0   the command is finished
+#   75  SIGTERM stopped it, and the same command resumes
 #   any other: it failed
-# SIGTERM and Ctrl-C are passed on. LAUNCHER stands before the command, such as "srun"; PYTHON is
-# the interpreter.
+# SIGTERM and Ctrl-C are passed on. LAUNCHER stands before the command, for example "srun"; PYTHON
+# is the interpreter.
 set -uo pipefail
 
-workdir='' before=''
-for flag in "$@"; do
-    case $before in --workdir | -workdir) workdir=$flag ;; esac
-    case $flag in --workdir=* | -workdir=*) workdir=${flag#*=} ;; esac
-    before=$flag
-done
-if [[ -z $workdir ]]; then
-    echo "error: --workdir is missing" >&2
-    exit 2
+command=train
+if [[ ${1:--} != -* ]]; then
+    command=$1
+    shift
 fi
+case $command in
+    train) set -- main --stopped_exit_code=75 "$@" ;;
+    encode | sample | evaluate | inpaint | convert | info) set -- "$command" "$@" ;;
+    *)
+        echo "error: $command is none of train, encode, sample, evaluate, inpaint, convert, info" >&2
+        exit 2
+        ;;
+esac
+module=mdt_jax.$1
+shift
 
 asked=0
 # shellcheck disable=SC2329  # the trap calls it
@@ -28,7 +34,7 @@ stop() {
 }
 
 # shellcheck disable=SC2086  # LAUNCHER may be several words
-${LAUNCHER:-} "${PYTHON:-python}" -m mdt_jax.main "$@" &
+${LAUNCHER:-} "${PYTHON:-python}" -m "$module" "$@" &
 child=$!
 trap stop TERM INT
 
@@ -40,19 +46,8 @@ while [[ $seen != "$asked" ]]; do
     code=$?
 done
 
-# Told to end before it could save: nothing is lost, and nothing is wrong.
+# SIGTERM ended it before its first step, or where there is nothing to save.
 if [[ $code == 143 ]]; then
-    exit 75
-fi
-if [[ $code == 0 ]]; then
-    # The first process writes the report; listing the folder makes NFS look anew, and others
-    # may take some seconds until each machine sees it.
-    for _ in {1..10}; do
-        ls "$workdir" >/dev/null 2>&1
-        [[ -e $workdir/report.json ]] && exit 0
-        [[ $asked -gt 0 ]] && break
-        sleep 1
-    done
     exit 75
 fi
 exit "$code"

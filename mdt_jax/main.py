@@ -7,8 +7,10 @@ with XLA_FLAGS=--xla_gpu_deterministic_ops=true). SIGTERM and Ctrl-C save before
 
 import argparse
 import pathlib
+import sys
 
 from mdt_jax import cli
+from mdt_jax.runtime import cluster
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.train.loop import train
 from mdt_jax.train.stopping import StopSignal
@@ -26,6 +28,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--tensorboard", **cli.SWITCH, help="write event files to the workdir")
     add("--wandb", default="", metavar="PROJECT", help="log to a project of Weights & Biases")
     add("--profile_steps", default="", metavar="FIRST:LAST", help="steps to profile, as 10:13")
+    text = "exit code of a run that a signal stops before its end (default: 0)"
+    add("--stopped_exit_code", type=int, default=0, help=text)
     parser.add_processes()
     parser.add_config()
     args = parser.parse_args(argv[1:])
@@ -39,9 +43,13 @@ def main(argv: list[str]) -> None:
     stop = StopSignal(ends_process=True)
     args = parse(argv)
     config, given = cli.read_config(args)
+    stop.exit_code = args.stopped_exit_code
     cli.start(args, keep_memory=True)
     show = Monitoring(args.tensorboard, args.wandb, args.profile_steps)
-    train(config, pathlib.Path(args.workdir), show, given, stop)
+    finished = train(config, pathlib.Path(args.workdir), show, given, stop)
+    if not finished and stop.exit_code:
+        cluster.shutdown(stop.exit_code)
+        sys.exit(stop.exit_code)
 
 
 if __name__ == "__main__":

@@ -1,23 +1,29 @@
 #!/usr/bin/env bash
-# A run on all machines of a TPU pod: launch/tpu/pod.sh COMMAND [flags of mdt_jax.main]
+# A command on all machines of a TPU pod: launch/tpu/pod.sh SUBCOMMAND [COMMAND FLAGS]
 #
-#   create        ask for the pod, wait until it is there, install
-#   install       put the code on all its machines: what is committed, HEAD
-#   run FLAGS     start training on all machines, in the background
-#   logs          follow the log of one machine (WORKER, 0)
-#   stop          save and stop
-#   delete        give the pod back
-#   watch FLAGS   create and run, and again after each preemption, until the run is finished
+#   create               request the pod, wait until it is active, install
+#   install              copy the code to all its machines, as it is committed (HEAD)
+#   run COMMAND FLAGS    start a command on all machines, in the background
+#   watch COMMAND FLAGS  create and run, and again after each preemption, until it is finished
+#   logs                 follow the log of one machine (WORKER, 0)
+#   stop                 save and stop
+#   delete               delete the pod
+#
+# COMMAND is one of launch/run.sh: train, encode, sample, evaluate, inpaint, convert or info. The
+# machines share no disk: workdir, data and outputs are in a bucket.
 #
 # Variables:
 #   TPU_NAME         name of the pod and of its queued resource (mdt-jax)
 #   ZONE             where it is, such as us-west4-a
 #   ACCELERATOR      its kind and size, such as v5litepod-16
-#   RUNTIME_VERSION  the software of its machines, such as v2-alpha-tpuv5-lite
+#   RUNTIME_VERSION  the software of its machines (Google's for JAX on this kind)
 #   PROJECT          the project of Google Cloud (gcloud's own setting)
-#   SPOT             1 for spot machines, which are cheaper and may be taken away (0)
-#   SETUP            a command for each new machine, which mounts the shared disk (none)
-#   PERIOD           seconds between two looks of create and watch (60)
+#   SERVICE_ACCOUNT  the account by which the machines access buckets (the project's default)
+#   SPOT             1 for spot machines, which are cheaper and can be preempted (0)
+#   CREATE_FLAGS     further flags of `gcloud compute tpus queued-resources create` (none)
+#   SSH_FLAGS        further flags of `gcloud compute tpus tpu-vm ssh` and `scp` (none)
+#   SETUP            a command that each machine runs before the code is installed (none)
+#   PERIOD           seconds between two checks by create and watch (60)
 set -euo pipefail
 
 TPU_NAME=${TPU_NAME:-mdt-jax}
@@ -25,17 +31,26 @@ place=(--zone="${ZONE:?is not set}")
 if [[ -n ${PROJECT:-} ]]; then
     place+=(--project="$PROJECT")
 fi
+read -ra create_flags <<<"${CREATE_FLAGS:-}"
+read -ra ssh_flags <<<"${SSH_FLAGS:-}"
 period=${PERIOD:-60}
 root=$(dirname "$0")/../..
 
-# What can be done to a pod, in the words of gcloud.
 tpu() { gcloud compute tpus "$@" "${place[@]}"; }
 
+# on WORKER COMMAND: run a shell command on one machine, or on all.
+on() { tpu tpu-vm ssh "$TPU_NAME" --worker="$1" --command="$2" "${ssh_flags[@]}"; }
 
-# on WORKER COMMAND: in a shell of one of its machines, or of all.
-on() { tpu tpu-vm ssh "$TPU_NAME" --worker="$1" --command="$2"; }
+# gcloud connects to several machines only with a key that an SSH agent holds.
+check_agent() {
+    if ! ssh-add -l >/dev/null 2>&1; then
+        echo 'error: no SSH agent holds a key, which gcloud needs for several machines; run' \
+            "eval \"\$(ssh-agent)\" && ssh-add ~/.ssh/google_compute_engine" >&2
+        return 1
+    fi
+}
 
-# Of the queued resource: ACTIVE, SUSPENDED, …, or NONE.
+# The state of the queued resource: ACTIVE, SUSPENDED, …, or NONE.
 state() {
     tpu queued-resources describe "$TPU_NAME" --format='value(state.state)' 2>/dev/null || echo NONE
 }
@@ -54,24 +69,40 @@ await_pod() {
     done
 }
 
+# The software for JAX, from https://cloud.google.com/tpu/docs/runtimes.
+runtime_version() {
+    case $ACCELERATOR in
+        v6e-*) echo v2-alpha-tpuv6e ;;
+        v5p-*) echo v2-alpha-tpuv5 ;;
+        v5litepod-*) echo v2-alpha-tpuv5-lite ;;
+        *) echo "${RUNTIME_VERSION:?is not set}" ;;
+    esac
+}
+
+# The account's roles alone decide what the machines may access, as Google recommends.
 create() {
-    local spot=()
-    if [[ ${SPOT:-0} == 1 ]]; then
-        spot=(--spot)
+    local version flags=(--scopes=https://www.googleapis.com/auth/cloud-platform)
+    if [[ -n ${SERVICE_ACCOUNT:-} ]]; then
+        flags+=(--service-account="$SERVICE_ACCOUNT")
     fi
+    if [[ ${SPOT:-0} == 1 ]]; then
+        flags+=(--spot)
+    fi
+    : "${ACCELERATOR:?is not set}"
+    version=${RUNTIME_VERSION:-$(runtime_version)}
     tpu queued-resources create "$TPU_NAME" --node-id="$TPU_NAME" \
-        --accelerator-type="${ACCELERATOR:?is not set}" \
-        --runtime-version="${RUNTIME_VERSION:?is not set}" "${spot[@]}"
+        --accelerator-type="$ACCELERATOR" --runtime-version="$version" \
+        "${flags[@]}" "${create_flags[@]}"
     await_pod
     install
 }
 
-# The machines bring an older Python than mdt_jax needs; uv fetches one.
+# The machines have an older Python than mdt_jax needs; uv fetches one.
 install() {
     local archive
     archive=$(mktemp)
     git -C "$root" archive --format=tar.gz --output="$archive" HEAD
-    tpu tpu-vm scp "$archive" "$TPU_NAME:mdt_jax.tar.gz" --worker=all
+    tpu tpu-vm scp "$archive" "$TPU_NAME:mdt_jax.tar.gz" --worker=all "${ssh_flags[@]}"
     rm "$archive"
     on all "set -e
         ${SETUP:-}
@@ -81,43 +112,46 @@ install() {
         cd mdt_jax
         python3 -m uv venv --quiet --allow-existing --python 3.12 .venv
         python3 -m uv pip install --quiet --python .venv/bin/python \
-            --constraint launch/constraints.txt -e '.[tpu,data]'"
+            --constraint launch/constraints.txt -e '.[tpu,data,gcs]'"
 }
 
-# On each machine ~/mdt_jax has the log of its part, the process and, at the end, its exit code.
-# What the machines tell each other is signed with a token, new each time.
+# Each machine's ~/mdt_jax has the log of its process, the process number and, at the end, the exit
+# code. The machines sign their messages with a token, new at each start.
 run() {
-    local token
+    local token machines=all platform=''
     token=$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')
-    on all "cd mdt_jax || exit
-        if kill -0 \"\$(cat train.pid 2>/dev/null)\" 2>/dev/null; then
-            echo 'error: a run is going on' >&2
+    # These need no TPU, and the TPU of a single machine does not start without the others.
+    case ${1:-} in convert | info) machines=0 platform='export JAX_PLATFORMS=cpu' ;; esac
+    on "$machines" "cd mdt_jax || exit
+        if kill -0 \"\$(cat run.pid 2>/dev/null)\" 2>/dev/null; then
+            echo 'error: a command is running already' >&2
             exit 1
         fi
-        rm -f train.pid train.exit
+        rm -f run.pid run.exit
         export PYTHON=.venv/bin/python MDT_JAX_RUN_TOKEN=$token
+        $platform
         setsid bash -c '
-            launch/run.sh \"\$@\" & echo \$! >train.pid
-            wait \$!; echo \$? >train.exit' run ${*@Q} </dev/null >>train.log 2>&1 &"
+            launch/run.sh \"\$@\" & echo \$! >run.pid
+            wait \$!; echo \$? >run.exit' run ${*@Q} </dev/null >>run.log 2>&1 &"
 }
 
-# Every machine is told; one would do. Waits until they have saved and ended.
+# Sends SIGTERM on every machine, and waits until the processes have saved and ended.
 # shellcheck disable=SC2016  # the machines expand it
 stop() {
-    on all 'cd mdt_jax && pid=$(cat train.pid) || exit 0
+    on all 'cd mdt_jax && pid=$(cat run.pid) || exit 0
         kill -TERM "$pid" 2>/dev/null
         while kill -0 "$pid" 2>/dev/null; do sleep 1; done'
 }
 
-# What became of the first machine's part: running, its exit code, lost (the machine was started
-# anew, or nothing has been run) or unreachable.
+# The state of the first machine's process: running, its exit code, lost (the machine was restarted,
+# or has run nothing yet) or unreachable.
 # shellcheck disable=SC2016
 progress() {
     on 0 'cd mdt_jax 2>/dev/null
-        if kill -0 "$(cat train.pid)"; then
+        if kill -0 "$(cat run.pid)"; then
             echo running
         else
-            cat train.exit || echo lost
+            cat run.exit || echo lost
         fi 2>/dev/null' || echo unreachable
 }
 
@@ -135,9 +169,9 @@ watch() {
             FAILED | SUSPENDED) "$0" delete || true ;;
             lost) { "$0" install && "$0" run "$@"; } || true ;;
             [0-9]*)
-                # A failure may be that another machine was lost.
+                # The cause of a failure may be that another machine was lost.
                 if [[ $now != 75 ]] && ((++failures > 3)); then
-                    echo "error: training failed with exit code $now; see $0 logs" >&2
+                    echo "error: ${1:-} failed with exit code $now; see $0 logs" >&2
                     return 1
                 fi
                 { "$0" stop && "$0" run "$@"; } || true
@@ -147,11 +181,14 @@ watch() {
     done
 }
 
-command=${1:-}
+subcommand=${1:-}
 shift || true
-case $command in
-    create | install | run | stop | watch) "$command" "$@" ;;
-    logs) on "${WORKER:-0}" 'tail -n 100 -F mdt_jax/train.log' ;;
+case $subcommand in
+    create | install | run | stop | watch)
+        check_agent
+        "$subcommand" "$@"
+        ;;
+    logs) on "${WORKER:-0}" 'tail -n 100 -F mdt_jax/run.log' ;;
     delete) tpu queued-resources delete "$TPU_NAME" --force --quiet ;;
     *)
         sed -n '2,/^set/s/^# \{0,1\}//p' "$0" >&2

@@ -218,8 +218,11 @@ def leave_at_once(code: int, reason: str = "") -> None:
     os._exit(code)
 
 
-def shutdown() -> None:
-    """Wait for all processes at the end of a run, and disconnect."""
+def shutdown(code: int = 0) -> None:
+    """Wait for all processes at the end of a run, and disconnect.
+
+    code: the exit code if a watcher still waits in a call, which ends this process at once.
+    """
     if not hosts.several():
         return
     hosts.exchange("shutdown", None, LONGEST_REST)
@@ -228,4 +231,4 @@ def shutdown() -> None:
     for watcher in connection.watchers:  # Python must not exit while one still waits in a call
         watcher.join(timeout=10)
     if any(watcher.is_alive() for watcher in connection.watchers):
-        leave_at_once(0)
+        leave_at_once(code)

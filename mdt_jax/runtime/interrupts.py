@@ -28,9 +28,9 @@ def end_soon(message: str | None) -> None:
     _end_message = message
 
 
-def end_in(seconds: float) -> None:
-    """End the process with exit code 0 after `seconds`, even if other threads still block."""
-    timer = threading.Timer(seconds, os._exit, [0])
+def end_in(seconds: float, code: int) -> None:
+    """End the process with an exit code after `seconds`, even if other threads still block."""
+    timer = threading.Timer(seconds, os._exit, [code])
     timer.daemon = True
     timer.start()
 

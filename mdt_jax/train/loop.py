@@ -103,6 +103,6 @@ def train(
             except Stopped:
                 run.save_stopped(step, state, log)
                 if stop.ends_process:
-                    interrupts.end_in(READERS_SECONDS)
+                    interrupts.end_in(READERS_SECONDS, stop.exit_code)
                 return False
         return run.report(state, sampler)

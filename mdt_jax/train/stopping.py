@@ -31,11 +31,12 @@ class StopSignal:
     trains, a signal sets a flag that the training loop checks; of several processes one needs to
     get it, and all stop at the same step. `interrupts.answered` handles a second Ctrl-C.
 
-    ends_process: the process has nothing to do after the run.
+    ends_process: the process has nothing to do after the run. exit_code: that of a process which a
+    signal ends after the first step.
     """
 
     def __init__(self, ends_process: bool = False):
-        self.ends_process = ends_process
+        self.ends_process, self.exit_code = ends_process, 0
         self._requested, self._phase = False, _Phase.STARTING
         interrupts.end_soon("stopped before the first step; the same command resumes")
         self._install()
@@ -47,7 +48,7 @@ class StopSignal:
     def _handle(self, number: int, _) -> None:
         self._requested = True
         if self._phase is _Phase.ENDED:
-            sys.exit(0)
+            sys.exit(self.exit_code)
         if several():  # JAX handles SIGTERM, and tells the other processes
             os.kill(os.getpid(), signal.SIGTERM)
         elif self._phase is _Phase.STARTING:
@@ -81,8 +82,8 @@ class StopSignal:
             self._phase = _Phase.TRAINING
 
     def exit_at_once(self, step: int) -> None:
-        """From now on a signal, also one that has arrived, ends the process with exit code 0."""
+        """From now on a signal, also one that has arrived, ends the process."""
         if self.requested(step):
-            sys.exit(0)
+            sys.exit(self.exit_code)
         self._phase = _Phase.ENDED
         self._install()

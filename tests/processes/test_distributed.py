@@ -136,17 +136,21 @@ def test_one_of_four_is_killed_and_the_same_command_goes_on(four, tmp_path):
             np.testing.assert_array_equal(a, b)
 
 
-def test_one_is_told_to_stop_and_all_save_the_same_step(tmp_path):
-    """By Ctrl-C, which it passes on to itself as SIGTERM."""
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 0), (signal.SIGTERM, 75)])
+def test_one_is_told_to_stop_and_all_save_the_same_step(number, code, tmp_path):
+    """Ctrl-C is passed on as SIGTERM. The exit code is the one that the flag asks for."""
     workdir = tmp_path / "run"
     processes = start_run(
         2, workdir, "--config.train.steps=100000", "--config.train.checkpoint_every=100000",
         "--config.train.sample_every=0", "--config.train.accumulate=2",
+        f"--stopped_exit_code={code}",
     )  # fmt: skip
     wait_for_steps(workdir, 3, processes[0])
-    processes[1].send_signal(signal.SIGINT)
-    printed = all_well(processes)
-    stopped = int(re.search(r"stopped at step (\d+), saved", printed)[1])
+    processes[1].send_signal(number)
+    ended = ends(processes)
+    assert [each for each, _ in ended] == [code, code], ended
+    assert "error" not in ended[0][1] + ended[1][1], ended
+    stopped = int(re.search(r"stopped at step (\d+), saved", ended[0][1])[1])
     assert [int(p.name) for p in (workdir / "checkpoints").iterdir()] == [stopped]
     assert steps_of(workdir) == list(range(1, stopped + 1))
     assert not (workdir / "report.json").exists()

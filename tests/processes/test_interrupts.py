@@ -73,7 +73,8 @@ def test_a_run_that_starts(place, number, tmp_path):
 
 def test_a_run_that_waits_for_data_saves(tmp_path):
     flags = [*SMOKE, "--config.train.steps=100", "--config.train.checkpoint_every=100"]
-    process = start("reads", *flags, "--config.train.sample_every=0", f"--workdir={tmp_path}")
+    flags += ["--config.train.sample_every=0", "--stopped_exit_code=75"]
+    process = start("reads", *flags, f"--workdir={tmp_path}")
     until = time.time() + 100
     while not steps_of(tmp_path) and time.time() < until:
         time.sleep(0.1)
@@ -81,7 +82,7 @@ def test_a_run_that_waits_for_data_saves(tmp_path):
     process.send_signal(signal.SIGTERM)
     code, lines = ends(process)
     (stopped,) = steps_in(tmp_path)
-    assert code == 0 and lines[-1] == f"stopped at step {stopped}, saved; the same command resumes"
+    assert code == 75 and lines[-1] == f"stopped at step {stopped}, saved; the same command resumes"
     assert steps_of(tmp_path) == list(range(1, stopped + 1))
 
 

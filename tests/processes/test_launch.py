@@ -30,6 +30,7 @@ LAUNCH = ROOT / "launch"
 SCRIPTS = [path for path in sorted(LAUNCH.rglob("*")) if path.suffix in (".sh", ".sbatch")]
 GUIDES = sorted(LAUNCH.rglob("README.md"))
 RUN = str(LAUNCH / "run.sh")
+COMMANDS = ["encode", "sample", "evaluate", "inpaint", "convert", "info"]
 POD = str(LAUNCH / "tpu" / "pod.sh")
 
 
@@ -47,7 +48,7 @@ def executable(path: pathlib.Path, text: str) -> pathlib.Path:
 
 
 def test_shellcheck():
-    assert {path.name for path in SCRIPTS} == {"run.sh", "train.sbatch", "pod.sh"}
+    assert {path.name for path in SCRIPTS} == {"run.sh", "job.sbatch", "pod.sh"}
     program = shutil.which("shellcheck", path=f"{sys.prefix}/bin:{os.environ['PATH']}")
     done = subprocess.run([program, *SCRIPTS], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -58,41 +59,48 @@ def test_shellcheck():
 
 
 def stand_in(folder: pathlib.Path, behaviour: str) -> str:
-    """An interpreter of which only the exit code and the report matter."""
+    """An interpreter of which only the exit code matters."""
     return str(executable(folder / "python", f"#!/usr/bin/env bash\n{behaviour}\n"))
 
 
 @pytest.mark.parametrize(
     ("behaviour", "code"),
     [
-        ("echo {} > {workdir}/report.json", 0),
-        ("exit 0", 75),  # stopped by a signal to another process
+        ("exit 0", 0),
+        ("exit 75", 75),
         ("exit 2", 2),
+        ("exit 143", 75),
         ("kill -TERM $$", 75),
         ("kill -KILL $$", 137),
-        ("echo {} > {workdir}/report.json; exit 134", 134),
+        ("exit 134", 134),
     ],
 )
 def test_exit_codes(behaviour, code, tmp_path):
-    python = stand_in(tmp_path, behaviour.replace("{workdir}", str(tmp_path)))
-    done = subprocess.run([RUN, "--config=a.py", "--workdir", tmp_path],
-                          env={**os.environ, "PYTHON": python}, timeout=60)  # fmt: skip
+    environment = {**os.environ, "PYTHON": stand_in(tmp_path, behaviour)}
+    done = subprocess.run([RUN, "--config=a.py"], env=environment, timeout=60)
     assert done.returncode == code
 
 
-def test_workdir_must_be_given():
-    done = subprocess.run([RUN, "--config=a.py"], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2 and "--workdir is missing" in done.stderr
+def test_unknown_command():
+    done = subprocess.run([RUN, "smaple"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and "error: smaple is none of train, encode, sample" in done.stderr
 
 
-def test_flags_and_launcher_are_passed_on(tmp_path):
+@pytest.mark.parametrize(
+    ("command", "module"),
+    [
+        ([], ["mdt_jax.main", "--stopped_exit_code=75"]),
+        (["train"], ["mdt_jax.main", "--stopped_exit_code=75"]),
+        *[([name], [f"mdt_jax.{name}"]) for name in COMMANDS],
+    ],
+)
+def test_flags_and_launcher_are_passed_on(command, module, tmp_path):
     launcher = executable(tmp_path / "launcher", '#!/bin/bash\nprintf "%s|" "$@"\n')
     environment = {**os.environ, "LAUNCHER": f"{launcher} -n2", "PYTHON": "py"}
     flags = ["--config=a b.py", f"--workdir={tmp_path}", "--config.x='1'"]
-    (tmp_path / "report.json").touch()
-    done = subprocess.run([RUN, *flags], env=environment, capture_output=True, text=True)
+    done = subprocess.run([RUN, *command, *flags], env=environment, capture_output=True, text=True)
     assert done.returncode == 0
-    assert done.stdout == "|".join(["-n2", "py", "-m", "mdt_jax.main", *flags, ""])
+    assert done.stdout == "|".join(["-n2", "py", "-m", *module, *flags, ""])
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -101,7 +109,7 @@ def test_signals_are_passed_on_however_many_come(number, tmp_path):
     python = stand_in(
         tmp_path,
         f"trap 'echo told >> {tmp_path}/told' TERM\ntouch {tmp_path}/ready\n"
-        f"until [[ -e {tmp_path}/leave ]]; do sleep 0.1; done",
+        f"until [[ -e {tmp_path}/leave ]]; do sleep 0.1; done; exit 75",
     )
     process = subprocess.Popen(
         [RUN, f"--workdir={tmp_path}"], env={**os.environ, "PYTHON": python},
@@ -383,27 +391,28 @@ else:
 MACHINE_PYTHON = """#!/usr/bin/env bash
 echo "$MACHINE $*" >> {folder}/ran
 echo $MDT_JAX_RUN_TOKEN >> {folder}/tokens
+[[ "$*" == *"-m mdt_jax."* ]] && echo "${{JAX_PLATFORMS:-tpu}}" >> {folder}/platforms
 case "$*" in
     *"uv venv"*) mkdir -p .venv/bin; cp "$0" .venv/bin/python ;;
     *mdt_jax.main*)
-        trap 'exit 0' TERM
+        trap 'exit 75' TERM
         until [[ -e {folder}/finish ]]; do
             [[ -e {folder}/fail ]] && exit 2
             sleep 0.1
-        done
-        echo '{{}}' > {folder}/report.json ;;
+        done ;;
 esac
 """
 
 # Flags as the reference of gcloud has them.
 KNOWN = {
     "queued-resources create": {
-        "node-id", "accelerator-type", "runtime-version", "spot", "zone", "project",
+        "node-id", "accelerator-type", "runtime-version", "spot", "zone", "project", "scopes",
+        "service-account", "valid-until-duration", "labels",
     },
     "queued-resources describe": {"format", "zone", "project"},
     "queued-resources delete": {"force", "quiet", "zone", "project"},
-    "tpu-vm ssh": {"worker", "command", "zone", "project"},
-    "tpu-vm scp": {"worker", "zone", "project"},
+    "tpu-vm ssh": {"worker", "command", "zone", "project", "ssh-key-file"},
+    "tpu-vm scp": {"worker", "zone", "project", "ssh-key-file"},
 }  # fmt: skip
 
 
@@ -414,12 +423,15 @@ class Cloud:
         names = {"python": sys.executable, "folder": str(folder)}
         executable(folder / "bin" / "gcloud", GCLOUD.format(**names))
         executable(folder / "bin" / "python3", MACHINE_PYTHON.format(**names))
+        executable(folder / "bin" / "ssh-add", f"#!/bin/bash\n[[ ! -e {folder}/no-key ]]\n")
         self.environment = {
             **os.environ, "PATH": f"{folder}/bin:{os.environ['PATH']}", "TPU_NAME": "pod",
             "ZONE": "zone", "PROJECT": "project", "ACCELERATOR": "v5litepod-8", "SPOT": "1",
-            "RUNTIME_VERSION": "version", "PERIOD": "0.3", "SETUP": "touch mounted",
+            "SERVICE_ACCOUNT": "mdt@project", "PERIOD": "0.3", "SETUP": "touch set-up",
+            "CREATE_FLAGS": "--valid-until-duration=6h --labels=run=xl2",
+            "SSH_FLAGS": "--ssh-key-file=key", "JAX_PLATFORMS": "",
         }  # fmt: skip
-        self.flags = ["--config=configs/digits.py", f"--workdir={folder}", "--config.x=it's"]
+        self.command = ["train", "--config=configs/digits.py", "--config.x=it's"]
 
     def pod(self, *arguments: str, expect: int = 0) -> str:
         done = subprocess.run([POD, *arguments], cwd=ROOT, env=self.environment,
@@ -440,7 +452,7 @@ class Cloud:
         return set((self.folder / "tokens").read_text().split())
 
     def exit_codes(self) -> list[str]:
-        files = [self.folder / machine / "mdt_jax" / "train.exit" for machine in "01"]
+        files = [self.folder / machine / "mdt_jax" / "run.exit" for machine in "01"]
         return [file.read_text().strip() for file in files if file.exists()]
 
     def close(self) -> None:
@@ -459,26 +471,28 @@ def test_pod_step_by_step(cloud):
     create = cloud.calls()[0]
     assert create == [
         "compute", "tpus", "queued-resources", "create", "pod", "--node-id=pod",
-        "--accelerator-type=v5litepod-8", "--runtime-version=version", "--spot", "--zone=zone",
+        "--accelerator-type=v5litepod-8", "--runtime-version=v2-alpha-tpuv5-lite",
+        "--scopes=https://www.googleapis.com/auth/cloud-platform", "--service-account=mdt@project",
+        "--spot", "--valid-until-duration=6h", "--labels=run=xl2", "--zone=zone",
         "--project=project",
     ]  # fmt: skip
     for machine in "01":
         home = cloud.folder / machine
-        assert (home / "mounted").exists() and (home / "mdt_jax" / "launch" / "run.sh").exists()
+        assert (home / "set-up").exists() and (home / "mdt_jax" / "launch" / "run.sh").exists()
     assert [
-        line for line in (cloud.folder / "ran").read_text().splitlines() if "[tpu,data]" in line
+        line for line in (cloud.folder / "ran").read_text().splitlines() if "[tpu,data,gcs]" in line
     ]
 
-    cloud.pod("run", *cloud.flags)
+    cloud.pod("run", *cloud.command)
     wait_for(lambda: len(cloud.trained()) == 2, "two machines")
-    expected = " ".join(["-m", "mdt_jax.main", *cloud.flags])
+    expected = " ".join(["-m mdt_jax.main --stopped_exit_code=75", *cloud.command[1:]])
     assert cloud.trained() == [f"0 {expected}", f"1 {expected}"]
     assert len(cloud.tokens()) == 1
-    assert "a run is going on" in cloud.pod("run", *cloud.flags, expect=1)
+    assert "a command is running already" in cloud.pod("run", *cloud.command, expect=1)
     cloud.pod("stop")
     wait_for(lambda: cloud.exit_codes() == ["75", "75"], "the machines to stop")
     cloud.pod("stop")  # which now has nothing to do
-    cloud.pod("run", *cloud.flags)
+    cloud.pod("run", *cloud.command)
     (cloud.folder / "finish").touch()
     wait_for(lambda: cloud.exit_codes() == ["0", "0"], "the end")
     assert len(cloud.tokens()) == 2  # of each start one
@@ -492,7 +506,7 @@ def test_pod_step_by_step(cloud):
 
 
 def test_pod_watch_goes_on_after_a_preemption(cloud):
-    command = [POD, "watch", *cloud.flags]
+    command = [POD, "watch", *cloud.command]
     with open(cloud.folder / "said", "w") as said:
         process = subprocess.Popen(
             command, cwd=ROOT, env=cloud.environment, stdout=said, stderr=said
@@ -516,10 +530,46 @@ def test_pod_watch_goes_on_after_a_preemption(cloud):
 
 def test_pod_watch_gives_up_on_a_run_that_fails(cloud):
     (cloud.folder / "fail").touch()
-    assert "failed with exit code 2" in cloud.pod("watch", *cloud.flags, expect=1)
+    assert "train failed with exit code 2" in cloud.pod("watch", *cloud.command, expect=1)
     assert len(cloud.trained()) == 8  # the first time and three more
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_pod_runs_every_command(cloud, name):
+    """On all machines; on the first, without a TPU, what needs none."""
+    cloud.pod("create")
+    cloud.pod("run", name, "--flag=it's")
+    machines = "0" if name in ("convert", "info") else "01"
+    wait_for(lambda: len(cloud.exit_codes()) == len(machines), "the end")
+    assert cloud.exit_codes() == ["0"] * len(machines)
+    lines = (cloud.folder / "ran").read_text().splitlines()
+    expected = [f"{machine} -m mdt_jax.{name} --flag=it's" for machine in machines]
+    assert sorted(line for line in lines if "-m mdt_jax." in line) == expected
+    platforms = (cloud.folder / "platforms").read_text().split()
+    assert platforms == (["cpu"] if machines == "0" else ["tpu", "tpu"])
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "version"),
+    [("v5litepod-16", "v2-alpha-tpuv5-lite"), ("v5p-32", "v2-alpha-tpuv5"),
+     ("v6e-16", "v2-alpha-tpuv6e"), ("v4-32", "")],
+)  # fmt: skip
+def test_pod_knows_the_software_of_its_accelerator(cloud, accelerator, version):
+    cloud.environment["ACCELERATOR"] = accelerator
+    if not version:
+        assert "RUNTIME_VERSION: is not set" in cloud.pod("create", expect=1)
+        cloud.environment["RUNTIME_VERSION"] = version = "mine"
+    cloud.pod("create")
+    assert f"--runtime-version={version}" in cloud.calls()[0]
+
+
+def test_pod_asks_for_a_key(cloud):
+    (cloud.folder / "no-key").touch()
+    for subcommand in ("create", "install", "run", "stop", "watch"):
+        assert "error: no SSH agent holds a key" in cloud.pod(subcommand, expect=1)
+    assert not (cloud.folder / "calls").exists()
 
 
 def test_pod_explains_itself():
     done = subprocess.run([POD], env={**os.environ, "ZONE": "z"}, capture_output=True, text=True)
-    assert done.returncode == 2 and "watch FLAGS" in done.stderr
+    assert done.returncode == 2 and "watch COMMAND FLAGS" in done.stderr
