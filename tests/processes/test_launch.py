@@ -159,7 +159,7 @@ def check_pods(job: dict) -> dict:
         "containerName": container["name"], "operator": "In", "values": [75]
     }  # fmt: skip
     rights = pod["securityContext"]
-    assert rights["runAsNonRoot"] and (rights["runAsUser"], rights["fsGroup"]) == (1000, 1000)
+    assert rights["runAsNonRoot"] and (rights["runAsUser"], rights["runAsGroup"]) == (1000, 1000)
     assert container["securityContext"] == {
         "allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}
     }  # fmt: skip
@@ -168,12 +168,12 @@ def check_pods(job: dict) -> dict:
     (variable,) = container["env"]
     assert variable["name"] == TOKEN and "secretKeyRef" in variable["valueFrom"]
     assert rules[1]["onPodConditions"] == [{"type": "DisruptionTarget", "status": "True"}]
-    assert {mount["name"] for mount in container["volumeMounts"]} == {
-        volume["name"] for volume in pod["volumes"]
-    }
-    workdir = next(flag for flag in container["args"] if flag.startswith("--workdir="))
-    shared = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}["shared"]
-    assert workdir.partition("=")[2].startswith(shared + "/")
+    assert pod["serviceAccountName"] == "mdt-jax"
+    mounts = {mount["name"] for mount in container.get("volumeMounts", ())}
+    assert mounts == {volume["name"] for volume in pod.get("volumes", ())} <= {"shm"}
+    assert container["args"][0] == "train"
+    for name in ("workdir", "config.data.path"):  # the pods share a bucket, and no disk
+        assert any(flag.startswith(f"--{name}=gs://my-bucket/") for flag in container["args"])
     return container
 
 
@@ -212,7 +212,9 @@ def test_indexed_job():
 
 def test_jobset():
     """Its own schema is not at hand offline; the job inside it is one of Kubernetes."""
-    policy, jobset = documents("jobset-tpu.yaml")
+    account, policy, jobset = documents("jobset-tpu.yaml")
+    kubernetes_validate.validate(account, kubernetes_validate.latest_version(), strict=True)
+    assert (account["kind"], account["metadata"]["name"]) == ("ServiceAccount", "mdt-jax")
     name = jobset["metadata"]["name"]
     check_policy(policy, {"jobset.sigs.k8s.io/jobset-name": name})
     assert jobset["apiVersion"] == "jobset.x-k8s.io/v1alpha2" and jobset["kind"] == "JobSet"
@@ -240,19 +242,22 @@ def test_jobset():
     assert chips == container["resources"]["limits"]["google.com/tpu"] * job["spec"]["parallelism"]
 
 
+TRAINS = re.compile(r"(main|run\.sh|job\.sbatch|(run|watch|job\.sbatch|run\.sh) train) --config=")
+
+
 def commands() -> list[list[str]]:
     """The flags of every training command in launch/."""
     found = []
     for guide in GUIDES:
         for block in re.findall(r"```bash\n(.*?)```", guide.read_text(), re.S):
             for line in block.replace("\\\n", " ").splitlines():
-                if "--config=" in line:
+                if TRAINS.search(line):
                     found.append(line[line.index("--config=") :].split())
     for name in ("indexed-job-gpu.yaml", "jobset-tpu.yaml"):
         for part in documents(name):
             text = json.dumps(part)
             if '"args"' in text:
-                found.append(json.loads(re.search(r'"args": (\[.*?\])', text)[1]))
+                found.append(json.loads(re.search(r'"args": (\[.*?\])', text)[1])[1:])
     return found
 
 
@@ -336,16 +341,60 @@ def test_that_ports_belong_on_a_private_network_is_said():
         assert "belong on a private network" in " ".join(guide.read_text().split()), guide
 
 
+class SlurmJob:
+    """A job as Slurm runs it: a copy of the script, in the folder where sbatch was called."""
+
+    def __init__(self, folder: pathlib.Path, code: int = 0):
+        self.folder = folder
+        srun = f'echo "$*" >> {folder}/tasks; echo "${TOKEN} $PYTHONPATH" >> {folder}/seen'
+        executable(folder / "srun", f"#!/bin/bash\n{srun}\nexit {code}\n")
+        original = LAUNCH / "slurm" / "job.sbatch"
+        executable(
+            folder / "scontrol",
+            f"""#!/bin/bash
+echo "$*" >> {folder}/scontrol.calls
+[[ $1 == show ]] && printf '   JobState=RUNNING\\n   Command={original} sample --x=1\\n'
+""",
+        )
+        shutil.copy(original, folder / "slurm_script")
+
+    def run(self, *flags: str, expect: int = 0, **more: str) -> str:
+        own = {"SLURM_JOB_ID": "7", "PYTHONPATH": "mine", "PYTHON": "py"}
+        path = f"{self.folder}:{os.environ['PATH']}"
+        environment = {**os.environ, "PATH": path, **own, **more}
+        done = subprocess.run(
+            ["bash", self.folder / "slurm_script", *flags], cwd=self.folder, env=environment,
+            capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+        assert done.returncode == expect, done.stderr
+        return done.stderr
+
+
+def test_a_slurm_job_is_submitted_from_anywhere(tmp_path):
+    job = SlurmJob(tmp_path)
+    job.run("sample", "--out=a b.npz")
+    assert (tmp_path / "tasks").read_text() == "py -m mdt_jax.sample --out=a b.npz\n"
+    assert (tmp_path / "seen").read_text().split()[1] == f"{ROOT}:mine"
+    assert (tmp_path / "scontrol.calls").read_text() == "show job 7\n"
+    job.run(MDT_JAX_ROOT=str(ROOT))
+    assert (tmp_path / "scontrol.calls").read_text() == "show job 7\n"
+    assert "set MDT_JAX_ROOT" in job.run(MDT_JAX_ROOT="/nowhere", expect=2)
+
+
+@pytest.mark.parametrize(("code", "requeued"), [(0, False), (75, True), (143, True), (2, False)])
+def test_a_slurm_job_that_was_stopped_is_requeued(code, requeued, tmp_path):
+    SlurmJob(tmp_path, code).run("encode", expect=75 if requeued else code)
+    calls = (tmp_path / "scontrol.calls").read_text().splitlines()
+    assert calls == ["show job 7", *["requeue 7"] * requeued]
+
+
 def test_a_slurm_job_has_a_token_of_its_own(tmp_path):
     """New each time, unless one is given; srun hands it to the tasks."""
-    say = f'#!/bin/bash\necho "${TOKEN}" >> {tmp_path}/tokens\n'
-    srun = executable(tmp_path / "srun", say)
-    (tmp_path / "report.json").touch()
-    given = {**os.environ, "PATH": f"{srun.parent}:{os.environ['PATH']}"}
-    script = [LAUNCH / "slurm" / "train.sbatch", f"--workdir={tmp_path}"]
+    job = SlurmJob(tmp_path)
     for more in ({}, {}, {TOKEN: "mine"}):
-        subprocess.run(["bash", *script], cwd=ROOT, env=given | more, check=True, timeout=60)
-    first, second, third = (tmp_path / "tokens").read_text().split()
+        job.run(**more)
+    lines = (tmp_path / "seen").read_text().splitlines()
+    first, second, third = (line.split()[0] for line in lines)
     assert re.fullmatch("[0-9a-f]{32}", first) and first != second and third == "mine"
 
 

@@ -1,4 +1,4 @@
-"""launch/slurm/train.sbatch on a real Slurm: preempted, requeued, and the bits are the same.
+"""launch/slurm/job.sbatch on a real Slurm: preempted, requeued, and the bits are the same.
 
 The cluster is this machine alone; its configuration, sockets, keys and logs are in a folder that
 is thrown away, so that nothing of an installed Slurm is touched.
@@ -30,7 +30,7 @@ pytestmark = [
 
 STEPS = 40
 TRAIN = [
-    "--config=configs/digits.py:smoke", f"--config.train.steps={STEPS}",
+    f"--config={ROOT}/configs/digits.py:smoke", f"--config.train.steps={STEPS}",
     "--config.train.checkpoint_every=10", "--config.train.sample_every=0",
     "--config.sample.num_samples=0",
 ]  # fmt: skip
@@ -88,7 +88,6 @@ class Slurm:
             "PATH": PATH,
             "SLURM_CONF": str(folder / "slurm.conf"),
             "PYTHON": sys.executable,
-            "PYTHONPATH": str(ROOT),
         }
         self.daemons = []
 
@@ -117,7 +116,12 @@ class Slurm:
 
     def ask(self, *command: str, check: bool = True) -> str:
         done = subprocess.run(
-            command, cwd=ROOT, env=self.environment, capture_output=True, text=True, timeout=60
+            command,
+            cwd=self.folder,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
         )
         assert done.returncode == 0 or not check, f"{command}\n{done.stdout}\n{done.stderr}"
         return done.stdout
@@ -139,7 +143,7 @@ class Slurm:
 
     def train(self, workdir, *flags: str) -> str:
         return self.submit(
-            "--partition=low", *TWO_TASKS, "launch/slurm/train.sbatch", *TRAIN,
+            "--partition=low", *TWO_TASKS, str(ROOT / "launch" / "slurm" / "job.sbatch"), *TRAIN,
             f"--workdir={workdir}", *flags,
         )  # fmt: skip
 
