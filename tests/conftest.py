@@ -26,6 +26,7 @@ os.environ.update(
     JAX_COMPILATION_CACHE_DIR=str(ROOT / ".jax_cache"),
     JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0.5",
     JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES="0",
+    GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT="false",  # gcsfs reads it when it is imported
 )
 # Tests in the background ignore Ctrl-C, and so would the processes that they start.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
