@@ -115,8 +115,8 @@ install() {
             --constraint launch/constraints.txt -e '.[tpu,data,gcs]'"
 }
 
-# Each machine's ~/mdt_jax has the log of its process, the process number and, at the end, the exit
-# code. The machines sign their messages with a token, new at each start.
+# Each machine's ~/mdt_jax has the command, the log and the number of its process and, at the end,
+# the exit code. The machines sign their messages with a token, new at each start.
 run() {
     local token machines=all platform=''
     token=$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')
@@ -131,6 +131,7 @@ run() {
         export PYTHON=.venv/bin/python MDT_JAX_RUN_TOKEN=$token
         $platform
         setsid bash -c '
+            echo \"\$*\" >run.command
             launch/run.sh \"\$@\" & echo \$! >run.pid
             wait \$!; echo \$? >run.exit' run ${*@Q} </dev/null >>run.log 2>&1 &"
 }
@@ -143,16 +144,21 @@ stop() {
         while kill -0 "$pid" 2>/dev/null; do sleep 1; done'
 }
 
-# The state of the first machine's process: running, its exit code, lost (the machine was restarted,
-# or has run nothing yet) or unreachable.
-# shellcheck disable=SC2016
+# progress COMMAND FLAGS: the state of the first machine: running, the exit code of the command, idle
+# (another command ended there), lost (it was restarted, or has run nothing yet) or unreachable.
 progress() {
-    on 0 'cd mdt_jax 2>/dev/null
-        if kill -0 "$(cat run.pid)"; then
+    local sum
+    sum=$(echo "$*" | cksum)
+    on 0 "cd mdt_jax 2>/dev/null
+        if kill -0 \"\$(cat run.pid)\"; then
             echo running
+        elif [[ ! -e run.exit ]]; then
+            echo lost
+        elif [[ \$(cksum <run.command) == '$sum' ]]; then
+            cat run.exit
         else
-            cat run.exit || echo lost
-        fi 2>/dev/null' || echo unreachable
+            echo idle
+        fi 2>/dev/null" || echo unreachable
 }
 
 watch() {
@@ -160,7 +166,7 @@ watch() {
     while :; do
         now=$(state)
         if [[ $now == ACTIVE ]]; then
-            now=$(progress | tail -n 1)
+            now=$(progress "$@" | tail -n 1)
         fi
         echo "$TPU_NAME: $now"
         case $now in
@@ -168,6 +174,7 @@ watch() {
             NONE) { "$0" create && "$0" run "$@"; } || true ;;
             FAILED | SUSPENDED) "$0" delete || true ;;
             lost) { "$0" install && "$0" run "$@"; } || true ;;
+            idle) "$0" run "$@" || true ;;
             [0-9]*)
                 # The cause of a failure may be that another machine was lost.
                 if [[ $now != 75 ]] && ((++failures > 3)); then
