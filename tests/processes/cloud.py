@@ -37,7 +37,8 @@ with open(here / "calls", "a") as calls:
 flags = dict(a[2:].partition("=")[::2] for a in arguments if a.startswith("--"))
 words = [a for a in arguments if not a.startswith("--")]
 state = here / "state"
-assert words[:2] == ["compute", "tpus"], words
+if words[:2] != ["compute", "tpus"]:
+    sys.exit()
 what, rest = words[2:4], words[4:]
 if what == ["queued-resources", "create"]:
     assert not state.exists()
@@ -82,14 +83,21 @@ esac
 
 # Flags as the reference of gcloud has them.
 KNOWN = {
-    "queued-resources create": {
+    "services enable": {"project"},
+    "storage buckets create": {"location", "project", "uniform-bucket-level-access"},
+    "storage buckets add-iam-policy-binding": {"member", "role"},
+    "storage cp": {"recursive"},
+    "storage cat": set(),
+    "storage rm": {"recursive"},
+    "iam service-accounts create": {"project"},
+    "compute tpus queued-resources create": {
         "node-id", "accelerator-type", "runtime-version", "spot", "zone", "project", "scopes",
         "service-account", "valid-until-duration", "labels",
     },
-    "queued-resources describe": {"format", "zone", "project"},
-    "queued-resources delete": {"force", "quiet", "zone", "project"},
-    "tpu-vm ssh": {"worker", "command", "zone", "project", "ssh-key-file"},
-    "tpu-vm scp": {"worker", "zone", "project", "ssh-key-file"},
+    "compute tpus queued-resources describe": {"format", "zone", "project"},
+    "compute tpus queued-resources delete": {"force", "quiet", "zone", "project"},
+    "compute tpus tpu-vm ssh": {"worker", "command", "zone", "project", "ssh-key-file"},
+    "compute tpus tpu-vm scp": {"worker", "zone", "project", "ssh-key-file"},
 }  # fmt: skip
 
 
@@ -106,6 +114,8 @@ class Cloud:
         executable(folder / "bin" / "gcloud", GCLOUD.format(**names))
         executable(folder / "bin" / "python3", python.format(**names))
         executable(folder / "bin" / "ssh-add", f"#!/bin/bash\n[[ ! -e {folder}/no-key ]]\n")
+        for name in ("ssh-agent", "ssh-keygen"):
+            executable(folder / "bin" / name, "#!/bin/bash\n")
         self.environment = {
             **os.environ, "PATH": f"{folder}/bin:{os.environ['PATH']}", "TPU_NAME": "pod",
             "ZONE": "zone", "PROJECT": "project", "ACCELERATOR": "v5litepod-8", "SPOT": "1",
@@ -123,6 +133,13 @@ class Cloud:
 
     def calls(self) -> list[list[str]]:
         return [json.loads(line) for line in (self.folder / "calls").read_text().splitlines()]
+
+    def check_calls(self) -> None:
+        """Every call of gcloud is of a command that it has, with flags of that command."""
+        for call in self.calls():
+            name = next(name for name in KNOWN if call[: name.count(" ") + 1] == name.split())
+            flags = {a[2:].partition("=")[0] for a in call if a.startswith("--")}
+            assert flags <= KNOWN[name], call
 
     def trained(self) -> list[str]:
         """A line for each machine whose training was started."""

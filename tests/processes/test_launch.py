@@ -3,10 +3,12 @@
 tests/processes/test_slurm.py has Slurm.
 """
 
+import importlib
 import json
 import os
 import pathlib
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -20,17 +22,24 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from mdt_jax import main
+from mdt_jax import cli, main
 from mdt_jax.runtime.coordination import TOKEN
+from mdt_jax.runtime.errors import UserError
 from tests.conftest import ROOT
-from tests.processes.cloud import KNOWN, POD, Cloud, executable, wait_for
+from tests.processes.cloud import POD, Cloud, executable, wait_for
 from tests.runs import LONG, lines_of, steps_of
 
 LAUNCH = ROOT / "launch"
 SCRIPTS = [path for path in sorted(LAUNCH.rglob("*")) if path.suffix in (".sh", ".sbatch")]
 GUIDES = sorted(LAUNCH.rglob("README.md"))
 RUN = str(LAUNCH / "run.sh")
+PAGE = ROOT / "docs" / "tpu-pods.md"
 COMMANDS = ["encode", "sample", "evaluate", "inpaint", "convert", "info"]
+MODULES = {"train": main} | {name: importlib.import_module(f"mdt_jax.{name}") for name in COMMANDS}
+
+
+class Started(Exception):
+    """Instead of the start of processes and devices."""
 
 
 def test_shellcheck():
@@ -228,41 +237,45 @@ def test_jobset():
     assert chips == container["resources"]["limits"]["google.com/tpu"] * job["spec"]["parallelism"]
 
 
-TRAINS = re.compile(r"(main|run\.sh|job\.sbatch|(run|watch|job\.sbatch|run\.sh) train) --config=")
+COMMAND = re.compile(r"(?:pod\.sh (?:run|watch)|job\.sbatch|run\.sh|-m mdt_jax\.main) (.*)")
 
 
 def commands() -> list[list[str]]:
-    """The flags of every training command in launch/."""
+    """A command and its flags, for every one that the pages and files launch."""
     found = []
-    for guide in GUIDES:
-        for block in re.findall(r"```bash\n(.*?)```", guide.read_text(), re.S):
-            for line in block.replace("\\\n", " ").splitlines():
-                if TRAINS.search(line):
-                    found.append(line[line.index("--config=") :].split())
+    for page in [*GUIDES, PAGE]:
+        for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.S):
+            for line in COMMAND.findall(block.replace("\\\n", " ")):
+                words = shlex.split(line.replace("$BUCKET", "gs://my-bucket"))
+                found.append(words if words[0] in MODULES else ["train", *words])
     for name in ("indexed-job-gpu.yaml", "jobset-tpu.yaml"):
         for part in documents(name):
             text = json.dumps(part)
             if '"args"' in text:
-                found.append(json.loads(re.search(r'"args": (\[.*?\])', text)[1])[1:])
+                found.append(json.loads(re.search(r'"args": (\[.*?\])', text)[1]))
     return found
 
 
-@pytest.mark.parametrize("flags", commands(), ids=" ".join)
-def test_command_lines(flags, monkeypatch, keep_signals):
-    ran = []
+@pytest.mark.parametrize(("command", "flags"), [(c[0], c[1:]) for c in commands()], ids=" ".join)
+def test_command_lines(command, flags, monkeypatch, keep_signals):
+    """Each ends where the first process or device would be started."""
+    module = MODULES[command]
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(main, "train", lambda config, *_: ran.append(config))
-    monkeypatch.setattr(main.cli, "start", lambda *_, **__: None)
-    monkeypatch.setattr("sys.argv", ["main", *flags])
-    main.main(sys.argv)
-    assert ran
-    monkeypatch.setattr("sys.argv", ["main", *flags, "--config.no.such=1"])
-    with pytest.raises(main.UserError):
-        main.main(sys.argv)
+
+    def start(*_, **__):
+        raise Started
+
+    monkeypatch.setattr(cli, "start", start)
+    with pytest.raises(Started):
+        module.main([command, *flags])
+    with pytest.raises(UserError, match="unknown flag --no_such"):
+        module.main([command, *flags, "--no_such=1"])
 
 
 def test_every_way_has_a_command():
-    assert len(commands()) >= 6
+    names = [command for command, *_ in commands()]
+    assert names.count("train") >= 8
+    assert {"train", "encode", "sample", "evaluate"} <= set(names)
 
 
 def test_links_lead_somewhere():
@@ -428,10 +441,30 @@ def test_pod_step_by_step(cloud):
     cloud.pod("delete")
     assert not (cloud.folder / "state").exists()
 
+    cloud.check_calls()
     for call in cloud.calls():
-        assert call[:2] == ["compute", "tpus"] and call[4].partition(":")[0]
-        flags = {a[2:].partition("=")[0] for a in call if a.startswith("--")}
-        assert flags <= KNOWN[" ".join(call[2:4])] and {"zone", "project"} <= flags, call
+        assert call[:2] == ["compute", "tpus"] and {"--zone=zone", "--project=project"} <= set(call)
+
+
+def test_the_page_on_tpu_pods(cloud):
+    """Its commands in order, but for what never ends and what tests/docs/test_pages.py runs."""
+    (cloud.folder / "finish").touch()
+    script = ["set -e"]
+    for block in re.findall(r"```bash\n(.*?)```", PAGE.read_text(), re.S):
+        lines = block.replace("\\\n", " ").splitlines()
+        script += [line for line in lines if not re.search(r"pod\.sh logs|^python -m", line)]
+    for name in ("CREATE_FLAGS", "SSH_FLAGS", "ACCELERATOR", "ZONE", "PROJECT", "SERVICE_ACCOUNT"):
+        cloud.environment.pop(name)
+    done = subprocess.run(["bash", "-c", "\n".join(script)], cwd=ROOT, env=cloud.environment,
+                          capture_output=True, text=True, timeout=120)  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    cloud.check_calls()
+    ran = (cloud.folder / "ran").read_text().splitlines()
+    started = [line.split()[2] for line in ran if line.startswith("0 -m mdt_jax.")]
+    assert started == [f"mdt_jax.{name}" for name in ("encode", "main", "sample", "evaluate")]
+    assert not (cloud.folder / "state").exists()  # the page ends without a pod that costs money
+    accounts = {a for call in cloud.calls() for a in call if a.startswith("--service-account=")}
+    assert accounts == {"--service-account=mdt-jax@my-project.iam.gserviceaccount.com"}
 
 
 def test_pod_watch_goes_on_after_a_preemption(cloud):
