@@ -256,9 +256,10 @@ def commands() -> list[list[str]]:
     return found
 
 
-@pytest.mark.parametrize(("command", "flags"), [(c[0], c[1:]) for c in commands()], ids=" ".join)
-def test_command_lines(command, flags, monkeypatch, keep_signals):
+@pytest.mark.parametrize("words", commands(), ids=" ".join)
+def test_command_lines(words, gcs, monkeypatch, keep_signals):
     """Each ends where the first process or device would be started."""
+    command, *flags = (word.replace("gs://my-bucket", gcs.root) for word in words)
     module = MODULES[command]
     monkeypatch.chdir(ROOT)
 
