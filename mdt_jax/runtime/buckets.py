@@ -62,7 +62,8 @@ def _load(protocol: str) -> None:
         raise UserError(f"{protocol}:// needs {package}: pip install 'mdt_jax[{extra}]'") from None
     # Other processes write there, too; a client's list of objects would soon be out of date.
     conf.setdefault(protocol, {}).setdefault("use_listings_cache", False)
-    logging.getLogger(package).setLevel(logging.CRITICAL)  # it prints tracebacks of what it raises
+    for name in (package, "google"):  # they print tracebacks of what they raise
+        logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 def client(path: str | os.PathLike) -> Any:

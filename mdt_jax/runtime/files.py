@@ -172,6 +172,8 @@ def reason(error: Exception) -> str:
     """An error's text in one line of at most 200 characters."""
     if text := buckets.problem(error):
         return text
+    if isinstance(error, FileNotFoundError) and not error.errno:  # of the client of a bucket
+        return "there is no such object"
     text = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
     return text.splitlines()[0][:200]
 
