@@ -143,11 +143,7 @@ def _upload(path: epath.Path, failures: tuple[type[Exception], ...]) -> Iterator
             raise UserError(
                 f"{temporary} could not be written: {reason(error)}{free(temporary)}"
             ) from None
-        try:
-            buckets.upload(temporary, path)
-        except Exception as error:  # of many kinds, by client
-            text = buckets.problem(error) or reason(error)
-            raise UserError(f"{path} could not be written: {text}") from None
+        buckets.upload(temporary, path)
 
 
 def save_arrays(path: str | os.PathLike, arrays: Mapping[str, np.ndarray]) -> None:
@@ -172,6 +168,8 @@ def reason(error: Exception) -> str:
     """An error's text in one line of at most 200 characters."""
     if text := buckets.problem(error):
         return text
+    if isinstance(error, FileNotFoundError) and not error.errno:  # of the client of a bucket
+        return "there is no such object"
     text = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
     return text.splitlines()[0][:200]
 
