@@ -91,6 +91,10 @@ class GcsServer:
         """The content of an object."""
         return self._request("GET", f"{self._path(name)}?alt=media")
 
+    def generation(self, name: str) -> str:
+        """The generation of an object, another one each time that it is written."""
+        return json.loads(self._request("GET", self._path(name)))["generation"]
+
     def write(self, name: str, content: bytes) -> None:
         """Write an object."""
         query = urllib.parse.urlencode({"uploadType": "media", "name": name})

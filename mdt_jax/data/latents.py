@@ -22,8 +22,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from etils import epath
 
+from mdt_jax.data.in_buckets import unreached
 from mdt_jax.data.protocols import Status
-from mdt_jax.data.records import unreached
 from mdt_jax.runtime import buckets, files
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.runtime.files import file_sha256, is_text, read_json

@@ -10,6 +10,7 @@ import numpy as np
 
 from mdt_jax.data import folders, latents, tars, tfds_sets
 from mdt_jax.data.crops import CroppedImages
+from mdt_jax.data.in_buckets import check_array_record
 from mdt_jax.data.protocols import Source
 from mdt_jax.runtime.errors import UserError
 
@@ -116,6 +117,7 @@ def stored(data, num_classes: int) -> Source:
     if data.name != "latents":
         return cropped(data, num_classes)
     _check_path(data)
+    check_array_record(data.path)
     return latents.load(data.path, data.flip)
 
 

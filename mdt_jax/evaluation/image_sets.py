@@ -18,7 +18,7 @@ from mdt_jax.data.image_files import ImageFiles
 from mdt_jax.data.images import MAX_PIXELS, open_image, to_rgb
 from mdt_jax.evaluation.npz_files import Header, read_array, read_headers, reading
 from mdt_jax.runtime.errors import UserError
-from mdt_jax.runtime.files import as_path, fetched, file_sha256
+from mdt_jax.runtime.files import as_path, fetched, file_sha256, in_bucket
 
 Slices = Generator[tuple[int, np.ndarray], None, None]
 
@@ -285,8 +285,10 @@ class FileImages(StoredImages):
 def _list_files(path: str, labelled: bool) -> ImageFiles:
     try:
         if path.startswith("tfds:"):
-            name, _, split = path.removeprefix("tfds:").partition(":")
-            return tfds_sets.load(name, split or "train")
+            name = path.removeprefix("tfds:")
+            scheme = name[: name.find("://") + 3] if in_bucket(name) else ""
+            name, _, split = name.removeprefix(scheme).partition(":")
+            return tfds_sets.load(f"{scheme}{name}", split or "train")
         if path.endswith(".tar"):
             return tars.load(path)
         return folders.load(path, None if labelled else 0)
