@@ -8,7 +8,7 @@ import pytest
 from mdt_jax import encode
 from tests.conftest import run_command, run_here, start_command
 from tests.encoding import SHARDS, arguments, content, make_place
-from tests.processes.together import all_well, ends, start_hosts
+from tests.processes.together import all_well, ends, start_as_one
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,8 @@ def test_parts_on_machines_that_know_nothing_of_each_other(gcs, place):
 
 
 def test_two_hosts_share_the_work(gcs, place):
-    all_well(start_hosts(2, "encode", *arguments(place), f"--out={gcs.root}/cache", SHARDS))
+    command = ["mdt_jax.encode", *arguments(place), f"--out={gcs.root}/cache", SHARDS]
+    all_well(start_as_one(2, *command))
     assert objects(gcs) == content(place / "cache")
 
 

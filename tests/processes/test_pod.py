@@ -9,11 +9,13 @@ import subprocess
 import numpy as np
 import pytest
 
+from mdt_jax import encode
 from mdt_jax.weights.step_folders import COMMIT
-from tests.conftest import ROOT
+from tests.conftest import ROOT, run_here
 from tests.processes.cloud import POD, Cloud, wait_for
 from tests.processes.together import free_port
 from tests.runs import LONG
+from tests.small_data import write_pictures, write_tar, write_vae
 
 # A machine's Python. The flags are what JAX learns from a TPU's environment. What needs no TPU gets
 # none: it runs on one machine.
@@ -57,7 +59,7 @@ def watch(cloud: Cloud, *command: str) -> None:
         raise AssertionError(f"{error}\n{logs(cloud)}") from None
 
 
-def test_train_preempted_sample_evaluate_convert(cloud, gcs):
+def test_train_preempted_resumed_sample_evaluate_convert(cloud, gcs):
     run = f"{gcs.root}/runs/digits"
     train = ["train", *LONG, "--config.train.steps=60", f"--workdir={run}"]
     with open(cloud.folder / "said", "w") as said:
@@ -101,3 +103,34 @@ def test_train_preempted_sample_evaluate_convert(cloud, gcs):
     for machine in "01":  # nothing is left on a machine but code, log and state
         left = {path.name for path in (cloud.folder / machine).iterdir()}
         assert left <= {"mdt_jax", "mdt_jax.tar.gz", "set-up", ".cache"}, left
+
+
+def test_encode_and_train_on_the_latents(cloud, gcs, tmp_path):
+    """Images and VAE in the bucket; the shards are those that one process writes on a disk."""
+    images = write_tar(write_pictures(tmp_path / "pictures"), tmp_path / "images.tar")
+    gcs.write("images.tar", images.read_bytes())
+    vae = write_vae(tmp_path / "vae.safetensors")
+    gcs.write(vae.name, vae.read_bytes())
+
+    def flags(root: str, name: str, path: str) -> list[str]:
+        sizes = ["image_size=32", "channels=3", f"name={name}", f"path={root}/{path}"]
+        model = ["model.num_classes=3", f"vae.path={root}/vae.safetensors", "vae.scale=1.0"]
+        config = [f"--config.{field}" for field in [*(f"data.{each}" for each in sizes), *model]]
+        return ["--config=configs/xl2.py:smoke", *config]
+
+    encode_flags = ["--shard_images=4", *flags(str(tmp_path), "tar", "images.tar")]
+    printed = run_here(encode.main, *encode_flags, f"--out={tmp_path / 'latents'}")
+    assert "24 images in 6 shards" in printed
+
+    cloud.pod("create")
+    shards = ["--shard_images=4", f"--out={gcs.root}/latents"]
+    watch(cloud, "encode", *shards, *flags(gcs.root, "tar", "images.tar"))
+    assert "this part is done" in logs(cloud) and "24 images in 6 shards" in logs(cloud)
+    written = {name: gcs.read(name) for name in gcs.objects("latents/") if "array_record" in name}
+    assert len(written) == 6
+    for name, content in written.items():
+        assert content == (tmp_path / name).read_bytes()
+
+    watch(cloud, "train", *flags(gcs.root, "latents", "latents"), "--config.train.steps=3",
+          "--config.sample.num_samples=0", f"--workdir={gcs.root}/run")  # fmt: skip
+    assert json.loads(gcs.read("run/report.json"))["steps"] == 3
