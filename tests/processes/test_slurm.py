@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import ROOT
-from tests.runs import arrays, steps_of
+from tests.runs import SAMPLE, arrays, steps_of
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel")
 PATH = os.environ["PATH"] + ":/usr/sbin"
@@ -204,6 +204,16 @@ def test_preempted_job_ends_with_the_bits_of_an_undisturbed_one(slurm, tmp_path)
         pairs = zip(arrays(workdir, item), arrays(tmp_path / "undisturbed", item), strict=True)
         for got, expected in pairs:
             np.testing.assert_array_equal(got, expected)
+
+
+def test_another_command_submitted_by_a_relative_path(slurm, tmp_path):
+    script = os.path.relpath(ROOT / "launch" / "slurm" / "job.sbatch", slurm.folder)
+    flags = [*SAMPLE, "--num_samples=30", f"--out={tmp_path / 'samples.npz'}"]
+    job = slurm.submit("--partition=low", *TWO_TASKS, script, "sample", *flags)
+    assert slurm.ended(job) == "COMPLETED", slurm.said(job)
+    assert "process 1 on" in slurm.said(job)
+    with np.load(tmp_path / "samples.npz") as samples:
+        assert samples["arr_0"].shape == (30, 8, 8, 1)
 
 
 def test_a_run_that_fails_is_not_requeued(slurm, tmp_path):
