@@ -12,7 +12,7 @@ from mdt_jax.runtime import buckets, files, leases, locks
 from mdt_jax.runtime.errors import UserError
 from tests.conftest import SMOKE, exits_with_one_line, run_here, train_here
 from tests.gcs_protocol import Fault
-from tests.runs import SAMPLE
+from tests.runs import MEASURING, SAMPLE
 
 pytestmark = pytest.mark.usefixtures("keep_signals")
 
