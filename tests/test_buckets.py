@@ -58,6 +58,15 @@ def test_a_run_has_the_files_that_it_has_on_a_disk(gcs, run, trained):
     )
 
 
+def test_the_best_step_is_kept_as_on_a_disk(gcs, tmp_path):
+    for workdir in (f"{gcs.root}/run", tmp_path / "run"):
+        train_here(*MEASURING, "--config.train.steps=6", f"--workdir={workdir}")
+    (there,) = (p.name for p in (tmp_path / "run" / "best" / "checkpoints").iterdir())
+    steps = {name.split("/")[3] for name in gcs.objects("run/best/checkpoints/")}
+    assert steps == {there}
+    assert mdt_jax.load(f"{gcs.root}/run/best").weights.step == int(there)
+
+
 def test_a_finished_run_is_left_alone(gcs, run):
     before = [(name, gcs.read(name)) for name in gcs.objects()]
     assert "reported already" in train_here(*SMOKE, f"--workdir={run}")
