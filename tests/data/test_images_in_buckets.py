@@ -157,7 +157,7 @@ TFDS = (
     + """
 from tests.gcs_protocol import Fault
 from tests.bucket_servers import GcsServer
-import os, pathlib
+import pathlib, pickle
 
 server = GcsServer(sys.argv[2], sys.argv[3])
 for path in pathlib.Path(folder).rglob("*"):
@@ -167,6 +167,7 @@ here = tfds_sets.load(f"{folder}/tiny_shapes/1.0.0", "train")
 from mdt_jax.data.crops import CroppedImages
 for name in ("tiny_shapes", f"{server.root}/sets/tiny_shapes/1.0.0"):
     found = tfds_sets.load(name, "train")
+    found = pickle.loads(pickle.dumps(found))  # as for a worker
     assert found.in_bucket and found.contents == here.contents and found.classes == here.classes
     for i in range(10):
         (file, label), (other, number) = found.read(i), here.read(i)
