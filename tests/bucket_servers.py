@@ -62,9 +62,10 @@ class GcsServer:
             "NO_GCE_CHECK": "true",
         }
 
-    def set_faults(self, *faults: Fault) -> None:
-        """Replace the faults, and forget the requests."""
-        self._request("POST", "/faults", json.dumps([dataclasses.asdict(f) for f in faults]))
+    def set_faults(self, *faults: Fault | dict) -> None:
+        """Replace the faults, each a `Fault` or its fields, and forget the requests."""
+        fields = [f if isinstance(f, dict) else dataclasses.asdict(f) for f in faults]
+        self._request("POST", "/faults", json.dumps(fields))
 
     @property
     def faults(self) -> list[Fault]:

@@ -16,6 +16,7 @@ from mdt_jax.data import image_files
 from mdt_jax.data.folders import STYLEGAN
 from mdt_jax.data.image_files import ImageFiles, LeftOut
 from mdt_jax.data.images import SUFFIXES
+from mdt_jax.data.in_buckets import check_bucket, reading
 from mdt_jax.runtime import buckets, files
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.runtime.files import save_arrays
@@ -100,9 +101,11 @@ def load(path: str | os.PathLike) -> TarFiles:
     …) instead of classes.
     """
     place = files.as_path(path)
-    if not files.is_file(place):
-        raise UserError(f"data.path {path} is no tar file")
-    stamp = _stamp(place)
+    with reading(place):
+        if not files.is_file(place):
+            check_bucket(place)
+            raise UserError(f"data.path {path} is no tar file")
+        stamp = _stamp(place)
     index = _read_index(place, stamp)
     if index is None:
         index = {**_scan(place), "stamp": np.array(stamp)}
@@ -169,13 +172,8 @@ def _opened(path: files.Path) -> Iterator[tuple[BinaryIO, int]]:
         return
     log(f"{path} is read through once for the positions of its images …")
     client: Any = buckets.client(path)
-    try:
-        with client.open(str(path), block_size=BLOCK, cache_type="readahead") as file:
-            yield file, file.size
-    except Exception as error:
-        if not buckets.problem(error):
-            raise
-        raise UserError(f"{path} cannot be read: {files.reason(error)}") from None
+    with reading(path), client.open(str(path), block_size=BLOCK, cache_type="readahead") as file:
+        yield file, file.size
 
 
 def _read_index(path: files.Path, stamp: list[int]) -> dict[str, np.ndarray] | None:

@@ -12,13 +12,6 @@ from mdt_jax.runtime.errors import UserError
 from tests.data.test_latents import batches, make
 
 
-def fault(**fields):
-    """A rule for the server."""
-    from tests.gcs_protocol import Fault
-
-    return Fault(**fields)
-
-
 @pytest.fixture
 def cache(gcs, tmp_path):
     """(the folder of a finished cache in the bucket, the same cache on the disk)."""
@@ -66,7 +59,7 @@ def test_batches_are_those_of_a_disk(cache, workers):
     "fields", [{"status": 503}, {"status": 429}, {"cut": "down"}, {"wait": 0.5}], ids=str
 )
 def test_a_fault_that_passes_is_not_seen(gcs, cache, fields):
-    gcs.set_faults(fault(**fields, target="array_record", times=2))
+    gcs.set_faults(dict(**fields, target="array_record", times=2))
     found = latents.load(cache[0]).take(np.arange(20), np.ones(20))
     assert (found["status"] == Status.READ).all()
     assert [each.times for each in gcs.faults] == [0]
@@ -74,7 +67,7 @@ def test_a_fault_that_passes_is_not_seen(gcs, cache, fields):
 
 def test_what_cannot_be_read_now_is_not_damaged(gcs, cache):
     source = latents.load(cache[0])
-    gcs.set_faults(fault(status=403, target="00001-of-00003"))
+    gcs.set_faults(dict(status=403, target="00001-of-00003"))
     with pytest.raises(OSError, match="reading gs://.*00001-of-00003"):
         source.take(np.arange(20), np.ones(20))
     with pytest.raises(UserError, match="the data cannot be read: .*gs://.*00001-of-00003"):
@@ -129,15 +122,15 @@ def test_nothing_half_written_has_a_final_name(gcs, cache):
     with pytest.raises(KeyboardInterrupt):
         making.write(1, breaks())
     assert gcs.objects("other/") == before
-    gcs.set_faults(fault(status=403, method="POST", target="00001-of-00003"))
+    gcs.set_faults(dict(status=403, method="POST", target="00001-of-00003"))
     with pytest.raises(
         UserError, match="00001-of-00003.* could not be written: Forbidden.*resumes"
     ):
         making.write(1, batches(making.items(1)))
     assert gcs.objects("other/") == before
-    gcs.set_faults(fault(status=503, method="POST", times=1))
+    gcs.set_faults(dict(status=503, method="POST", times=1))
     making.write(1, batches(making.items(1)))
-    gcs.set_faults(fault(cut="up", method="POST", times=1))
+    gcs.set_faults(dict(cut="up", method="POST", times=1))
     making.write(2, batches(making.items(2)))
     making.finish()
     assert {n[6:]: gcs.read(n) for n in gcs.objects("other/")} == {

@@ -16,13 +16,6 @@ def place(tmp_path_factory):
     return make_place(tmp_path_factory.mktemp("encode"))
 
 
-def fault(**fields):
-    """A rule for the server."""
-    from tests.gcs_protocol import Fault
-
-    return Fault(**fields)
-
-
 def objects(gcs) -> dict[str, bytes]:
     """Name and content of each object in the cache."""
     return {name.removeprefix("cache/"): gcs.read(name) for name in gcs.objects("cache/")}
@@ -33,7 +26,7 @@ def test_killed_while_it_uploads_it_ends_with_the_same_bytes(gcs, place):
     command = ["mdt_jax.encode", *arguments(place), f"--out={gcs.root}/cache", SHARDS]
     for killed in range(6):
         # The upload that is under way when the process is killed takes half a second.
-        gcs.set_faults(fault(method="POST", target="array_record", wait=0.5, skip=killed % 3))
+        gcs.set_faults(dict(method="POST", target="array_record", wait=0.5, skip=killed % 3))
         process = start_command(*command)
         deadline = time.monotonic() + 120
         while not any("array_record" in r for r in gcs.requests if r.startswith("POST")):
@@ -67,9 +60,9 @@ def test_killed_while_it_uploads_it_ends_with_the_same_bytes(gcs, place):
 def test_an_upload_that_is_cut_in_the_middle(gcs, place):
     command = ["mdt_jax.encode", *arguments(place), f"--out={gcs.root}/cache", SHARDS]
     gcs.set_faults(
-        fault(method="POST", target="00003-of", cut="up", times=1),
-        fault(method="POST", target="00005-of", cut="answer", times=2),
-        fault(target="cache/", status=503, times=4, skip=20),
+        dict(method="POST", target="00003-of", cut="up", times=1),
+        dict(method="POST", target="00005-of", cut="answer", times=2),
+        dict(target="cache/", status=503, times=4, skip=20),
     )
     assert "52 images in 13 shards, 0 damaged" in run_command(*command)
     assert [each.times for each in gcs.faults] == [0, 0, 0]
@@ -78,7 +71,7 @@ def test_an_upload_that_is_cut_in_the_middle(gcs, place):
 
 def test_a_bucket_that_takes_no_more_ends_in_a_line(gcs, place):
     command = ["mdt_jax.encode", *arguments(place), f"--out={gcs.root}/cache", SHARDS]
-    gcs.set_faults(fault(method="POST", target="00003-of", status=403))
+    gcs.set_faults(dict(method="POST", target="00003-of", status=403))
     printed = run_command(*command, expect=2)
     assert "Traceback" not in printed
     line = printed.strip().splitlines()[-1]
@@ -109,7 +102,7 @@ def test_two_hosts_share_the_work(gcs, place):
 def test_two_with_the_same_part(gcs, place):
     """One of them encodes, and the other ends in a line or finds the cache finished."""
     command = ["mdt_jax.encode", *arguments(place), f"--out={gcs.root}/cache", SHARDS]
-    gcs.set_faults(fault(method="POST", target="array_record", wait=3, times=3))
+    gcs.set_faults(dict(method="POST", target="array_record", wait=3, times=3))
     ended = sorted(ends([start_command(*command) for _ in range(2)]))
     assert ended[0][0] == 0, ended
     assert (ended[1][0] == 2 and "is in use by process" in ended[1][1]) or (
