@@ -82,6 +82,12 @@ class TarFiles(ImageFiles):
         return found
 
     @property
+    def sha256(self) -> str:
+        """SHA-256 of the tar, hexadecimal; a tar in a bucket is read through, but not copied."""
+        with _opened(self.path) as (file, _):
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    @property
     def contents(self) -> str:
         """Every name, size and label."""
         columns = self.names.tolist(), self.sizes.tolist(), self.labels.tolist()
@@ -164,14 +170,13 @@ def _read_part(file: BinaryIO, start: int, end: int) -> bytes:
 
 
 @contextlib.contextmanager
-def _opened(path: files.Path) -> Iterator[tuple[BinaryIO, int]]:
+def _opened(path: files.Path) -> Iterator[tuple[Any, int]]:
     """(a tar to read through, its size)."""
     if not files.in_bucket(path):
         with open(path, "rb") as file:
             yield file, os.stat(path).st_size
         return
-    log(f"{path} is read through once for the positions of its images …")
-    client: Any = buckets.client(path)
+    client = buckets.client(path)
     with reading(path), client.open(str(path), block_size=BLOCK, cache_type="readahead") as file:
         yield file, file.size
 
@@ -210,6 +215,8 @@ def _has_headers(path: files.Path, index: dict[str, np.ndarray]) -> bool:
 
 def _scan(path: files.Path) -> dict[str, np.ndarray]:
     """Read a tar through: the arrays of its index, except the stamp."""
+    if files.in_bucket(path):
+        log(f"{path} is read through once for the positions of its images …")
     scan = _Scan()
     with _opened(path) as (file, size):
         scan.add_tar(_TarPart(file, 0, size, str(path)))

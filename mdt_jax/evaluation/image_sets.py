@@ -230,13 +230,11 @@ class FileImages(StoredImages):
         A prepared TFDS set is identified by its name, version and length.
         """
         digest = hashlib.sha256(self._files.contents.encode(errors="replace"))
-        paths = []
         if isinstance(self._files, tars.TarFiles):
-            paths = [self._files.path]
+            digest.update(bytes.fromhex(self._files.sha256))
         elif isinstance(self._files, folders.FolderFiles):
-            paths = map(self.name, range(len(self)))
-        for path in paths:
-            digest.update(bytes.fromhex(file_sha256(path)))
+            for path in map(self.name, range(len(self))):
+                digest.update(bytes.fromhex(file_sha256(path)))
         return digest.hexdigest()
 
     @property

@@ -10,7 +10,8 @@ import pytest
 from mdt_jax.data import pipeline, sources, tars
 from mdt_jax.data.crops import CroppedImages
 from mdt_jax.data.protocols import Status
-from mdt_jax.runtime import files
+from mdt_jax.evaluation import image_sets
+from mdt_jax.runtime import buckets, files
 from mdt_jax.runtime.errors import UserError
 from tests.conftest import ROOT
 from tests.data.test_tars import imagenet  # noqa: F401 (a fixture)
@@ -43,6 +44,14 @@ def test_a_tar_is_that_of_a_disk(gcs, tar, monkeypatch):
     asked = [line for line in gcs.requests if line.endswith("all.tar?alt=media")]
     # The headers of the images and of the three tars around them, and twice each image.
     assert len(asked) == 24 + 3 + 2 * 24
+
+
+def test_a_tar_is_measured_without_a_copy(tar, monkeypatch):
+    here, there = (image_sets.open_images(str(path), 8, labelled=True) for path in reversed(tar))
+    monkeypatch.setattr(files, "fetched", None)
+    monkeypatch.setattr(buckets, "fetched", None)
+    assert there.sha256 == here.sha256 and there.labels.tolist() == here.labels.tolist()
+    np.testing.assert_array_equal(there.take(range(24)), here.take(range(24)))
 
 
 def test_nested_tars(gcs, imagenet):  # noqa: F811
