@@ -19,7 +19,8 @@ case $command in
     train) set -- main --stopped_exit_code=75 "$@" ;;
     encode | sample | evaluate | inpaint | convert | info) set -- "$command" "$@" ;;
     *)
-        echo "error: $command is none of train, encode, sample, evaluate, inpaint, convert, info" >&2
+        echo "error: $command is none of train, encode, sample, evaluate, inpaint, convert," \
+            "info" >&2
         exit 2
         ;;
 esac

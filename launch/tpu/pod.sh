@@ -144,8 +144,8 @@ stop() {
         while kill -0 "$pid" 2>/dev/null; do sleep 1; done'
 }
 
-# progress COMMAND FLAGS: the state of the first machine: running, the exit code of the command, idle
-# (another command ended there), lost (it was restarted, or has run nothing yet) or unreachable.
+# progress COMMAND FLAGS: the state of the first machine: running, the exit code of the command,
+# idle (another command ended there), lost (restarted, or has run nothing yet) or unreachable.
 progress() {
     local sum
     sum=$(echo "$*" | cksum)
