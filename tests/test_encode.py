@@ -211,10 +211,10 @@ BAD_ENCODING = {
     "no VAE": (["--out=OUT", "--config.vae.path=nothing"], "nothing"),
     "pixels": (["--out=OUT", "--config.vae.path=identity"], "nothing to encode with"),
     "random": (["--out=OUT", "--config.data.crop=random"], "a cache needs data.crop=center"),
-    "latents": (["--out=OUT", "--config.data.name=latents"], "folder, tar and tfds can be encoded"),
+    "latents": (["--out=OUT", "--config.data.name=latents"], "tfds and parquet can be encoded"),
     "digits": (
         ["--out=OUT", "--config.data.name=digits", "--config.data.path="],
-        "folder, tar and tfds can be encoded",
+        "tfds and parquet can be encoded",
     ),
     "no images": (["--out=OUT", "--config.data.path=EMPTY"], "holds no images"),
     "classes": (["--out=OUT", "--config.model.num_classes=4"], "has 3 classes, but"),

@@ -1,4 +1,4 @@
-"""Data sets by the name in a config: sets in Python packages, and files, tars, TFDS and latents."""
+"""Data sets by the name in a config: those in Python packages, and those stored in files."""
 
 import dataclasses
 import functools
@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from mdt_jax.data import folders, latents, tars, tfds_sets
+from mdt_jax.data import folders, latents, parquet_sets, tars, tfds_sets
 from mdt_jax.data.crops import CroppedImages
 from mdt_jax.data.protocols import Source
 from mdt_jax.runtime.errors import UserError
@@ -87,7 +87,7 @@ PACKAGED: dict[str, Callable[[], Images]] = {
     "digits_5_9": functools.partial(_digits, 5, 9),
     "mnist": _mnist,
 }
-STORED = ("folder", "tar", "tfds", "latents")
+STORED = ("folder", "tar", "tfds", "parquet", "latents")
 NAMES = (*PACKAGED, *STORED)
 
 
@@ -112,22 +112,29 @@ def split(source: Images) -> tuple[Images, Images]:
 
 
 def stored(data, num_classes: int) -> Source:
-    """Open the latents or images at data.path; arguments as of `cropped`."""
+    """Open the latents or images at data.path to read them in random order.
+
+    Arguments as of `cropped`.
+    """
     if data.name != "latents":
-        return cropped(data, num_classes)
+        return cropped(data, num_classes, at_random=True)
     _check_path(data)
     return latents.load(data.path, data.flip)
 
 
-def cropped(data, num_classes: int, **options) -> CroppedImages:
-    """Open the images of a folder, tar or TFDS set.
+def cropped(data, num_classes: int, at_random: bool = False, **options) -> CroppedImages:
+    """Open the images of a folder, tar, TFDS or parquet set.
 
     data: a config's `data`. num_classes: 0 ignores labels; −1 takes as many classes as there are.
-    options: fields of `CroppedImages`. Raises UserError where no images can be read.
+    at_random: make reading in random order fast, which parquet shards need. options: fields of
+    `CroppedImages`. Raises UserError where no images can be read.
     """
     _check_path(data)
+    expected = num_classes if num_classes >= 0 else None
     if data.name == "folder":
-        files = folders.load(data.path, num_classes if num_classes >= 0 else None)
+        files = folders.load(data.path, expected)
+    elif data.name == "parquet":
+        files = parquet_sets.load(data.path, expected, at_random)
     elif data.name == "tar":
         files = tars.load(data.path)
     else:

@@ -13,7 +13,7 @@ from typing import IO, Protocol, Self
 
 import numpy as np
 
-from mdt_jax.data import folders, sample_notes, sources, tars, tfds_sets
+from mdt_jax.data import folders, parquet_sets, sample_notes, sources, tars, tfds_sets
 from mdt_jax.data.crops import center_crop
 from mdt_jax.data.image_files import ImageFiles
 from mdt_jax.data.images import MAX_PIXELS, open_image, to_rgb
@@ -226,7 +226,7 @@ class FileImages(StoredImages):
 
     @property
     def sha256(self) -> str:
-        """Of the list of images, and of the images' files or the tar.
+        """Of the list of images, and of the images' files, the tar or the parquet shards.
 
         A prepared TFDS set is identified by its name, version and length.
         """
@@ -234,6 +234,8 @@ class FileImages(StoredImages):
         paths = []
         if isinstance(self._files, tars.TarFiles):
             paths = [self._files.path]
+        elif isinstance(self._files, parquet_sets.ParquetFiles):
+            paths = [shard.path for shard in self._files.shards]
         elif isinstance(self._files, folders.FolderFiles):
             paths = map(self.name, range(len(self)))
         for path in paths:
@@ -290,6 +292,8 @@ def _list_files(path: str, labelled: bool) -> ImageFiles:
             return tfds_sets.load(name, split or "train")
         if path.endswith(".tar"):
             return tars.load(path)
+        if path.endswith(parquet_sets.SUFFIX):
+            return parquet_sets.load(path, None if labelled else 0)
         return folders.load(path, None if labelled else 0)
     except UserError as error:
         raise UserError(str(error).removeprefix("data.path ")) from None
@@ -304,12 +308,12 @@ def open_images(
 ) -> StoredImages:
     """Open images, of which no more than headers are read yet.
 
-    path: an npz file with arr_0, a folder, a list (.csv, .jsonl), a .tar, tfds:NAME[:SPLIT], or the
-    name of a packaged set (digits, mnist, …), of which the held-out images are used. image_size:
-    the side to which image files are cropped as for training. labelled: read the labels, too, if
-    there are any. num: use the first `num` images only. generated: the images are samples, so
-    that files named LABEL_NUMBER.png are ordered by NUMBER, and LABEL is the number of a class and
-    not its name. Raises UserError.
+    path: an npz file with arr_0, a folder, a list (.csv, .jsonl), a .tar, a .parquet or a glob of
+    them, tfds:NAME[:SPLIT], or the name of a packaged set (digits, mnist, …), of which the held-out
+    images are used. image_size: the side to which image files are cropped as for training.
+    labelled: read the labels, too, if there are any. num: use the first `num` images only.
+    generated: the images are samples, so that files named LABEL_NUMBER.png are ordered by NUMBER,
+    and LABEL is the number of a class and not its name. Raises UserError.
     """
     if image_size is not None and image_size**2 > MAX_PIXELS:
         raise UserError(f"image_size is {image_size}, larger than images that are read")
