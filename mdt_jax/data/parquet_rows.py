@@ -6,9 +6,9 @@ ArrayRecord file beside it. Record 0 is a description of the shard, and record 1
 """
 
 import bisect
+import collections
 import contextlib
 import dataclasses
-import functools
 import glob
 import itertools
 import json
@@ -17,7 +17,7 @@ import pathlib
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from typing import cast
+from typing import Any, cast
 
 from mdt_jax.data.latents import check_path
 from mdt_jax.data.latents_writer import OPTIONS
@@ -26,9 +26,10 @@ from mdt_jax.runtime.errors import UserError
 from mdt_jax.runtime.progress import log, progress_bar
 
 SUFFIX = ".array_record"  # appended to a shard's name
-KEPT = 4  # row groups in memory; each of the pipeline's threads may be in another one
+KEPT = 2**26  # bytes of row groups in memory; but at least two row groups
 WAIT = 1.0  # seconds between two looks at what other processes unpack
-_reading = threading.Lock()
+_lock = threading.Lock()
+_recent: collections.OrderedDict[tuple, Any] = collections.OrderedDict()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Shard:
         fields = {"column": self.column, "bytes": self.size, "modified": self.modified}
         return json.dumps({"format": 1, **fields, "rows": self.rows}).encode()
 
-    def read(self, group: int):
+    def read(self, group: int) -> Any:
         """The images of a row group: a pyarrow ChunkedArray. Raises UserError for damage."""
         with damage(f"{self.path}, row group {group},"), open_shard(self.path) as file:
             table = file.read_row_group(group, columns=[self.column])
@@ -72,9 +73,17 @@ class Shard:
             return column
 
 
-@functools.lru_cache(maxsize=KEPT)
-def _read_recent(shard: Shard, group: int):
-    return shard.read(group)
+def _read_recent(shard: Shard, group: int) -> Any:
+    """As `Shard.read`, but keeps the row groups read last."""
+    with _lock:  # so that two threads do not read the same row group
+        key = shard.path, shard.modified, group
+        if key not in _recent:
+            images = shard.read(group)
+            while len(_recent) > 1 and sum(each.nbytes for each in _recent.values()) > KEPT:
+                _recent.popitem(last=False)
+            _recent[key] = images
+        _recent.move_to_end(key)
+        return _recent[key]
 
 
 @contextlib.contextmanager
@@ -126,9 +135,7 @@ class RowGroups(Sequence[bytes]):
         row = i - (self.ends[number - 1] if number else 0)
         for shard in self.shards:
             if number < len(shard.groups):
-                with _reading:  # so that two threads do not read the same row group
-                    images = _read_recent(shard, number)
-                return images[row].as_py() or b""
+                return _read_recent(shard, number)[row].as_py() or b""
             number -= len(shard.groups)
         raise IndexError(i)
 
