@@ -21,7 +21,17 @@ from mdt_jax import config as configs
 from mdt_jax.config.fields import FIELDS
 from mdt_jax.diffusion.options import SampleOptions
 from mdt_jax.models.autoencoder import VAE_SCALE
-from mdt_jax.runtime import backend, cluster, files, hosts, hub, interrupts, limits, progress
+from mdt_jax.runtime import (
+    backend,
+    buckets,
+    cluster,
+    files,
+    hosts,
+    hub,
+    interrupts,
+    limits,
+    progress,
+)
 from mdt_jax.runtime.bounds import Bound
 from mdt_jax.runtime.errors import UserError, exceeded_limit
 
@@ -76,7 +86,11 @@ def one_line(error: Exception) -> str:
     if limit:  # libraries then print tracebacks of what they could not even begin
         sys.unraisablehook = lambda _: None
         warnings.simplefilter("ignore")
-    if isinstance(error, (UserError, OSError)):
+    if isinstance(error, UserError):
+        message = f"{error}{f' ({limit})' if limit else ''}"
+    elif (problem := buckets.problem(error)) and not limit:
+        message = problem
+    elif isinstance(error, OSError):
         message = f"{error}{f' ({limit})' if limit else ''}"
     elif limit:
         message = f"{limit} ({files.reason(error)})"
@@ -121,9 +135,14 @@ def local(text: str) -> str:
     return _path(text, files.local)
 
 
-def on_disk(text: str) -> str:
-    """A path on this machine, or hf://…"""
-    return _path(text, hub.on_disk)
+def anywhere(text: str) -> str:
+    """A path on this machine or in a bucket."""
+    return _path(text, files.anywhere)
+
+
+def anywhere_or_hub(text: str) -> str:
+    """A path on this machine or in a bucket, or hf://…"""
+    return _path(text, hub.anywhere_or_hub)
 
 
 def _path(text: str, expand: Callable[[str], str]) -> str:
@@ -268,12 +287,19 @@ class Parser(argparse.ArgumentParser):
     def add_sampling(self) -> None:
         """The checkpoint to sample from, and how to sample."""
         add = self.add_argument
-        add("--checkpoint", required=True, type=on_disk, help="a run, a step of it, a file, hf://…")
+        add(
+            "--checkpoint",
+            required=True,
+            type=anywhere_or_hub,
+            help="a run, a step of it, a file, hf://…",
+        )
         add("--seed", type=int, default=0, help="sample n depends on it, n and its label alone")
         add("--batch_size", type=count, default=100, help="changes the speed, not the samples")
         add("--dtype", choices=DTYPES, help="of matmuls and activations (default: the run's)")
         add(
-            "--vae", type=on_disk, help="file, folder or hf://OWNER/REPOSITORY (default: the run's)"
+            "--vae",
+            type=anywhere_or_hub,
+            help="file, folder or hf://OWNER/REPOSITORY (default: the run's)",
         )
         add("--vae_scale", type=positive, help=f"of latents (default: the VAE's, or {VAE_SCALE})")
         add("--decoder_layers", type=int, help="of an MDT v1 file, which lacks them (default: 2)")

@@ -6,14 +6,13 @@ folder.
 """
 
 import argparse
-import pathlib
 
 from mdt_jax import cli
 from mdt_jax.runtime import files, locks
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.runtime.progress import print_result
 from mdt_jax.weights import networks, torch_files
-from mdt_jax.weights.orbax_folders import check_path
+from mdt_jax.weights.step_folders import check_arrays_possible, check_path
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -21,14 +20,21 @@ def parse(argv: list[str]) -> argparse.Namespace:
         prog="python -m mdt_jax.convert", description="Convert weights from one format to another."
     )
     add = parser.add_argument
-    add("--src", required=True, type=cli.on_disk, help="a run, folder, .pt, .safetensors or hf://…")
-    add("--dst", required=True, type=cli.local, help="FILE.pt, FILE.safetensors, or a new folder")
+    add(
+        "--src",
+        required=True,
+        type=cli.anywhere_or_hub,
+        help="a run, folder, .pt, .safetensors or hf://…",
+    )
+    add(
+        "--dst", required=True, type=cli.anywhere, help="FILE.pt, FILE.safetensors, or a new folder"
+    )
     add("--params", choices=networks.ITEMS, default="ema", help="which of a run's parameters")
     add("--decoder_layers", type=int, help="of an MDT v1 file, which lacks them (default: 2)")
     return parser.parse_args(argv[1:])
 
 
-def check_destination(dst: pathlib.Path) -> None:
+def check_destination(dst: files.Path) -> None:
     """Raise UserError before anything is read where the destination cannot be written."""
     if dst.suffix and dst.suffix not in torch_files.SUFFIXES:
         raise UserError(
@@ -37,17 +43,19 @@ def check_destination(dst: pathlib.Path) -> None:
         )
     if not dst.suffix:
         check_path(dst)
-    if dst.exists():
+        check_arrays_possible(dst)
+    if files.exists(dst):
         raise UserError(f"--dst={dst} exists already; nothing was written")
-    if not dst.absolute().parent.is_dir():
+    parent = files.absolute(dst).parent
+    if not (files.in_bucket(dst) or parent.is_dir()):
         raise UserError(f"--dst={dst}: there is no folder {dst.parent}")
-    files.check_writable(dst.absolute().parent, f"--dst={dst}")
+    files.check_writable(parent, f"--dst={dst}")
 
 
 def main(argv: list[str]) -> None:
     """Parse the flags, read the weights, write them."""
     args = parse(argv)
-    dst = pathlib.Path(args.dst)
+    dst = files.as_path(args.dst)
     check_destination(dst)
     cli.start(args)
     with locks.held(locks.beside(dst), str(dst)):

@@ -7,7 +7,6 @@ and so on. The same command resumes where it was stopped. To train on the cache:
 """
 
 import argparse
-import pathlib
 import re
 
 import jax
@@ -15,6 +14,7 @@ import jax
 from mdt_jax import cli
 from mdt_jax import config as configs
 from mdt_jax.runtime.errors import UserError
+from mdt_jax.runtime.files import as_path
 from mdt_jax.train import encoding
 
 SHARD_IMAGES = 2048
@@ -38,7 +38,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "a field.",
     )
     add = parser.add_argument
-    add("--out", default="", type=cli.local, help="folder of the latents")
+    add("--out", default="", type=cli.anywhere, help="folder of the latents")
     add("--part", default="", metavar="K/N", help="part K of N, for several machines: 2/4")
     text = f"images of a shard; a stop loses one shard at most (default: {SHARD_IMAGES})"
     add("--shard_images", type=cli.count, default=SHARD_IMAGES, help=text)
@@ -61,9 +61,9 @@ def main(argv: list[str]) -> None:
     if args.estimate_scale:
         encoding.estimate_scale(config)
     elif args.verify:
-        encoding.verify(config, pathlib.Path(args.out))
+        encoding.verify(config, as_path(args.out))
     else:
-        encoding.encode(config, pathlib.Path(args.out), args.shard_images, parse_part(args.part))
+        encoding.encode(config, as_path(args.out), args.shard_images, parse_part(args.part))
 
 
 if __name__ == "__main__":

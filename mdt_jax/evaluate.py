@@ -9,7 +9,6 @@ Also: --make_reference=IMAGES --out=reference.npz; --vae=VAE --images=IMAGES: wh
 
 import argparse
 import contextlib
-import pathlib
 
 from mdt_jax import cli
 from mdt_jax.data.images import UINT8_RULE
@@ -21,7 +20,7 @@ from mdt_jax.evaluation.features import FeatureCache, extract
 from mdt_jax.evaluation.image_sets import StoredImages, open_images
 from mdt_jax.evaluation.npz_files import read_headers
 from mdt_jax.evaluation.reconstruction import check_reconstructible, measure_vae
-from mdt_jax.runtime import hosts, locks
+from mdt_jax.runtime import files, hosts, locks
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.runtime.hosts import is_first, log0
 from mdt_jax.runtime.progress import print_result
@@ -48,17 +47,23 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, str]:
         "tfds:NAME:SPLIT, or digits, mnist, …",
     )
     add = parser.add_mutually_exclusive_group(required=True).add_argument
-    add("--samples", type=cli.local, help="npz or folder of images to measure")
-    add("--make_reference", metavar="IMAGES", type=cli.local, help="write statistics of IMAGES")
-    add("--vae", type=cli.on_disk, help="measure what encoding and decoding --images loses")
+    add("--samples", type=cli.anywhere, help="npz or folder of images to measure")
+    add("--make_reference", metavar="IMAGES", type=cli.anywhere, help="write statistics of IMAGES")
+    add("--vae", type=cli.anywhere_or_hub, help="measure what encoding and decoding --images loses")
     add = parser.add_argument
-    add("--reference", type=cli.local, help="IMAGES, or an npz with mu, sigma, mu_s and sigma_s")
-    add("--images", metavar="IMAGES", type=cli.local, help="real images, with --vae")
-    add("--inception", type=cli.on_disk, help="weights of FID's Inception: file, folder, hf://…")
+    add("--reference", type=cli.anywhere, help="IMAGES, or an npz with mu, sigma, mu_s and sigma_s")
+    add("--images", metavar="IMAGES", type=cli.anywhere, help="real images, with --vae")
+    add(
+        "--inception",
+        type=cli.anywhere_or_hub,
+        help="weights of FID's Inception: file, folder, hf://…",
+    )
     add("--features", help="inception (default), pixels, classifier, or several: pixels,classifier")
     add("--num_samples", type=cli.count, help="measure the first N images")
     add("--image_size", type=cli.count, help="crop image files to this size, as for training")
-    add("--out", type=cli.local, help="JSON card (default: beside the samples), or new reference")
+    add(
+        "--out", type=cli.anywhere, help="JSON card (default: beside the samples), or new reference"
+    )
     parser.add_processes()
     args = parser.parse_args(argv[1:])
     task = next(name for name in TASKS if getattr(args, name) is not None)
@@ -108,7 +113,7 @@ def make_reference(args) -> None:
     """Write the statistics of real images, and some of the images."""
     out = output_path(args.out, ".npz")
     images = open_images(args.make_reference, args.image_size)
-    if out.exists() and "mu" not in read_headers(out):
+    if files.exists(out) and "mu" not in read_headers(out):
         raise UserError(f"--out={out} exists and is no reference; choose another name")
     if len(images) < 2:
         raise UserError(f"{images.path} has one image; statistics need at least two")
@@ -148,16 +153,16 @@ def evaluate_vae(args) -> None:
                 print_result("no rFID: --inception=FILE was not given")
 
 
-def output_path(text: str, suffix: str) -> pathlib.Path:
+def output_path(text: str, suffix: str) -> files.Path:
     """A file to be written. Raises UserError for another suffix, or if it cannot be written."""
-    out = pathlib.Path(text)
+    out = files.as_path(text)
     if out.suffix != suffix:
         raise UserError(f"--out={out}: unknown suffix {out.suffix!r}; use {suffix}")
     check_writable(out)
     return out
 
 
-def locked(out: pathlib.Path | None) -> contextlib.AbstractContextManager:
+def locked(out: files.Path | None) -> contextlib.AbstractContextManager:
     """No other command writes this file meanwhile. Raises UserError if one does."""
     return contextlib.nullcontext() if out is None else hosts.alone(locks.beside(out), str(out))
 

@@ -11,7 +11,6 @@ In Python `mdt_jax.inpaint(model, params, images, hidden, labels)` is the functi
 
 import argparse
 import inspect
-import pathlib
 import sys
 import types
 
@@ -24,6 +23,7 @@ from mdt_jax.data.masks import read_pair
 from mdt_jax.data.sample_notes import written
 from mdt_jax.diffusion.options import check_seed
 from mdt_jax.runtime.errors import UserError
+from mdt_jax.runtime.files import as_path
 from mdt_jax.runtime.progress import print_result
 from mdt_jax.sampling.inpainting import (
     MODES,
@@ -45,10 +45,15 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     own = InpaintOptions()
     add = parser.add_argument
-    add("--image", required=True, type=cli.local, help="the image to complete")
-    add("--mask", required=True, type=cli.local, help="white is hidden, black or transparent known")
+    add("--image", required=True, type=cli.anywhere, help="the image to complete")
+    add(
+        "--mask",
+        required=True,
+        type=cli.anywhere,
+        help="white is hidden, black or transparent known",
+    )
     add("--label", help="class of the image, a number or a name; none for an unconditional model")
-    add("--out", required=True, type=cli.local, help="out.png; for several completions a grid")
+    add("--out", required=True, type=cli.anywhere, help="out.png; for several completions a grid")
     add("--num_samples", type=cli.count, default=1, help="number of completions")
     add("--resize", **cli.SWITCH, help="crop and resize image and mask to the model's size")
     add("--mode", choices=MODES, default=own.mode)
@@ -90,7 +95,7 @@ def read_label(text: str | None, pipeline: Pipeline) -> int:
 def main(argv: list[str]) -> None:
     """Parse the flags, read image and mask, draw, put the known pixels back, write."""
     args = parse(argv)
-    out = pathlib.Path(args.out)
+    out = as_path(args.out)
     if out.suffix != ".png":
         raise UserError(f"--out={out}: unknown suffix {out.suffix!r}; use .png")
     if args.guidance_skip_tolerance:

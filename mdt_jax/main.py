@@ -6,7 +6,6 @@ with XLA_FLAGS=--xla_gpu_deterministic_ops=true). SIGTERM and Ctrl-C save before
 """
 
 import argparse
-import pathlib
 
 from mdt_jax import cli
 from mdt_jax.runtime.errors import UserError
@@ -22,7 +21,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
         description="Train a model, or resume its run. --config.GROUP.FIELD=VALUE sets a field.",
     )
     add = parser.add_argument
-    add("--workdir", default="", type=cli.local, help="folder of the run's checkpoints and results")
+    add(
+        "--workdir",
+        default="",
+        type=cli.anywhere,
+        help="folder of the run's checkpoints and results",
+    )
     add("--tensorboard", **cli.SWITCH, help="write event files to the workdir")
     add("--wandb", default="", metavar="PROJECT", help="log to a project of Weights & Biases")
     add("--profile_steps", default="", metavar="FIRST:LAST", help="steps to profile, as 10:13")
@@ -41,7 +45,7 @@ def main(argv: list[str]) -> None:
     config, given = cli.read_config(args)
     cli.start(args, keep_memory=True)
     show = Monitoring(args.tensorboard, args.wandb, args.profile_steps)
-    train(config, pathlib.Path(args.workdir), show, given, stop)
+    train(config, args.workdir, show, given, stop)
 
 
 if __name__ == "__main__":

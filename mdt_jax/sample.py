@@ -7,7 +7,6 @@ samples. A model of latents needs a VAE: --vae=hf://OWNER/REPOSITORY.
 """
 
 import argparse
-import pathlib
 
 from mdt_jax import cli
 from mdt_jax.data.images import check_grid, save_animation, save_grid
@@ -40,7 +39,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
         description="Draw samples from a run, a file or a released checkpoint.",
     )
     add = parser.add_argument
-    add("--out", required=True, type=cli.local, help="grid.png, samples.npz or a folder; or a .gif")
+    add(
+        "--out",
+        required=True,
+        type=cli.anywhere,
+        help="grid.png, samples.npz or a folder; or a .gif",
+    )
     add("--num_samples", type=cli.count, help="default: as many as --labels, or 100 without")
     add(
         "--labels",
@@ -62,11 +66,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def _file_or_classes(text: str) -> str:
-    """The path of a file on this machine; other values of --labels unchanged."""
-    return cli.local(text) if text.endswith((".txt", ".npy")) else text
+    """The path of a file, expanded; other values of --labels unchanged."""
+    return cli.anywhere(text) if text.endswith((".txt", ".npy")) else text
 
 
-def show(pipeline: Pipeline, request: Request, note: dict, out: pathlib.Path) -> None:
+def show(pipeline: Pipeline, request: Request, note: dict, out: files.Path) -> None:
     """Draw the rows of frames that --show asks for; write a grid, or to a .gif an animation."""
     kind, frames, shape = note["show"], note["frames"], pipeline.image_shape
     if pipeline.scales:
@@ -88,19 +92,20 @@ def show(pipeline: Pipeline, request: Request, note: dict, out: pathlib.Path) ->
         print_result(f"wrote {len(rows)} rows of {frames} frames to {out}")
 
 
-def check_out(out: str, show: str | None) -> tuple[pathlib.Path, str]:
+def check_out(out: str, show: str | None) -> tuple[files.Path, str]:
     """(path, suffix, which decides the format; "" is a folder). Raises UserError for others."""
-    path = pathlib.Path(out)
-    if not path.name or (path.name.startswith(".") and not path.suffix and not path.is_dir()):
+    path = files.as_path(out)
+    if not path.name or (path.name.startswith(".") and not path.suffix and not files.is_dir(path)):
         raise UserError(f"--out={out} names no file or folder")
     if show:
         known, suffix = (".png", ".gif"), path.suffix
     else:
-        known, suffix = tuple(WRITERS), "" if out.endswith("/") or path.is_dir() else path.suffix
+        is_folder = out.endswith("/") or files.is_dir(path)
+        known, suffix = tuple(WRITERS), "" if is_folder else path.suffix
     if suffix not in known:
         names = " or ".join(known) if show else ".png, .npz, or a name with / at its end: a folder"
         raise UserError(f"--out={out}: unknown suffix {suffix!r}; use {names}")
-    if suffix == "" and path.is_file():
+    if suffix == "" and files.is_file(path):
         raise UserError(f"--out={out} is a file; a folder is made where there is none")
     return path, suffix
 

@@ -26,6 +26,7 @@ os.environ.update(
     JAX_COMPILATION_CACHE_DIR=str(ROOT / ".jax_cache"),
     JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0.5",
     JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES="0",
+    GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT="false",  # gcsfs reads it when it is imported
 )
 # Tests in the background ignore Ctrl-C, and so would the processes that they start.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
@@ -197,3 +198,44 @@ def trained(tmp_path_factory) -> pathlib.Path:
     workdir = tmp_path_factory.mktemp("runs") / "smoke"
     train_here(*SMOKE, f"--workdir={workdir}")
     return workdir
+
+
+@pytest.fixture(scope="session")
+def gcs_process():
+    """A server that speaks the protocol of Google Cloud Storage, in a process of its own."""
+    pytest.importorskip("gcp_storage_emulator")
+    pytest.importorskip("gcsfs")
+    from tests import bucket_servers
+
+    with bucket_servers.serve_gcs() as server:
+        yield server
+
+
+@pytest.fixture
+def gcs(gcs_process, monkeypatch):
+    """That server with an empty bucket and no faults; all clients here and in children use it."""
+    gcs_process.make_bucket()
+    for name, value in gcs_process.environment.items():
+        monkeypatch.setenv(name, value)
+    yield gcs_process
+    gcs_process.set_faults()
+
+
+@pytest.fixture(scope="session")
+def s3_server():
+    """A server that speaks S3's protocol, in this process."""
+    pytest.importorskip("moto")
+    pytest.importorskip("s3fs")
+    from tests import bucket_servers
+
+    with bucket_servers.serve_s3() as server:
+        yield server
+
+
+@pytest.fixture
+def s3(s3_server, monkeypatch):
+    """That server with an empty bucket; all clients here and in children use it."""
+    s3_server.make_bucket()
+    for name, value in s3_server.environment.items():
+        monkeypatch.setenv(name, value)
+    return s3_server

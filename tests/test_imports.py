@@ -30,7 +30,10 @@ LEVELS = {
 }
 NEVER = {("data", "jax"), ("models", "runtime")}
 # What the core needs; everything else is imported where it is used.
-CORE = {"jax", "flax", "optax", "orbax", "einops", "numpy", "ml_collections", "absl", "mdt_jax"}
+CORE = {
+    "absl", "einops", "etils", "flax", "jax", "mdt_jax", "ml_collections", "numpy", "optax",
+    "orbax",
+}  # fmt: skip
 
 
 def room(module: str) -> str:

@@ -395,37 +395,37 @@ def test_info_knows_the_same_mistakes(capsys, monkeypatch, in_root):
 
 SMOKE_CONFIG = f"--config={ROOT}/configs/digits.py:smoke"
 URLS = {
-    "workdir": (main, [SMOKE_CONFIG, "--workdir=gs://b/x"]),
+    "workdir": (main, [SMOKE_CONFIG, "--workdir=az://b/x"]),
     "workdir on the hub": (main, [SMOKE_CONFIG, "--workdir=hf://b/x"]),
-    "config": (main, ["--config=gs://b/x.py", "--workdir=run"]),
+    "config": (main, ["--config=az://b/x.py", "--workdir=run"]),
     "config of two words": (info, ["--config", "https://b/x.py"]),
     **{
-        field: (main, [SMOKE_CONFIG, "--workdir=run", f"--config.{field}=s3://b/x"])
+        field: (main, [SMOKE_CONFIG, "--workdir=run", f"--config.{field}=abfs://b/x"])
         for field in (
             "data.path", "vae.path", "init.checkpoint", "evaluation.reference",
             "evaluation.inception",
         )
     },
-    "a field of info": (info, [SMOKE_CONFIG, "--config.data.path=gs://b/x"]),
-    "latents": (encode, [SMOKE_CONFIG, "--out=gs://b/x"]),
-    "npz": (sample, [f"--checkpoint={DIGITS}", "--out=gs://b/x.npz"]),
+    "a field of info": (info, [SMOKE_CONFIG, "--config.data.path=az://b/x"]),
+    "latents": (encode, [SMOKE_CONFIG, "--out=az://b/x"]),
+    "npz": (sample, [f"--checkpoint={DIGITS}", "--out=az://b/x.npz"]),
     "picture": (sample, [f"--checkpoint={DIGITS}", "--out=GS://b/x.png"]),
     "folder": (sample, [f"--checkpoint={DIGITS}", "--out=file:///x/"]),
-    "labels": (sample, [f"--checkpoint={DIGITS}", "--out=x.npz", "--labels=gs://b/x.txt"]),
-    "checkpoint": (sample, ["--checkpoint=gs://b/x", "--out=x.npz"]),
+    "labels": (sample, [f"--checkpoint={DIGITS}", "--out=x.npz", "--labels=az://b/x.txt"]),
+    "checkpoint": (sample, ["--checkpoint=az://b/x", "--out=x.npz"]),
     "vae": (sample, [f"--checkpoint={DIGITS}", "--out=x.npz", "--vae=https://b/x"]),
-    "samples": (evaluate, ["--samples=gs://b/x.npz", "--reference=digits"]),
+    "samples": (evaluate, ["--samples=az://b/x.npz", "--reference=digits"]),
     "reference": (evaluate, ["--samples=x.npz", "--reference=hf://b/x.npz"]),
-    "inception": (evaluate, ["--samples=x", "--reference=y", "--inception=gs://b/x"]),
-    "card": (evaluate, ["--samples=x", "--reference=y", "--out=gs://b/x.json"]),
-    "new reference": (evaluate, ["--make_reference=gs://b/x", "--out=x.npz"]),
-    "images": (evaluate, ["--vae=x", "--images=gs://b/x"]),
-    "a VAE": (evaluate, ["--vae=gs://b/x", "--images=x"]),
-    "source": (convert, ["--src=gs://b/x.pt", "--dst=x.pt"]),
-    "destination": (convert, [f"--src={DIGITS}", "--dst=gs://b/x.pt"]),
-    "image": (inpaint, ["--checkpoint=x", "--image=gs://b/x", "--mask=m", "--out=o.png"]),
-    "mask": (inpaint, ["--checkpoint=x", "--image=i", "--mask=gs://b/x", "--out=o.png"]),
-    "inpainted": (inpaint, ["--checkpoint=x", "--image=i", "--mask=m", "--out=gs://b/x.png"]),
+    "inception": (evaluate, ["--samples=x", "--reference=y", "--inception=az://b/x"]),
+    "card": (evaluate, ["--samples=x", "--reference=y", "--out=az://b/x.json"]),
+    "new reference": (evaluate, ["--make_reference=az://b/x", "--out=x.npz"]),
+    "images": (evaluate, ["--vae=x", "--images=az://b/x"]),
+    "a VAE": (evaluate, ["--vae=az://b/x", "--images=x"]),
+    "source": (convert, ["--src=az://b/x.pt", "--dst=x.pt"]),
+    "destination": (convert, [f"--src={DIGITS}", "--dst=az://b/x.pt"]),
+    "image": (inpaint, ["--checkpoint=x", "--image=az://b/x", "--mask=m", "--out=o.png"]),
+    "mask": (inpaint, ["--checkpoint=x", "--image=i", "--mask=az://b/x", "--out=o.png"]),
+    "inpainted": (inpaint, ["--checkpoint=x", "--image=i", "--mask=m", "--out=az://b/x.png"]),
 }  # fmt: skip
 
 

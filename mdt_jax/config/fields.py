@@ -21,7 +21,7 @@ OPTIMIZERS = ("adamw", "adan")
 class Field:
     """A field of a config: a bool, int, float or str, as its default is.
 
-    path: for fields that hold paths, the function that replaces ~ and $NAME and refuses URLs.
+    path: for fields that hold paths, the function that replaces ~ and $NAME and refuses other URLs.
     """
 
     default: bool | int | float | str
@@ -86,7 +86,7 @@ FIELDS: dict[str, dict[str, Field]] = dict(
         name=Field("digits", "a data set of a package, or the kind of your own",
                    one_of(sources.NAMES)),
         path=Field("", "path of what is read; for tfds also the set's name",
-                   path=files.local),
+                   path=files.anywhere),
         split=Field("train", "split of a tfds set"),
         image_size=Field(8, "height and width to which images are cropped", at_least(1)),
         channels=Field(1, "colour channels: 3, or 1 for grey", at_least(1)),
@@ -98,12 +98,12 @@ FIELDS: dict[str, dict[str, Field]] = dict(
     ),
     vae=dict(
         path=Field("identity", "file, folder or hf://OWNER/REPOSITORY; identity: train on pixels",
-                   path=hub.on_disk),
+                   path=hub.anywhere_or_hub),
         scale=Field(VAE_SCALE, "factor by which latents are multiplied", above(0)),
     ),
     init=dict(
         checkpoint=Field("", "weights a new run starts from: a run, a file or hf://…/FILE",
-                         path=hub.on_disk),
+                         path=hub.anywhere_or_hub),
         resize=Field(False, "resample these weights where the grid of tokens differs"),
     ),
     optim=dict(
@@ -141,9 +141,9 @@ FIELDS: dict[str, dict[str, Field]] = dict(
         every=Field(0, "steps between measurements of EMA samples; 0: none", at_least(0)),
         num_samples=Field(10_000, "samples of a measurement", at_least(4)),
         reference=Field("", "real images or an npz; empty: the held-out part of a packaged set",
-                        path=files.local),
+                        path=files.anywhere),
         inception=Field("", "weights of FID's Inception; empty: compare images by their pixels",
-                        path=hub.on_disk),
+                        path=hub.anywhere_or_hub),
     ),
 )  # fmt: skip
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, BinaryIO
 import numpy as np
 
 from mdt_jax.runtime.errors import UserError
-from mdt_jax.runtime.files import atomic_write
+from mdt_jax.runtime.files import atomic_write, fetched
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -34,8 +34,10 @@ def open_image(file: str | os.PathLike | BinaryIO) -> Iterator["Image.Image"]:
     """
     from PIL import Image, UnidentifiedImageError
 
-    if isinstance(file, (str, os.PathLike)) and not stat.S_ISREG(os.stat(file).st_mode):
-        raise ValueError("it is no regular file")  # opening a pipe would wait for a writer
+    if isinstance(file, (str, os.PathLike)):
+        file = fetched(file)
+        if not stat.S_ISREG(os.stat(file).st_mode):
+            raise ValueError("it is no regular file")  # opening a pipe would wait for a writer
     try:
         image = Image.open(file, formats=FORMATS)
     except UnidentifiedImageError:

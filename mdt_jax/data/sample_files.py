@@ -11,7 +11,6 @@ import json
 import os
 import pathlib
 import re
-import shutil
 import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,9 +20,9 @@ import numpy as np
 from mdt_jax.data import sample_notes
 from mdt_jax.data.images import check_grid, open_image, save_grid, save_image
 from mdt_jax.data.sample_notes import SETTINGS
-from mdt_jax.runtime import locks
+from mdt_jax.runtime import files, locks
 from mdt_jax.runtime.errors import UserError
-from mdt_jax.runtime.files import atomic_write, check_regular, check_room, free, fsync, reason
+from mdt_jax.runtime.files import Path, atomic_write, check_regular, check_room, free, fsync, reason
 from mdt_jax.runtime.progress import log
 
 LOCK = ".lock"  # in a folder of samples
@@ -40,9 +39,9 @@ class Sink:
     made. lock: the lock file that a writer must hold.
     """
 
-    lock: pathlib.Path
+    lock: Path
 
-    def __init__(self, out: pathlib.Path, labels: np.ndarray, shape: tuple, note: dict):
+    def __init__(self, out: Path, labels: np.ndarray, shape: tuple, note: dict):
         self.out, self.labels, self.shape = out, np.asarray(labels, np.int64), shape
         self.note = sample_notes.written(note)
 
@@ -75,14 +74,14 @@ class Sink:
 class Npz(Sink):
     """OUT.npz, merged from a part for each batch in OUT.npz.parts."""
 
-    def __init__(self, out: pathlib.Path, labels: np.ndarray, shape: tuple, note: dict):
+    def __init__(self, out: Path, labels: np.ndarray, shape: tuple, note: dict):
         super().__init__(out, labels, shape, note)
         self.folder = out.with_name(f"{out.name}.parts")
         self.lock = locks.beside(out)
         self._counts: dict[int, int] = {}  # number of the first image → images, of sound parts
 
     def finished(self) -> bool:
-        if not self.out.exists():
+        if not files.exists(self.out):
             return False
         note = sample_notes.note_of(self.out)
         if note is None:
@@ -92,26 +91,29 @@ class Npz(Sink):
         if not sample_notes.is_whole(self.out, (len(self.labels), *self.shape)):
             log(f"{self.out} is damaged; it is drawn again")
             return False
-        if self.folder.exists():  # a run was stopped while removing it
+        if files.exists(self.folder):  # a run was stopped while removing it
             self._remove_parts()
         return True
 
     def give_way(self) -> None:
         """Remove files with other settings."""
-        if self.out.exists() and sample_notes.note_of(self.out) != self.note:
-            self.out.unlink()
+        if files.exists(self.out) and sample_notes.note_of(self.out) != self.note:
+            files.remove(self.out)
         if sample_notes.settings_of(self.folder) not in (None, self.note):
-            shutil.rmtree(self.folder)
+            files.remove_folder(self.folder)
 
     def begin(self) -> None:
         _begin_folder(self.folder, self.note)
-        size = len(self.labels) * int(np.prod(self.shape))
-        check_room(self.out, 2 * size - sum(path.stat().st_size for path in self._parts()))
+        if isinstance(self.folder, pathlib.Path):
+            size = len(self.labels) * int(np.prod(self.shape))
+            written = sum(path.stat().st_size for path in self.folder.glob("*.npy"))
+            check_room(self.out, 2 * size - written)
 
-    def _parts(self) -> list[pathlib.Path]:
-        return sorted(self.folder.glob("*.npy"))
+    def _parts(self) -> list[Path]:
+        names = sorted(name for name in files.names_in(self.folder) if name.endswith(".npy"))
+        return [self.folder / name for name in names]
 
-    def _part(self, start: int) -> pathlib.Path:
+    def _part(self, start: int) -> Path:
         return self.folder / f"{start:09d}.npy"
 
     def _read(self, start: int, count: int) -> np.ndarray | None:
@@ -145,18 +147,14 @@ class Npz(Sink):
 
     def finish(self) -> None:
         """Merge the parts to arr_0 uint8 [N, H, W, C], arr_1 int64 labels and note; remove them."""
-        merged = self.folder / "merged"
+        if files.in_bucket(self.out):
+            with atomic_write(self.out) as temporary:
+                self._merge(temporary)
+            self._remove_parts()
+            return
+        merged = pathlib.Path(self.folder) / "merged"
         try:
-            with zipfile.ZipFile(merged, "w") as archive:
-                with _open_entry(archive, "arr_0") as file:
-                    shape = (len(self.labels), *self.shape)
-                    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-                    np.lib.format.write_array_header_1_0(file, header)
-                    for images in self._images():
-                        file.write(images.data)
-                for name, array in (("arr_1", self.labels), ("note", np.array(self.note))):
-                    with _open_entry(archive, name) as file:
-                        np.lib.format.write_array(file, array)
+            self._merge(merged)
             fsync(merged)
             os.replace(merged, self.out)
         except OSError as error:
@@ -168,6 +166,19 @@ class Npz(Sink):
             with contextlib.suppress(OSError):
                 merged.unlink()
         self._remove_parts()
+
+    def _merge(self, path: pathlib.Path) -> None:
+        """Write all samples to a local npz."""
+        with zipfile.ZipFile(path, "w") as archive:
+            with _open_entry(archive, "arr_0") as file:
+                shape = (len(self.labels), *self.shape)
+                header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(file, header)
+                for images in self._images():
+                    file.write(images.data)
+            for name, array in (("arr_1", self.labels), ("note", np.array(self.note))):
+                with _open_entry(archive, name) as file:
+                    np.lib.format.write_array(file, array)
 
     def _images(self) -> Iterator[np.ndarray]:
         """The images of each part in order. Raises UserError where they do not make up all N."""
@@ -193,10 +204,10 @@ class Npz(Sink):
 
         Errors are ignored, because the samples are complete.
         """
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(Exception):  # of many kinds in a bucket
             for part in self._parts():
-                part.unlink()
-        shutil.rmtree(self.folder, ignore_errors=True)
+                files.remove(part)
+            files.remove_folder(self.folder)
 
 
 def _open_entry(archive: zipfile.ZipFile, name: str):
@@ -207,34 +218,43 @@ def _open_entry(archive: zipfile.ZipFile, name: str):
 class Folder(Sink):
     """OUT/<label>_<number>.png, which data.name=folder reads with the labels."""
 
-    def __init__(self, out: pathlib.Path, labels: np.ndarray, shape: tuple, note: dict):
+    def __init__(self, out: Path, labels: np.ndarray, shape: tuple, note: dict):
         super().__init__(out, labels, shape, note)
         self.lock = out / LOCK
         self.labelled = note["num_classes"] > 0
+        self._objects: set[str] = set()  # of a bucket, where an object is whole or does not exist
 
-    def _path(self, number: int) -> pathlib.Path:
+    def _path(self, number: int) -> Path:
         label = f"{self.labels[number]}_" if self.labelled else ""
         return self.out / f"{label}{number:06d}.png"
 
     def finished(self) -> bool:
+        if sample_notes.settings_of(self.out) != self.note:
+            return False
+        self._list_objects()
         numbers = range(len(self.labels))
-        return (
-            sample_notes.settings_of(self.out) == self.note
-            and all(self._path(number).exists() for number in numbers)
-            and self.done(0, len(numbers))
-        )
+        written = {*files.names_in(self.out)}.issuperset(self._path(n).name for n in numbers)
+        return written and self.done(0, len(numbers))
 
     def begin(self) -> None:
         _begin_folder(self.out, self.note)
+        self._list_objects()
+
+    def _list_objects(self) -> None:
+        if files.in_bucket(self.out):
+            self._objects = {*files.names_in(self.out)}
 
     def done(self, start: int, count: int) -> bool:
+        if files.in_bucket(self.out):
+            numbers = range(start, start + count)
+            return self._objects.issuperset(self._path(number).name for number in numbers)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             return all(pool.map(self._is_sound, range(start, start + count)))
 
     def _is_sound(self, number: int) -> bool:
         """Whether a PNG can be decoded and has the right size."""
         try:
-            with open_image(self._path(number)) as image:
+            with open_image(str(self._path(number))) as image:
                 image.load()
                 channels = {"L": 1, "RGB": 3}.get(image.mode)
                 return (image.height, image.width, channels) == self.shape
@@ -247,21 +267,21 @@ class Folder(Sink):
             save_image(self._path(number), image)
 
     def give_up(self) -> None:
-        if not any(self.out.glob("*.png")):
-            (self.out / SETTINGS).unlink(missing_ok=True)
+        if not any(name.endswith(".png") for name in files.names_in(self.out)):
+            files.remove(self.out / SETTINGS)
 
 
 class Grid(Sink):
     """OUT.png, a grid of all images, kept in memory until all are drawn."""
 
-    def __init__(self, out: pathlib.Path, labels: np.ndarray, shape: tuple, note: dict):
+    def __init__(self, out: Path, labels: np.ndarray, shape: tuple, note: dict):
         super().__init__(out, labels, shape, note)
         self.lock = locks.beside(out)
         check_grid(out, len(labels), shape)
         self.images = np.zeros((len(labels), *shape), np.uint8)
 
     def begin(self) -> None:
-        self.out.parent.mkdir(parents=True, exist_ok=True)
+        files.make_folder(self.out.parent)
 
     def write(self, start: int, images: np.ndarray) -> None:
         self.images[start : start + len(images)] = images
@@ -270,10 +290,10 @@ class Grid(Sink):
         save_grid(str(self.out), self.images, note=self.note)
 
 
-def _begin_folder(folder: pathlib.Path, note: str) -> None:
+def _begin_folder(folder: Path, note: str) -> None:
     """Make a folder with these settings, or check that it has them; remove a killed run's files."""
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [path for path in folder.iterdir() if path.name != LOCK]
+    files.make_folder(folder)
+    paths = [folder / name for name in files.names_in(folder) if name != LOCK]
     abandoned = [path for path in paths if _is_abandoned(path)]
     before = sample_notes.settings_of(folder)
     if before is None:
@@ -285,10 +305,10 @@ def _begin_folder(folder: pathlib.Path, note: str) -> None:
         raise _other_settings(folder, before, note)
     for path in abandoned:
         with contextlib.suppress(OSError):
-            path.unlink()
+            files.remove(path)
 
 
-def _is_abandoned(path: pathlib.Path) -> bool:
+def _is_abandoned(path: Path) -> bool:
     """Whether a file is temporary and its process is gone."""
     if path.name == "merged":
         return True
@@ -304,7 +324,7 @@ def _is_abandoned(path: pathlib.Path) -> bool:
     return False
 
 
-def _other_settings(path: pathlib.Path, old: str, new: str) -> UserError:
+def _other_settings(path: Path, old: str, new: str) -> UserError:
     """The error where samples have other settings; it names one that differs."""
     try:
         theirs, ours = json.loads(old), json.loads(new)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import pathlib
 import re
 import zipfile
 from collections.abc import Sequence
@@ -11,7 +10,7 @@ import numpy as np
 
 from mdt_jax.data.folders import FolderFiles
 from mdt_jax.runtime.errors import UserError
-from mdt_jax.runtime.files import check_regular, passes, reason
+from mdt_jax.runtime.files import Path, check_regular, fetched, passes, reason
 
 SETTINGS = "settings.json"
 MAX_NOTE = 1 << 24  # bytes; a note takes a few thousand
@@ -25,14 +24,14 @@ def written(note: dict) -> str:
     return json.dumps(note, ensure_ascii=False).encode("utf-8", "backslashreplace").decode()
 
 
-def note_of(path: pathlib.Path) -> str | None:
+def note_of(path: Path) -> str | None:
     """The note in an npz of samples; None where it is none, or is damaged.
 
     Raises UserError where the file cannot be read at the moment.
     """
     try:
         check_regular(path)
-        with zipfile.ZipFile(path) as archive, archive.open("note.npy") as file:
+        with zipfile.ZipFile(fetched(path)) as archive, archive.open("note.npy") as file:
             shape, _, dtype = read_header(file)
             if shape or dtype.kind != "U" or not 0 < dtype.itemsize <= MAX_NOTE:
                 return None
@@ -43,20 +42,20 @@ def note_of(path: pathlib.Path) -> str | None:
         return None
 
 
-def check_readable(path: pathlib.Path, error: Exception) -> None:
+def check_readable(path: Path, error: Exception) -> None:
     """Raise UserError where an error of reading a file does not mean that the file is damaged."""
     if passes(error):
         raise UserError(f"{path} cannot be read just now: {reason(error)}") from None
 
 
-def is_whole(path: pathlib.Path, shape: tuple[int, ...] | None = None) -> bool:
+def is_whole(path: Path, shape: tuple[int, ...] | None = None) -> bool:
     """Whether the checksums of an npz of samples are right, and its images have this shape, if any.
 
     Raises UserError where the file cannot be read at the moment.
     """
     try:
         check_regular(path)
-        with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
+        with zipfile.ZipFile(fetched(path)) as archive, archive.open("arr_0.npy") as file:
             return shape in (None, read_header(file)[0]) and archive.testzip() is None
     except Exception as error:  # of many kinds, by what is damaged
         check_readable(path, error)
@@ -73,11 +72,11 @@ def read_header(file) -> tuple[tuple[int, ...], bool, np.dtype]:
     raise ValueError(f"version {version} of the npy format is not supported")
 
 
-def settings_of(folder: pathlib.Path) -> str | None:
+def settings_of(folder: Path) -> str | None:
     """The settings of a folder of samples, perhaps damaged; None where it has none."""
     try:
         check_regular(folder / SETTINGS)
-        return (folder / SETTINGS).read_text(encoding="utf-8", errors="replace")
+        return (folder / SETTINGS).read_bytes().decode(errors="replace")
     except (FileNotFoundError, NotADirectoryError):
         return None
 

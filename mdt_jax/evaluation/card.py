@@ -2,12 +2,11 @@
 
 import json
 import math
-import pathlib
 
 from mdt_jax import __version__
 from mdt_jax.evaluation.image_sets import StoredImages
 from mdt_jax.evaluation.references import Reference
-from mdt_jax.runtime.files import atomic_write
+from mdt_jax.runtime.files import Path, atomic_write
 from mdt_jax.runtime.progress import print_result
 
 TITLES = {
@@ -51,7 +50,7 @@ def describe_reference(reference: Reference) -> dict[str, object]:
     return note
 
 
-def report(title: str, metrics: dict, settings: dict, out: pathlib.Path | None) -> None:
+def report(title: str, metrics: dict, settings: dict, out: Path | None) -> None:
     """Write the card to `out`, and print the table. Raises UserError."""
     if out is not None:  # written before anything is printed: the terminal may be closed by now
         write_card(out, metrics, settings)
@@ -66,7 +65,7 @@ def report(title: str, metrics: dict, settings: dict, out: pathlib.Path | None) 
         print_result(f"wrote these and all settings to {out}")
 
 
-def write_card(out: pathlib.Path, metrics: dict[str, float], settings: dict) -> None:
+def write_card(out: Path, metrics: dict[str, float], settings: dict) -> None:
     """Write the whole card or nothing. Infinity and NaN become null. Raises UserError."""
     finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
     card = {"mdt_jax": __version__, "measured": finite, **settings}

@@ -15,14 +15,13 @@ import contextlib
 import dataclasses
 import json
 import pathlib
-import shutil
 from collections.abc import Callable, Collection, Iterator
 
 import numpy as np
 
 from mdt_jax.evaluation.image_sets import ImageSet
 from mdt_jax.evaluation.metrics import Gaussian, Moments
-from mdt_jax.runtime import hosts
+from mdt_jax.runtime import files, hosts
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.runtime.files import atomic_write, check_regular, passes, reason, save_arrays
 from mdt_jax.runtime.progress import progress_bar
@@ -123,7 +122,7 @@ class FeatureCache:
     settings: what the features are of. A folder with other settings is emptied.
     """
 
-    def __init__(self, folder: pathlib.Path, settings: dict):
+    def __init__(self, folder: files.Path, settings: dict):
         self._folder = folder
         self._settings = json.dumps({**settings, "slice": SLICE, "format": 2})
 
@@ -135,13 +134,16 @@ class FeatureCache:
         """
         if self._read_settings() != self._settings:
             self.remove()
-            self._folder.mkdir(parents=True, exist_ok=True)
+            files.make_folder(self._folder)
             with atomic_write(self._folder / SETTINGS) as temporary:
                 temporary.write_text(self._settings, encoding="utf-8")
-        for path in sorted(self._folder.glob("*.npz")):
+        for name in sorted(files.names_in(self._folder)):
+            path = self._folder / name
+            if path.suffix != ".npz":
+                continue
             try:
                 check_regular(path)
-                with np.load(path) as arrays:
+                with np.load(files.fetched(path)) as arrays:
                     features = dict(arrays)
                 start = int(features.pop("start"))
             except Exception as error:  # NumPy and zipfile raise many kinds for damaged files
@@ -154,7 +156,7 @@ class FeatureCache:
         path = self._folder / SETTINGS
         try:
             check_regular(path)
-            return path.read_text(encoding="utf-8", errors="replace")
+            return path.read_bytes().decode(errors="replace")
         except (FileNotFoundError, NotADirectoryError):
             return None
 
@@ -165,7 +167,9 @@ class FeatureCache:
 
     def remove(self) -> None:
         """Remove the folder, if it is a cache, and the one above if that is empty then."""
-        if (self._folder / SETTINGS).is_file():
-            shutil.rmtree(self._folder, ignore_errors=True)
-            with contextlib.suppress(OSError):
-                self._folder.parent.rmdir()
+        if files.is_file(self._folder / SETTINGS):
+            with contextlib.suppress(Exception):  # of many kinds in a bucket
+                files.remove_folder(self._folder)
+            if isinstance(self._folder, pathlib.Path):
+                with contextlib.suppress(OSError):
+                    self._folder.parent.rmdir()

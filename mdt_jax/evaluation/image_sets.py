@@ -5,7 +5,6 @@ import copy
 import functools
 import hashlib
 import os
-import pathlib
 import zipfile
 from collections.abc import Collection, Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +18,7 @@ from mdt_jax.data.image_files import ImageFiles
 from mdt_jax.data.images import MAX_PIXELS, open_image, to_rgb
 from mdt_jax.evaluation.npz_files import Header, read_array, read_headers, reading
 from mdt_jax.runtime.errors import UserError
-from mdt_jax.runtime.files import file_sha256
+from mdt_jax.runtime.files import as_path, fetched, file_sha256
 
 Slices = Generator[tuple[int, np.ndarray], None, None]
 
@@ -158,12 +157,12 @@ class NpzImages(StoredImages):
 
     @property
     def note(self) -> dict | None:
-        return sample_notes.parsed(sample_notes.note_of(pathlib.Path(self.path)))
+        return sample_notes.parsed(sample_notes.note_of(as_path(self.path)))
 
     @functools.cached_property
     def _content(self) -> tuple[IO[bytes], int]:
         """The open array, since seeking from its beginning is slow; and where its images begin."""
-        archive = zipfile.ZipFile(self.path)
+        archive = zipfile.ZipFile(fetched(self.path))
         file = archive.open("arr_0.npy")
         sample_notes.read_header(file)
         return file, file.tell()
@@ -244,7 +243,7 @@ class FileImages(StoredImages):
 
     @property
     def note(self) -> dict | None:
-        return sample_notes.parsed(sample_notes.settings_of(pathlib.Path(self.path)))
+        return sample_notes.parsed(sample_notes.settings_of(as_path(self.path)))
 
     @property
     def summary(self) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 
 from mdt_jax.data.sample_notes import read_header
 from mdt_jax.runtime.errors import UserError
-from mdt_jax.runtime.files import check_regular, reason
+from mdt_jax.runtime.files import check_regular, fetched, reason
 
 
 class Header(NamedTuple):
@@ -37,7 +37,7 @@ def read_headers(path: str | os.PathLike) -> dict[str, Header]:
     headers = {}
     with reading(path):
         check_regular(path)
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(fetched(path)) as archive:
             for name in archive.namelist():
                 if name.endswith(".npy"):
                     with archive.open(name) as file:
@@ -47,5 +47,5 @@ def read_headers(path: str | os.PathLike) -> dict[str, Header]:
 
 def read_array(path: str | os.PathLike, name: str) -> np.ndarray:
     """One array of an npz file. Raises UserError."""
-    with reading(f"{path}: {name}"), np.load(path) as arrays:
+    with reading(f"{path}: {name}"), np.load(fetched(path)) as arrays:
         return arrays[name]

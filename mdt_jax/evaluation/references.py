@@ -2,8 +2,6 @@
 
 import dataclasses
 import functools
-import os
-import pathlib
 
 import numpy as np
 
@@ -13,7 +11,7 @@ from mdt_jax.evaluation.image_sets import ArrayImages, StoredImages, open_images
 from mdt_jax.evaluation.metrics import Gaussian
 from mdt_jax.evaluation.npz_files import Header, read_array, read_headers
 from mdt_jax.runtime.errors import UserError
-from mdt_jax.runtime.files import file_sha256, save_arrays
+from mdt_jax.runtime.files import Path, file_sha256, is_file, save_arrays
 
 KEPT_IMAGES = 10_000  # images in a reference, for precision and recall; ADM's files have as many
 STATISTICS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}  # ADM's names
@@ -37,7 +35,7 @@ class Reference:
     @functools.cached_property
     def sha256(self) -> str:
         """Of the npz file, or as the images identify themselves; hexadecimal."""
-        if self.images is None or (os.path.isfile(self.path) and self.path.endswith(".npz")):
+        if self.images is None or (is_file(self.path) and self.path.endswith(".npz")):
             return file_sha256(self.path)
         return self.images.sha256
 
@@ -121,7 +119,7 @@ def _read_gaussian(
     return Gaussian(mu, sigma, count)
 
 
-def save(path: pathlib.Path, features: FeatureSet, images: np.ndarray) -> None:
+def save(path: Path, features: FeatureSet, images: np.ndarray) -> None:
     """Write a reference in ADM's format: arr_0, mu, sigma, mu_s, sigma_s; and count.
 
     features: the Inception's, of all real images; images: [n, H, W, C] uint8, some of them. Writes

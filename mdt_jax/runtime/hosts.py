@@ -6,10 +6,9 @@ return at once.
 
 import contextlib
 import json
-import pathlib
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -19,7 +18,7 @@ from jax.experimental import multihost_utils
 from mdt_jax.runtime import locks, progress
 from mdt_jax.runtime.coordination import connection
 from mdt_jax.runtime.errors import UserError
-from mdt_jax.runtime.files import reason
+from mdt_jax.runtime.files import Path, reason
 
 LONGEST_WAIT = 3600  # seconds in which all processes must reach an exchange
 
@@ -94,18 +93,18 @@ def broadcast(value: Any) -> Any:
 
 
 @contextlib.contextmanager
-def alone(lock: pathlib.Path, what: str) -> Iterator[None]:
+def alone(lock: Path, what: str) -> Iterator[Callable[[], None]]:
     """`locks.held` for all processes, by process 0. Raises UserError in each if it is refused."""
     with contextlib.ExitStack() as stack:
-        refusal = ""
+        refusal, check = "", lambda: None
         if is_first():
             try:
-                stack.enter_context(locks.held(lock, what))
+                check = stack.enter_context(locks.held(lock, what))
             except UserError as error:
                 refusal = str(error)
         if refusal := broadcast(refusal):
             raise UserError(refusal)
-        yield
+        yield check
 
 
 def fetch(array: jax.Array) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Files of the Hugging Face hub: hf://OWNER/REPOSITORY/FILE."""
+"""Files of the Hugging Face hub: hf://OWNER/REPOSITORY/FILE, and copies of those in buckets."""
 
 import http.client
 import pathlib
@@ -7,25 +7,37 @@ import time
 import urllib.request
 
 from mdt_jax.runtime.errors import UserError
-from mdt_jax.runtime.files import file_sha256, local, reason
+from mdt_jax.runtime.files import (
+    Path,
+    anywhere,
+    as_path,
+    fetched,
+    file_sha256,
+    in_bucket,
+    is_file,
+    reason,
+)
 
 SCHEME = "hf://"
 
 
-def on_disk(path: str) -> str:
-    """A path as of `files.local`, or hf://… unchanged. Raises UserError for another URL."""
-    return path if path.startswith(SCHEME) else local(path)
+def anywhere_or_hub(path: str) -> str:
+    """A path as of `files.anywhere`, or hf://… unchanged. Raises UserError for another URL."""
+    return path if path.startswith(SCHEME) else anywhere(path)
 
 
-def local_path(path: str) -> pathlib.Path:
-    """The path itself, or for hf://OWNER/REPOSITORY/FILE the file in the hub's cache.
+def local_path(path: str) -> Path:
+    """The path itself; for hf://OWNER/REPOSITORY/FILE the file in the hub's cache, for a file in a
+    bucket a copy.
 
     Downloads the file where the cache lacks it; HF_ENDPOINT, HF_HOME and HF_HUB_OFFLINE apply. Uses
     the cache alone where the hub does not answer within HF_HUB_ETAG_TIMEOUT seconds. Raises
     UserError where there is no such file or it cannot be downloaded, and for any other URL.
     """
+    if in_bucket(path):
+        return fetched(path) if is_file(path) else as_path(path)
     if not path.startswith(SCHEME):
-        return pathlib.Path(local(path))
+        return pathlib.Path(anywhere(path))
     owner, _, rest = path.removeprefix(SCHEME).partition("/")
     repository, _, name = rest.partition("/")
     if not (owner and repository and name):

@@ -9,11 +9,13 @@ import pathlib
 import socket
 import threading
 import time
-from collections.abc import Iterator
-from typing import BinaryIO
+from collections.abc import Callable, Iterator
+from typing import Any, BinaryIO
 
+from mdt_jax.runtime import leases
 from mdt_jax.runtime.errors import UserError
-from mdt_jax.runtime.files import reason
+from mdt_jax.runtime.files import Path, exists, in_bucket, reason
+from mdt_jax.runtime.leases import describe
 from mdt_jax.runtime.progress import log
 
 BEAT = 5.0  # seconds between two heartbeats of a holder
@@ -22,21 +24,32 @@ WATCH = 15.0  # seconds in which a living holder has a heartbeat
 NO_LOCKS = (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK, errno.EINVAL)
 
 
-def beside(out: pathlib.Path) -> pathlib.Path:
+def beside(out: Path) -> Path:
     """The lock file of an output file, in the same folder."""
     return out.with_name(f".{out.name}.lock")
 
 
-def check_free(path: pathlib.Path, what: str) -> None:
+def check_free(path: Path, what: str) -> None:
     """Raise UserError if another process holds the lock file `path`; parameters as of `held`."""
-    if os.path.exists(path):
+    if exists(path):
         with held(path, what):
             pass
 
 
 @contextlib.contextmanager
-def held(path: pathlib.Path, what: str) -> Iterator[None]:
+def held(path: Path, what: str) -> Iterator[Callable[[], None]]:
     """Hold the lock file `path` in the block, and remove it at the end.
+
+    Yields a function that raises UserError where the lock is lost, which happens only in a bucket.
+    """
+    holding: Any = leases.held if in_bucket(path) else _held
+    with holding(path, what) as check:
+        yield check
+
+
+@contextlib.contextmanager
+def _held(path: pathlib.Path, what: str) -> Iterator[Callable[[], None]]:
+    """`held` on a disk.
 
     The kernel releases the lock when the process ends in any way, so that a left-over file blocks
     nobody. Some network file systems do not show locks to other machines. There the holder's
@@ -56,7 +69,7 @@ def held(path: pathlib.Path, what: str) -> Iterator[None]:
     heart = threading.Thread(target=_beat, args=(file.fileno(), ended), daemon=True)
     heart.start()
     try:
-        yield
+        yield lambda: None
     finally:
         ended.set()
         heart.join()
@@ -79,7 +92,7 @@ def _acquire(path: pathlib.Path, what: str) -> BinaryIO:
             holder = _read_holder(file)
             elsewhere = locked is None or holder.get("host") != host
             if locked is False or (holder and elsewhere and _is_alive(path, holder)):
-                raise UserError(f"{what} {_describe(holder)}")
+                raise UserError(f"{what} {describe(holder)}")
             # The previous holder may have removed the file after it was opened here.
             if not _is_at(file, path):
                 file.close()
@@ -123,14 +136,6 @@ def _read_holder(file: BinaryIO) -> dict:
     except (ValueError, RecursionError):
         return {}
     return holder if isinstance(holder, dict) else {}
-
-
-def _describe(holder: dict) -> str:
-    """The predicate of the message that another process holds the lock."""
-    by = "another process"
-    if holder:
-        by = f"process {holder.get('process')} on {holder.get('host')} since {holder.get('since')}"
-    return f"is in use by {by}; wait until it ends, or choose another place"
 
 
 def _is_alive(path: pathlib.Path, holder: dict) -> bool:

@@ -1,7 +1,6 @@
 """The labels of samples: as text, from a file, balanced or random."""
 
 import hashlib
-import pathlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,7 +8,7 @@ import numpy as np
 from mdt_jax.data.classes import parse_label, says_which
 from mdt_jax.diffusion.options import balanced_labels, check_labels, random_labels
 from mdt_jax.runtime.errors import UserError
-from mdt_jax.runtime.files import check_regular, reason
+from mdt_jax.runtime.files import check_regular, fetched, reason
 
 
 def parse_labels(
@@ -61,15 +60,16 @@ def read_labels(path: str, num_classes: int, classes: Sequence[str]) -> list[int
     """
     try:
         check_regular(path)
+        file = fetched(path)
         if path.endswith(".npy"):
             # Mapped, so that a damaged header cannot ask for more memory than the file has.
-            labels = np.load(path, mmap_mode="r")
+            labels = np.load(file, mmap_mode="r")
             if not isinstance(labels, np.ndarray) or labels.dtype.kind not in "iu":
                 raise UserError(f"--labels={path} is no array of whole numbers")
             if labels.ndim != 1 or not len(labels):
                 raise UserError(f"--labels={path} has the shape {labels.shape}; it must be [N]")
             return labels.tolist()
-        lines = pathlib.Path(path).read_text(encoding="utf-8-sig").split("\n")
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
     except UserError:
         raise
     except Exception as error:  # damaged files raise errors of many types

@@ -1,10 +1,9 @@
 """Samples to disk, batch by batch, so that an interrupted command can be continued."""
 
-import pathlib
-
 from mdt_jax.data.sample_files import Sink
 from mdt_jax.runtime import files, hosts
 from mdt_jax.runtime.errors import NotFiniteError, UserError
+from mdt_jax.runtime.files import Path
 from mdt_jax.runtime.hosts import is_first
 from mdt_jax.sampling.generation import Request
 from mdt_jax.sampling.pipeline import Pipeline
@@ -39,15 +38,17 @@ def write_samples(pipeline: Pipeline, request: Request, sink: Sink) -> bool:
         return True
 
 
-def check_writable(out: pathlib.Path) -> None:
+def check_writable(out: Path) -> None:
     """Raise UserError before the work begins if the file --out cannot be written, or a folder next
     to it in which a stopped command has kept its work. Only the first process checks.
     """
     if not is_first():
         return
-    if out.is_dir():
+    if files.is_dir(out):
         raise UserError(f"--out={out} cannot be written: it is a folder")
     files.check_writable(out.parent, f"--out={out}")
+    if files.in_bucket(out):
+        return
     for kept in (out.with_name(f"{out.name}.{suffix}") for suffix in ("parts", "features")):
         if kept.exists():
             files.check_writable(kept, f"--out={out}: {kept}")

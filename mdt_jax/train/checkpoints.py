@@ -7,7 +7,6 @@ A step folder holds the items `params`, `ema`, `progress` (optimiser state and c
 import json
 import math
 import os
-import pathlib
 import time
 from collections.abc import Callable
 from typing import Any
@@ -16,20 +15,20 @@ import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
 from mdt_jax import config as configs
-from mdt_jax.runtime import hosts
+from mdt_jax.runtime import buckets, hosts
 from mdt_jax.runtime.errors import UserError
+from mdt_jax.runtime.files import Path, absolute, in_bucket, is_file
 from mdt_jax.train.state import TrainState
 from mdt_jax.weights.orbax_folders import (
-    FOLDER,
     check_readable,
     newest_sound,
     quiet,
     read_meta,
     restore,
     sealed,
-    steps_of,
     writing,
 )
+from mdt_jax.weights.step_folders import COMMIT, DAMAGED, FOLDER, steps_of, unfinished_steps
 
 
 def _items(state: TrainState) -> dict[str, object]:
@@ -48,9 +47,11 @@ class Checkpoints:
 
     def __init__(self, workdir: str | os.PathLike, keep: int = 1, **ranking):
         quiet()
-        self.directory = pathlib.Path(workdir).absolute() / FOLDER
+        self.directory = absolute(workdir) / FOLDER
+        self._bucket = in_bucket(self.directory)
+        # In a bucket Orbax would also remove the steps that are marked as damaged.
         self._options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, create=True, cleanup_tmp_directories=True, **ranking
+            max_to_keep=keep, create=True, cleanup_tmp_directories=not self._bucket, **ranking
         )
         self._manager: ocp.CheckpointManager | None = None
 
@@ -66,15 +67,16 @@ class Checkpoints:
         """(state, meta) of the newest sound step, or None where no step was ever saved.
 
         state: the shapes and shardings to restore to. check(meta) may raise UserError before any
-        array is read. Damaged newer steps are moved to `damaged/`, with a line for each.
+        array is read. Damaged newer steps are moved to `damaged/`, in a bucket marked with DAMAGED,
+        with a line for each.
         """
 
-        def read(folder: pathlib.Path):
+        def read(folder: Path):
             meta = read_meta(folder)
             check(meta)
             return restore(folder, _items(state))
 
-        if self.directory.exists() and not self.directory.is_dir():
+        if is_file(self.directory):
             raise UserError(f"{self.directory} is a file; it must be the folder of checkpoints")
         items, damaged = newest_sound(self.directory, read)
         if items is None:
@@ -85,7 +87,18 @@ class Checkpoints:
         return state, items["meta"]
 
     def _set_aside(self, step: int) -> None:
-        """Move a damaged step to `damaged/`; nothing is deleted."""
+        """Move a damaged step to `damaged/`, or mark it in a bucket; nothing is deleted."""
+        if self._bucket:
+            folder = self.directory / str(step)
+            if hosts.is_first():
+                (folder / DAMAGED).write_text(
+                    "mdt_jax could not read what Orbax had committed here\n"
+                )
+                buckets.remove(folder / COMMIT)
+            hosts.log0(
+                f"going on without the damaged step {step}, now marked in {folder / DAMAGED}"
+            )
+            return
         # The folder of checkpoints may be a link to another disk.
         aside = self.directory.resolve().parent / "damaged" / f"{step}-{time.time_ns()}"
         if hosts.is_first():
@@ -95,8 +108,18 @@ class Checkpoints:
 
     def _open(self) -> ocp.CheckpointManager:
         if self._manager is None:
+            if self._bucket:
+                self._remove_unfinished()
             self._manager = ocp.CheckpointManager(self.directory, options=self._options)
         return self._manager
+
+    def _remove_unfinished(self) -> None:
+        """Remove the steps in a bucket that a process which ended has not finished."""
+        if hosts.is_first():
+            for step in unfinished_steps(self.directory):
+                buckets.remove_folder(self.directory / str(step))
+                hosts.log0(f"removed the unfinished step {step} of {self.directory}")
+        hosts.all_hosts(True)  # wait for it
 
     def save(self, state: TrainState, meta: dict, metrics: dict | None = None) -> None:
         """Start to save a state, unless its step is saved. Returns once the state is copied.
@@ -107,6 +130,8 @@ class Checkpoints:
         manager, step = self._open(), int(state.step)
         if step in manager.all_steps():
             return
+        if self._bucket and hosts.is_first():
+            buckets.remove_folder(self.directory / str(step))  # of a damaged step
         items = _items(state)
         contents = sealed(items, {"step": step, **meta})
         self._manager = None  # if the save fails, there is nothing to wait for
@@ -114,7 +139,7 @@ class Checkpoints:
             manager.save(step, args=contents, metrics=metrics, force=True)
         self._manager = manager
 
-    def newest(self) -> pathlib.Path | None:
+    def newest(self) -> Path | None:
         """The folder of the newest finished step, if any, after every save has finished."""
         self.close()
         steps = steps_of(self.directory)

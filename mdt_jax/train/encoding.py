@@ -26,7 +26,7 @@ MEASURED = 4096  # images whose latents tell the scale
 NO_VAE = "vae.path is identity: there is nothing to encode with"
 
 
-def encode(config: ConfigDict, out: pathlib.Path, shard_images: int, part: tuple[int, int]) -> None:
+def encode(config: ConfigDict, out: files.Path, shard_images: int, part: tuple[int, int]) -> None:
     """Write the shards of one part, (index, number of parts), that do not exist yet.
 
     The process that ends last also finishes the cache. Raises UserError where the config cannot be
@@ -39,7 +39,7 @@ def encode(config: ConfigDict, out: pathlib.Path, shard_images: int, part: tuple
     inputs.complete_config(config, len(images.classes))
     vae = _load_vae(config)
     vae.check_scale()
-    writer = CacheWriter(out, _describe(config, images, vae, shard_images))
+    writer = CacheWriter(pathlib.Path(out), _describe(config, images, vae, shard_images))
     with writer.lock(part):
         if writer.start():
             log(f"{out} is finished already; --verify reads all of it")
@@ -59,7 +59,7 @@ def encode(config: ConfigDict, out: pathlib.Path, shard_images: int, part: tuple
     )
 
 
-def verify(config: ConfigDict, out: pathlib.Path) -> None:
+def verify(config: ConfigDict, out: files.Path) -> None:
     """Read a finished cache through. Raises UserError for damage, and for another VAE or scale."""
     cache = latents.load(out)
     vae = _load_vae(config)

@@ -4,7 +4,6 @@ import contextlib
 import json
 import math
 import os
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,7 @@ import numpy as np
 from mdt_jax.models.mdt import MDT
 from mdt_jax.runtime import hosts
 from mdt_jax.runtime.errors import UserError
-from mdt_jax.runtime.files import atomic_write, check_regular
+from mdt_jax.runtime.files import Path, as_path, atomic_write, check_regular
 from mdt_jax.runtime.progress import progress_bar
 from mdt_jax.train import costs
 from mdt_jax.train.speed import Speed
@@ -70,15 +69,19 @@ class Log:
         for tracker in self._trackers:
             tracker.write(step, values)
 
-    def image(self, step: int, path: pathlib.Path) -> None:
+    def image(self, step: int, path: Path) -> None:
         """Show a grid of samples, a PNG."""
         for tracker in self._trackers:
             tracker.image(step, path)
 
     def flush(self) -> None:
-        """Return once everything written survives a crash of this process."""
+        """Return once everything written survives a crash of this process, or of this machine where
+        the workdir is in a bucket.
+        """
         for tracker in self._trackers:
             tracker.flush()
+        if hosts.is_first():
+            self._run.mirror.push()
 
     def catch_up(self) -> None:
         """Log the step whose metrics are not logged yet, if any."""
@@ -126,12 +129,13 @@ class Log:
 
 def read_steps(path: str | os.PathLike) -> list[tuple[int, str]]:
     """(step, line) of each complete line. Raises UserError for a line that holds no metrics."""
+    path = as_path(path)
     try:
         check_regular(path)
-        with open(path, "rb") as file:
-            lines = [line for line in file if line.endswith(b"\n")]
+        content = path.read_bytes()
     except FileNotFoundError:
         return []
+    lines = [line for line in content.splitlines(keepends=True) if line.endswith(b"\n")]
     steps = []
     for number, line in enumerate(lines, start=1):
         try:
@@ -201,7 +205,7 @@ class MetricsLog:
     def flush(self) -> None:
         self._file.flush()
 
-    def image(self, step: int, path: os.PathLike) -> None:
+    def image(self, step: int, path: Path) -> None:
         """Do nothing: sample grids are files in the workdir."""
 
     def write(self, step: int, metrics: dict[str, float]) -> None:

@@ -1,7 +1,7 @@
 """The training loop."""
 
 import contextlib
-import pathlib
+import os
 from collections.abc import Collection
 
 import jax
@@ -10,6 +10,8 @@ from ml_collections import ConfigDict
 from mdt_jax import config as configs
 from mdt_jax.models.mdt import MDT
 from mdt_jax.runtime import interrupts, parallel
+from mdt_jax.runtime.buckets import Mirror
+from mdt_jax.runtime.files import as_path
 from mdt_jax.train import costs, inputs, warm_start, workdir
 from mdt_jax.train.log import Log
 from mdt_jax.train.optimizers import learning_rate, make_optimizer
@@ -27,27 +29,28 @@ READERS_SECONDS = 30
 
 def train(
     config: ConfigDict,
-    folder: pathlib.Path,
+    folder: str | os.PathLike,
     show: Monitoring | None = None,
     set_fields: Collection[str] = (),
     stop: StopSignal | None = None,
 ) -> bool:
     """Train to the last step, or until a signal asks for a stop. Returns whether it finished.
 
-    folder: the workdir. A run that is there resumes, and its result is bit-identical to that of an
-    uninterrupted run on the same machine. set_fields: the config fields that the user set
-    explicitly; `inputs.complete_config` overrides no field among them. stop: the signal handler; by
-    default one is installed now. Raises UserError for a user's mistake, and where another run works
-    in the workdir.
+    folder: the workdir, on a disk or gs://BUCKET/NAME. A run that is there resumes, and its result
+    is bit-identical to that of an uninterrupted run on the same machine. set_fields: the config
+    fields that the user set explicitly; `inputs.complete_config` overrides no field among them.
+    stop: the signal handler; by default one is installed now. Raises UserError for a user's
+    mistake, and where another run works in the workdir.
     """
-    show, stop = show or Monitoring(), stop or StopSignal()
+    show, stop, folder = show or Monitoring(), stop or StopSignal(), as_path(folder)
 
     # Check what can be checked before the workdir is changed.
     workdir.check_usable(folder)
     workdir.agree_on_config(config)
     configs.validate(config, jax.device_count())
     mesh = parallel.make_mesh(config.mesh.data, config.mesh.fsdp)
-    profile = Profile(show.profile_steps, folder / "profile")
+    mirror = Mirror(folder)
+    profile = Profile(show.profile_steps, mirror.folder / "profile")
     data = inputs.open_inputs(config, set_fields)
     evaluator = open_evaluator(config, data.source, data.held_out)
     identity = data.identity(evaluator, config.model.num_classes)
@@ -58,7 +61,7 @@ def train(
     seed_key, init_key = run_keys(config.train.seed, mesh)
     weights = warm_start.read_weights(config, folder, model, init_key)
 
-    with Run(config, folder, identity, evaluator, stop) as run:
+    with Run(config, folder, identity, evaluator, stop, mirror) as run:
         # Resume from the newest sound checkpoint, or start.
         state = run.restore(abstract)
         if run.is_finished():

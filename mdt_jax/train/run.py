@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,7 +11,9 @@ from ml_collections import ConfigDict
 
 from mdt_jax.evaluation.evaluator import BEST, Evaluator
 from mdt_jax.runtime import hosts
+from mdt_jax.runtime.buckets import Mirror
 from mdt_jax.runtime.errors import NotFiniteError
+from mdt_jax.runtime.files import Path, exists
 from mdt_jax.runtime.hosts import log0
 from mdt_jax.runtime.progress import print_result
 from mdt_jax.train import inputs, workdir
@@ -31,17 +32,19 @@ class Run:
 
     identity: classes and hashes of the data and files that the run depends on; every checkpoint
     keeps them, and a run that resumes must have the same. evaluator: measures samples, if any.
+    mirror: of the workdir, for the log and the trackers.
     """
 
     def __init__(
         self,
         config: ConfigDict,
-        folder: pathlib.Path,
+        folder: Path,
         identity: dict,
         evaluator: Evaluator | None,
         stop: StopSignal,
+        mirror: Mirror,
     ):
-        self.config, self.folder, self.identity = config, folder, identity
+        self.config, self.folder, self.identity, self.mirror = config, folder, identity, mirror
         self.evaluator, self.stop = evaluator, stop
         self.checkpoints = Checkpoints(folder, config.train.keep)
         self.best = BestCheckpoint(folder / "best", config)
@@ -52,12 +55,13 @@ class Run:
         self._seconds_before = 0.0  # trained before this process started
         self._measured: set[int] = set()
         self._overdue = False  # a state that was due is not saved yet
+        self._check_lock: Callable[[], None] = lambda: None
         self._opened = contextlib.ExitStack()
 
     def __enter__(self) -> "Run":
         workdir.make(self.folder)
         with contextlib.ExitStack() as opened:
-            opened.enter_context(workdir.alone(self.folder))
+            self._check_lock = opened.enter_context(workdir.alone(self.folder))
             opened.enter_context(self.checkpoints)
             opened.enter_context(self.best)
             self._opened = opened.pop_all()
@@ -111,9 +115,13 @@ class Run:
         trackers = []
         if hosts.is_first():
             config = self.config.to_dict()
-            trackers = open_trackers(self.folder, config, self.start, show.tensorboard, show.wandb)
+            self.mirror.fetch("metrics.jsonl", "wandb/run-id")
+            trackers = open_trackers(
+                self.mirror.folder, config, self.start, show.tensorboard, show.wandb,
+                self.folder.name,
+            )  # fmt: skip
             workdir.begin(self.folder, self.config, self.identity["classes"], self.start)
-            trackers.append(MetricsLog(self.folder / "metrics.jsonl", self.start))
+            trackers.append(MetricsLog(self.mirror.folder / "metrics.jsonl", self.start))
             if not on_terminal():
                 trackers.append(Lines(self.config.train.steps))
         if self.start < self.config.train.steps:
@@ -147,7 +155,7 @@ class Run:
         every = self.config.train.sample_every
         if not (every and step and step % every == 0):
             return False
-        return hosts.all_hosts(not self._grid(step).exists())
+        return hosts.all_hosts(not exists(self._grid(step)))
 
     def must_measure(self, step: int) -> bool:
         """Whether a measurement of samples is due and not in the log."""
@@ -167,6 +175,7 @@ class Run:
         self._overdue = log.skipping and step < self.config.train.steps and not only
         if self._overdue:
             return
+        self._check_lock()
         log.flush()
         with jax.transfer_guard("allow"):
             self.checkpoints.save(state, self._meta())
@@ -223,12 +232,13 @@ class Run:
             report |= sample_and_measure(self.folder, sampler, state, classes, self.evaluator)
             files += ", samples.npz, samples.png"
         if hosts.is_first():
+            self.mirror.push()
             workdir.write_json(self.folder / "report.json", report)
             print_result(json.dumps(report, indent=1))
             log0(f"{self.folder} has {files}")
         return True
 
-    def _grid(self, step: int) -> pathlib.Path:
+    def _grid(self, step: int) -> Path:
         return self.folder / "samples" / f"{step:07d}.png"
 
     def _meta(self) -> dict:

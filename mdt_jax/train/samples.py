@@ -1,7 +1,6 @@
 """Samples of a run in training: grids, samples to measure, and the samples at its end."""
 
 import dataclasses
-import pathlib
 import time
 from collections.abc import Collection, Sequence
 
@@ -20,6 +19,7 @@ from mdt_jax.evaluation.image_sets import Slices, open_images
 from mdt_jax.models.mdt import MDT
 from mdt_jax.runtime import hosts
 from mdt_jax.runtime.errors import UserError
+from mdt_jax.runtime.files import Path
 from mdt_jax.runtime.hosts import is_first, log0
 from mdt_jax.sampling.generation import Request
 from mdt_jax.sampling.pipeline import Pipeline
@@ -119,7 +119,7 @@ def open_evaluator(
 
 
 def save_sample_grid(
-    path: pathlib.Path, sampler: RunSampler, state: TrainState, classes: list[str]
+    path: Path, sampler: RunSampler, state: TrainState, classes: list[str]
 ) -> None:
     """Write a PNG of one batch of samples, with a note of how they are made."""
     size = sampler.config.sample.batch_size
@@ -133,7 +133,7 @@ def save_sample_grid(
 
 
 def sample_and_measure(
-    workdir: pathlib.Path,
+    workdir: Path,
     sampler: RunSampler,
     state: TrainState,
     classes: list[str],

@@ -12,7 +12,7 @@ import numpy as np
 
 from mdt_jax.data.images import open_image
 from mdt_jax.runtime.errors import UserError
-from mdt_jax.runtime.files import atomic_write
+from mdt_jax.runtime.files import Path, atomic_write, fetched
 from mdt_jax.runtime.hosts import log0
 
 
@@ -38,7 +38,7 @@ class Tracker(Protocol):
         """metrics: Python or NumPy numbers by name; they may be NaN or infinite."""
         ...
 
-    def image(self, step: int, path: pathlib.Path) -> None:
+    def image(self, step: int, path: Path) -> None:
         """path: a grid of samples, a PNG file in the workdir."""
         ...
 
@@ -52,18 +52,19 @@ class Tracker(Protocol):
 
 
 def open_trackers(
-    workdir: pathlib.Path, config: dict, step: int, tensorboard: bool, wandb: str
+    folder: pathlib.Path, config: dict, step: int, tensorboard: bool, wandb: str, name: str = ""
 ) -> list[Tracker]:
     """The trackers of a run that starts or resumes at `step`.
 
-    TensorBoard drops what it showed of later steps; W&B keeps it. wandb: the name of a project, or
-    "". Raises UserError where the package is not installed or access is denied.
+    folder: where they write their files. TensorBoard drops what it showed of later steps; W&B keeps
+    it. wandb: the name of a project, or ""; name: of the run there, by default the folder's. Raises
+    UserError where the package is not installed or access is denied.
     """
     trackers: list[Tracker] = []
     if tensorboard:
-        trackers.append(TensorBoard(workdir / "tensorboard", step))
+        trackers.append(TensorBoard(folder / "tensorboard", step))
     if wandb:
-        trackers.append(Wandb(workdir, config, wandb))
+        trackers.append(Wandb(folder, name or folder.name, config, wandb))
     return trackers
 
 
@@ -76,8 +77,8 @@ def _missing(flag: str, package: str) -> UserError:
     return UserError(f"{flag} needs the package {package}: pip install {package}")
 
 
-def _picture(path: pathlib.Path) -> np.ndarray:
-    with open_image(path) as image:
+def _picture(path: Path) -> np.ndarray:
+    with open_image(fetched(path)) as image:
         return np.asarray(image.convert("RGB"))
 
 
@@ -95,7 +96,7 @@ class TensorBoard:
         for name, value in metrics.items():
             self._writer.add_scalar(name, float(value), step)
 
-    def image(self, step: int, path: pathlib.Path) -> None:
+    def image(self, step: int, path: Path) -> None:
         self._writer.add_image("samples", _picture(path), step, dataformats="HWC")
 
     def flush(self) -> None:
@@ -108,13 +109,13 @@ class TensorBoard:
 class Wandb:
     """A run of Weights & Biases. Each workdir has one, also after it resumed."""
 
-    def __init__(self, workdir: pathlib.Path, config: dict, project: str):
+    def __init__(self, folder: pathlib.Path, name: str, config: dict, project: str):
         try:
             import wandb
             from wandb.errors import Error
         except ImportError:
             raise _missing("--wandb", "wandb") from None
-        number = workdir / "wandb" / "run-id"
+        number = folder / "wandb" / "run-id"
         number.parent.mkdir(exist_ok=True)
         known = number.read_text(errors="replace") if number.exists() else ""
         if not re.fullmatch(r"[\w-]+", known):  # a crash may leave it empty, or full of zeros
@@ -124,7 +125,7 @@ class Wandb:
         self._image = wandb.Image
         try:
             self._run = wandb.init(
-                project=project, dir=str(workdir), name=workdir.name, id=known,
+                project=project, dir=str(folder), name=name, id=known,
                 resume="allow", config=config,
             )  # fmt: skip
         except Error as error:
@@ -133,8 +134,8 @@ class Wandb:
     def write(self, step: int, metrics: dict[str, float]) -> None:
         self._run.log({name: float(value) for name, value in metrics.items()}, step=step)
 
-    def image(self, step: int, path: pathlib.Path) -> None:
-        self._run.log({"samples": self._image(str(path))}, step=step)
+    def image(self, step: int, path: Path) -> None:
+        self._run.log({"samples": self._image(str(fetched(path)))}, step=step)
 
     def flush(self) -> None:
         """Do nothing: W&B's own process has the numbers already."""
@@ -162,7 +163,7 @@ class Lines:
             f"{metrics['images_per_second']:.4g} img/s, {left} left"
         )
 
-    def image(self, step: int, path: pathlib.Path) -> None:
+    def image(self, step: int, path: Path) -> None:
         log0(f"step {step}: samples in {path}")
 
     def flush(self) -> None:

@@ -1,26 +1,23 @@
 """Weights that a new run starts from: init.checkpoint."""
 
-import pathlib
-
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
 from mdt_jax.models.mdt import MDT, init_params
 from mdt_jax.models.resize import resize_grid
-from mdt_jax.runtime import hub
+from mdt_jax.runtime import files, hub
 from mdt_jax.runtime.errors import UserError
+from mdt_jax.runtime.files import Path
 from mdt_jax.runtime.hosts import log0
 from mdt_jax.weights.networks import Weights, describe_resize, fields_of, load_weights
-from mdt_jax.weights.orbax_folders import steps_in
+from mdt_jax.weights.step_folders import steps_in
 
 # Fields of a network that may differ: handled here, or without parameters of their own.
 _FREE = ("input_size", "num_classes", "asymmetric", "masked_shortcut")
 
 
-def read_weights(
-    config: ConfigDict, workdir: pathlib.Path, model: MDT, key: jax.Array
-) -> dict | None:
+def read_weights(config: ConfigDict, workdir: Path, model: MDT, key: jax.Array) -> dict | None:
     """{"params", "ema"} of init.checkpoint; None where it is empty, or the run resumes.
 
     A file holds one set of parameters, which becomes both. Where the number of classes differs the
@@ -32,7 +29,7 @@ def read_weights(
     if not path or steps_in(workdir):
         return None
     ema = load_weights(path)
-    source, is_file = ema.model, hub.local_path(path).is_file()
+    source, is_file = ema.model, files.is_file(hub.local_path(path))
     # A v1 file does not record decoder_layers: it is read as the config has it.
     unrecorded = is_file and source.version == "v1" and source.depth == model.depth
     if unrecorded and 0 < model.decoder_layers != source.decoder_layers:

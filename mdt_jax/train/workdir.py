@@ -1,10 +1,9 @@
-"""The folder of a run: checks before a run uses it, and the files beside its checkpoints."""
+"""The folder of a run, on a disk or in a bucket: checks, and the files beside the checkpoints."""
 
 import contextlib
 import json
 import os
-import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 from ml_collections import ConfigDict
@@ -14,10 +13,10 @@ from mdt_jax import config as configs
 from mdt_jax.data import sample_notes
 from mdt_jax.runtime import files, hosts
 from mdt_jax.runtime.errors import DamagedError, UserError
-from mdt_jax.runtime.files import atomic_write, read_json
+from mdt_jax.runtime.files import Path, atomic_write, read_json
 from mdt_jax.train import inputs
 from mdt_jax.train.log import read_steps
-from mdt_jax.weights.orbax_folders import FOLDER, check_path, steps_in
+from mdt_jax.weights.step_folders import FOLDER, check_arrays_possible, check_path, steps_in
 
 LOCK = ".lock"
 # Folders that a run writes to. They may be links, or belong to another user.
@@ -26,7 +25,7 @@ WRITTEN = (
 )  # fmt: skip
 
 
-def check_same_run(meta: dict, config: ConfigDict, workdir: pathlib.Path, identity: dict) -> None:
+def check_same_run(meta: dict, config: ConfigDict, workdir: Path, identity: dict) -> None:
     """Check that a checkpoint can be resumed with a config and data, and print what has changed.
 
     meta: the checkpoint's. identity: as of `Inputs.identity`. Raises UserError where the checkpoint
@@ -81,7 +80,7 @@ def _changes(before: ConfigDict, after: ConfigDict) -> list[tuple[str, object, o
     ]
 
 
-def check_nothing_is_lost(workdir: pathlib.Path) -> None:
+def check_nothing_is_lost(workdir: Path) -> None:
     """Raise UserError where a run has metrics of many steps but no checkpoint any more."""
     steps = [step for step, _ in read_steps(workdir / "metrics.jsonl")]
     if not steps:
@@ -91,7 +90,7 @@ def check_nothing_is_lost(workdir: pathlib.Path) -> None:
         every = int(_stored(workdir / "config.json")["train"]["checkpoint_every"])
     except (LookupError, TypeError, ValueError):
         every = 1
-    if (workdir / "report.json").exists() or steps[-1] > 2 * every:
+    if files.exists(workdir / "report.json") or steps[-1] > 2 * every:
         raise UserError(
             f"{workdir} holds the metrics of {steps[-1]} steps but no checkpoint; restore its "
             "checkpoints, or train in another workdir"
@@ -105,30 +104,30 @@ def agree_on_config(config: ConfigDict) -> None:
     hosts.agree({"mdt_jax": __version__, "jax": jax.__version__} | fields)
 
 
-def agree_on_start(workdir: pathlib.Path, identity: dict) -> None:
+def agree_on_start(workdir: Path, identity: dict) -> None:
     """Raise UserError where the processes of a run see different data or different workdirs."""
     data = {"list of images": identity["images_sha256"], "classes": identity["classes"]}
     hosts.agree(data | identity["files_sha256"], "; all must read the same data")
-    contents = {"checkpoints": steps_in(workdir), "a report": (workdir / "report.json").exists()}
+    contents = {"checkpoints": steps_in(workdir), "a report": files.exists(workdir / "report.json")}
     hosts.agree(contents, f": {workdir} must be one folder for all")
 
 
-def begin(workdir: pathlib.Path, config: ConfigDict, classes: list[str], start: int) -> None:
+def begin(workdir: Path, config: ConfigDict, classes: list[str], start: int) -> None:
     """Write config.json and classes.json, and remove results that the run makes anew.
 
     Only the first process calls it.
     """
-    (workdir / "report.json").unlink(missing_ok=True)
+    files.remove(workdir / "report.json")
     if start < config.train.steps:  # the samples belong to the same step as the report
         for name in ("samples.npz", "samples.png"):
-            (workdir / name).unlink(missing_ok=True)
+            files.remove(workdir / name)
     write_json(workdir / "config.json", config.to_dict())
     if classes:
         write_json(workdir / "classes.json", classes)
         hosts.log0(f"classes: {inputs.describe_classes(classes)}")
 
 
-def is_reported(workdir: pathlib.Path, config: ConfigDict, step: int) -> bool:
+def is_reported(workdir: Path, config: ConfigDict, step: int) -> bool:
     """Whether report.json belongs to this config and step, and its samples are complete."""
     report, stored = _stored(workdir / "report.json"), _stored(workdir / "config.json")
     try:
@@ -139,10 +138,10 @@ def is_reported(workdir: pathlib.Path, config: ConfigDict, step: int) -> bool:
         return False
     if not (config.sample.num_samples and hosts.is_first()):
         return True
-    return (workdir / "samples.png").exists() and sample_notes.is_whole(workdir / "samples.npz")
+    return files.exists(workdir / "samples.png") and sample_notes.is_whole(workdir / "samples.npz")
 
 
-def _stored(path: pathlib.Path) -> dict:
+def _stored(path: Path) -> dict:
     """The contents of a JSON file of the run; {} where it is missing or damaged."""
     try:
         return read_json(path) or {}
@@ -151,7 +150,7 @@ def _stored(path: pathlib.Path) -> dict:
         return {}
 
 
-def measured_steps(workdir: pathlib.Path, metrics: Sequence[str], last: int) -> set[int]:
+def measured_steps(workdir: Path, metrics: Sequence[str], last: int) -> set[int]:
     """The steps up to `last` for which metrics.jsonl has one of the metrics of samples."""
     steps = []
     if hosts.is_first():
@@ -162,34 +161,42 @@ def measured_steps(workdir: pathlib.Path, metrics: Sequence[str], last: int) -> 
 
 
 @contextlib.contextmanager
-def alone(workdir: pathlib.Path) -> Iterator[None]:
-    """Lock an existing workdir. Raises UserError where another run works in it."""
-    with hosts.alone(workdir / LOCK, f"workdir {workdir}"):
-        yield
+def alone(workdir: Path) -> Iterator[Callable[[], None]]:
+    """Lock an existing workdir. Raises UserError where another run works in it.
+
+    Yields a function that raises UserError where the lock is lost; see `locks.held`.
+    """
+    with hosts.alone(workdir / LOCK, f"workdir {workdir}") as check:
+        yield check
 
 
-def check_usable(workdir: pathlib.Path) -> None:
+def check_usable(workdir: Path) -> None:
     """Raise UserError where a run cannot work in a workdir, which need not exist.
 
     Either another run works there, or this process cannot write to it or to one of its folders:
     every process writes checkpoints.
     """
     check_path(workdir)
-    if hosts.broadcast(os.path.exists(workdir / LOCK)):
+    check_arrays_possible(workdir)
+    if files.in_bucket(workdir):
+        files.check_writable(workdir, f"workdir {workdir}")
+    if hosts.broadcast(files.exists(workdir / LOCK)):
         with alone(workdir):
             pass
+    if files.in_bucket(workdir):
+        return
     for name in ("", *WRITTEN):
         if not name or os.path.lexists(workdir / name):
             files.check_writable(workdir / name, f"workdir {workdir / name}")
 
 
-def make(workdir: pathlib.Path) -> None:
+def make(workdir: Path) -> None:
     """Create a workdir. Raises UserError where it cannot be written, or processes see another."""
     probe = workdir / ".write-test"
     try:
         if hosts.is_first():
             workdir.mkdir(parents=True, exist_ok=True)
-            probe.touch()
+            probe.write_bytes(b"")
         hosts.all_hosts(True)  # wait for the first process
         if not _is_visible(probe):
             raise UserError(
@@ -198,18 +205,18 @@ def make(workdir: pathlib.Path) -> None:
             )
         hosts.all_hosts(True)
         if hosts.is_first():
-            probe.unlink()
+            files.remove(probe)
     except OSError as error:
-        raise UserError(f"workdir {workdir} cannot be written to: {error.strerror}") from None
+        raise UserError(f"workdir {workdir} cannot be written to: {files.reason(error)}") from None
 
 
-def _is_visible(path: pathlib.Path) -> bool:
+def _is_visible(path: Path) -> bool:
     with contextlib.suppress(OSError):
-        os.listdir(path.parent)  # makes a network file system refresh
-    return path.exists()
+        files.names_in(path.parent)  # makes a network file system refresh
+    return files.exists(path)
 
 
-def write_json(path: pathlib.Path, content: object) -> None:
+def write_json(path: Path, content: object) -> None:
     """Write a JSON file, atomically."""
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n")

@@ -18,7 +18,7 @@ from mdt_jax.models.autoencoder import AutoencoderKL
 from mdt_jax.models.inception import Inception
 from mdt_jax.models.mdt import MDT
 from mdt_jax.models.resize import resize_grid
-from mdt_jax.runtime import hosts, hub
+from mdt_jax.runtime import files, hosts, hub
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.runtime.files import reason
 from mdt_jax.runtime.progress import log
@@ -154,12 +154,12 @@ def read_network(
     if not str(path):
         raise UserError("checkpoint '' does not exist")
     local = hub.local_path(str(path))
-    if os.path.isdir(local) or local.suffix not in torch_files.SUFFIXES:
+    if files.is_dir(local) or local.suffix not in torch_files.SUFFIXES:
         if decoder_layers is not None:
             raise UserError(f"decoder_layers is for published files; {path} records its own")
         weights = _read_folder(local, params)
     else:
-        weights = _read_file(local, str(path), decoder_layers, kind)
+        weights = _read_file(pathlib.Path(local), str(path), decoder_layers, kind)
     for place, leaf in jax.tree_util.tree_leaves_with_path(weights.params):
         if not jnp.isfinite(leaf).all():
             name = jax.tree_util.keystr(place, simple=True, separator="/")
@@ -183,8 +183,10 @@ def _read_file(
             weights = weights._replace(classes=classes)
         return weights
     except UserError as error:
-        name = "" if str(error).startswith(str(file)) else f"{path}: "
-        raise UserError(f"{name}{error}") from None
+        # A copy of an object is not where the user would look.
+        text = str(error).replace(str(file), path) if files.in_bucket(path) else str(error)
+        name = "" if text.startswith((str(file), path)) else f"{path}: "
+        raise UserError(f"{name}{text}") from None
     except (ArithmeticError, LookupError, TypeError, ValueError) as error:
         # Unexpected shapes in a file with the right names.
         raise UserError(f"{path}: its arrays do not fit together: {reason(error)}") from None
@@ -208,7 +210,7 @@ def _from_state_dict(
     return weights
 
 
-def _read_folder(path: pathlib.Path, params: str) -> Weights[Any]:
+def _read_folder(path: files.Path, params: str) -> Weights[Any]:
     """From a workdir, its checkpoints folder, one step of it, or a folder of `save`."""
 
     def choose(meta: dict) -> tuple[str, dict]:
@@ -244,7 +246,7 @@ def save(path: str | os.PathLike, weights: Weights) -> None:
     A folder keeps the config of the run, if it is of this model. Raises UserError where the
     published code cannot represent the model, and where the disk is full.
     """
-    path, kind, model = pathlib.Path(path), kind_of(weights.model), weights.model
+    path, kind, model = files.as_path(path), kind_of(weights.model), weights.model
     if path.suffix in torch_files.SUFFIXES:
         state = KINDS[kind].names.to_published(model, weights.params)
         torch_files.write_arrays(path, state, weights.classes)

@@ -1,8 +1,7 @@
 """Folders of arrays in Orbax's format, with checksums that prove their bits unchanged.
 
 A folder holds items (trees of arrays by name) and `meta` (JSON, with checksums of the items and of
-itself). It gets its final name only once it is complete. A run has one for each step that it saved:
-WORKDIR/checkpoints/STEP.
+itself). A run has one for each step that it saved; see `step_folders`.
 """
 
 import contextlib
@@ -13,7 +12,6 @@ import json
 import logging
 import os
 import pathlib
-import re
 import shutil
 import sys
 import time
@@ -25,24 +23,37 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from mdt_jax.runtime import hosts
+from mdt_jax.runtime import buckets, hosts
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.runtime.files import (
+    Path,
+    absolute,
     check_regular,
     check_room,
+    exists,
     file_sha256,
     free,
-    is_text,
+    in_bucket,
+    is_dir,
+    is_file,
+    names_in,
     passes,
     reason,
 )
 from mdt_jax.runtime.progress import log
+from mdt_jax.weights.step_folders import (
+    FOLDER,
+    STEP,
+    check_arrays_possible,
+    check_path,
+    is_saved,
+    steps_of,
+    unfinished_steps,
+)
 
-FOLDER = "checkpoints"
 FORMAT = 1  # of a step's folder; this version cannot read newer ones
 ORBAX_FILES = 1_000_000  # bytes that a folder needs besides its arrays, at most
 SUM = "sha256"  # the key in `meta` of the checksum of its other entries, in every format
-STEP = re.compile("0|[1-9][0-9]*")  # the name of a step's folder
 # Files that Orbax itself leaves in a folder.
 ORBAX_MARKS = {"_CHECKPOINT_METADATA", "_METADATA", "_sharding", "manifest.ocdbt"}
 Read = TypeVar("Read")
@@ -52,44 +63,6 @@ Choose = Callable[[dict], tuple[str, dict]]
 
 class DamagedFolder(Exception):
     """A folder does not hold what was saved; the message says why."""
-
-
-# --- Names of folders
-
-
-def steps_in(workdir: str | os.PathLike) -> list[int]:
-    """The steps that a run has saved, newest first."""
-    return steps_of(pathlib.Path(workdir) / FOLDER)
-
-
-def steps_of(directory: pathlib.Path) -> list[int]:
-    """The steps in a folder of checkpoints, newest first; unfinished ones have temporary names."""
-    if not directory.is_dir():
-        return []
-    names = [path.name for path in directory.iterdir()]
-    return sorted((int(name) for name in names if STEP.fullmatch(name)), reverse=True)
-
-
-def is_saved(folder: str | os.PathLike) -> bool:
-    """Whether a folder is one step of a run, or a folder of `save_folder`."""
-    return (pathlib.Path(folder) / "meta").is_dir()
-
-
-def check_path(path: str | os.PathLike) -> None:
-    """Raise UserError for a folder that Orbax could write but not read.
-
-    Orbax takes its path for a glob pattern, and some names for those of unfinished checkpoints.
-    """
-    full = str(pathlib.Path(path).absolute())
-    text = full.encode(errors="backslashreplace").decode()
-    unusable = [part for part in ("*", "?", "[", "\\", ".orbax-checkpoint-tmp") if part in full]
-    if not is_text(full):
-        unusable.append("bytes that are no UTF-8")
-    if unusable:
-        raise UserError(
-            f"{text} has {' and '.join(unusable)} in its path, and checkpoints in such a folder "
-            "cannot be read back; choose another name, or rename the folder"
-        )
 
 
 # --- Writing
@@ -102,7 +75,8 @@ def save_folder(folder: str | os.PathLike, item: str, arrays: dict, meta: dict) 
     """
     quiet()
     check_path(folder)
-    folder = pathlib.Path(folder).absolute()
+    folder = absolute(folder)
+    check_arrays_possible(folder)
     try:
         with writing(folder, arrays), ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as orbax:
             orbax.save(folder, sealed({item: arrays}, meta))
@@ -112,7 +86,7 @@ def save_folder(folder: str | os.PathLike, item: str, arrays: dict, meta: dict) 
 
 
 @contextlib.contextmanager
-def writing(path: pathlib.Path, arrays: object = ()) -> Iterator[None]:
+def writing(path: Path, arrays: object = ()) -> Iterator[None]:
     """Raise UserError where there is no room for the arrays, and for any error of Orbax."""
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(arrays))
     check_room(path, size + ORBAX_FILES if size else 0)
@@ -149,8 +123,12 @@ def _meta_sha256(meta: dict) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
-def _remove_unfinished(folder: pathlib.Path) -> None:
+def _remove_unfinished(folder: Path) -> None:
     """Remove the files of a failed save, to which Orbax may still be writing."""
+    if in_bucket(folder):
+        with contextlib.suppress(Exception):  # perhaps the reason why the save failed
+            buckets.remove_folder(folder)
+        return
     for _ in range(50):
         unfinished = list(folder.parent.glob(f"{glob.escape(folder.name)}.orbax-checkpoint-tmp*"))
         if not unfinished:
@@ -169,10 +147,10 @@ def load_item(path: str | os.PathLike, choose: Choose) -> tuple[dict, dict]:
     path: a workdir, its checkpoints folder, one step of it, or a folder of `save_folder`. Raises
     UserError where the path does not exist, or holds no such item that can be read.
     """
-    root = pathlib.Path(path).absolute()
-    if not str(path) or not os.path.exists(root):
+    root = absolute(path)
+    if not str(path) or not exists(root):
         raise UserError(f"checkpoint '{path}' does not exist")
-    if root.is_file():
+    if is_file(root):
         raise UserError(f"{path} is neither the folder of a run nor a file of weights")
     check_path(root)
     _check_is_ours(root)
@@ -182,7 +160,11 @@ def load_item(path: str | os.PathLike, choose: Choose) -> tuple[dict, dict]:
             return read_sound(root, read)
         except DamagedFolder as error:
             raise UserError(f"checkpoint {path} is damaged: {error}") from None
-    newest, _ = newest_sound(root / FOLDER if (root / FOLDER).is_dir() else root, read)
+    directory = root / FOLDER if is_dir(root / FOLDER) else root
+    unfinished = unfinished_steps(directory)
+    newest, _ = newest_sound(directory, read)
+    if unfinished and (newest is None or unfinished[0] > newest[1]["step"]):
+        log(f"{directory / str(unfinished[0])} is not finished, and is passed over")
     if newest is None:
         raise UserError(
             f"{path} holds no checkpoint: expected a workdir that was trained in{_file_hint(root)}"
@@ -190,9 +172,7 @@ def load_item(path: str | os.PathLike, choose: Choose) -> tuple[dict, dict]:
     return newest
 
 
-def newest_sound(
-    directory: pathlib.Path, read: Callable[[pathlib.Path], Read]
-) -> tuple[Read | None, list[int]]:
+def newest_sound(directory: Path, read: Callable[[Any], Read]) -> tuple[Read | None, list[int]]:
     """read(folder) of the newest step that can be read, and the damaged newer steps.
 
     Returns (None, []) where there is no step at all; raises UserError where none can be read.
@@ -213,7 +193,7 @@ def newest_sound(
     return None, damaged
 
 
-def read_sound(folder: pathlib.Path, read: Callable[[pathlib.Path], Read]) -> Read:
+def read_sound(folder: Path, read: Callable[[Any], Read]) -> Read:
     """read(folder). Raises DamagedFolder, or UserError where `read` does."""
     try:
         return read(folder)
@@ -224,7 +204,7 @@ def read_sound(folder: pathlib.Path, read: Callable[[pathlib.Path], Read]) -> Re
         raise DamagedFolder(reason(error)) from None
 
 
-def _read_item(folder: pathlib.Path, choose: Choose) -> tuple[dict, dict]:
+def _read_item(folder: Path, choose: Choose) -> tuple[dict, dict]:
     """(arrays, meta) of one folder, on this process's first device."""
     meta = read_meta(folder)
     item, shapes = choose(meta)
@@ -235,13 +215,13 @@ def _read_item(folder: pathlib.Path, choose: Choose) -> tuple[dict, dict]:
     return restore(folder, {item: abstract})[item], meta
 
 
-def read_meta(folder: pathlib.Path) -> dict:
+def read_meta(folder: Path) -> dict:
     """The JSON of a folder: config, step, checksums and the times of the run.
 
     Raises ValueError where it is damaged, and UserError where a newer mdt_jax has written it in a
     format that this version does not know.
     """
-    for path in _files_in(folder):
+    for path in () if in_bucket(folder) else _files_in(folder):
         check_regular(path)  # Orbax would wait for a pipe
     with _reader() as checkpointer:
         meta = checkpointer.restore(folder, ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
@@ -258,7 +238,7 @@ def read_meta(folder: pathlib.Path) -> dict:
     return meta
 
 
-def restore(folder: pathlib.Path, items: dict[str, Any]) -> dict[str, Any]:
+def restore(folder: Path, items: dict[str, Any]) -> dict[str, Any]:
     """The items of a folder, and its meta.
 
     items: abstract trees by name. Raises ValueError if bits have changed.
@@ -292,7 +272,7 @@ def _reader() -> ocp.Checkpointer:
     return ocp.Checkpointer(ocp.CompositeCheckpointHandler(), multiprocessing_options=alone)
 
 
-def check_readable(folder: pathlib.Path, error: Exception) -> None:
+def check_readable(folder: Path, error: Exception) -> None:
     """Raise UserError where a folder may be sound and only cannot be read at the moment.
 
     error: what reading it raised. Every file is tried, because Orbax reports files that cannot be
@@ -304,7 +284,7 @@ def check_readable(folder: pathlib.Path, error: Exception) -> None:
             raise raised
 
     try:
-        for path in _files_in(folder, raise_if_passing):
+        for path in () if in_bucket(folder) else _files_in(folder, raise_if_passing):
             check_regular(path)
             file_sha256(path)
     except OSError as raised:
@@ -316,18 +296,16 @@ def check_readable(folder: pathlib.Path, error: Exception) -> None:
         ) from None
 
 
-def _files_in(
-    folder: pathlib.Path, onerror: Callable[[OSError], None] | None = None
-) -> Iterator[str]:
+def _files_in(folder: Path, onerror: Callable[[OSError], None] | None = None) -> Iterator[str]:
     for place, _, names in os.walk(folder, onerror=onerror):
         for name in names:
             yield os.path.join(place, name)
 
 
-def _check_is_ours(root: pathlib.Path) -> None:
+def _check_is_ours(root: Path) -> None:
     """Raise UserError for a folder, or one with steps, that another program wrote with Orbax."""
     for folder in (root, *(root / str(step) for step in steps_of(root))):
-        names = {path.name for path in folder.iterdir()}
+        names = {*names_in(folder)}
         if names & ORBAX_MARKS and not names & {"meta", "params", "ema", "progress"}:
             items = sorted(name for name in names if "." not in name and name not in ORBAX_MARKS)
             content = "arrays alone" if "_METADATA" in names else ", ".join(items[:3])
@@ -337,11 +315,11 @@ def _check_is_ours(root: pathlib.Path) -> None:
             )
 
 
-def _file_hint(root: pathlib.Path) -> str:
+def _file_hint(root: Path) -> str:
     """The end of a message where a folder holds a file of weights instead of a checkpoint."""
     kinds = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
     # mdt_jax does not read files in several parts.
-    files = sorted(n for n in os.listdir(root) if n.endswith(kinds) and "-of-" not in n)
+    files = sorted(n for n in names_in(root) if n.endswith(kinds) and "-of-" not in n)
     return f"; for the weights in {files[0]} give this file" if files else ""
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from mdt_jax.runtime.errors import UserError
-from mdt_jax.runtime.files import atomic_write, reason
+from mdt_jax.runtime.files import as_path, atomic_write, reason
 
 PICKLED = (".pt", ".pth", ".bin", ".ckpt")
 SUFFIXES = (*PICKLED, ".safetensors")
@@ -178,7 +178,7 @@ def write_arrays(
     classes: their names, which PyTorch and safetensors ignore. Raises UserError where the file
     cannot be written, for example on a full disk.
     """
-    path = pathlib.Path(path)
+    path = as_path(path)
     if path.suffix == ".safetensors":
         import safetensors.numpy
 

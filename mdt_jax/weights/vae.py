@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import os
+import pathlib
 from collections.abc import Callable
 
 import jax
@@ -16,10 +17,10 @@ from mdt_jax.data.images import to_float
 from mdt_jax.diffusion.options import check_finite
 from mdt_jax.models.autoencoder import VAE_SCALE, AutoencoderKL
 from mdt_jax.models.mdt import VAE_CHANNELS, VAE_FACTOR
-from mdt_jax.runtime import hub, parallel
+from mdt_jax.runtime import files, hub, parallel
 from mdt_jax.runtime.backend import HIGHEST
 from mdt_jax.runtime.errors import UserError
-from mdt_jax.weights import networks, orbax_folders, vae_names
+from mdt_jax.weights import networks, orbax_folders, step_folders, vae_names
 
 # A VAE's file in a folder of diffusers.
 VAE_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
@@ -48,9 +49,9 @@ class Vae:
         """
         path = str(path)
         file = _file_of(path)
-        if file == path and os.path.isdir(path) and not orbax_folders.is_saved(path):
+        if file == path and files.is_dir(path) and not step_folders.is_saved(path):
             inside = os.path.join(path, "vae")
-            hint = f"; try {inside}" if os.path.isdir(inside) else ""
+            hint = f"; try {inside}" if files.is_dir(inside) else ""
             raise UserError(f"{path} holds no VAE: expected {' or '.join(VAE_FILES)}{hint}")
         network, params = networks.read_network(file, kind="vae")[:2]
         return cls(path, scale or recorded_scale(path) or VAE_SCALE, network, params)
@@ -139,10 +140,10 @@ def recorded_scale(path: str | os.PathLike) -> float | None:
     """
     file = hub.local_path(_file_of(str(path)))
     try:
-        if file.is_dir():
+        if files.is_dir(file):
             latents = orbax_folders.read_meta(file).get("latents") or {}
         else:
-            latents = vae_names.about_latents(vae_names.read_config(file))
+            latents = vae_names.about_latents(vae_names.read_config(pathlib.Path(file)))
         return vae_names.scaling_factor(latents)
     except UserError as error:
         raise UserError(f"the VAE {path}: {error}") from None
@@ -155,13 +156,16 @@ def _file_of(path: str) -> str:
             path = f"{path}/{VAE_FILES[0]}"
         _fetch_config(path.rpartition("/")[0])
         return path
-    files = [os.path.join(path, name) for name in VAE_FILES]
-    return next((file for file in files if os.path.isfile(file)), path)
+    candidates = [os.path.join(path, name) for name in VAE_FILES]
+    file = next((file for file in candidates if files.is_file(file)), path)
+    if files.in_bucket(file):
+        _fetch_config(file.rpartition("/")[0])
+    return file
 
 
 @functools.cache
 def _fetch_config(folder: str) -> None:
-    """Download config.json from a folder on the hub, if it has one, to lie beside the weights."""
+    """Copy config.json of a folder on the hub or in a bucket, if it has one, beside the weights."""
     with contextlib.suppress(UserError):  # reading the weights reports what else is wrong
         hub.local_path(f"{folder}/config.json")
 

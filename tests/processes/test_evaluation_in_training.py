@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from mdt_jax.weights.orbax_folders import steps_in
+from mdt_jax.weights.step_folders import steps_in
 from tests.conftest import XLA_FLAGS, run_command, start_command, train_here
 from tests.runs import MEASURING, lines_of, measured
 

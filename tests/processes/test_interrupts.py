@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from mdt_jax.weights.orbax_folders import steps_in
+from mdt_jax.weights.step_folders import steps_in
 from tests.conftest import ROOT, SMOKE
 from tests.runs import steps_of
 

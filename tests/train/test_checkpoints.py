@@ -21,7 +21,8 @@ from mdt_jax.train.checkpoints import BestCheckpoint, Checkpoints
 from mdt_jax.train.log import MetricsLog
 from mdt_jax.train.state import TrainState
 from mdt_jax.weights.networks import load_weights
-from mdt_jax.weights.orbax_folders import read_meta, steps_in
+from mdt_jax.weights.orbax_folders import read_meta
+from mdt_jax.weights.step_folders import steps_in
 from tests.conftest import ROOT, SMOKE, train_here
 from tests.models.common import apply
 from tests.runs import arrays

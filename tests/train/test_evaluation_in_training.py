@@ -15,7 +15,7 @@ from mdt_jax.evaluation.evaluator import Evaluator, evaluate_samples
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.train import workdir
 from mdt_jax.weights import networks
-from mdt_jax.weights.orbax_folders import steps_in
+from mdt_jax.weights.step_folders import steps_in
 from tests.conftest import train_here
 from tests.measuring import quick_inception
 from tests.runs import MEASURING, measured

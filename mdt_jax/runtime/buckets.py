@@ -1,0 +1,224 @@
+"""Objects in buckets: gs:// through gcsfs, s3:// through s3fs.
+
+A bucket has no folders: a folder is the common beginning of some names. One object is written whole
+or not at all; several are not, and none can be renamed.
+"""
+
+import atexit
+import contextlib
+import errno
+import functools
+import hashlib
+import importlib
+import logging
+import os
+import pathlib
+import re
+import secrets
+import shutil
+import tempfile
+from typing import Any
+
+from etils import epath
+
+from mdt_jax.runtime.errors import UserError, causes
+
+# Scheme → the package that speaks its protocol, and our extra that installs it.
+CLIENTS = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}
+LIBRARIES = ("aiobotocore", "aiohttp", "botocore", "gcsfs", "google", "requests", "s3fs")
+
+
+def scheme(path: str | os.PathLike) -> str:
+    """ "gs" or "s3"; "" for a path that is not in a bucket."""
+    name, separator, _ = os.fspath(path).partition("://")
+    return name if separator and name in CLIENTS else ""
+
+
+def place(url: str) -> epath.Path:
+    """The path of gs://BUCKET/NAME or s3://BUCKET/NAME.
+
+    Raises UserError where the URL names no bucket, or where its client is not installed.
+    """
+    protocol = scheme(url)
+    bucket, _, name = url.removeprefix(f"{protocol}://").partition("/")
+    parts = name.rstrip("/").split("/") if name else []
+    if not bucket or any(part in ("", ".", "..") for part in parts):
+        raise UserError(f"{url}: write {protocol}://BUCKET/NAME")
+    _load(protocol)
+    return epath.Path(f"{protocol}://{'/'.join([bucket, *parts])}")
+
+
+@functools.cache
+def _load(protocol: str) -> None:
+    """Import and configure the client of a scheme. Raises UserError where it is not installed."""
+    package, extra = CLIENTS[protocol]
+    # Plain buckets only: otherwise gcsfs asks for the kind of each bucket, which needs permission.
+    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+    try:
+        from fsspec.config import conf
+
+        importlib.import_module(package)
+    except ImportError:
+        raise UserError(f"{protocol}:// needs {package}: pip install 'mdt_jax[{extra}]'") from None
+    # Other processes write there, too; a client's list of objects would soon be out of date.
+    conf.setdefault(protocol, {}).setdefault("use_listings_cache", False)
+    for name in (package, "google"):  # they print tracebacks of what they raise
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
+def client(path: str | os.PathLike) -> Any:
+    """The fsspec file system of a path in a bucket."""
+    protocol = scheme(path)
+    _load(protocol)
+    import fsspec
+
+    return fsspec.filesystem(protocol)
+
+
+def kind(path: str | os.PathLike) -> str:
+    """ "file" for an object, "directory" for a folder with objects, "" for neither.
+
+    epath's own `exists` and `is_dir` take an object that cannot be reached for one that is missing.
+    """
+    try:
+        return client(path).info(str(path))["type"]
+    except FileNotFoundError:
+        return ""
+
+
+def names(folder: str | os.PathLike) -> list[str]:
+    """The names of the objects and folders in a folder; [] where it does not exist."""
+    try:
+        paths = client(folder).ls(str(folder), detail=False)
+    except FileNotFoundError:
+        return []
+    _, _, own = str(folder).partition("://")  # some programs make an object for a folder itself
+    inside = {path.rstrip("/") for path in paths} - {own}
+    return sorted(path.rpartition("/")[2] for path in inside)
+
+
+def upload(file: pathlib.Path, path: str | os.PathLike) -> None:
+    """Write a local file as one object, which has its name once all its bytes are there."""
+    client(path).put_file(str(file), str(path))
+
+
+def remove(path: str | os.PathLike) -> None:
+    """Remove an object, unless there is none."""
+    with contextlib.suppress(FileNotFoundError):
+        client(path).rm_file(str(path))
+
+
+def remove_folder(folder: str | os.PathLike) -> None:
+    """Remove all objects in a folder, unless there are none."""
+    with contextlib.suppress(FileNotFoundError):
+        client(folder).rm(str(folder), recursive=True)
+
+
+_versions: dict[pathlib.Path, object] = {}  # copy → the version of its object
+
+
+@functools.cache
+def _scratch() -> pathlib.Path:
+    """A folder for copies of objects, which the process removes at its end."""
+    folder = tempfile.mkdtemp(prefix="mdt_jax-")
+    process = os.getpid()
+
+    def clear():
+        if os.getpid() == process:  # not in a forked worker
+            shutil.rmtree(folder, ignore_errors=True)
+
+    atexit.register(clear)
+    return pathlib.Path(folder)
+
+
+def fetched(path: str | os.PathLike) -> pathlib.Path:
+    """A local copy of an object as it is now, which exists as long as this process.
+
+    Raises FileNotFoundError.
+    """
+    path = epath.Path(path)
+    info = client(path).info(str(path))
+    if info["type"] == "directory":
+        raise FileNotFoundError(errno.ENOENT, "it is a folder", str(path))
+    version = info.get("generation") or info.get("ETag")
+    # The copies of one folder lie in one, as some formats need two files.
+    folder = _scratch() / hashlib.sha256(str(path.parent).encode()).hexdigest()[:16]
+    copy = folder / path.name
+    if _versions.get(copy) != version:
+        folder.mkdir(exist_ok=True)
+        partial = folder / secrets.token_hex(8)
+        client(path).get_file(str(path), str(partial))
+        partial.replace(copy)
+        _versions[copy] = version
+    return copy
+
+
+def check_writable(folder: str | os.PathLike, name: str) -> None:
+    """Raise UserError where no object can be written in a folder. Leaves nothing there.
+
+    name: the subject of the message.
+    """
+    probe = epath.Path(folder) / f".write-test-{secrets.token_hex(8)}"
+    try:
+        client(probe).pipe_file(str(probe), b"mdt_jax")
+        client(probe).rm_file(str(probe))
+    except FileNotFoundError:
+        bucket = re.match("[^/]+//[^/]+", str(folder))
+        raise UserError(
+            f"{name} cannot be written to: there is no bucket {bucket and bucket[0]}"
+        ) from None
+    except Exception as error:  # of many kinds, by client
+        raise UserError(f"{name} cannot be written to: {problem(error) or error}") from None
+
+
+def problem(error: BaseException) -> str:
+    """What the client of a bucket says is wrong, in a line; "" for other errors."""
+    for each in causes(error):
+        text = str(each).strip()
+        library = type(each).__module__.partition(".")[0]
+        if library in LIBRARIES or (isinstance(each, OSError) and text.startswith("Forbidden:")):
+            lines = [line for line in text.splitlines() if line] or [type(each).__name__]
+            denied = re.search(r"\b(?:401|403|[Ff]orbidden|denied)\b|credentials", text)
+            hint = "; check the credentials and permissions of this machine" if denied else ""
+            return f"{' '.join(lines)[:300]}{hint}"
+    return ""
+
+
+class Mirror:
+    """A local folder for the files of a run that grow, of which a bucket keeps copies.
+
+    On a disk the folder is the workdir itself, and nothing is copied.
+    """
+
+    def __init__(self, workdir: pathlib.Path | epath.Path):
+        self._workdir = workdir
+        self._sent: dict[str, tuple[int, int]] = {}  # name → size and time of what was uploaded
+        if scheme(workdir):
+            self.folder = _scratch() / f"run-{secrets.token_hex(4)}"
+            self.folder.mkdir()
+        else:
+            self.folder = pathlib.Path(workdir)
+
+    def fetch(self, *names: str) -> None:
+        """Copy the files of these names that exist from the bucket."""
+        if not scheme(self._workdir):
+            return
+        for name in names:
+            path = self.folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                client(self._workdir).get_file(str(self._workdir / name), str(path))
+            except FileNotFoundError:
+                path.unlink(missing_ok=True)
+
+    def push(self) -> None:
+        """Copy the files that have changed to the bucket, each as one object."""
+        if not scheme(self._workdir):
+            return
+        for path in sorted(self.folder.rglob("*")):
+            if not path.is_file():
+                continue
+            name, stat = path.relative_to(self.folder).as_posix(), path.stat()
+            if self._sent.get(name) != (stat.st_size, stat.st_mtime_ns):
+                upload(path, self._workdir / name)
+                self._sent[name] = stat.st_size, stat.st_mtime_ns
