@@ -21,7 +21,7 @@ from typing import Any, cast
 
 from mdt_jax.data.latents import check_path
 from mdt_jax.data.latents_writer import OPTIONS
-from mdt_jax.runtime import files, locks
+from mdt_jax.runtime import buckets, files, locks
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.runtime.progress import log, progress_bar
 
@@ -36,14 +36,14 @@ _recent: collections.OrderedDict[tuple, Any] = collections.OrderedDict()
 class Shard:
     """A parquet file, and the image column to read from it.
 
-    column: with ".bytes" where it is a struct. size: of the file, bytes; modified: in ns.
-    groups: the number of rows of each row group. images: the bytes of all images.
+    column: with ".bytes" where it is a struct. size: of the file, bytes. version: changes with the
+    content. groups: the number of rows of each row group. images: the bytes of all images.
     """
 
-    path: pathlib.Path
+    path: files.Path
     column: str
     size: int
-    modified: int
+    version: str
     groups: tuple[int, ...]
     images: int
 
@@ -54,13 +54,13 @@ class Shard:
 
     @property
     def unpacked(self) -> pathlib.Path:
-        """The file that `unpack` writes."""
-        return self.path.with_name(self.path.name + SUFFIX)
+        """The file that `unpack` writes, of a shard on a disk."""
+        return pathlib.Path(self.path).with_name(self.path.name + SUFFIX)
 
     @property
     def description(self) -> bytes:
         """Record 0 of `unpacked`: what tells whether it was made from this shard."""
-        fields = {"column": self.column, "bytes": self.size, "modified": self.modified}
+        fields = {"column": self.column, "bytes": self.size, "version": self.version}
         return json.dumps({"format": 1, **fields, "rows": self.rows}).encode()
 
     def read(self, group: int) -> Any:
@@ -76,7 +76,7 @@ class Shard:
 def _read_recent(shard: Shard, group: int) -> Any:
     """As `Shard.read`, but keeps the row groups read last."""
     with _lock:  # so that two threads do not read the same row group
-        key = shard.path, shard.modified, group
+        key = shard.path, shard.version, group
         if key not in _recent:
             images = shard.read(group)
             while len(_recent) > 1 and sum(each.nbytes for each in _recent.values()) > KEPT:
@@ -87,11 +87,14 @@ def _read_recent(shard: Shard, group: int) -> Any:
 
 
 @contextlib.contextmanager
-def open_shard(path: pathlib.Path) -> Iterator:
+def open_shard(path: files.Path) -> Iterator:
     """A pyarrow ParquetFile, which compares the checksums of pages that have one."""
     import pyarrow.parquet
 
-    with pyarrow.parquet.ParquetFile(path, page_checksum_verification=True) as file:
+    client = buckets.client(path) if files.in_bucket(path) else None
+    with pyarrow.parquet.ParquetFile(
+        str(path), filesystem=client, page_checksum_verification=True
+    ) as file:
         yield file
 
 
@@ -103,7 +106,7 @@ def damage(what: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # of many kinds, by what is damaged
-        if getattr(error, "errno", None) is not None:
+        if getattr(error, "errno", None) is not None or buckets.problem(error):
             raise
         # A size that is damaged may ask for any amount of memory.
         memory = "does not fit into memory or " * isinstance(error, MemoryError)
@@ -144,9 +147,18 @@ def unpack(shards: list[Shard]) -> Sequence[bytes]:
     """The encoded image of each row of shards, fast in any order; empty where a row has none.
 
     Copies the images of each shard to its `unpacked` file first, unless that exists. Several
-    processes may call this at once, and divide the shards among them. Raises UserError where a
-    file cannot be written, the images do not fit on the disk, or a shard is damaged.
+    processes may call this at once, and divide the shards among them. Raises UserError where the
+    shards are in a bucket, a file cannot be written, the images do not fit on the disk, or a shard
+    is damaged.
     """
+    if files.in_bucket(shards[0].path):
+        folder = shards[0].path.parent
+        copy = {"gs": "gcloud storage cp -r", "s3": "aws s3 cp --recursive"}[buckets.scheme(folder)]
+        raise UserError(
+            f"{folder}: training reads images in random order, and parquet shards in a bucket can "
+            f"only be read in order: copy them to a disk ({copy} {folder} .), or train on latents "
+            "of them, which mdt_jax.encode makes"
+        )
     from array_record.python.array_record_data_source import ArrayRecordDataSource
 
     missing = [shard for shard in shards if not _is_unpacked(shard)]
@@ -175,7 +187,7 @@ def _is_unpacked(shard: Shard) -> bool:
 
 def _write_missing(missing: list[Shard]) -> None:
     """Write the `unpacked` files of shards, and wait for those that other processes write."""
-    for folder in {shard.path.parent for shard in missing}:
+    for folder in {shard.unpacked.parent for shard in missing}:
         check_path(folder)
         files.check_writable(
             folder,
@@ -183,7 +195,7 @@ def _write_missing(missing: list[Shard]) -> None:
             "symbolic links to the shards can be anywhere),",
         )
     size = sum(shard.images for shard in missing)
-    files.check_room(missing[0].path.parent, size)
+    files.check_room(missing[0].unpacked.parent, size)
     log(
         f"unpacking the images of {len(missing)} parquet shards once, so that they can be read in "
         f"random order: {size / 1e9:.3f} GB to {missing[0].path.parent} …"
@@ -215,7 +227,7 @@ def _write_unless_locked(shard: Shard) -> bool:
         except UserError:  # the folder is known to be writable
             return False
         if not _is_unpacked(shard):
-            for killed in shard.path.parent.glob(f"{glob.escape(shard.unpacked.name)}.*.tmp"):
+            for killed in shard.unpacked.parent.glob(f"{glob.escape(shard.unpacked.name)}.*.tmp"):
                 killed.unlink(missing_ok=True)  # of a process that was killed
             _write(shard)
         return True

@@ -6,7 +6,6 @@ import hashlib
 import io
 import json
 import os
-import pathlib
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -16,8 +15,8 @@ import numpy as np
 from mdt_jax.data import image_files, parquet_rows
 from mdt_jax.data.image_files import ImageFiles, LeftOut
 from mdt_jax.data.parquet_rows import Shard
+from mdt_jax.runtime import buckets, files
 from mdt_jax.runtime.errors import UserError
-from mdt_jax.runtime.files import reason
 
 SUFFIX = ".parquet"
 # The names of the columns, the first that a set has.
@@ -56,7 +55,7 @@ class ParquetFiles(ImageFiles):
         except Exception as error:  # of the kinds that ArrayRecord's C++ raises
             copy = _locate(self.shards, i)[0].unpacked
             raise UserError(
-                f"{copy} is damaged: {reason(error)}; remove it, and it is made again"
+                f"{copy} is damaged: {files.reason(error)}; remove it, and it is made again"
             ) from None
 
     @property
@@ -117,37 +116,54 @@ def _locate(shards: list[Shard], i: int) -> tuple[Shard, int]:
     raise IndexError(i)
 
 
-def _find_shards(path: str) -> tuple[list[pathlib.Path], list[str], LeftOut]:
+def _find_shards(path: str) -> tuple[list[files.Path], list[str], LeftOut]:
     """(paths of the shards, their names relative to the folder of all, shards that are not there).
 
     Raises UserError where there are none, or where they are several splits.
     """
-    if os.path.isdir(path):
-        pattern = os.path.join(glob.escape(path), "**", f"*{SUFFIX}")
-    else:
-        pattern = glob.escape(path) if os.path.exists(path) else path
-    found = sorted(name for name in glob.glob(pattern, recursive=True) if os.path.isfile(name))
-    if not found:
-        what = f"holds no *{SUFFIX} files" if os.path.isdir(path) else "does not exist"
-        what = what if not glob.has_magic(path) or os.path.isdir(path) else "matches no files"
-        raise UserError(f"data.path {path} {what}")
-    root = os.path.commonpath([os.path.dirname(name) for name in found])
-    names = [os.path.relpath(name, root) for name in found]
+    found = _list_shards(path)
+    # Their functions would shorten gs:// to gs:/.
+    start = f"{buckets.scheme(path)}://" if files.in_bucket(path) else ""
+    places = [name.removeprefix(start) for name in found]
+    root = os.path.commonpath([os.path.dirname(name) for name in places])
+    names = [os.path.relpath(name, root) for name in places]
     if splits := image_files.find_splits(names):
         folder, parts = splits
-        globs = [os.path.join(root, folder, _split_glob(part)) for part in parts]
+        globs = [start + os.path.join(root, folder, _split_glob(part)) for part in parts]
         raise UserError(
             f"{path} is divided into splits: give one of them, {', '.join(dict.fromkeys(globs))}"
         )
     left_out, there = LeftOut(), set(names)
     for name in names:
         if match := NUMBERED.fullmatch(name):
-            start, _, middle, total, end = match.groups()
-            series = {f"{start}{n:05}{middle}{total}{end}" for n in range(int(total))}
+            head, _, middle, total, end = match.groups()
+            series = {f"{head}{n:05}{middle}{total}{end}" for n in range(int(total))}
             if missing := sorted(series - there):
                 left_out.add("shard that is not there", missing[0], len(missing))
             there |= series
-    return [pathlib.Path(name) for name in found], names, left_out
+    return [files.as_path(name) for name in found], names, left_out
+
+
+def _list_shards(path: str) -> list[str]:
+    """The shards in a folder or matching a glob, sorted. Raises UserError where there are none."""
+    if is_folder := files.is_dir(path):
+        pattern, problem = (
+            os.path.join(glob.escape(path), "**", f"*{SUFFIX}"),
+            f"holds no *{SUFFIX} files",
+        )
+    else:
+        pattern = glob.escape(path) if files.exists(path) else path
+        problem = "matches no files" if glob.has_magic(path) else "does not exist"
+    if files.in_bucket(path):
+        client = buckets.client(path)
+        each = client.find(path) if is_folder else client.glob(pattern)
+        found = [client.unstrip_protocol(name) for name in each]
+    else:
+        found = [name for name in glob.glob(pattern, recursive=True) if os.path.isfile(name)]
+    found = sorted(name for name in found if not is_folder or name.endswith(SUFFIX))
+    if not found:
+        raise UserError(f"data.path {path} {problem}")
+    return found
 
 
 def _split_glob(part: str) -> str:
@@ -170,23 +186,23 @@ class _Labels:
     names: list[str]
 
 
-def _open(path: pathlib.Path, labelled: bool) -> tuple[Shard, _Labels]:
+def _open(path: files.Path, labelled: bool) -> tuple[Shard, _Labels]:
     """Read the metadata of a shard and its labels. Raises UserError as `load` does."""
-    stat = os.stat(path)
+    size, version = _stat(path)
     with parquet_rows.damage(str(path)), parquet_rows.open_shard(path) as file:
         schema = file.schema_arrow
         column = _image_column(path, schema)
-        groups, size = [], 0
+        groups, images = [], 0
         for n in range(file.num_row_groups):
             group = file.metadata.row_group(n)
             leaf = next(
                 leaf for leaf in map(group.column, range(group.num_columns))
                 if leaf.path_in_schema == column
             )  # fmt: skip
-            if not group.num_rows == leaf.num_values <= stat.st_size:
+            if not group.num_rows == leaf.num_values <= size:
                 raise ValueError(f"row group {n} cannot have {group.num_rows} rows")
             groups.append(group.num_rows)
-            size += leaf.total_uncompressed_size
+            images += leaf.total_uncompressed_size
         labels = _Labels(None, "missing", [])
         names = _class_names(schema) if labelled else {}
         if labelled and (name := _label_column(path, schema, names)):
@@ -194,10 +210,18 @@ def _open(path: pathlib.Path, labelled: bool) -> tuple[Shard, _Labels]:
             if len(values) != sum(groups):
                 raise ValueError(f"{name} has {len(values)} rows instead of {sum(groups)}")
             labels = _Labels(values, f"{name} of {values.type}", names.get(name, []))
-    return Shard(path, column, stat.st_size, stat.st_mtime_ns, tuple(groups), size), labels
+    return Shard(path, column, size, version, tuple(groups), images), labels
 
 
-def _image_column(path: pathlib.Path, schema) -> str:
+def _stat(path: files.Path) -> tuple[int, str]:
+    """(size of a file or an object, a text that changes with its content)."""
+    if files.in_bucket(path):
+        info = buckets.client(path).info(str(path))
+        return info["size"], str(info.get("generation") or info.get("ETag"))
+    return os.stat(path).st_size, str(os.stat(path).st_mtime_ns)
+
+
+def _image_column(path: files.Path, schema) -> str:
     """The path of the image column in a schema. Raises UserError where none fits, or several do."""
     from pyarrow import types
 
@@ -230,7 +254,7 @@ def _image_column(path: pathlib.Path, schema) -> str:
     return next(iter(fitting.values()))
 
 
-def _label_column(path: pathlib.Path, schema, names: dict[str, list[str]]) -> str | None:
+def _label_column(path: files.Path, schema, names: dict[str, list[str]]) -> str | None:
     """The name of the label column; None where there is none. Raises UserError for another type.
 
     names: the class names of each column that has some.

@@ -12,7 +12,7 @@ import pytest
 
 from mdt_jax.data import folders, parquet_rows, parquet_sets, pipeline
 from mdt_jax.data.crops import CroppedImages
-from mdt_jax.runtime import files, locks
+from mdt_jax.runtime import buckets, files, locks
 from mdt_jax.runtime.errors import UserError
 from tests.small_data import CLASSES, write_parquet, write_pictures
 
@@ -352,3 +352,25 @@ def test_symbolic_links_keep_the_copies_elsewhere(shards, tmp_path):
 def test_without_pyarrow(shards, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     refused(shards, r"data.name=parquet needs pyarrow: pip install -e '.\[parquet\]'")
+
+
+@pytest.mark.parametrize("protocol", ["gs", "s3"])
+def test_shards_in_a_bucket_are_read_in_order(protocol, shards, request):
+    root = request.getfixturevalue({"gs": "gcs", "s3": "s3"}[protocol]).root
+    client = buckets.client(root)
+    client.put(str(shards), f"{root}/set", recursive=True)
+    expected = parquet_sets.load(shards)
+    for path in (f"{root}/set", f"{root}/set/train-*.parquet"):
+        found = parquet_sets.load(path)
+        assert found.contents == expected.contents and found.classes == CLASSES
+        assert [found.read(i)[0].read() for i in range(24)] == [
+            expected.read(i)[0].read() for i in range(24)
+        ]
+    copied = {"gs": "gcloud storage cp -r", "s3": "aws s3 cp --recursive"}[protocol]
+    refused(f"{root}/set", rf"copy them to a disk \({copied} {root}/set \.\), or", at_random=True)
+    refused(f"{root}/no", "data.path .*/no does not exist")
+    refused(f"{root}/no*", "matches no files")
+    client.pipe_file(f"{root}/set/test-00000-of-00001.parquet", b"x")
+    globs = rf"one of them, {root}/set/train-\*.parquet, {root}/set/test-\*.parquet$"
+    refused(f"{root}/set", globs)
+    refused(f"{root}/set/test-*", "test-00000-of-00001.parquet is damaged")
