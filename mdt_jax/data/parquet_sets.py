@@ -285,15 +285,12 @@ def _class_names(schema) -> dict[str, list[str]]:
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError):
         return {}
     return {
-        name: _distinct(names)
+        name: names
         for name, names in found.items()
-        if isinstance(names, list) and all(isinstance(each, str) for each in names)
+        if isinstance(names, list)
+        and all(isinstance(each, str) for each in names)
+        and len(set(names)) == len(names)
     }
-
-
-def _distinct(names: list[str]) -> list[str]:
-    """The names; equal ones (ImageNet has two cranes) with the number of their class."""
-    return [f"{each} ({n})" if names.count(each) > 1 else each for n, each in enumerate(names)]
 
 
 def _number_labels(

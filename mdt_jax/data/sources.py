@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import hashlib
 import importlib.metadata
+import re
 from collections.abc import Callable
 
 import numpy as np
@@ -11,6 +12,7 @@ import numpy as np
 from mdt_jax.data import folders, latents, parquet_sets, tars, tfds_sets
 from mdt_jax.data.crops import CroppedImages
 from mdt_jax.data.protocols import Source
+from mdt_jax.runtime import files
 from mdt_jax.runtime.errors import UserError
 
 HELD_OUT = 0.2  # of each class of a packaged set
@@ -91,6 +93,17 @@ STORED = ("folder", "tar", "tfds", "parquet", "latents")
 NAMES = (*PACKAGED, *STORED)
 
 
+def place(path: str) -> str:
+    """As `files.anywhere`. Raises UserError for a data set on the hub, and says how to copy it."""
+    if match := re.match("hf://(?:datasets/)?([^/]+/[^/@]+)", path):
+        raise UserError(
+            f"{path}: data sets of the hub are read from a disk, with data.name=parquet; hf "
+            f"download {match[1]} --repo-type=dataset --include='*.parquet' --local-dir=FOLDER "
+            "copies it"
+        )
+    return files.anywhere(path)
+
+
 def load(name: str) -> tuple[Images, Images]:
     """(training images, held-out images) of a packaged set, as `split` divides it.
 
@@ -132,16 +145,16 @@ def cropped(data, num_classes: int, at_random: bool = False, **options) -> Cropp
     _check_path(data)
     expected = num_classes if num_classes >= 0 else None
     if data.name == "folder":
-        files = folders.load(data.path, expected)
+        found = folders.load(data.path, expected)
     elif data.name == "parquet":
-        files = parquet_sets.load(data.path, expected, at_random)
+        found = parquet_sets.load(data.path, expected, at_random)
     elif data.name == "tar":
-        files = tars.load(data.path)
+        found = tars.load(data.path)
     else:
-        files = tfds_sets.load(data.path, data.split)
+        found = tfds_sets.load(data.path, data.split)
     if num_classes == 0:
-        files = dataclasses.replace(files, classes=[])
-    return CroppedImages(files, data.image_size, data.channels, data.crop, data.flip, **options)
+        found = dataclasses.replace(found, classes=[])
+    return CroppedImages(found, data.image_size, data.channels, data.crop, data.flip, **options)
 
 
 def _check_path(data) -> None:

@@ -193,7 +193,7 @@ def check_images(name: str, header: Header) -> None:
 
 
 class FileImages(StoredImages):
-    """Image files of a folder, a list, a tar or a prepared TFDS set; grey if all of them are.
+    """Image files of a folder, list, tar, parquet or prepared TFDS set; grey if all of them are.
 
     Images are cropped as for training if there is an image_size; else all must have one size.
     """
