@@ -7,6 +7,7 @@ or not at all; several are not, and none can be renamed.
 import atexit
 import contextlib
 import errno
+import fnmatch
 import functools
 import hashlib
 import importlib
@@ -98,8 +99,14 @@ def names(folder: str | os.PathLike) -> list[str]:
 
 
 def upload(file: pathlib.Path, path: str | os.PathLike) -> None:
-    """Write a local file as one object, which has its name once all its bytes are there."""
-    client(path).put_file(str(file), str(path))
+    """Write a local file as one object, which has its name once all its bytes are there.
+
+    Raises UserError.
+    """
+    try:
+        client(path).put_file(str(file), str(path))
+    except Exception as error:  # of many kinds, by client
+        raise UserError(f"{path} could not be written: {problem(error) or error}") from None
 
 
 def remove(path: str | os.PathLike) -> None:
@@ -184,8 +191,12 @@ def problem(error: BaseException) -> str:
     return ""
 
 
+# The files of a run that grow, or that other libraries write.
+MIRRORED = ("metrics.jsonl", "profile/*", "tensorboard/*", "wandb/run-id")
+
+
 class Mirror:
-    """A local folder for the files of a run that grow, of which a bucket keeps copies.
+    """A local folder for the files of MIRRORED, of which a workdir in a bucket gets copies.
 
     On a disk the folder is the workdir itself, and nothing is copied.
     """
@@ -212,13 +223,13 @@ class Mirror:
                 path.unlink(missing_ok=True)
 
     def push(self) -> None:
-        """Copy the files that have changed to the bucket, each as one object."""
+        """Copy the files that have changed to the bucket, each as one object. Raises UserError."""
         if not scheme(self._workdir):
             return
         for path in sorted(self.folder.rglob("*")):
-            if not path.is_file():
-                continue
             name, stat = path.relative_to(self.folder).as_posix(), path.stat()
+            if not any(fnmatch.fnmatch(name, pattern) for pattern in MIRRORED) or path.is_dir():
+                continue
             if self._sent.get(name) != (stat.st_size, stat.st_mtime_ns):
                 upload(path, self._workdir / name)
                 self._sent[name] = stat.st_size, stat.st_mtime_ns

@@ -143,11 +143,7 @@ def _upload(path: epath.Path, failures: tuple[type[Exception], ...]) -> Iterator
             raise UserError(
                 f"{temporary} could not be written: {reason(error)}{free(temporary)}"
             ) from None
-        try:
-            buckets.upload(temporary, path)
-        except Exception as error:  # of many kinds, by client
-            text = buckets.problem(error) or reason(error)
-            raise UserError(f"{path} could not be written: {text}") from None
+        buckets.upload(temporary, path)
 
 
 def save_arrays(path: str | os.PathLike, arrays: Mapping[str, np.ndarray]) -> None:

@@ -180,6 +180,8 @@ def check_usable(workdir: Path) -> None:
     check_arrays_possible(workdir)
     if files.in_bucket(workdir):
         files.check_writable(workdir, f"workdir {workdir}")
+        if files.is_file(workdir):
+            raise UserError(f"workdir {workdir} is an object; choose another name")
     if hosts.broadcast(files.exists(workdir / LOCK)):
         with alone(workdir):
             pass
