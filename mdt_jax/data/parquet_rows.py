@@ -181,7 +181,9 @@ def _is_unpacked(shard: Shard) -> bool:
             )
         finally:
             reader.close()
-    except Exception:  # of the kinds that ArrayRecord's C++ raises; the file is made again
+    except Exception as error:  # of the kinds that ArrayRecord's C++ raises
+        if files.passes(error):
+            raise UserError(f"{shard.unpacked} cannot be read: {files.reason(error)}") from None
         return False
 
 

@@ -23,6 +23,7 @@ SUFFIX = ".parquet"
 IMAGE_NAMES = ("image", "img", "jpg", "jpeg", "png", "webp")
 LABEL_NAMES = ("label", "labels", "cls", "class", "fine_label")
 NUMBERED = re.compile(r"(.*-)(\d{5})(-of-)(\d{5})(.*)")  # the hub's names of shards
+HASH = re.compile(r"(?<=-of-\d{5})-[0-9a-f]{16}(?=\.parquet$)")  # in older names of the hub
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,6 +55,8 @@ class ParquetFiles(ImageFiles):
             raise
         except Exception as error:  # of the kinds that ArrayRecord's C++ raises
             copy = _locate(self.shards, i)[0].unpacked
+            if files.passes(error):
+                raise UserError(f"{copy} cannot be read: {files.reason(error)}") from None
             raise UserError(
                 f"{copy} is damaged: {files.reason(error)}; remove it, and it is made again"
             ) from None
@@ -127,14 +130,15 @@ def _find_shards(path: str) -> tuple[list[files.Path], list[str], LeftOut]:
     places = [name.removeprefix(start) for name in found]
     root = os.path.commonpath([os.path.dirname(name) for name in places])
     names = [os.path.relpath(name, root) for name in places]
-    if splits := image_files.find_splits(names):
+    plain = [HASH.sub("", name) for name in names]
+    if splits := image_files.find_splits(plain):
         folder, parts = splits
         globs = [start + os.path.join(root, folder, _split_glob(part)) for part in parts]
         raise UserError(
             f"{path} is divided into splits: give one of them, {', '.join(dict.fromkeys(globs))}"
         )
-    left_out, there = LeftOut(), set(names)
-    for name in names:
+    left_out, there = LeftOut(), set(plain)
+    for name in plain:
         if match := NUMBERED.fullmatch(name):
             head, _, middle, total, end = match.groups()
             series = {f"{head}{n:05}{middle}{total}{end}" for n in range(int(total))}
@@ -188,6 +192,8 @@ class _Labels:
 
 def _open(path: files.Path, labelled: bool) -> tuple[Shard, _Labels]:
     """Read the metadata of a shard and its labels. Raises UserError as `load` does."""
+    import pyarrow
+
     size, version = _stat(path)
     with parquet_rows.damage(str(path)), parquet_rows.open_shard(path) as file:
         schema = file.schema_arrow
@@ -207,6 +213,8 @@ def _open(path: files.Path, labelled: bool) -> tuple[Shard, _Labels]:
         names = _class_names(schema) if labelled else {}
         if labelled and (name := _label_column(path, schema, names)):
             values = file.read(columns=[name]).column(0)
+            if pyarrow.types.is_dictionary(values.type):  # each shard may have another one
+                values = values.cast(values.type.value_type)
             if len(values) != sum(groups):
                 raise ValueError(f"{name} has {len(values)} rows instead of {sum(groups)}")
             labels = _Labels(values, f"{name} of {values.type}", names.get(name, []))

@@ -12,6 +12,7 @@ import pytest
 
 from mdt_jax.data import folders, parquet_rows, parquet_sets, pipeline
 from mdt_jax.data.crops import CroppedImages
+from mdt_jax.evaluation import image_sets
 from mdt_jax.runtime import buckets, files, locks
 from mdt_jax.runtime.errors import UserError
 from tests.small_data import CLASSES, write_parquet, write_pictures
@@ -114,6 +115,26 @@ def test_splits_are_refused_with_the_globs(shards):
         (shards.parent / "x" / split).mkdir(parents=True)
         (shards.parent / "x" / split / "0000.parquet").write_bytes(b"")
     refused(shards.parent / "x", r"x/train/\*.parquet, \S*/x/test/\*.parquet$")
+
+
+def test_older_names_of_the_hub_have_a_hash(shards):
+    for n, path in enumerate(sorted(shards.iterdir())):
+        path.rename(shards / f"train-{n:05}-of-00003-{n:x}a0123456789bcde.parquet")
+    found = parquet_sets.load(shards)
+    assert len(found) == 24 and found.left_out == ""
+    (shards / "train-00001-of-00003-1a0123456789bcde.parquet").rename(
+        shards / "test-00000-of-00001-f0123456789bcdea.parquet"
+    )
+    refused(shards, rf"one of them, {shards}/train-\*.parquet, {shards}/test-\*.parquet$")
+
+
+def test_shards_with_other_dictionaries(tmp_path):
+    for n, texts in enumerate((["b", "c"], ["c", "a"])):
+        labels = pa.array(texts).dictionary_encode()
+        columns, types = {"image": [b"x"] * 2, "label": labels}, {"label": labels.type}
+        write(tmp_path / "data" / f"{n}.parquet", columns, types)
+    found = parquet_sets.load(tmp_path / "data")
+    assert found.classes == ["a", "b", "c"] and found.labels.tolist() == [1, 2, 2, 0]
 
 
 def test_columns_are_found_by_name_and_type(tmp_path):
@@ -281,7 +302,7 @@ def test_unpacked_once_for_the_same_shard(shards, capfd, monkeypatch):
         assert found.read(0)[0].read() == first.read(1)[0].read() and copy.is_file()
 
 
-def test_a_damaged_copy_is_named(shards):
+def test_a_damaged_copy_is_named(shards, monkeypatch):
     found = parquet_sets.load(shards, at_random=True)
     copy = shards / "train-00001-of-00003.parquet.array_record"
     place = copy.read_bytes().find(found.read(10)[0].read())
@@ -289,6 +310,11 @@ def test_a_damaged_copy_is_named(shards):
     found = parquet_sets.load(shards, at_random=True)
     with pytest.raises(UserError, match=f"{copy} is damaged: .*; remove it, and it is made again"):
         found.read(10)
+    monkeypatch.setattr(files, "passes", lambda error: True)
+    with pytest.raises(UserError, match=f"{copy} cannot be read: "):
+        found.read(10)
+    copy.write_bytes(b"")
+    refused(shards, f"{copy} cannot be read: ", at_random=True)
 
 
 def unpack_and_read(path, queue):
@@ -374,3 +400,19 @@ def test_shards_in_a_bucket_are_read_in_order(protocol, shards, request):
     globs = rf"one of them, {root}/set/train-\*.parquet, {root}/set/test-\*.parquet$"
     refused(f"{root}/set", globs)
     refused(f"{root}/set/test-*", "test-00000-of-00001.parquet is damaged")
+
+
+def test_evaluation_reads_the_images_of_a_folder(shards, pictures):
+    found, expected = (
+        image_sets.open_images(str(path), 16, labelled=True)
+        for path in (shards / "train-*.parquet", pictures)
+    )
+    assert found.classes == expected.classes == CLASSES
+    assert found.labels.tolist() == expected.labels.tolist()
+    np.testing.assert_array_equal(found.take(range(24)), expected.take(range(24)))
+    before = found.sha256
+    path = shards / "train-00001-of-00003.parquet"
+    pq.write_table(pq.read_table(path), path, compression="none")
+    assert image_sets.open_images(f"{shards}/*.parquet", 16).sha256 != before
+    with pytest.raises(UserError, match="^/.*no.parquet does not exist"):
+        image_sets.open_images(str(shards / "no.parquet"))
