@@ -91,11 +91,13 @@ def open_shard(path: files.Path) -> Iterator:
     """A pyarrow ParquetFile, which compares the checksums of pages that have one."""
     import pyarrow.parquet
 
-    client = buckets.client(path) if files.in_bucket(path) else None
-    with pyarrow.parquet.ParquetFile(
-        str(path), filesystem=client, page_checksum_verification=True
-    ) as file:
-        yield file
+    with contextlib.ExitStack() as stack:
+        source = path
+        if files.in_bucket(path):
+            # pyarrow itself would take an object that cannot be reached for one that is missing.
+            source = stack.enter_context(buckets.client(path).open(str(path)))
+        opened = pyarrow.parquet.ParquetFile(source, page_checksum_verification=True)
+        yield stack.enter_context(opened)
 
 
 @contextlib.contextmanager
@@ -108,6 +110,8 @@ def damage(what: str) -> Iterator[None]:
     except Exception as error:  # of many kinds, by what is damaged
         if getattr(error, "errno", None) is not None or buckets.problem(error):
             raise
+        if isinstance(error, FileNotFoundError):  # of a bucket
+            raise UserError(f"{what} cannot be read: there is no such object") from None
         # A size that is damaged may ask for any amount of memory.
         memory = "does not fit into memory or " * isinstance(error, MemoryError)
         raise UserError(

@@ -1,5 +1,6 @@
 """Images in parquet shards, as the Hugging Face hub has them: an image and a label in each row."""
 
+import contextlib
 import dataclasses
 import glob
 import hashlib
@@ -159,8 +160,9 @@ def _list_shards(path: str) -> list[str]:
         pattern = glob.escape(path) if files.exists(path) else path
         problem = "matches no files" if glob.has_magic(path) else "does not exist"
     if files.in_bucket(path):
-        client = buckets.client(path)
-        each = client.find(path) if is_folder else client.glob(pattern)
+        client, each = buckets.client(path), []
+        with contextlib.suppress(FileNotFoundError):  # of the bucket
+            each = client.find(path) if is_folder else client.glob(pattern)
         found = [client.unstrip_protocol(name) for name in each]
     else:
         found = [name for name in glob.glob(pattern, recursive=True) if os.path.isfile(name)]

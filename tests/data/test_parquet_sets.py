@@ -396,6 +396,8 @@ def test_shards_in_a_bucket_are_read_in_order(protocol, shards, request):
     refused(f"{root}/set", rf"copy them to a disk \({copied} {root}/set \.\), or", at_random=True)
     refused(f"{root}/no", "data.path .*/no does not exist")
     refused(f"{root}/no*", "matches no files")
+    refused(f"{root}-no/x", "data.path .*/x does not exist")
+    refused(f"{root}-no/x*", "matches no files")
     client.pipe_file(f"{root}/set/test-00000-of-00001.parquet", b"x")
     globs = rf"one of them, {root}/set/train-\*.parquet, {root}/set/test-\*.parquet$"
     refused(f"{root}/set", globs)
@@ -416,3 +418,35 @@ def test_evaluation_reads_the_images_of_a_folder(shards, pictures):
     assert image_sets.open_images(f"{shards}/*.parquet", 16).sha256 != before
     with pytest.raises(UserError, match="^/.*no.parquet does not exist"):
         image_sets.open_images(str(shards / "no.parquet"))
+
+
+@pytest.mark.parametrize("fields", [{"status": 503}, {"cut": "down"}], ids=str)
+def test_a_bucket_that_fails_for_a_while(fields, shards, gcs):
+    from tests.gcs_protocol import Fault
+
+    buckets.client(gcs.root).put(str(shards), f"{gcs.root}/set", recursive=True)
+    expected = parquet_sets.load(shards)
+    for skip in (0, 8):
+        gcs.set_faults(Fault(target="set", skip=skip, times=2, **fields))
+        found = parquet_sets.load(f"{gcs.root}/set")
+        for i in range(24):
+            assert found.read(i)[0].read() == expected.read(i)[0].read()
+        assert [fault.times for fault in gcs.faults] == [0]
+        parquet_rows._recent.clear()
+
+
+def test_a_bucket_without_permission_and_objects_that_vanish(shards, gcs):
+    from tests.gcs_protocol import Fault
+
+    buckets.client(gcs.root).put(str(shards), f"{gcs.root}/set", recursive=True)
+    found = parquet_sets.load(f"{gcs.root}/set")
+    buckets.remove(f"{gcs.root}/set/train-00002-of-00003.parquet")
+    with pytest.raises(
+        UserError, match="00002-of-00003.parquet, row group 0, cannot be read: ther"
+    ):
+        found.read(20)
+    gcs.set_faults(Fault(target="set", status=403))
+    with pytest.raises(OSError, match="Forbidden"):
+        found.read(0)
+    with pytest.raises(OSError, match="Forbidden"):
+        parquet_sets.load(f"{gcs.root}/set")
