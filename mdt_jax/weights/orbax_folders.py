@@ -153,6 +153,7 @@ def load_item(path: str | os.PathLike, choose: Choose) -> tuple[dict, dict]:
     if is_file(root):
         raise UserError(f"{path} is neither the folder of a run nor a file of weights")
     check_path(root)
+    check_arrays_possible(root)
     _check_is_ours(root)
     read = functools.partial(_read_item, choose=choose)
     if is_saved(root):
