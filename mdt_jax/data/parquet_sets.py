@@ -20,7 +20,7 @@ from mdt_jax.runtime import buckets, files
 from mdt_jax.runtime.errors import UserError
 
 SUFFIX = ".parquet"
-# The names of the columns, the first that a set has.
+# Names of the columns: the first that a set has is read.
 IMAGE_NAMES = ("image", "img", "jpg", "jpeg", "png", "webp")
 LABEL_NAMES = ("label", "labels", "cls", "class", "fine_label")
 NUMBERED = re.compile(r"(.*-)(\d{5})(-of-)(\d{5})(.*)")  # the hub's names of shards
@@ -104,7 +104,10 @@ def load(
     if not sum(shard.rows for shard in shards):
         raise UserError(f"{path} holds no images: its shards have no rows")
     labels, classes = _number_labels(shards, columns, num_classes)
-    records = parquet_rows.unpack(shards) if at_random else parquet_rows.RowGroups.of(shards)
+    # Callers refuse another number of classes: first, as unpacking may take many minutes.
+    expected = not num_classes or len(classes) == num_classes
+    unpacked = at_random and expected
+    records = parquet_rows.unpack(shards) if unpacked else parquet_rows.RowGroups.of(shards)
     return ParquetFiles(
         shards=shards, names=names, records=records, labels=labels, classes=classes,
         left_out=str(left_out),

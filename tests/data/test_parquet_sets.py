@@ -366,6 +366,11 @@ def test_where_the_copies_do_not_fit(shards, monkeypatch):
     assert len(parquet_sets.load(shards)) == 24
 
 
+def test_nothing_is_unpacked_for_another_number_of_classes(shards):
+    assert len(parquet_sets.load(shards, 5, at_random=True).classes) == 3
+    assert not list(shards.glob("*.array_record"))
+
+
 def test_symbolic_links_keep_the_copies_elsewhere(shards, tmp_path):
     (tmp_path / "links").mkdir()
     for path in shards.iterdir():
