@@ -12,7 +12,7 @@ from mdt_jax.runtime import buckets, files, leases, locks
 from mdt_jax.runtime.errors import UserError
 from tests.conftest import SMOKE, exits_with_one_line, run_here, train_here
 from tests.gcs_protocol import Fault
-from tests.runs import SAMPLE
+from tests.runs import MEASURING, SAMPLE
 
 pytestmark = pytest.mark.usefixtures("keep_signals")
 
@@ -56,6 +56,15 @@ def test_a_run_has_the_files_that_it_has_on_a_disk(gcs, run, trained):
     np.testing.assert_array_equal(
         loaded.generate([1, 2], num_steps=3), local.generate([1, 2], num_steps=3)
     )
+
+
+def test_the_best_step_is_kept_as_on_a_disk(gcs, tmp_path):
+    for workdir in (f"{gcs.root}/run", tmp_path / "run"):
+        train_here(*MEASURING, "--config.train.steps=6", f"--workdir={workdir}")
+    (there,) = (p.name for p in (tmp_path / "run" / "best" / "checkpoints").iterdir())
+    steps = {name.split("/")[3] for name in gcs.objects("run/best/checkpoints/")}
+    assert steps == {there}
+    assert mdt_jax.load(f"{gcs.root}/run/best").weights.step == int(there)
 
 
 def test_a_finished_run_is_left_alone(gcs, run):

@@ -103,6 +103,7 @@ def progress_bar(total: int, show: bool, what: str, unit: str, initial: int = 0)
         total=total, desc=what, unit=unit, initial=initial,
         file=sys.stderr if terminal else _Lines(),
         mininterval=TERMINAL_SECONDS if terminal else FILE_SECONDS,
+        miniters=1,  # else tqdm looks at the clock as seldom as the pace before suggests
         # An inner bar disappears at its end; lines never move.
         position=None if terminal else 0, leave=None if terminal else True,
     )  # fmt: skip
