@@ -65,12 +65,16 @@ class Shard:
 
     def read(self, group: int) -> Any:
         """The images of a row group: a pyarrow ChunkedArray. Raises UserError for damage."""
+        import pyarrow
+
         with damage(f"{self.path}, row group {group},"), open_shard(self.path) as file:
             table = file.read_row_group(group, columns=[self.column])
             column = table.flatten().column(0)
             if len(column) != self.groups[group]:
                 raise ValueError(f"it has {len(column)} rows instead of {self.groups[group]}")
-            return column
+        # Reading takes several times the memory of the images, which pyarrow would keep.
+        pyarrow.default_memory_pool().release_unused()
+        return column
 
 
 def _read_recent(shard: Shard, group: int) -> Any:
