@@ -62,9 +62,10 @@ class GcsServer:
             "NO_GCE_CHECK": "true",
         }
 
-    def set_faults(self, *faults: Fault) -> None:
-        """Replace the faults, and forget the requests."""
-        self._request("POST", "/faults", json.dumps([dataclasses.asdict(f) for f in faults]))
+    def set_faults(self, *faults: Fault | dict) -> None:
+        """Replace the faults, each a `Fault` or its fields, and forget the requests."""
+        fields = [f if isinstance(f, dict) else dataclasses.asdict(f) for f in faults]
+        self._request("POST", "/faults", json.dumps(fields))
 
     @property
     def faults(self) -> list[Fault]:
@@ -90,6 +91,10 @@ class GcsServer:
     def read(self, name: str) -> bytes:
         """The content of an object."""
         return self._request("GET", f"{self._path(name)}?alt=media")
+
+    def generation(self, name: str) -> str:
+        """The generation of an object, another one each time that it is written."""
+        return json.loads(self._request("GET", self._path(name)))["generation"]
 
     def write(self, name: str, content: bytes) -> None:
         """Write an object."""

@@ -272,12 +272,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
     """Serves one connection. server.store, server.faults and server.requests belong to all."""
 
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # headers and body would be 40 ms apart
 
     def do_GET(self):
         """Serve a request of any method."""
         if urllib.parse.urlsplit(self.path).path in ("/faults", "/requests"):
             return self._control()
-        head = self._read(1 << 14)
+        size, chunked = (
+            int(self.headers.get("Content-Length", 0)),
+            self.headers["Transfer-Encoding"],
+        )
+        head = self._chunks() if chunked == "chunked" else self.rfile.read(min(size, 1 << 14))
         target = urllib.parse.unquote(self.path)
         media = "uploadType=media" in target
         if (
@@ -291,15 +296,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
             struck = [f for f in self.server.faults if f.strikes(self.command, target)]
         fault = struck[0] if struck else Fault()
         if fault.cut == "up":
-            self._read(int(self.headers.get("Content-Length", 0)) // 2 - len(head))
+            self.rfile.read(max(size // 2 - len(head), 0))
             return self._hang_up()
-        rest = self._read(1 << 40)
-        body = head + rest
-        if len(body) < int(self.headers.get("Content-Length", 0)):
+        body = head + self.rfile.read(max(size - len(head), 0))
+        if len(body) < size:  # the client was killed
             return self._hang_up()
-        if self.headers.get("Transfer-Encoding") == "chunked":
-            del self.headers["Transfer-Encoding"]
-        del self.headers["Content-Length"]
+        del self.headers["Transfer-Encoding"], self.headers["Content-Length"]
         self.headers["Content-Length"] = str(len(body))
         if fault.status:
             exchange, answer = None, error_json(fault.status, "a fault of the test")
@@ -314,25 +316,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     do_POST = do_PUT = do_PATCH = do_DELETE = do_GET
 
-    def _read(self, count: int) -> bytes:
-        """Up to `count` bytes of the rest of the request's body."""
-        if not hasattr(self, "rest") or self.rest is None:
-            self.rest = self._body()
-        return self.rest.read(max(count, 0))
-
-    def _body(self) -> io.BufferedIOBase:
-        if self.headers.get("Transfer-Encoding") != "chunked":
-            return Limited(self.rfile, int(self.headers.get("Content-Length", 0)))
+    def _chunks(self) -> bytes:
+        """The request's body, which comes in chunks."""
         body = b""
         while size := int(self.rfile.readline().strip() or b"0", 16):
             body += self.rfile.read(size)
             self.rfile.readline()
         self.rfile.readline()
-        return io.BytesIO(body)
+        return body
 
     def handle_one_request(self):
         """As the library's; a connection that the client cuts ends quietly."""
-        self.rest = None
         try:
             super().handle_one_request()
         except OSError:
@@ -366,7 +360,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def _control(self) -> None:
         """POST /faults replaces the faults; GET /faults and /requests tell them."""
         if self.command == "POST":
-            faults = json.loads(self._read(1 << 40))
+            faults = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             with self.server.store.lock:
                 self.server.faults[:] = [Fault(**fault) for fault in faults]
                 self.server.requests.clear()
@@ -376,19 +370,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def log_message(self, *_):
         """Print nothing."""
-
-
-class Limited(io.BufferedIOBase):
-    """The first `size` bytes of a stream."""
-
-    def __init__(self, stream, size: int):
-        self.stream, self.left = stream, size
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        """At most `size` bytes; fewer if the stream ends."""
-        data = self.stream.read(min(self.left, self.left if size is None or size < 0 else size))
-        self.left -= len(data)
-        return data
 
 
 class Server(http.server.ThreadingHTTPServer):

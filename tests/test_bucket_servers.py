@@ -22,13 +22,6 @@ def files(gcs):
     return gcsfs.GCSFileSystem(skip_instance_cache=True)
 
 
-def fault(**fields):
-    """A rule for the server."""
-    from tests.gcs_protocol import Fault
-
-    return Fault(**fields)
-
-
 @pytest.fixture(scope="module")
 def big(tmp_path_factory):
     """A file of 20 MB with random bytes."""
@@ -188,7 +181,7 @@ def test_one_of_several_processes_creates_an_object(gcs):
 )
 def test_gcsfs_tries_again_after_a_fault(gcs, files, big, fields):
     gcs.write("a", big.read_bytes())
-    gcs.set_faults(fault(**fields, times=1))
+    gcs.set_faults(dict(**fields, times=1))
     assert files.cat(f"{gcs.bucket}/a") == big.read_bytes()
     files.put(str(big), f"{gcs.bucket}/big", chunksize=CHUNK)
     assert gcs.read("big") == big.read_bytes()
@@ -197,11 +190,11 @@ def test_gcsfs_tries_again_after_a_fault(gcs, files, big, fields):
 
 def test_faults_that_stay(gcs, files):
     gcs.write("a", b"1")
-    gcs.set_faults(fault(status=403, target="/o/a"))
+    gcs.set_faults(dict(status=403, target="/o/a"))
     with pytest.raises(OSError, match="Forbidden"):
         files.cat(f"{gcs.bucket}/a")
     files.pipe(f"{gcs.bucket}/b", b"2")
-    gcs.set_faults(fault(status=401, method="POST", target="object-c"))
+    gcs.set_faults(dict(status=401, method="POST", target="object-c"))
     with pytest.raises(Exception, match="401"):
         files.pipe(f"{gcs.bucket}/object-c", b"3")
     assert gcs.requests[-1].endswith("uploadType=multipart object-c")
@@ -210,7 +203,7 @@ def test_faults_that_stay(gcs, files):
 
 
 def test_an_upload_that_is_cut_leaves_no_object(gcs, big):
-    gcs.set_faults(fault(cut="up", method="POST"))
+    gcs.set_faults(dict(cut="up", method="POST"))
     with pytest.raises(urllib.error.URLError):
         gcs.write("a", big.read_bytes())
     gcs.set_faults()

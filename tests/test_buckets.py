@@ -10,9 +10,11 @@ import mdt_jax
 from mdt_jax import convert, evaluate, inpaint, main, sample
 from mdt_jax.runtime import buckets, files, leases, locks
 from mdt_jax.runtime.errors import UserError
+from mdt_jax.weights.vae import Vae
 from tests.conftest import SMOKE, exits_with_one_line, run_here, train_here
 from tests.gcs_protocol import Fault
 from tests.runs import MEASURING, SAMPLE
+from tests.small_data import write_vae
 
 pytestmark = pytest.mark.usefixtures("keep_signals")
 
@@ -188,6 +190,19 @@ def test_weights_and_samples_in_s3(s3, trained, capsys, monkeypatch):
     ):
         line = exits_with_one_line(command, argv, capsys, monkeypatch)
         assert "Orbax writes and reads arrays on disks and in gs:// only" in line
+
+
+def test_a_folder_of_diffusers_in_a_bucket(gcs, tmp_path):
+    write_vae(tmp_path / "orbax")
+    file = tmp_path / "vae" / "diffusion_pytorch_model.safetensors"
+    file.parent.mkdir()
+    run_here(convert.main, f"--src={tmp_path}/orbax", f"--dst={file}")
+    (file.parent / "config.json").write_text(json.dumps({"scaling_factor": 0.25}))
+    for path in file.parent.iterdir():
+        gcs.write(f"vae/{path.name}", path.read_bytes())
+    there, here = Vae.load(f"{gcs.root}/vae"), Vae.load(tmp_path / "vae")
+    assert there.scale == 0.25
+    assert (there.scale, there.network, there.sha256) == (here.scale, here.network, here.sha256)
 
 
 MISTAKES = {

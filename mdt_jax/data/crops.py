@@ -110,9 +110,11 @@ class CroppedImages:
         """
         images = np.zeros((len(items), self.size, self.size, self.channels), np.uint8)
         labels, status = np.zeros(len(items), np.int32), np.zeros(len(items), np.int8)
+        ahead = self.files.read_ahead(items.tolist())
         for n, (item, draw) in enumerate(zip(items.tolist(), u.tolist(), strict=True)):
             for candidate in range(item, item + min(self.stand_ins + 1, len(self))):
-                file, label = self.files.read(candidate % len(self))
+                candidate %= len(self)
+                file, label = ahead.get(candidate) or self.files.read(candidate)
                 try:
                     images[n] = self._read(file, draw)
                 except Exception as error:  # Pillow raises many kinds for damaged files

@@ -14,7 +14,9 @@ import numpy as np
 from mdt_jax.data import image_files
 from mdt_jax.data.image_files import ImageFiles, LeftOut
 from mdt_jax.data.images import SUFFIXES
+from mdt_jax.data.in_buckets import copy_command
 from mdt_jax.runtime.errors import UserError
+from mdt_jax.runtime.files import in_bucket
 
 LISTS = (".csv", ".jsonl")
 HEADERS = ("path", "file", "filename", "file_name")  # of a CSV's first column
@@ -85,6 +87,11 @@ def load(path: str | os.PathLike, num_classes: int | None = None) -> FolderFiles
     missing or out of range, a path leaves the folder, folders are nested more than MAX_DEPTH deep,
     or the folders are splits (train, val, …) instead of classes.
     """
+    if in_bucket(path):
+        raise UserError(
+            f"{path}: a folder of images is read from disks, not from buckets; copy it "
+            f"({copy_command(path)}), make a tar of it, or encode it to latents once"
+        )
     left_out = LeftOut()
     listing = _list(pathlib.Path(path), num_classes != 0, left_out)
     if not listing.paths:

@@ -5,7 +5,7 @@ import collections
 import dataclasses
 import os
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import BinaryIO
 
 import numpy as np
@@ -42,6 +42,10 @@ class ImageFiles(abc.ABC):
     @abc.abstractmethod
     def read(self, i: int) -> tuple[str | os.PathLike | BinaryIO, int]:
         """(path or encoded content of image i, its label). Raises OSError or UserError."""
+
+    def read_ahead(self, items: Sequence[int]) -> Mapping[int, tuple[BinaryIO, int]]:
+        """`read` of those images that are quicker read at once than one by one: none, on a disk."""
+        return {}
 
     @property
     @abc.abstractmethod

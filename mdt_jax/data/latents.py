@@ -6,6 +6,7 @@ CRC-32 of each record, which every read compares.
 """
 
 import base64
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -13,12 +14,17 @@ import json
 import math
 import os
 import pathlib
+import tempfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+from etils import epath
 
+from mdt_jax.data.in_buckets import check_bucket, reading, unreached
 from mdt_jax.data.protocols import Status
+from mdt_jax.runtime import buckets, files
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.runtime.files import file_sha256, is_text, read_json
 
@@ -27,6 +33,7 @@ MANIFEST = "manifest.json"
 UNFINISHED = "unfinished.json"  # the description of a cache that is being written
 MOMENTS = np.dtype("<f2")
 CRC = np.dtype("<u4")
+AT_ONCE = 16  # requests to a bucket
 VIEWS = 2  # the image and its mirror
 
 
@@ -43,7 +50,7 @@ class Latents:
     0.5.
     """
 
-    folder: pathlib.Path
+    folder: files.Path
     manifest: dict
     flip: bool = False
 
@@ -73,7 +80,10 @@ class Latents:
         return "it is damaged or of another cache: check with python -m mdt_jax.encode … --verify"
 
     def take(self, items: np.ndarray, u: np.ndarray) -> dict[str, np.ndarray]:
-        """As `Source.take`, with "mean" and "std"; a damaged record is UNREADABLE."""
+        """As `Source.take`, with "mean" and "std"; a damaged record is UNREADABLE.
+
+        Raises OSError where a bucket cannot be reached.
+        """
         labels, moments, status = self.read(items)
         rows, view = np.arange(len(items)), np.where(self.flip & (u < 0.5), 2, 0)
         mean, std = moments[rows, view], moments[rows, view + 1]
@@ -86,7 +96,8 @@ class Latents:
         moments = np.zeros((len(items), *dtype["moments"].shape), MOMENTS)
         try:
             records = self._records.__getitems__(items.tolist())
-        except Exception:  # which record it is shows when each is read alone
+        except Exception as error:  # which record it is shows when each is read alone
+            self._check_reached(error)
             records = [self._read_one(item) for item in items.tolist()]
         for n, record in enumerate(records):
             checked = self._crcs[items[n]] in (-1, zlib.crc32(record))
@@ -118,8 +129,14 @@ class Latents:
     def _read_one(self, item: int) -> bytes:
         try:
             return self._records[item]
-        except Exception:  # of the kinds that ArrayRecord's C++ raises
+        except Exception as error:  # of the kinds that ArrayRecord's C++ raises
+            self._check_reached(error)
             return b""
+
+    def _check_reached(self, error: Exception) -> None:
+        """Raise OSError where the bucket is at fault, and not the record."""
+        if files.in_bucket(self.folder) and (text := unreached(error)):
+            raise OSError(text) from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,14 +176,18 @@ class Sums:
 
 def load(path: str | os.PathLike, flip: bool = False) -> Latents:
     """Open a finished cache. Raises UserError where there is none, or a shard changed its size."""
-    folder = pathlib.Path(path)
+    folder = files.as_path(path)
     check_path(folder)
     manifest = read_manifest(folder)
     if manifest is None:
-        if (folder / UNFINISHED).exists():
+        check_bucket(folder)
+        if files.exists(folder / UNFINISHED):
             raise UserError(f"{path} is not finished: run the same mdt_jax.encode again")
         raise UserError(f"data.path {path} holds no {MANIFEST}: python -m mdt_jax.encode makes it")
-    damaged = [shard["file"] for shard in manifest["shards"] if not has_shard(folder, shard)]
+    found = has_shards(folder, manifest["shards"])
+    damaged = [
+        shard["file"] for shard, there in zip(manifest["shards"], found, strict=True) if not there
+    ]
     if damaged:
         raise UserError(
             f"{path}: {damaged[0]} and {len(damaged) - 1} other shards are missing or cut short; "
@@ -175,9 +196,9 @@ def load(path: str | os.PathLike, flip: bool = False) -> Latents:
     return Latents(folder, manifest, flip)
 
 
-def check_path(folder: pathlib.Path) -> None:
+def check_path(folder: files.Path) -> None:
     """Raise UserError for a folder whose shards ArrayRecord could not write, or not read back."""
-    full = str(folder.absolute())
+    full = str(files.absolute(folder))
     if "\n" in full or not is_text(full):
         raise UserError(
             f"{full} has a line break, or bytes that are no UTF-8, in its path, and a cache "
@@ -189,18 +210,32 @@ def check_shard(cache: Latents, number: int) -> Sums:
     """Read one shard through. Raises UserError for damage, and for values that are not finite."""
     shard = cache.manifest["shards"][number]
     path = cache.folder / shard["file"]
-    if file_sha256(path) != shard["sha256"]:
-        raise UserError(f"{path} is damaged: delete it and run the same mdt_jax.encode again")
-    alone = Latents(cache.folder, {**cache.manifest, "shards": [shard]})
     sums = Sums()
-    for start in range(0, len(alone), 64):
-        _, moments, status = alone.read(np.arange(start, min(start + 64, len(alone))))
-        if status.any():
-            raise UserError(f"{path} does not hold the {len(alone)} records of the manifest")
-        sums += Sums.of_moments(moments)
+    with _local(path) as copy:
+        if file_sha256(copy) != shard["sha256"]:
+            raise UserError(f"{path} is damaged: delete it and run the same mdt_jax.encode again")
+        alone = Latents(copy.parent, {**cache.manifest, "shards": [shard]})
+        for start in range(0, len(alone), 64):
+            _, moments, status = alone.read(np.arange(start, min(start + 64, len(alone))))
+            if status.any():
+                raise UserError(f"{path} does not hold the {len(alone)} records of the manifest")
+            sums += Sums.of_moments(moments)
     if not math.isfinite(sums.squares):
         raise UserError(f"{path} holds values that are not finite")
     return sums
+
+
+@contextlib.contextmanager
+def _local(path: files.Path) -> Iterator[pathlib.Path]:
+    """A shard as a local file: itself on a disk, or a copy of the object, which is then removed."""
+    if isinstance(path, pathlib.Path):
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="mdt_jax-") as folder:
+        copy = pathlib.Path(folder) / path.name
+        with reading(path):
+            buckets.client(path).get_file(str(path), str(copy))
+        yield copy
 
 
 def checksum(content: dict) -> str:
@@ -209,7 +244,7 @@ def checksum(content: dict) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
-def read_manifest(folder: pathlib.Path) -> dict | None:
+def read_manifest(folder: files.Path) -> dict | None:
     """The manifest of a finished cache; None where there is none. Raises UserError for damage."""
     manifest = read_json(folder / MANIFEST)
     if manifest is None:
@@ -223,9 +258,18 @@ def read_manifest(folder: pathlib.Path) -> dict | None:
     return manifest
 
 
-def has_shard(folder: pathlib.Path, shard: dict) -> bool:
+def has_shard(folder: files.Path, shard: dict) -> bool:
     """Whether a shard of a manifest is in the folder, with its size."""
+    path = folder / shard["file"]
     try:
-        return os.stat(folder / shard["file"]).st_size == shard["bytes"]
+        with reading(path):
+            size = path.stat().length if isinstance(path, epath.Path) else os.stat(path).st_size
     except (FileNotFoundError, NotADirectoryError):
         return False
+    return size == shard["bytes"]
+
+
+def has_shards(folder: files.Path, shards: Iterable[dict]) -> list[bool]:
+    """`has_shard` of each; in a bucket several are asked for at once."""
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        return list(pool.map(functools.partial(has_shard, folder), shards))

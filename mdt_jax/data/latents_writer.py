@@ -5,9 +5,10 @@ import contextlib
 import dataclasses
 import json
 import os
-import pathlib
+import re
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
@@ -21,17 +22,19 @@ OPTIONS = "group_size:1,uncompressed"  # for random access; compression saves a 
 # Fields of a description that change no byte of a shard: places, and the scale, which is not
 # applied here.
 UNCOMPARED = ("source", "vae", "scale")
+# Files of processes that write or have been killed: locks, tests of permissions, files cut short.
+PASSING = re.compile(r"\.part-.*|\.write-test-.*|.*\.tmp")
+KEPT = "; finished shards are kept, and the same command resumes"
 
 
 @contextlib.contextmanager
-def _write_errors(path: pathlib.Path) -> Iterator[None]:
+def _write_errors(path: files.Path) -> Iterator[None]:
     """Turn a failure to write a shard, by the disk or by ArrayRecord, into a UserError."""
     try:
         yield
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(
-            f"{path} could not be written: {files.reason(error)}{files.free(path)}; finished "
-            "shards are kept, and the same command resumes"
+            f"{path} could not be written: {files.reason(error)}{files.free(path)}{KEPT}"
         ) from None
 
 
@@ -44,7 +47,7 @@ class CacheWriter:
     exists. A shard's bytes depend on its images alone.
     """
 
-    folder: pathlib.Path
+    folder: files.Path
     description: dict
 
     @property
@@ -60,25 +63,29 @@ class CacheWriter:
     def _make_folder(self) -> None:
         latents.check_path(self.folder)
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            if files.in_bucket(self.folder) and files.is_file(self.folder):
+                raise FileExistsError
+            files.make_folder(self.folder)
         except FileExistsError:
             raise UserError(f"{self.folder} is a file, not a folder for latents") from None
 
     @contextlib.contextmanager
-    def lock(self, part: tuple[int, int]) -> Iterator[None]:
+    def lock(self, part: tuple[int, int]) -> Iterator[Callable[[], None]]:
         """Lock one part of the shards, (index, number of parts), against other processes.
 
+        Yields a function that raises UserError where the lock was lost, as `locks.held` does.
         Raises UserError where another process writes this part, or divides the shards into another
         number of parts.
         """
         self._make_folder()
         index, count = part
         path = self.folder / f".part-{index + 1}-of-{count}.lock"
-        with locks.held(path, f"part {index + 1} of {count} of {self.folder}"):
-            for other in self.folder.glob(".part-*.lock"):
-                if not other.name.endswith(f"-of-{count}.lock"):
-                    locks.check_free(other, str(self.folder))
-            yield
+        with locks.held(path, f"part {index + 1} of {count} of {self.folder}") as check:
+            for name in files.names_in(self.folder):
+                other = re.fullmatch(r"\.part-\d+-of-(\d+)\.lock", name)
+                if other and other[1] != str(count):
+                    locks.check_free(self.folder / name, str(self.folder))
+            yield check
 
     def start(self) -> bool:
         """Make the folder, or resume in it; returns whether the cache is finished.
@@ -88,7 +95,7 @@ class CacheWriter:
         """
         self._make_folder()
         # Listed before it is read, because other hosts may start or finish meanwhile.
-        names = [path for path in self.folder.iterdir() if path.suffix not in (".tmp", ".lock")]
+        names = [name for name in files.names_in(self.folder) if not PASSING.fullmatch(name)]
         try:
             unfinished = files.read_json(self.folder / UNFINISHED)
         except DamagedError as error:
@@ -106,11 +113,12 @@ class CacheWriter:
         if self.finished():
             self._tidy()
             return True
+        there = latents.has_shards(self.folder, manifest["shards"])
         for number, shard in enumerate(manifest["shards"]):
-            if latents.has_shard(self.folder, shard):
+            if there[number]:
                 self._write_sidecar(number, shard)
         self._write(UNFINISHED, self.description)
-        (self.folder / MANIFEST).unlink(missing_ok=True)
+        files.remove(self.folder / MANIFEST)
         return False
 
     def _check_same(self, before: dict) -> None:
@@ -128,7 +136,7 @@ class CacheWriter:
     def finished(self) -> bool:
         """Whether the folder has a manifest and all of its shards."""
         shards = (latents.read_manifest(self.folder) or {}).get("shards", ())
-        return bool(shards) and all(latents.has_shard(self.folder, shard) for shard in shards)
+        return bool(shards) and all(latents.has_shards(self.folder, shards))
 
     def done(self, shard: int) -> dict | None:
         """The sidecar of a finished shard; None where the shard must be written."""
@@ -139,6 +147,11 @@ class CacheWriter:
         if sidecar is None or sidecar.pop("checksum", "") != latents.checksum(sidecar):
             return None
         return sidecar if latents.has_shard(self.folder, sidecar) else None
+
+    def sidecars(self, shards: Collection[int]) -> dict[int, dict | None]:
+        """`done` of each shard; in a bucket several are asked for at once."""
+        with ThreadPoolExecutor(latents.AT_ONCE) as pool:
+            return dict(zip(shards, pool.map(self.done, shards), strict=True))
 
     def write(self, shard: int, batches: Iterable[dict[str, np.ndarray]]) -> None:
         """Write a shard atomically. Raises UserError where the disk is full.
@@ -151,41 +164,41 @@ class CacheWriter:
         path = self.folder / self._file(shard)
         dtype = latents.record_dtype(self.description["latents"])
         files.check_room(path, len(self.items(shard)) * dtype.itemsize)
-        temporary = files.temp_path(path)
-        damaged, crcs, sums = [], [], Sums()
+        damaged, crcs, sums, sidecar = [], [], Sums(), {}
         try:
-            with _write_errors(path):
-                writer = ArrayRecordWriter(str(temporary), OPTIONS)
-            for batch in batches:
-                read = batch["status"] == Status.READ
-                damaged += batch["items"][~read].tolist()
-                moments = batch["moments"][read].astype(latents.MOMENTS)
-                sums += Sums.of_moments(moments)
-                records = np.zeros(len(moments), dtype)
-                records["label"], records["moments"] = batch["labels"][read], moments
+            with files.atomic_write(path) as temporary:
                 with _write_errors(path):
-                    for record in records:
-                        writer.write(record.tobytes())
-                        crcs.append(zlib.crc32(record.tobytes()))
-            with _write_errors(path):
-                writer.close()
-                sidecar = {
-                    "file": path.name,
-                    "bytes": os.stat(temporary).st_size,
-                    "sha256": files.file_sha256(temporary),
-                    "crc32": base64.b64encode(np.array(crcs, latents.CRC).tobytes()).decode(),
-                    "damaged": damaged,
-                    **dataclasses.asdict(sums),
-                }
-                files.fsync(temporary)
-                os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+                    writer = ArrayRecordWriter(str(temporary), OPTIONS)
+                for batch in batches:
+                    read = batch["status"] == Status.READ
+                    damaged += batch["items"][~read].tolist()
+                    moments = batch["moments"][read].astype(latents.MOMENTS)
+                    sums += Sums.of_moments(moments)
+                    records = np.zeros(len(moments), dtype)
+                    records["label"], records["moments"] = batch["labels"][read], moments
+                    with _write_errors(path):
+                        for record in records:
+                            writer.write(record.tobytes())
+                            crcs.append(zlib.crc32(record.tobytes()))
+                with _write_errors(path):
+                    writer.close()
+                    sidecar = {
+                        "file": path.name,
+                        "bytes": os.stat(temporary).st_size,
+                        "sha256": files.file_sha256(temporary),
+                        "crc32": base64.b64encode(np.array(crcs, latents.CRC).tobytes()).decode(),
+                        "damaged": damaged,
+                        **dataclasses.asdict(sums),
+                    }
+        except UserError as error:
+            if not sidecar:
+                raise
+            raise UserError(f"{error}{KEPT}") from None  # all is written, but not in its place
         self._write_sidecar(shard, sidecar)
 
     def finish(self) -> dict | None:
         """Write the manifest and return it; None where other hosts have not finished."""
-        sidecars = [self.done(shard) for shard in range(self.num_shards)]
+        sidecars = self.sidecars(range(self.num_shards)).values()
         shards = [sidecar for sidecar in sidecars if sidecar is not None]
         if len(shards) < self.num_shards:
             return latents.read_manifest(self.folder)  # another host may just have finished
@@ -205,10 +218,10 @@ class CacheWriter:
 
     def _tidy(self) -> None:
         """Remove everything but the shards and the manifest."""
-        sidecars = [self.folder / self._sidecar(shard) for shard in range(self.num_shards)]
-        killed = self.folder.glob("*.tmp")  # files of killed processes
-        for path in [*sidecars, self.folder / UNFINISHED, *killed]:
-            path.unlink(missing_ok=True)
+        own = {UNFINISHED, *(self._sidecar(shard) for shard in range(self.num_shards))}
+        for name in files.names_in(self.folder):
+            if name in own or name.endswith(".tmp"):  # the latter are of killed processes
+                files.remove(self.folder / name)
 
     def _file(self, shard: int) -> str:
         return f"latents-{shard:05d}-of-{self.num_shards:05d}.array_record"

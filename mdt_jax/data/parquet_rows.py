@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
+from mdt_jax.data.in_buckets import copy_command, reading
 from mdt_jax.data.latents import check_path
 from mdt_jax.data.latents_writer import OPTIONS
 from mdt_jax.runtime import buckets, files, locks
@@ -96,12 +97,21 @@ def open_shard(path: files.Path) -> Iterator:
     import pyarrow.parquet
 
     with contextlib.ExitStack() as stack:
-        source = path
-        if files.in_bucket(path):
-            # pyarrow itself would take an object that cannot be reached for one that is missing.
-            source = stack.enter_context(buckets.client(path).open(str(path)))
+        # pyarrow itself would take an object that cannot be reached for one that is missing.
+        source = stack.enter_context(open_file(path)) if files.in_bucket(path) else path
         opened = pyarrow.parquet.ParquetFile(source, page_checksum_verification=True)
         yield stack.enter_context(opened)
+
+
+@contextlib.contextmanager
+def open_file(path: files.Path) -> Iterator[Any]:
+    """An open file or object. Raises UserError where a bucket cannot be reached."""
+    if not files.in_bucket(path):
+        with open(path, "rb") as file:
+            yield file
+        return
+    with reading(path), buckets.client(path).open(str(path)) as file:
+        yield file
 
 
 @contextlib.contextmanager
@@ -112,7 +122,7 @@ def damage(what: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # of many kinds, by what is damaged
-        if getattr(error, "errno", None) is not None or buckets.problem(error):
+        if getattr(error, "errno", None) is not None:
             raise
         if isinstance(error, FileNotFoundError):  # of a bucket
             raise UserError(f"{what} cannot be read: there is no such object") from None
@@ -161,11 +171,10 @@ def unpack(shards: list[Shard]) -> Sequence[bytes]:
     """
     if files.in_bucket(shards[0].path):
         folder = shards[0].path.parent
-        copy = {"gs": "gcloud storage cp -r", "s3": "aws s3 cp --recursive"}[buckets.scheme(folder)]
         raise UserError(
             f"{folder}: training reads images in random order, and parquet shards in a bucket can "
-            f"only be read in order: copy them to a disk ({copy} {folder} .), or train on latents "
-            "of them, which mdt_jax.encode makes"
+            f"only be read in order: copy them to a disk ({copy_command(folder)}), or train on "
+            "latents of them, which mdt_jax.encode makes"
         )
     from array_record.python.array_record_data_source import ArrayRecordDataSource
 

@@ -15,6 +15,7 @@ import numpy as np
 
 from mdt_jax.data import image_files, parquet_rows
 from mdt_jax.data.image_files import ImageFiles, LeftOut
+from mdt_jax.data.in_buckets import check_bucket, reading
 from mdt_jax.data.parquet_rows import Shard
 from mdt_jax.runtime import buckets, files
 from mdt_jax.runtime.errors import UserError
@@ -61,6 +62,15 @@ class ParquetFiles(ImageFiles):
             raise UserError(
                 f"{copy} is damaged: {files.reason(error)}; remove it, and it is made again"
             ) from None
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of the shards, hexadecimal. Those in a bucket are read, but not copied."""
+        digest = hashlib.sha256()
+        for shard in self.shards:
+            with parquet_rows.open_file(shard.path) as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        return digest.hexdigest()
 
     @property
     def contents(self) -> str:
@@ -154,23 +164,26 @@ def _find_shards(path: str) -> tuple[list[files.Path], list[str], LeftOut]:
 
 def _list_shards(path: str) -> list[str]:
     """The shards in a folder or matching a glob, sorted. Raises UserError where there are none."""
-    if is_folder := files.is_dir(path):
+    with reading(path):
+        is_folder, exists = files.is_dir(path), files.exists(path)
+    if is_folder:
         pattern, problem = (
             os.path.join(glob.escape(path), "**", f"*{SUFFIX}"),
             f"holds no *{SUFFIX} files",
         )
     else:
-        pattern = glob.escape(path) if files.exists(path) else path
+        pattern = glob.escape(path) if exists else path
         problem = "matches no files" if glob.has_magic(path) else "does not exist"
     if files.in_bucket(path):
         client, each = buckets.client(path), []
-        with contextlib.suppress(FileNotFoundError):  # of the bucket
+        with reading(path), contextlib.suppress(FileNotFoundError):  # of the bucket
             each = client.find(path) if is_folder else client.glob(pattern)
         found = [client.unstrip_protocol(name) for name in each]
     else:
         found = [name for name in glob.glob(pattern, recursive=True) if os.path.isfile(name)]
     found = sorted(name for name in found if not is_folder or name.endswith(SUFFIX))
     if not found:
+        check_bucket(path)
         raise UserError(f"data.path {path} {problem}")
     return found
 
@@ -229,7 +242,8 @@ def _open(path: files.Path, labelled: bool) -> tuple[Shard, _Labels]:
 def _stat(path: files.Path) -> tuple[int, str]:
     """(size of a file or an object, a text that changes with its content)."""
     if files.in_bucket(path):
-        info = buckets.client(path).info(str(path))
+        with reading(path):
+            info = buckets.client(path).info(str(path))
         return info["size"], str(info.get("generation") or info.get("ETag"))
     return os.stat(path).st_size, str(os.stat(path).st_mtime_ns)
 

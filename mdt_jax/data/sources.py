@@ -11,6 +11,7 @@ import numpy as np
 
 from mdt_jax.data import folders, latents, parquet_sets, tars, tfds_sets
 from mdt_jax.data.crops import CroppedImages
+from mdt_jax.data.in_buckets import check_array_record
 from mdt_jax.data.protocols import Source
 from mdt_jax.runtime import files
 from mdt_jax.runtime.errors import UserError
@@ -132,6 +133,7 @@ def stored(data, num_classes: int) -> Source:
     if data.name != "latents":
         return cropped(data, num_classes, at_random=True)
     _check_path(data)
+    check_array_record(data.path)
     return latents.load(data.path, data.flip)
 
 

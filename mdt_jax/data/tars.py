@@ -1,14 +1,14 @@
 """Images in a tar, read in place: ILSVRC2012's tar of a tar for each class, or a plain tar."""
 
+import contextlib
 import dataclasses
 import hashlib
 import io
 import os
-import pathlib
 import tarfile
 import zlib
-from collections.abc import Iterator
-from typing import BinaryIO, cast
+from collections.abc import Iterator, Sequence
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 
@@ -16,6 +16,8 @@ from mdt_jax.data import image_files
 from mdt_jax.data.folders import STYLEGAN
 from mdt_jax.data.image_files import ImageFiles, LeftOut
 from mdt_jax.data.images import SUFFIXES
+from mdt_jax.data.in_buckets import check_bucket, reading
+from mdt_jax.runtime import buckets, files
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.runtime.files import save_arrays
 from mdt_jax.runtime.progress import log
@@ -24,9 +26,10 @@ MAX_DEPTH = 8  # levels of tars
 MAX_HEADER = 2**20  # bytes; long names and attributes take a few hundred
 # A tar ends in two blocks of zeros and is then filled up to a record.
 PADDING = 2 * tarfile.BLOCKSIZE + tarfile.RECORDSIZE
+BLOCK = 2**25  # bytes of a tar in a bucket that a request asks for while the tar is read through
 CHECKED = 100  # images whose headers are compared with an index that is read
 # The arrays of an index: one element for each image, and one for each tar inside. Other arrays are
-# "left_out", "stamp" (the tar's size and time of modification) and "sha256" of all others.
+# "left_out", "stamp" (of `_stamp`) and "sha256" of all others.
 IMAGE_COLUMNS = ("names", "classes", "headers", "offsets", "sizes", "checks")
 TAR_COLUMNS = ("tar_headers", "tar_offsets", "tar_checks")
 
@@ -39,7 +42,7 @@ class TarFiles(ImageFiles):
     where its content begins, right behind the headers, and the number of bytes.
     """
 
-    path: pathlib.Path
+    path: files.Path
     names: np.ndarray
     headers: np.ndarray
     checks: np.ndarray
@@ -56,13 +59,33 @@ class TarFiles(ImageFiles):
 
     def read(self, i: int) -> tuple[io.BytesIO, int]:
         """(encoded content of image i, its label). Raises OSError where the tar was replaced."""
-        with open(self.path, "rb") as file:
-            if _check(file, int(self.headers[i]), int(self.offsets[i])) != self.checks[i]:
+        return self._read_all([i])[0]
+
+    def read_ahead(self, items: Sequence[int]) -> dict[int, tuple[BinaryIO, int]]:
+        """`read` of several images at once, where each takes the time of a request to a bucket."""
+        if not files.in_bucket(self.path):
+            return {}
+        return dict(zip(items, self._read_all(items), strict=True))
+
+    def _read_all(self, items: Sequence[int]) -> list[tuple[io.BytesIO, int]]:
+        starts, offsets = ([int(array[i]) for i in items] for array in (self.headers, self.offsets))
+        ends = [offset + int(self.sizes[i]) for offset, i in zip(offsets, items, strict=True)]
+        found = []
+        for n, content in enumerate(_read_parts(self.path, starts, ends)):
+            size = offsets[n] - starts[n]
+            if zlib.crc32(content[:size]) != self.checks[items[n]]:
                 raise OSError(
                     f"{self.path} is another file than its index {_index_path(self.path)} "
                     "describes: remove the index and run again"
                 )
-            return io.BytesIO(file.read(int(self.sizes[i]))), int(self.labels[i])
+            found.append((io.BytesIO(content[size:]), int(self.labels[items[n]])))
+        return found
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of the tar, hexadecimal; a tar in a bucket is read through, but not copied."""
+        with _opened(self.path) as (file, _):
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
     @property
     def contents(self) -> str:
@@ -77,14 +100,18 @@ def load(path: str | os.PathLike) -> TarFiles:
     The class of an image is the tar or the folder around it; without either, the ClassID of
     ClassID_ImgID.jpg; where no image has any of these, there are no classes. The positions of the
     images are kept in PATH.index.npz, and are found again where the tar changed or the index cannot
-    be read. Raises UserError where the file is no tar, is cut short, holds no images, has members
-    stored sparsely or tars nested more than MAX_DEPTH deep, or where its folders are splits
-    (train, val, …) instead of classes.
+    be read. A tar in a bucket is read through for that; later an image is one request.
+
+    Raises UserError where the file is no tar, is cut short, holds no images, has members stored
+    sparsely or tars nested more than MAX_DEPTH deep, or where its folders are splits (train, val,
+    …) instead of classes.
     """
-    place = pathlib.Path(path)
-    if not os.path.isfile(place):
-        raise UserError(f"data.path {path} is no tar file")
-    stamp = [os.stat(place).st_size, os.stat(place).st_mtime_ns]
+    place = files.as_path(path)
+    with reading(place):
+        if not files.is_file(place):
+            check_bucket(place)
+            raise UserError(f"data.path {path} is no tar file")
+        stamp = _stamp(place)
     index = _read_index(place, stamp)
     if index is None:
         index = {**_scan(place), "stamp": np.array(stamp)}
@@ -112,22 +139,54 @@ def load(path: str | os.PathLike) -> TarFiles:
     )  # fmt: skip
 
 
-def _index_path(path: pathlib.Path) -> pathlib.Path:
+def _index_path(path: files.Path) -> files.Path:
     return path.with_name(f"{path.name}.index.npz")
 
 
-def _check(file: BinaryIO, header: int, offset: int) -> int:
-    """CRC-32 of the headers from `header` to `offset`; the file is then at `offset`."""
-    file.seek(header)
-    return zlib.crc32(file.read(offset - header))
+def _stamp(path: files.Path) -> list[int]:
+    """A tar's size, and its time of modification or the CRC-32 of its object's version."""
+    if not files.in_bucket(path):
+        return [os.stat(path).st_size, os.stat(path).st_mtime_ns]
+    info = buckets.client(path).info(str(path))
+    version = info.get("generation") or info.get("ETag")
+    return [info["size"], zlib.crc32(str(version).encode())]
 
 
-def _read_index(path: pathlib.Path, stamp: list[int]) -> dict[str, np.ndarray] | None:
+def _read_parts(path: files.Path, starts: list[int], ends: list[int]) -> list[bytes]:
+    """The bytes of a tar from each start to its end. Raises OSError."""
+    if not files.in_bucket(path):
+        with open(path, "rb") as file:
+            return [_read_part(file, *part) for part in zip(starts, ends, strict=True)]
+    try:
+        names = [str(path)] * len(starts)
+        return buckets.client(path).cat_ranges(names, starts, ends, on_error="raise")
+    except Exception as error:  # of many kinds, by client; not all can go to another process
+        raise OSError(f"{path} cannot be read: {files.reason(error)}") from None
+
+
+def _read_part(file: BinaryIO, start: int, end: int) -> bytes:
+    file.seek(start)
+    return file.read(end - start)
+
+
+@contextlib.contextmanager
+def _opened(path: files.Path) -> Iterator[tuple[Any, int]]:
+    """(a tar to read through, its size)."""
+    if not files.in_bucket(path):
+        with open(path, "rb") as file:
+            yield file, os.stat(path).st_size
+        return
+    client = buckets.client(path)
+    with reading(path), client.open(str(path), block_size=BLOCK, cache_type="readahead") as file:
+        yield file, file.size
+
+
+def _read_index(path: files.Path, stamp: list[int]) -> dict[str, np.ndarray] | None:
     """The index of a tar; None where there is none, it is damaged or is of another tar."""
     try:
-        if not os.path.isfile(_index_path(path)):
+        if not files.is_file(_index_path(path)):
             return None
-        with np.load(_index_path(path)) as file:
+        with np.load(files.fetched(_index_path(path))) as file:
             index = dict(file)
         sound = str(index["sha256"]) == _digest(index) and index["stamp"].tolist() == stamp
         return index if sound and _has_headers(path, index) else None
@@ -144,22 +203,23 @@ def _digest(index: dict[str, np.ndarray]) -> str:
     return digest.hexdigest()
 
 
-def _has_headers(path: pathlib.Path, index: dict[str, np.ndarray]) -> bool:
+def _has_headers(path: files.Path, index: dict[str, np.ndarray]) -> bool:
     """Whether a tar has the headers in an index: those of some images and of all tars inside."""
     some = np.unique(np.linspace(0, len(index["names"]) - 1, CHECKED).astype(int))
     headers, offsets, checks = (
         [*index[name][some].tolist(), *index[f"tar_{name}"].tolist()]
         for name in ("headers", "offsets", "checks")
     )
-    with open(path, "rb") as file:
-        return checks == [_check(file, *place) for place in zip(headers, offsets, strict=True)]
+    return checks == [*map(zlib.crc32, _read_parts(path, headers, offsets))]
 
 
-def _scan(path: pathlib.Path) -> dict[str, np.ndarray]:
+def _scan(path: files.Path) -> dict[str, np.ndarray]:
     """Read a tar through: the arrays of its index, except the stamp."""
+    if files.in_bucket(path):
+        log(f"{path} is read through once for the positions of its images …")
     scan = _Scan()
-    with open(path, "rb") as file:
-        scan.add_tar(_TarPart(file, 0, os.stat(path).st_size, str(path)))
+    with _opened(path) as (file, size):
+        scan.add_tar(_TarPart(file, 0, size, str(path)))
     left_out = str(scan.left_out)
     if not scan.columns["names"]:
         more = f"; left out: {left_out}" if left_out else ""

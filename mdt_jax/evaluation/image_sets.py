@@ -18,7 +18,7 @@ from mdt_jax.data.image_files import ImageFiles
 from mdt_jax.data.images import MAX_PIXELS, open_image, to_rgb
 from mdt_jax.evaluation.npz_files import Header, read_array, read_headers, reading
 from mdt_jax.runtime.errors import UserError
-from mdt_jax.runtime.files import as_path, fetched, file_sha256
+from mdt_jax.runtime.files import as_path, fetched, file_sha256, in_bucket
 
 Slices = Generator[tuple[int, np.ndarray], None, None]
 
@@ -230,15 +230,11 @@ class FileImages(StoredImages):
         A prepared TFDS set is identified by its name, version and length.
         """
         digest = hashlib.sha256(self._files.contents.encode(errors="replace"))
-        paths = []
-        if isinstance(self._files, tars.TarFiles):
-            paths = [self._files.path]
-        elif isinstance(self._files, parquet_sets.ParquetFiles):
-            paths = [shard.path for shard in self._files.shards]
+        if isinstance(self._files, (tars.TarFiles, parquet_sets.ParquetFiles)):
+            digest.update(bytes.fromhex(self._files.sha256))
         elif isinstance(self._files, folders.FolderFiles):
-            paths = map(self.name, range(len(self)))
-        for path in paths:
-            digest.update(bytes.fromhex(file_sha256(path)))
+            for path in map(self.name, range(len(self))):
+                digest.update(bytes.fromhex(file_sha256(path)))
         return digest.hexdigest()
 
     @property
@@ -287,8 +283,10 @@ class FileImages(StoredImages):
 def _list_files(path: str, labelled: bool) -> ImageFiles:
     try:
         if path.startswith("tfds:"):
-            name, _, split = path.removeprefix("tfds:").partition(":")
-            return tfds_sets.load(name, split or "train")
+            name = path.removeprefix("tfds:")
+            scheme = name[: name.find("://") + 3] if in_bucket(name) else ""
+            name, _, split = name.removeprefix(scheme).partition(":")
+            return tfds_sets.load(f"{scheme}{name}", split or "train")
         if path.endswith(".tar"):
             return tars.load(path)
         if path.endswith(parquet_sets.SUFFIX):

@@ -26,7 +26,10 @@ from mdt_jax.runtime.errors import UserError, causes
 
 # Scheme → the package that speaks its protocol, and our extra that installs it.
 CLIENTS = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}
-LIBRARIES = ("aiobotocore", "aiohttp", "botocore", "gcsfs", "google", "requests", "s3fs")
+# The modules whose errors are theirs.
+LIBRARIES = re.compile(
+    r"(aiobotocore|aiohttp|botocore|gcsfs|google\.(api_core|auth|cloud)|requests|s3fs)\b"
+)
 
 
 def scheme(path: str | os.PathLike) -> str:
@@ -182,8 +185,8 @@ def problem(error: BaseException) -> str:
     """What the client of a bucket says is wrong, in a line; "" for other errors."""
     for each in causes(error):
         text = str(each).strip()
-        library = type(each).__module__.partition(".")[0]
-        if library in LIBRARIES or (isinstance(each, OSError) and text.startswith("Forbidden:")):
+        theirs = LIBRARIES.match(type(each).__module__)
+        if theirs or (isinstance(each, OSError) and text.startswith("Forbidden:")):
             lines = [line for line in text.splitlines() if line] or [type(each).__name__]
             denied = re.search(r"\b(?:401|403|[Ff]orbidden|denied)\b|credentials", text)
             hint = "; check the credentials and permissions of this machine" if denied else ""

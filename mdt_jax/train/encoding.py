@@ -3,8 +3,7 @@
 import collections
 import contextlib
 import dataclasses
-import pathlib
-from collections.abc import Collection, Generator, Iterator
+from collections.abc import Callable, Collection, Generator, Iterator
 
 import jax
 import numpy as np
@@ -39,13 +38,15 @@ def encode(config: ConfigDict, out: files.Path, shard_images: int, part: tuple[i
     inputs.complete_config(config, len(images.classes))
     vae = _load_vae(config)
     vae.check_scale()
-    writer = CacheWriter(pathlib.Path(out), _describe(config, images, vae, shard_images))
-    with writer.lock(part):
+    writer = CacheWriter(out, _describe(config, images, vae, shard_images))
+    with writer.lock(part) as check:
         if writer.start():
             log(f"{out} is finished already; --verify reads all of it")
             return
         inputs.log_contents(config.data, images)
-        _write_shards(writer, config, images, vae, range(part[0], writer.num_shards, part[1]))
+        shards = range(part[0], writer.num_shards, part[1])
+        _write_shards(writer, config, images, vae, shards, check)
+        check()
         manifest = writer.finish()
     if manifest is None:
         print_result(
@@ -155,10 +156,15 @@ def _count_damaged(manifest: dict) -> int:
 
 
 def _write_shards(
-    writer: CacheWriter, config: ConfigDict, images: CroppedImages, vae: Vae, shards: range
+    writer: CacheWriter,
+    config: ConfigDict,
+    images: CroppedImages,
+    vae: Vae,
+    shards: range,
+    check: Callable[[], None],
 ) -> None:
-    """Write those of the shards that are not finished."""
-    sidecars = {shard: writer.done(shard) for shard in shards}
+    """Write those of the shards that are not finished. check: raises UserError for a lost lock."""
+    sidecars = writer.sidecars(shards)
     missing = [shard for shard, sidecar in sidecars.items() if sidecar is None]
     damaged = {item for sidecar in sidecars.values() if sidecar for item in sidecar["damaged"]}
     total, left = (sum(len(writer.items(n)) for n in group) for group in (shards, missing))
@@ -167,6 +173,7 @@ def _write_shards(
     bar = progress_bar(total, True, "encoding", "image", initial=total - left)
     with contextlib.closing(batches), bar:
         for shard in missing:
+            check()
             try:
                 writer.write(shard, _next_images(batches, len(writer.items(shard)), bar))
             except UserError:

@@ -5,7 +5,7 @@ import sys
 
 from tests.conftest import ROOT
 
-CODE = """
+PREPARE = """
 import importlib.abc, io, sys
 
 class Without(importlib.abc.MetaPathFinder):
@@ -49,6 +49,11 @@ class TinyShapes(tfds.core.GeneratorBasedBuilder):
 
 folder = sys.argv[1]
 TinyShapes(data_dir=folder, file_format="array_record").download_and_prepare()
+"""
+
+CODE = (
+    PREPARE
+    + """
 for name in ("tiny_shapes", f"{folder}/tiny_shapes/1.0.0"):
     found = tfds_sets.load(name, "train")
     assert len(found) == 10 and found.classes == ["square", "circle"]
@@ -108,6 +113,7 @@ assert tfds_sets.load(str(whole), "train").read(0)
 assert "tensorflow" not in sys.modules and "jax" not in sys.modules
 print("done")
 """
+)
 
 
 def test_it_is_read_without_tensorflow(tmp_path):

@@ -63,7 +63,23 @@ def hub(tmp_path_factory):
         yield environment
 
 
-@pytest.mark.parametrize("command", MODULE_COMMANDS, ids=str)
+@pytest.fixture(scope="module")
+def bucket(gcs_process):
+    """What takes the place of gs://my-bucket."""
+    gcs_process.make_bucket()
+    return gcs_process
+
+
+@pytest.mark.parametrize("command", [c for c in MODULE_COMMANDS if "gs://" in c], ids=str)
+def test_commands_on_buckets(command, folder, bucket, monkeypatch):
+    for name, value in bucket.environment.items():
+        monkeypatch.setenv(name, value)
+    run_smoke(command.replace("gs://my-bucket", bucket.root), folder)
+    (out,) = re.findall(r"--(?:out|workdir)=gs://my-bucket/(\S+)", command)
+    assert {out, f"{out}/report.json"} & {*bucket.objects(out)}
+
+
+@pytest.mark.parametrize("command", [c for c in MODULE_COMMANDS if "gs://" not in c], ids=str)
 def test_module_commands(command, folder, hub):
     """In this process, but for what must be known when Python starts: devices, the hub's address.
 
