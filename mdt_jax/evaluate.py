@@ -43,7 +43,8 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, str]:
         usage="python -m mdt_jax.evaluate --samples=NPZ --reference=NPZ --inception=FILE | "
         "--make_reference=IMAGES --out=NPZ --inception=FILE | --vae=VAE --images=IMAGES",
         description="Measure samples against real images, as ADM's evaluator does. IMAGES are an "
-        "npz, a folder, a .csv or .jsonl list, a .tar, tfds:NAME:SPLIT, or digits, mnist, …",
+        "npz, a folder, a .csv or .jsonl list, a .tar, a .parquet or a glob of them, "
+        "tfds:NAME:SPLIT, or digits, mnist, …",
     )
     add = parser.add_mutually_exclusive_group(required=True).add_argument
     add("--samples", type=cli.anywhere, help="npz or folder of images to measure")

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import pathlib
+import shutil
 import tarfile
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ from PIL import Image
 
 from mdt_jax import config as configs
 from mdt_jax import inpaint
-from mdt_jax.data import folders, latents, latents_writer, sample_files, tars
+from mdt_jax.data import folders, latents, latents_writer, parquet_sets, sample_files, tars
 from mdt_jax.data.crops import CroppedImages
 from mdt_jax.data.protocols import Status
 from mdt_jax.evaluation import features, image_sets, references
@@ -30,7 +31,7 @@ from mdt_jax.train.state import TrainState
 from mdt_jax.weights import networks
 from mdt_jax.weights.vae import VAE_FILES, Vae, recorded_scale
 from tests.models.common import random_params
-from tests.small_data import VAE, write_vae
+from tests.small_data import VAE, write_parquet, write_pictures, write_vae
 
 
 class FellBack(Exception):
@@ -333,6 +334,22 @@ def read_tar(folder: pathlib.Path):
     return squares_of(tars.load(str(folder / "t.tar")))
 
 
+def make_parquet(folder: pathlib.Path) -> None:
+    write_parquet(write_pictures(folder / "d", 6), folder / "p", rows=2)
+    shutil.rmtree(folder / "d")
+
+
+def make_unpacked(folder: pathlib.Path) -> None:
+    make_parquet(folder)
+    parquet_sets.load(folder / "p", at_random=True)
+
+
+def read_parquet(folder: pathlib.Path):
+    for at_random in (False, True):
+        found = squares_of(parquet_sets.load(folder / "p", at_random=at_random))
+    return found
+
+
 def make_lists(folder: pathlib.Path) -> None:
     make_images(folder)
     paths = sorted(path.relative_to(folder).as_posix() for path in (folder / "d").rglob("*.*"))
@@ -436,6 +453,11 @@ KINDS = [
     Kind("tar with index", make_indexed, read_tar, damages=lambda path: path.suffix == ".tar"),
     Kind("index of a tar", make_indexed, read_tar, told=True,
          damages=lambda path: path.suffix == ".npz", makes=lambda name: name == "t.tar.index.npz"),
+    Kind("parquet", make_parquet, read_parquet,
+         makes=lambda name: name.endswith(".array_record")),
+    Kind("copies of parquet", make_unpacked, read_parquet, told=True,
+         damages=lambda path: path.suffix == ".array_record",
+         makes=lambda name: name.endswith(".array_record")),
     Kind("lists", make_lists, read_lists, damages=lambda path: path.parent.name != "d" and
          path.suffix in (".csv", ".jsonl", ".json")),
     Kind("workdir", make_workdir, read_workdir, makes=lambda name: name == "metrics.jsonl"),

@@ -1,5 +1,6 @@
 """Small sets of pictures in every form, and a small VAE, for tests of data and encoding."""
 
+import json
 import pathlib
 import tarfile
 
@@ -38,6 +39,28 @@ def write_tar(folder: pathlib.Path, path: pathlib.Path) -> pathlib.Path:
                     part.add(image, image.name)
             outer.add(inner / f"{place.name}.tar", f"{place.name}.tar")
     return path
+
+
+def write_parquet(folder: pathlib.Path, out: pathlib.Path, shards: int = 2, rows: int = 5) -> None:
+    """The pictures of a folder in the same order, as the Hugging Face hub has them.
+
+    shards: the number of parquet files; rows: of a row group.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    features = {"image": {"_type": "Image"}, "label": {"names": CLASSES, "_type": "ClassLabel"}}
+    metadata = {"huggingface": json.dumps({"info": {"features": features}})}
+    image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    schema = pa.schema([("image", image), ("label", pa.int64())], metadata)
+    paths = sorted(folder.glob("*/*.jpg"))
+    out.mkdir()
+    for n, part in enumerate(np.array_split(np.array(paths), shards)):
+        contents = [{"bytes": path.read_bytes(), "path": path.name} for path in part]
+        labels = [CLASSES.index(path.parent.name) for path in part]
+        table = pa.table({"image": contents, "label": labels}, schema)
+        name = f"train-{n:05}-of-{shards:05}.parquet"
+        pyarrow.parquet.write_table(table, out / name, row_group_size=rows)
 
 
 def write_vae(path: pathlib.Path, seed: int = 0) -> pathlib.Path:

@@ -13,7 +13,7 @@ import pytest
 from mdt_jax import config as configs
 from mdt_jax import encode, main
 from mdt_jax.data import latents, latents_writer
-from mdt_jax.runtime import parallel
+from mdt_jax.runtime import buckets, parallel
 from mdt_jax.train import inputs
 from mdt_jax.train.step import batch_latents
 from mdt_jax.weights.vae import VAE_FILES, Vae, recorded_scale
@@ -23,7 +23,7 @@ from tests.conftest import (
     train_here,
 )
 from tests.encoding import IMAGES, SCALE, SHARDS, arguments, content, make_place
-from tests.small_data import write_vae
+from tests.small_data import write_parquet, write_vae
 
 ONE_STEP = [
     "--config.train.steps=1", "--config.train.sample_every=0", "--config.sample.num_samples=0"
@@ -53,6 +53,24 @@ def test_where_things_lie_is_no_matter(place, tmp_path):
     assert "finished already" in encode_here(*argv, f"--out={place / 'cache'}")
     argv = [*arguments(place, "latents", "cache"), *moved, "--config.train.steps=1"]
     train_here(*argv, f"--workdir={tmp_path / 'run'}")
+
+
+@pytest.mark.parametrize("where", ["a folder", "a bucket", "a bucket, workers"])
+def test_parquet_shards_give_the_cache_of_a_folder(where, place, tmp_path, request):
+    """And nothing is unpacked, since encoding reads in order."""
+    shards = tmp_path / "parquet"
+    write_parquet(place / "pictures", shards, rows=7)
+    before, argv = content(shards), arguments(place, "parquet", str(shards))
+    if "bucket" in where:
+        root = request.getfixturevalue("gcs").root
+        buckets.client(root).put(str(shards), f"{root}/parquet", recursive=True)
+        argv.append(f"--config.data.path={root}/parquet/train-*.parquet")
+    if "workers" in where:
+        argv.append("--config.data.workers=1")
+    run_here(encode.main, *argv, f"--out={tmp_path / 'cache'}", SHARDS)
+    found, expected = content(tmp_path / "cache"), content(place / "cache")
+    assert found.pop("manifest.json") != expected.pop("manifest.json")  # the images have names
+    assert found == expected and content(shards) == before
 
 
 def test_another_host_is_quicker_with_the_same_part(place, tmp_path, monkeypatch):
@@ -211,10 +229,10 @@ BAD_ENCODING = {
     "no VAE": (["--out=OUT", "--config.vae.path=nothing"], "nothing"),
     "pixels": (["--out=OUT", "--config.vae.path=identity"], "nothing to encode with"),
     "random": (["--out=OUT", "--config.data.crop=random"], "a cache needs data.crop=center"),
-    "latents": (["--out=OUT", "--config.data.name=latents"], "folder, tar and tfds can be encoded"),
+    "latents": (["--out=OUT", "--config.data.name=latents"], "tfds and parquet can be encoded"),
     "digits": (
         ["--out=OUT", "--config.data.name=digits", "--config.data.path="],
-        "folder, tar and tfds can be encoded",
+        "tfds and parquet can be encoded",
     ),
     "no images": (["--out=OUT", "--config.data.path=EMPTY"], "holds no images"),
     "classes": (["--out=OUT", "--config.model.num_classes=4"], "has 3 classes, but"),

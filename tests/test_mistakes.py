@@ -94,6 +94,14 @@ BAD_CONFIGS = {
     ),
     "optimiser": ([*SMOKE, "--config.optim.name=sgd"], "must be one of adamw, adan"),
     "ImageNet": (["--config=configs/xl2.py"], "tfds build imagenet2012 --file_format=array_record"),
+    "on the hub": (
+        ["--config=configs/xl2.py", "--config.data.path=hf://datasets/ILSVRC/imagenet-1k"],
+        "hf download ILSVRC/imagenet-1k --repo-type=dataset --include='*.parquet' --local-dir=",
+    ),
+    "no shards": (
+        ["--config=configs/xl2.py", "--config.data.name=parquet", "--config.data.path=tests"],
+        "data.path tests holds no *.parquet files",
+    ),
     "nowhere": (["--config=configs/ffhq.py"], "data.path is empty, but data.name is folder"),
     "pixels of latents": ([*SMOKE, "--config.data.name=latents"], "requires vae.path"),
     "random middle": (

@@ -85,8 +85,8 @@ FIELDS: dict[str, dict[str, Field]] = dict(
     data=dict(
         name=Field("digits", "a data set of a package, or the kind of your own",
                    one_of(sources.NAMES)),
-        path=Field("", "path of a folder, tar, tfds or latents; for tfds also the set's name",
-                   path=files.anywhere),
+        path=Field("", "path of what is read; for tfds also the set's name",
+                   path=sources.place),
         split=Field("train", "split of a tfds set"),
         image_size=Field(8, "height and width to which images are cropped", at_least(1)),
         channels=Field(1, "colour channels: 3, or 1 for grey", at_least(1)),

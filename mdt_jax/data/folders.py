@@ -24,6 +24,7 @@ STYLEGAN = "dataset.json"  # StyleGAN's and EDM's file of labels in a folder
 # How to read other kinds of files.
 HINTS = {
     (".tar",): "a tar is read with data.name=tar",
+    (".parquet",): "parquet shards are read with data.name=parquet",
     (".zip", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar"): "extract it first",
     (".npz", ".npy", ".pt", ".pth", ".pkl"): "evaluate reads images, or mu and sigma, of an npz",
 }

@@ -1,17 +1,19 @@
-"""Data sets by the name in a config: sets in Python packages, and files, tars, TFDS and latents."""
+"""Data sets by the name in a config: those in Python packages, and those stored in files."""
 
 import dataclasses
 import functools
 import hashlib
 import importlib.metadata
+import re
 from collections.abc import Callable
 
 import numpy as np
 
-from mdt_jax.data import folders, latents, tars, tfds_sets
+from mdt_jax.data import folders, latents, parquet_sets, tars, tfds_sets
 from mdt_jax.data.crops import CroppedImages
 from mdt_jax.data.in_buckets import check_array_record
 from mdt_jax.data.protocols import Source
+from mdt_jax.runtime import files
 from mdt_jax.runtime.errors import UserError
 
 HELD_OUT = 0.2  # of each class of a packaged set
@@ -88,8 +90,19 @@ PACKAGED: dict[str, Callable[[], Images]] = {
     "digits_5_9": functools.partial(_digits, 5, 9),
     "mnist": _mnist,
 }
-STORED = ("folder", "tar", "tfds", "latents")
+STORED = ("folder", "tar", "tfds", "parquet", "latents")
 NAMES = (*PACKAGED, *STORED)
+
+
+def place(path: str) -> str:
+    """As `files.anywhere`. Raises UserError for a data set on the hub, and says how to copy it."""
+    if match := re.match("hf://(?:datasets/)?([^/]+/[^/@]+)", path):
+        raise UserError(
+            f"{path}: data sets of the hub are read from a disk, with data.name=parquet; hf "
+            f"download {match[1]} --repo-type=dataset --include='*.parquet' --local-dir=FOLDER "
+            "copies it"
+        )
+    return files.anywhere(path)
 
 
 def load(name: str) -> tuple[Images, Images]:
@@ -113,30 +126,37 @@ def split(source: Images) -> tuple[Images, Images]:
 
 
 def stored(data, num_classes: int) -> Source:
-    """Open the latents or images at data.path; arguments as of `cropped`."""
+    """Open the latents or images at data.path to read them in random order.
+
+    Arguments as of `cropped`.
+    """
     if data.name != "latents":
-        return cropped(data, num_classes)
+        return cropped(data, num_classes, at_random=True)
     _check_path(data)
     check_array_record(data.path)
     return latents.load(data.path, data.flip)
 
 
-def cropped(data, num_classes: int, **options) -> CroppedImages:
-    """Open the images of a folder, tar or TFDS set.
+def cropped(data, num_classes: int, at_random: bool = False, **options) -> CroppedImages:
+    """Open the images of a folder, tar, TFDS or parquet set.
 
     data: a config's `data`. num_classes: 0 ignores labels; −1 takes as many classes as there are.
-    options: fields of `CroppedImages`. Raises UserError where no images can be read.
+    at_random: make reading in random order fast, which parquet shards need. options: fields of
+    `CroppedImages`. Raises UserError where no images can be read.
     """
     _check_path(data)
+    expected = num_classes if num_classes >= 0 else None
     if data.name == "folder":
-        files = folders.load(data.path, num_classes if num_classes >= 0 else None)
+        found = folders.load(data.path, expected)
+    elif data.name == "parquet":
+        found = parquet_sets.load(data.path, expected, at_random)
     elif data.name == "tar":
-        files = tars.load(data.path)
+        found = tars.load(data.path)
     else:
-        files = tfds_sets.load(data.path, data.split)
+        found = tfds_sets.load(data.path, data.split)
     if num_classes == 0:
-        files = dataclasses.replace(files, classes=[])
-    return CroppedImages(files, data.image_size, data.channels, data.crop, data.flip, **options)
+        found = dataclasses.replace(found, classes=[])
+    return CroppedImages(found, data.image_size, data.channels, data.crop, data.flip, **options)
 
 
 def _check_path(data) -> None:

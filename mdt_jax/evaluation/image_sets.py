@@ -12,7 +12,7 @@ from typing import IO, Protocol, Self
 
 import numpy as np
 
-from mdt_jax.data import folders, sample_notes, sources, tars, tfds_sets
+from mdt_jax.data import folders, parquet_sets, sample_notes, sources, tars, tfds_sets
 from mdt_jax.data.crops import center_crop
 from mdt_jax.data.image_files import ImageFiles
 from mdt_jax.data.images import MAX_PIXELS, open_image, to_rgb
@@ -193,7 +193,7 @@ def check_images(name: str, header: Header) -> None:
 
 
 class FileImages(StoredImages):
-    """Image files of a folder, a list, a tar or a prepared TFDS set; grey if all of them are.
+    """Image files of a folder, list, tar, parquet or prepared TFDS set; grey if all of them are.
 
     Images are cropped as for training if there is an image_size; else all must have one size.
     """
@@ -225,12 +225,12 @@ class FileImages(StoredImages):
 
     @property
     def sha256(self) -> str:
-        """Of the list of images, and of the images' files or the tar.
+        """Of the list of images, and of the images' files, the tar or the parquet shards.
 
         A prepared TFDS set is identified by its name, version and length.
         """
         digest = hashlib.sha256(self._files.contents.encode(errors="replace"))
-        if isinstance(self._files, tars.TarFiles):
+        if isinstance(self._files, (tars.TarFiles, parquet_sets.ParquetFiles)):
             digest.update(bytes.fromhex(self._files.sha256))
         elif isinstance(self._files, folders.FolderFiles):
             for path in map(self.name, range(len(self))):
@@ -289,6 +289,8 @@ def _list_files(path: str, labelled: bool) -> ImageFiles:
             return tfds_sets.load(f"{scheme}{name}", split or "train")
         if path.endswith(".tar"):
             return tars.load(path)
+        if path.endswith(parquet_sets.SUFFIX):
+            return parquet_sets.load(path, None if labelled else 0)
         return folders.load(path, None if labelled else 0)
     except UserError as error:
         raise UserError(str(error).removeprefix("data.path ")) from None
@@ -303,12 +305,12 @@ def open_images(
 ) -> StoredImages:
     """Open images, of which no more than headers are read yet.
 
-    path: an npz file with arr_0, a folder, a list (.csv, .jsonl), a .tar, tfds:NAME[:SPLIT], or the
-    name of a packaged set (digits, mnist, …), of which the held-out images are used. image_size:
-    the side to which image files are cropped as for training. labelled: read the labels, too, if
-    there are any. num: use the first `num` images only. generated: the images are samples, so
-    that files named LABEL_NUMBER.png are ordered by NUMBER, and LABEL is the number of a class and
-    not its name. Raises UserError.
+    path: an npz file with arr_0, a folder, a list (.csv, .jsonl), a .tar, a .parquet or a glob of
+    them, tfds:NAME[:SPLIT], or the name of a packaged set (digits, mnist, …), of which the held-out
+    images are used. image_size: the side to which image files are cropped as for training.
+    labelled: read the labels, too, if there are any. num: use the first `num` images only.
+    generated: the images are samples, so that files named LABEL_NUMBER.png are ordered by NUMBER,
+    and LABEL is the number of a class and not its name. Raises UserError.
     """
     if image_size is not None and image_size**2 > MAX_PIXELS:
         raise UserError(f"image_size is {image_size}, larger than images that are read")

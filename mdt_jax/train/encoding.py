@@ -122,7 +122,9 @@ def _open_images(config: ConfigDict) -> CroppedImages:
     if config.vae.path == "identity":
         raise UserError(NO_VAE)
     if config.data.name not in sources.STORED or config.data.name == "latents":
-        raise UserError(f"data.name is {config.data.name}; folder, tar and tfds can be encoded")
+        raise UserError(
+            f"data.name is {config.data.name}; folder, tar, tfds and parquet can be encoded"
+        )
     if config.data.crop != "center":
         raise UserError(f"data.crop is {config.data.crop}; a cache needs data.crop=center")
     images = sources.cropped(config.data, config.model.num_classes, stand_ins=0)

@@ -109,7 +109,10 @@ def test_what_the_pipeline_reads(tmp_path, capsys):
     few = ["--images=12", "--latents=80", "--seconds=0.1", "--workers=0,1"]
     bench["bench"](["data.py", *few, f"--out={tmp_path}"])
     printed = capsys.readouterr().out
-    for source in ("images of a folder", "images of a tar", "latents of a cache"):
+    for source in (
+        "images of a folder", "images of a tar", "images of parquet, 10 in a row group",
+        "images of parquet, 1,000 in a row group", "latents of a cache",
+    ):  # fmt: skip
         assert re.search(rf"\| {source} \|( [1-9][0-9,]* \|){{3}}", printed), printed
     # The work of a trained image is what the recipes' cost says.
     assert re.search(r"MDT-XL/2 \| 1.25 \| 794 \| 397 ", printed)

@@ -88,6 +88,11 @@ def test_imagenets_names_are_for_imagenets_classes():
     assert imagenet_among(1000, SPECIES) is None and imagenet_among(999, []) is None
     assert imagenet_among(4, FEW) == [0, 1, 134, 207]
     assert imagenet_among(2, ["n01440764", "cat"]) is None
+    hub = [", ".join(names) for names in imagenet_names()]
+    assert hub[0] == "tench, Tinca tinca" and imagenet_among(1000, hub) is None
+    hub[517] = "crane2"
+    assert imagenet_among(1000, hub) == range(1000) and parse("goldfish", 1000, hub, "x") == 1
+    assert parse("crane", 1000, hub, "x") == 134
     with pytest.raises(UserError, match="'crane' names several classes: 134 .* 517"):
         parse("crane", 1000, [], "--labels")
     with pytest.raises(UserError, match="'goldfish' is no class number"):

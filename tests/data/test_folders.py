@@ -160,6 +160,7 @@ def test_lists_of_other_encodings(tmp_path):
         ("a.jsonl", '{"path": "1.png", "label": [1]}', "line 1: path must be text, and label"),
         ("a.txt", "", "must be a folder, .csv or .jsonl$"),
         ("a.tar", "", "or .jsonl; a tar is read with data.name=tar"),
+        ("a.parquet", "", "or .jsonl; parquet shards are read with data.name=parquet"),
         ("a.tar.gz", "", "or .jsonl; extract it first"),
         ("stats.pkl", "", "or .jsonl; evaluate reads images, or mu and sigma, of an npz"),
     ],

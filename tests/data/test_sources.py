@@ -15,7 +15,7 @@ from mdt_jax.train import inputs
 from mdt_jax.weights import networks
 from tests.conftest import run_here, train_here
 from tests.models.common import random_params
-from tests.small_data import CLASSES, write_pictures, write_tar, write_vae
+from tests.small_data import CLASSES, write_parquet, write_pictures, write_tar, write_vae
 
 
 def prepare_tfds(pictures, data_dir):
@@ -58,6 +58,7 @@ def place(tmp_path_factory):
     pictures = write_pictures(folder / "folder", 24)
     write_vae(folder / "vae")
     write_tar(pictures, folder / "tar")
+    write_parquet(pictures, folder / "parquet")
     paths = sorted(path.relative_to(folder) for path in pictures.glob("*/*.jpg"))
 
     def number(path):
@@ -128,6 +129,8 @@ def from_folder(place, tmp_path_factory):
 
 SOURCES = {
     "tar": ("tar", "tar"),
+    "parquet": ("parquet", "parquet/train-*.parquet"),
+    "parquet, workers": ("parquet", "parquet", "--config.data.workers=1"),
     "csv": ("folder", "list.csv"),
     "jsonl": ("folder", "list.jsonl"),
     "ClassID_ImgID": ("folder", "named"),

@@ -20,7 +20,7 @@ from tests.docs.pages import (
     smoke,
 )
 from tests.hub_server import released
-from tests.small_data import write_pictures, write_vae
+from tests.small_data import write_parquet, write_pictures, write_vae
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 
@@ -38,6 +38,8 @@ def folder(tmp_path_factory):
     write_pictures(folder / "imagenet" / "train")
     write_pictures(folder / "imagenet" / "val", count=6)
     write_pictures(folder / "photos")
+    (folder / "imagenet-1k").mkdir()
+    write_parquet(folder / "imagenet" / "train", folder / "imagenet-1k" / "data")
     from tests.fid_packages import random_state
 
     torch_files.write_arrays(folder / "pt_inception-2015-12-05-6726825d.pth", random_state())

@@ -14,7 +14,7 @@ import pytest
 from tests.conftest import ROOT, run_command, start_command, train_here
 from tests.processes.together import all_well, ends, free_port, start_hosts
 from tests.runs import arrays, steps_of
-from tests.small_data import write_pictures, write_vae
+from tests.small_data import write_parquet, write_pictures, write_vae
 
 # Wide enough that the stacks of blocks are split over `fsdp`.
 RUN = [
@@ -79,6 +79,23 @@ def test_four_processes_train_as_one(alone, four):
         assert (workdir / name).is_file()
     samples, wanted = (np.load(w / "samples.npz")["arr_0"] for w in (workdir, alone))
     assert np.abs(samples.astype(int) - wanted).max() <= 1
+
+
+def test_two_processes_unpack_parquet_shards_and_train_as_one_on_the_folder(tmp_path):
+    write_pictures(tmp_path / "folder", 40)
+    write_parquet(tmp_path / "folder", tmp_path / "parquet", shards=4)
+    flags = ["--config.data.batch_size=16", "--config.model.num_classes=3"]
+    flags += ["--config.train.sample_every=0", "--config.sample.num_samples=0"]
+
+    def data(name):
+        return [f"--config.data.name={name}", f"--config.data.path={tmp_path / name}"]
+
+    printed = all_well(start_run(2, tmp_path / "two", *flags, *data("parquet")))
+    assert "40 images of 3 classes" in printed and "unpacking the images of" in printed
+    train_here(*RUN, *flags, *data("folder"), f"--workdir={tmp_path / 'one'}")
+    same_losses(tmp_path / "two", tmp_path / "one")
+    names = sorted(path.name for path in (tmp_path / "parquet").iterdir())
+    assert len(names) == 8 and not any(name.endswith((".tmp", ".lock")) for name in names)
 
 
 def test_a_checkpoint_of_four_is_restored_by_one_and_by_two(four, tmp_path):
