@@ -144,7 +144,7 @@ def run_here(command, *arguments: str, expect: int = 0, cwd=ROOT) -> str:
         patch.chdir(cwd)
         patch.setattr(loop, "compile_step", compiled_once(loop.compile_step))
         patch.setattr(costs, "pass_macs", counted_once())
-        patch.setattr(interrupts, "end_in", lambda seconds: None)
+        patch.setattr(interrupts, "end_in", lambda seconds, code: None)
         patch.setattr("sys.argv", ["command", *arguments])
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
             try:

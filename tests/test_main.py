@@ -235,13 +235,14 @@ def test_a_run_that_stops_after_a_step_that_is_not_finite_keeps_its_checkpoints(
 
 def test_a_stopped_run_does_not_end_a_python_program(tmp_path, monkeypatch, in_root, keep_signals):
     ended = []
-    monkeypatch.setattr(interrupts, "end_in", ended.append)
+    monkeypatch.setattr(interrupts, "end_in", lambda *arguments: ended.append(arguments))
     monkeypatch.setattr(StopSignal, "requested", lambda self, step: step == 1)
     config = configs.load("configs/digits.py", "smoke")
     config.sample.num_samples = 0
     assert not loop.train(config, tmp_path / "called") and ended == []
     stop = StopSignal(ends_process=True)
-    assert not loop.train(config, tmp_path / "command", stop=stop) and ended == [30]
+    stop.exit_code = 75
+    assert not loop.train(config, tmp_path / "command", stop=stop) and ended == [(30, 75)]
 
 
 def test_a_state_that_was_due_is_saved_once_a_step_is_finite(tmp_path, monkeypatch):
