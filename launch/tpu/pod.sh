@@ -112,7 +112,7 @@ install() {
         cd mdt_jax
         python3 -m uv venv --quiet --allow-existing --python 3.12 .venv
         python3 -m uv pip install --quiet --python .venv/bin/python \
-            --constraint launch/constraints.txt -e '.[tpu,data,gcs]'"
+            --constraint launch/constraints.txt -e '.[tpu,data,gcs,parquet]'"
 }
 
 # Each machine's ~/mdt_jax has the command, the log and the number of its process and, at the end,

@@ -306,7 +306,7 @@ def test_dockerfile():
     guide = (LAUNCH / "kubernetes" / "README.md").read_text()
     for more in re.findall(r"EXTRAS=([\w,]+)", guide):
         extras |= set(more.split(","))
-    assert extras == {"cuda", "tpu", "k8s", "data", "gcs"}
+    assert extras == {"cuda", "tpu", "k8s", "data", "gcs", "parquet"}
     assert extras <= set(given["optional-dependencies"])
     assert re.search(r"pip install [^\n]*\.\[\$\{EXTRAS\}\]", text)
 
@@ -329,7 +329,7 @@ def test_what_is_installed_is_pinned():
     pins = dict(line.split("==") for line in lines if not line.startswith("#"))
     given = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = given["optional-dependencies"]
-    names = ("cuda", "tpu", "k8s", "data", "gcs")
+    names = ("cuda", "tpu", "k8s", "data", "gcs", "parquet")
     for line in sum((extras[name] for name in names), given["dependencies"]):
         requirement = Requirement(line)
         assert Version(pins[canonicalize_name(requirement.name)]) in requirement.specifier, line
@@ -423,7 +423,7 @@ def test_pod_step_by_step(cloud):
         home = cloud.folder / machine
         assert (home / "set-up").exists() and (home / "mdt_jax" / "launch" / "run.sh").exists()
     assert [
-        line for line in (cloud.folder / "ran").read_text().splitlines() if "[tpu,data,gcs]" in line
+        line for line in (cloud.folder / "ran").read_text().splitlines() if "[tpu,data,gcs,parquet]" in line
     ]
 
     cloud.pod("run", *cloud.command)
