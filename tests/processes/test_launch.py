@@ -422,9 +422,8 @@ def test_pod_step_by_step(cloud):
     for machine in "01":
         home = cloud.folder / machine
         assert (home / "set-up").exists() and (home / "mdt_jax" / "launch" / "run.sh").exists()
-    assert [
-        line for line in (cloud.folder / "ran").read_text().splitlines() if "[tpu,data,gcs,parquet]" in line
-    ]
+    ran = (cloud.folder / "ran").read_text().splitlines()
+    assert [line for line in ran if "[tpu,data,gcs,parquet]" in line]
 
     cloud.pod("run", *cloud.command)
     wait_for(lambda: len(cloud.trained()) == 2, "two machines")
