@@ -10,8 +10,9 @@ import mdt_jax
 from mdt_jax import convert, evaluate, inpaint, main, sample
 from mdt_jax.runtime import buckets, files, leases, locks
 from mdt_jax.runtime.errors import UserError
+from mdt_jax.train import loop
 from mdt_jax.weights.vae import Vae
-from tests.conftest import SMOKE, exits_with_one_line, run_here, train_here
+from tests.conftest import ROOT, SMOKE, exits_with_one_line, run_here, train_here
 from tests.gcs_protocol import Fault
 from tests.runs import MEASURING, SAMPLE
 from tests.small_data import write_vae
@@ -97,10 +98,10 @@ def test_a_run_whose_only_step_is_not_finished(gcs, run, capsys, monkeypatch):
 
 
 def test_a_damaged_step_is_marked(gcs, run):
-    damaged = next(n for n in gcs.objects("run/checkpoints/4/params/") if "ocdbt.process_0/d/" in n)
-    content = bytearray(gcs.read(damaged))
-    content[len(content) // 2] ^= 1
-    gcs.write(damaged, bytes(content))
+    for damaged in [n for n in gcs.objects("run/checkpoints/4/params/") if "/d/" in n]:
+        content = bytearray(gcs.read(damaged))
+        content[len(content) // 2] ^= 1
+        gcs.write(damaged, bytes(content))
     gcs.set_faults(Fault("POST", "samples/0000003.png", status=403))  # stops the run on its way
     printed = train_here(*SMOKE, "--config.train.sample_every=1", f"--workdir={run}", expect=2)
     gcs.set_faults()
@@ -210,6 +211,8 @@ MISTAKES = {
     "no name": ([*SMOKE, "--workdir=gs://"], "write gs://BUCKET/NAME"),
     "dots": ([*SMOKE, "--workdir=gs://bucket/../run"], "write gs://BUCKET/NAME"),
     "an object": ([*SMOKE, "--workdir={}/object"], "is an object; choose another name"),
+    "a number sign": ([*SMOKE, "--workdir={}/run#1"], "a name in a bucket cannot have a #"),
+    "something else": ([*SMOKE, "--workdir={}/cats"], "holds something else than a run (cat.png)"),
     "a pattern": ([*SMOKE, "--workdir={}/run[1]"], "cannot be read back"),
     "a scheme": ([*SMOKE, "--workdir=az://bucket/run"], "is a URL, and mdt_jax reads and writes"),
 }
@@ -218,10 +221,11 @@ MISTAKES = {
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_workdir_that_cannot_be(name, gcs, capsys, monkeypatch):
     gcs.write("object", b"")
+    gcs.write("cats/cat.png", b"")
     argv, message = MISTAKES[name]
     argv = [text.format(gcs.root) for text in argv]
     assert message in exits_with_one_line(main.main, argv, capsys, monkeypatch)
-    assert gcs.objects() == ["object"]
+    assert gcs.objects() == ["cats/cat.png", "object"]
 
 
 @pytest.mark.parametrize("status", [401, 403])
@@ -230,6 +234,64 @@ def test_no_permission_to_write(status, gcs, capsys, monkeypatch):
     line = exits_with_one_line(main.main, [*SMOKE, f"--workdir={gcs.root}/r"], capsys, monkeypatch)
     assert f"workdir {gcs.root}/r cannot be written to" in line
     assert "check the credentials and permissions" in line and gcs.objects() == []
+
+
+def test_no_permission_to_delete(gcs, capsys, monkeypatch):
+    argv = [*SMOKE, f"--workdir={gcs.root}/r"]
+    gcs.set_faults(Fault("GET", r"/b/[^/]*(\?|$)", status=403))  # the metadata of the bucket
+    line = exits_with_one_line(main.main, argv, capsys, monkeypatch)
+    assert "needs the permission storage.buckets.get" in line and gcs.objects() == []
+    gcs.set_faults(Fault("DELETE", "", status=403))
+    for _ in range(2):
+        line = exits_with_one_line(main.main, argv, capsys, monkeypatch)
+        assert "objects can be written, but not removed" in line
+    assert gcs.objects() == ["r/.write-test"]
+
+
+def test_requests_that_are_refused(gcs, run, capsys, monkeypatch):
+    """Answers of 400 are ValueErrors of gcsfs."""
+    gcs.set_faults(Fault("GET", "", status=400))
+    for argv in ([f"--checkpoint={run}", "--out=x.png"], [*SAMPLE, f"--out={gcs.root}/x.png"]):
+        line = exits_with_one_line(sample.main, [*argv, "--labels=1"], capsys, monkeypatch)
+        assert f"{gcs.root}/" in line
+
+
+def test_other_peoples_objects_are_left_alone(gcs):
+    for name in ("a1.npz.parts/x", "a*.npz.parts/x", "a*.npz.parts/y/z", "a[1]/x"):
+        gcs.write(name, b"")
+    files.remove_folder(files.as_path(f"{gcs.root}/a*.npz.parts"))
+    assert gcs.objects() == ["a1.npz.parts/x", "a[1]/x"]
+    files.remove_folder(files.as_path(f"{gcs.root}/a[1]"))
+    assert gcs.objects() == ["a1.npz.parts/x"]
+
+
+def test_what_python_programs_pass(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = mdt_jax.config.load(str(ROOT / "configs" / "digits.py"), "smoke")
+    for call in (
+        lambda: loop.train(config, "az://b/run"),
+        lambda: mdt_jax.load("az://b/run"),
+        lambda: mdt_jax.fid("az://b/s.npz", "digits", inception="x"),
+    ):
+        with pytest.raises(UserError, match="is a URL, and mdt_jax reads and writes"):
+            call()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_bucket_that_does_not_exist(gcs, capsys, monkeypatch):
+    argv = ["--checkpoint=gs://nobody-has-this/run", "--labels=1", "--out=x.png"]
+    line = exits_with_one_line(sample.main, argv, capsys, monkeypatch)
+    assert "there is no bucket gs://nobody-has-this" in line
+    argv = [*SAMPLE, "--labels=1", "--out=gs://x.png"]
+    assert "write gs://BUCKET/NAME" in exits_with_one_line(sample.main, argv, capsys, monkeypatch)
+
+
+def test_a_lock_whose_answer_was_lost(gcs):
+    gcs.set_faults(Fault("POST", r"\.lock", cut="answer", times=1))
+    started = leases.time.monotonic()
+    with locks.held(files.as_path(f"{gcs.root}/.lock"), "it"):
+        assert leases.time.monotonic() - started < 30
+    assert gcs.objects() == []
 
 
 def test_no_permission_to_read(gcs, run, capsys, monkeypatch):
@@ -256,7 +318,7 @@ def test_a_client_that_is_not_installed(monkeypatch, capsys):
     monkeypatch.setitem(__import__("sys").modules, "gcsfs", None)
     argv = [*SMOKE, "--workdir=gs://bucket/run"]
     line = exits_with_one_line(main.main, argv, capsys, monkeypatch)
-    assert "gs:// needs gcsfs: pip install 'mdt_jax[gcs]'" in line
+    assert "gs:// needs gcsfs: pip install -e '.[gcs]'" in line
     buckets._load.cache_clear()
 
 

@@ -314,6 +314,7 @@ def open_images(
     """
     if image_size is not None and image_size**2 > MAX_PIXELS:
         raise UserError(f"image_size is {image_size}, larger than images that are read")
+    as_path(path)  # refuses URLs of other kinds
     if path.endswith(".npz"):
         images = NpzImages(path, labelled)
     elif path in sources.PACKAGED:

@@ -18,6 +18,8 @@ import re
 import secrets
 import shutil
 import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from etils import epath
@@ -30,6 +32,8 @@ CLIENTS = {"gs": ("gcsfs", "gcs"), "s3": ("s3fs", "s3")}
 LIBRARIES = re.compile(
     r"(aiobotocore|aiohttp|botocore|gcsfs|google\.(api_core|auth|cloud)|requests|s3fs)\b"
 )
+REFUSED = re.compile("Forbidden: |Bad Request: ")
+THREADS = 16  # requests at a time
 
 
 def scheme(path: str | os.PathLike) -> str:
@@ -41,13 +45,16 @@ def scheme(path: str | os.PathLike) -> str:
 def place(url: str) -> epath.Path:
     """The path of gs://BUCKET/NAME or s3://BUCKET/NAME.
 
-    Raises UserError where the URL names no bucket, or where its client is not installed.
+    Raises UserError where the URL names no bucket, where the client is not installed, and for a #
+    in the name: gcsfs, TensorStore and ArrayRecord each take what follows for something else.
     """
     protocol = scheme(url)
     bucket, _, name = url.removeprefix(f"{protocol}://").partition("/")
     parts = name.rstrip("/").split("/") if name else []
     if not bucket or any(part in ("", ".", "..") for part in parts):
         raise UserError(f"{url}: write {protocol}://BUCKET/NAME")
+    if "#" in name:
+        raise UserError(f"{url}: a name in a bucket cannot have a #; choose another one")
     _load(protocol)
     return epath.Path(f"{protocol}://{'/'.join([bucket, *parts])}")
 
@@ -63,7 +70,7 @@ def _load(protocol: str) -> None:
 
         importlib.import_module(package)
     except ImportError:
-        raise UserError(f"{protocol}:// needs {package}: pip install 'mdt_jax[{extra}]'") from None
+        raise UserError(f"{protocol}:// needs {package}: pip install -e '.[{extra}]'") from None
     # Other processes write there, too; a client's list of objects would soon be out of date.
     conf.setdefault(protocol, {}).setdefault("use_listings_cache", False)
     for name in (package, "google"):  # they print tracebacks of what they raise
@@ -79,13 +86,33 @@ def client(path: str | os.PathLike) -> Any:
     return fsspec.filesystem(protocol)
 
 
+def bucket_of(path: str | os.PathLike) -> str:
+    """gs://BUCKET or s3://BUCKET of a path there."""
+    protocol, _, name = os.fspath(path).partition("://")
+    return f"{protocol}://{name.partition('/')[0]}"
+
+
+@contextlib.contextmanager
+def _asking(path: str | os.PathLike) -> Iterator[None]:
+    """Turn what a client says into UserError, from its error, but for FileNotFoundError."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # of many kinds, by client
+        if text := problem(error):
+            raise UserError(f"{path} cannot be read: {text}") from error
+        raise
+
+
 def kind(path: str | os.PathLike) -> str:
     """ "file" for an object, "directory" for a folder with objects, "" for neither.
 
     epath's own `exists` and `is_dir` take an object that cannot be reached for one that is missing.
     """
     try:
-        return client(path).info(str(path))["type"]
+        with _asking(path):
+            return client(path).info(str(path))["type"]
     except FileNotFoundError:
         return ""
 
@@ -93,7 +120,8 @@ def kind(path: str | os.PathLike) -> str:
 def names(folder: str | os.PathLike) -> list[str]:
     """The names of the objects and folders in a folder; [] where it does not exist."""
     try:
-        paths = client(folder).ls(str(folder), detail=False)
+        with _asking(folder):
+            paths = client(folder).ls(str(folder), detail=False)
     except FileNotFoundError:
         return []
     _, _, own = str(folder).partition("://")  # some programs make an object for a folder itself
@@ -120,8 +148,9 @@ def remove(path: str | os.PathLike) -> None:
 
 def remove_folder(folder: str | os.PathLike) -> None:
     """Remove all objects in a folder, unless there are none."""
-    with contextlib.suppress(FileNotFoundError):
-        client(folder).rm(str(folder), recursive=True)
+    objects = client(folder).find(str(folder))  # its own recursive `rm` takes * and ? for patterns
+    with ThreadPoolExecutor(THREADS) as pool:
+        list(pool.map(lambda name: remove(f"{scheme(folder)}://{name}"), objects))
 
 
 _versions: dict[pathlib.Path, object] = {}  # copy → the version of its object
@@ -147,7 +176,8 @@ def fetched(path: str | os.PathLike) -> pathlib.Path:
     Raises FileNotFoundError.
     """
     path = epath.Path(path)
-    info = client(path).info(str(path))
+    with _asking(path):
+        info = client(path).info(str(path))
     if info["type"] == "directory":
         raise FileNotFoundError(errno.ENOENT, "it is a folder", str(path))
     version = info.get("generation") or info.get("ETag")
@@ -157,7 +187,8 @@ def fetched(path: str | os.PathLike) -> pathlib.Path:
     if _versions.get(copy) != version:
         folder.mkdir(exist_ok=True)
         partial = folder / secrets.token_hex(8)
-        client(path).get_file(str(path), str(partial))
+        with _asking(path):
+            client(path).get_file(str(path), str(partial))
         partial.replace(copy)
         _versions[copy] = version
     return copy
@@ -168,17 +199,39 @@ def check_writable(folder: str | os.PathLike, name: str) -> None:
 
     name: the subject of the message.
     """
-    probe = epath.Path(folder) / f".write-test-{secrets.token_hex(8)}"
+    if bucket_of(folder).endswith("://"):  # the folder of what the user has called gs://NAME
+        raise UserError(f"{name} cannot be written to: write {folder}BUCKET/NAME")
+    probe, written = epath.Path(folder) / ".write-test", False
     try:
         client(probe).pipe_file(str(probe), b"mdt_jax")
-        client(probe).rm_file(str(probe))
+        written = True
+        remove(probe)
     except FileNotFoundError:
-        bucket = re.match("[^/]+//[^/]+", str(folder))
         raise UserError(
-            f"{name} cannot be written to: there is no bucket {bucket and bucket[0]}"
+            f"{name} cannot be written to: there is no bucket {bucket_of(folder)}"
         ) from None
     except Exception as error:  # of many kinds, by client
-        raise UserError(f"{name} cannot be written to: {problem(error) or error}") from None
+        problem_ = problem(error) or error
+        what = f"objects can be written, but not removed ({probe}): " if written else ""
+        raise UserError(f"{name} cannot be written to: {what}{problem_}") from None
+
+
+def check_deletable(folder: str | os.PathLike, name: str) -> None:
+    """Raise UserError where Orbax could not delete checkpoints in a folder of gs://.
+
+    Orbax asks for the bucket's metadata first, with another client than gcsfs.
+    """
+    from google.cloud import storage
+
+    bucket = bucket_of(folder)
+    try:
+        storage.Client().get_bucket(bucket.removeprefix("gs://"))
+    except Exception as error:  # of many kinds
+        raise UserError(
+            f"{name} cannot be used: Orbax reads the metadata of {bucket} before it deletes a "
+            "checkpoint, which needs the permission storage.buckets.get (the role "
+            f"storage.legacyBucketReader has it): {problem(error) or error}"
+        ) from None
 
 
 def problem(error: BaseException) -> str:
@@ -186,7 +239,8 @@ def problem(error: BaseException) -> str:
     for each in causes(error):
         text = str(each).strip()
         theirs = LIBRARIES.match(type(each).__module__)
-        if theirs or (isinstance(each, OSError) and text.startswith("Forbidden:")):
+        # gcsfs raises these as Python's own errors.
+        if theirs or (type(each) in (OSError, ValueError) and REFUSED.match(text)):
             lines = [line for line in text.splitlines() if line] or [type(each).__name__]
             denied = re.search(r"\b(?:401|403|[Ff]orbidden|denied)\b|credentials", text)
             hint = "; check the credentials and permissions of this machine" if denied else ""

@@ -19,6 +19,7 @@ from etils import epath
 from mdt_jax.runtime import buckets
 from mdt_jax.runtime.errors import DamagedError, UserError, causes
 
+URL = "[A-Za-z][A-Za-z0-9+.-]*://"
 # A place on a disk, or in a bucket.
 Path = pathlib.Path | epath.Path
 
@@ -41,13 +42,20 @@ def in_bucket(path: str | os.PathLike) -> bool:
 
 
 def as_path(path: str | os.PathLike) -> Path:
-    """The path of a text. Raises UserError for a bucket whose client is not installed."""
-    return buckets.place(os.fspath(path)) if in_bucket(path) else pathlib.Path(path)
+    """The path of a text. Raises UserError for another URL, and for a bucket whose client is not
+    installed.
+    """
+    if in_bucket(path):
+        return buckets.place(os.fspath(path))
+    if re.match(URL, os.fspath(path)):
+        anywhere(os.fspath(path))
+    return pathlib.Path(path)
 
 
 def absolute(path: str | os.PathLike) -> Path:
     """The path of a text, on a disk from its root."""
-    return buckets.place(os.fspath(path)) if in_bucket(path) else pathlib.Path(path).absolute()
+    place = as_path(path)
+    return place.absolute() if isinstance(place, pathlib.Path) else place
 
 
 def exists(path: str | os.PathLike) -> bool:
@@ -283,7 +291,7 @@ def local(path: str, kinds: str = "local files") -> str:
     variable.
     """
     # pathlib leaves one slash of a URL's two. tfds:/FOLDER is a prepared data set, not a URL.
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://|(?!tfds:)[A-Za-z][A-Za-z0-9+.-]+:/", path):
+    if re.match(rf"{URL}|(?!tfds:)[A-Za-z][A-Za-z0-9+.-]+:/", path):
         raise UserError(
             f"{path} is a URL, and mdt_jax reads and writes {kinds} here; mount it, or copy it"
         )

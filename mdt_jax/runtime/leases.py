@@ -64,6 +64,8 @@ class Lease:
                 pass
             with contextlib.suppress(FileNotFoundError):  # the holder has just ended
                 holder = self._read()
+                if holder.get("token") == self._holder["token"]:
+                    return  # the client repeated a request whose answer was lost
                 if self._is_alive(holder):
                     raise UserError(f"{self._what} {describe(holder)}")
                 client.pipe_file(path, self._content())

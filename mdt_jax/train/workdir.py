@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from mdt_jax import __version__
 from mdt_jax import config as configs
 from mdt_jax.data import sample_notes
-from mdt_jax.runtime import files, hosts
+from mdt_jax.runtime import buckets, files, hosts
 from mdt_jax.runtime.errors import DamagedError, UserError
 from mdt_jax.runtime.files import Path, atomic_write, read_json
 from mdt_jax.train import inputs
@@ -180,8 +180,15 @@ def check_usable(workdir: Path) -> None:
     check_arrays_possible(workdir)
     if files.in_bucket(workdir):
         files.check_writable(workdir, f"workdir {workdir}")
+        buckets.check_deletable(workdir, f"workdir {workdir}")
         if files.is_file(workdir):
             raise UserError(f"workdir {workdir} is an object; choose another name")
+        names = [name for name in files.names_in(workdir) if name != LOCK]
+        if names and not {"config.json", FOLDER} & {*names}:
+            raise UserError(
+                f"workdir {workdir} holds something else than a run ({names[0]}); choose another "
+                "name"
+            )
     if hosts.broadcast(files.exists(workdir / LOCK)):
         with alone(workdir):
             pass
@@ -194,11 +201,14 @@ def check_usable(workdir: Path) -> None:
 
 def make(workdir: Path) -> None:
     """Create a workdir. Raises UserError where it cannot be written, or processes see another."""
+    if files.in_bucket(workdir):  # which needs no folders
+        hosts.agree({"--workdir": workdir})
+        return
     probe = workdir / ".write-test"
     try:
         if hosts.is_first():
-            workdir.mkdir(parents=True, exist_ok=True)
-            probe.write_bytes(b"")
+            files.make_folder(workdir)
+            probe.touch()
         hosts.all_hosts(True)  # wait for the first process
         if not _is_visible(probe):
             raise UserError(
