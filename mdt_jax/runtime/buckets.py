@@ -248,12 +248,13 @@ def problem(error: BaseException) -> str:
     return ""
 
 
-# The files of a run that grow, or that other libraries write.
-MIRRORED = ("metrics.jsonl", "profile/*", "tensorboard/*", "wandb/run-id")
+LOG = "metrics.jsonl"
+# Files of a run that other libraries write.
+MIRRORED = ("profile/*", "tensorboard/*", "wandb/run-id")
 
 
 class Mirror:
-    """A local folder for the files of MIRRORED, of which a workdir in a bucket gets copies.
+    """A local folder for LOG and the files of MIRRORED, of which a workdir in a bucket gets copies.
 
     On a disk the folder is the workdir itself, and nothing is copied.
     """
@@ -279,8 +280,21 @@ class Mirror:
             except FileNotFoundError:
                 path.unlink(missing_ok=True)
 
+    def log(self) -> str | None:
+        """The text of LOG; None on a disk, and where this process has no log."""
+        path = self.folder / LOG
+        return path.read_text() if scheme(self._workdir) and path.exists() else None
+
+    def put_log(self, text: str | None) -> None:
+        """Write a text of `log` to the bucket. Raises UserError."""
+        if text is not None:
+            with tempfile.NamedTemporaryFile("w") as file:
+                file.write(text)
+                file.flush()
+                upload(pathlib.Path(file.name), self._workdir / LOG)
+
     def push(self) -> None:
-        """Copy the files that have changed to the bucket, each as one object. Raises UserError."""
+        """Copy the files of MIRRORED that have changed, each as one object. Raises UserError."""
         if not scheme(self._workdir):
             return
         for path in sorted(self.folder.rglob("*")):

@@ -139,6 +139,10 @@ class Checkpoints:
             manager.save(step, args=contents, metrics=metrics, force=True)
         self._manager = manager
 
+    def are_whole(self) -> bool:
+        """Whether no save is going on."""
+        return self._manager is None or not self._manager.is_saving_in_progress()
+
     def newest(self) -> Path | None:
         """The folder of the newest finished step, if any, after every save has finished."""
         self.close()

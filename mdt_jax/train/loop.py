@@ -90,6 +90,7 @@ def train(
                     measure = run.must_measure(step)
                     if run.must_save(step, measure):
                         run.save(step, state, log)
+                    run.publish_log()
                     with stop.interruptible():
                         if run.must_sample(step):
                             run.save_grid(step, sampler, state, log)

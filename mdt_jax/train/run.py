@@ -11,9 +11,9 @@ from ml_collections import ConfigDict
 
 from mdt_jax.evaluation.evaluator import BEST, Evaluator
 from mdt_jax.runtime import hosts
-from mdt_jax.runtime.buckets import Mirror
+from mdt_jax.runtime.buckets import LOG, Mirror
 from mdt_jax.runtime.errors import NotFiniteError
-from mdt_jax.runtime.files import Path, exists
+from mdt_jax.runtime.files import Path, exists, in_bucket
 from mdt_jax.runtime.hosts import log0
 from mdt_jax.runtime.progress import print_result
 from mdt_jax.train import inputs, workdir
@@ -54,6 +54,7 @@ class Run:
         self.compile_seconds = 0.0
         self._seconds_before = 0.0  # trained before this process started
         self._measured: set[int] = set()
+        self._unpublished: str | None = None  # the log of a checkpoint that may not be whole yet
         self._overdue = False  # a state that was due is not saved yet
         self._check_lock: Callable[[], None] = lambda: None
         self._opened = contextlib.ExitStack()
@@ -80,15 +81,19 @@ class Run:
             abstract,
             lambda meta: workdir.check_same_run(meta, self.config, self.folder, self.identity),
         )
+        if hosts.is_first():
+            self.mirror.fetch(LOG, "wandb/run-id")
         if restored is None:
             workdir.check_nothing_is_lost(self.folder)
             return None
         state, meta = restored
+        if hosts.is_first() and "log" in meta and in_bucket(self.folder):
+            (self.mirror.folder / LOG).write_text(meta["log"])
         self.resumed = True
         self.start, self.compile_seconds = meta["step"], meta["compile_seconds"]
         self.means = Means(meta.get("since_line"))  # older checkpoints have none
         self._seconds_before = meta["seconds"]
-        self._measured = workdir.measured_steps(self.folder, BEST, self.start)
+        self._measured = workdir.measured_steps(self.mirror.folder, BEST, self.start)
         return state
 
     def is_finished(self) -> bool:
@@ -115,13 +120,13 @@ class Run:
         trackers = []
         if hosts.is_first():
             config = self.config.to_dict()
-            self.mirror.fetch("metrics.jsonl", "wandb/run-id")
             trackers = open_trackers(
                 self.mirror.folder, config, self.start, show.tensorboard, show.wandb,
                 self.folder.name,
             )  # fmt: skip
             workdir.begin(self.folder, self.config, self.identity["classes"], self.start)
-            trackers.append(MetricsLog(self.mirror.folder / "metrics.jsonl", self.start))
+            trackers.append(MetricsLog(self.mirror.folder / LOG, self.start))
+            self.mirror.put_log(self.mirror.log())
             if not on_terminal():
                 trackers.append(Lines(self.config.train.steps))
         if self.start < self.config.train.steps:
@@ -169,7 +174,8 @@ class Run:
 
         Its parameters may be the reason, so older checkpoints are kept instead, and the next finite
         state is saved. The last state of the run is saved in any case, and so is one that would be
-        its `only` checkpoint. The log is flushed first: no checkpoint is ahead of it.
+        its `only` checkpoint. The log is flushed first: no checkpoint is ahead of it. In a bucket
+        the checkpoint contains the log, of which `publish_log` writes a copy.
         """
         log.catch_up()
         self._overdue = log.skipping and step < self.config.train.steps and not only
@@ -177,14 +183,25 @@ class Run:
             return
         self._check_lock()
         log.flush()
+        text = self.mirror.log()
         with jax.transfer_guard("allow"):
-            self.checkpoints.save(state, self._meta())
+            contents = self._meta() if text is None else self._meta() | {"log": text}
+            self.checkpoints.save(state, contents)  # waits until the one before is whole
+        self.mirror.put_log(self._unpublished)
+        self._unpublished = text
+
+    def publish_log(self) -> None:
+        """Write the log of the last checkpoint to the bucket, once that checkpoint is whole."""
+        if self._unpublished is not None and self.checkpoints.are_whole():
+            self.mirror.put_log(self._unpublished)
+            self._unpublished = None
 
     def save_stopped(self, step: int, state: TrainState, log: Log) -> None:
         """Save a state at which the run stops, wait until it is on disk, and print that."""
         newest = self.checkpoints.newest()
         self.save(step, state, log, only=newest is None)
         self.checkpoints.close()
+        self.publish_log()
         if self._overdue:
             log0(
                 f"stopped at step {step}, which is not saved since the last step was not finite; "
@@ -233,6 +250,7 @@ class Run:
             files += ", samples.npz, samples.png"
         if hosts.is_first():
             self.mirror.push()
+            self.mirror.put_log(self.mirror.log())
             workdir.write_json(self.folder / "report.json", report)
             print_result(json.dumps(report, indent=1))
             log0(f"{self.folder} has {files}")
