@@ -50,15 +50,27 @@ check_agent() {
     fi
 }
 
-# The state of the queued resource: ACTIVE, SUSPENDED, …, or NONE.
+# The state of the queued resource: ACTIVE, SUSPENDED, …, or NONE if it does not exist. Fails with
+# gcloud's message if gcloud cannot tell.
 state() {
-    tpu queued-resources describe "$TPU_NAME" --format='value(state.state)' 2>/dev/null || echo NONE
+    local message
+    {
+        message=$(tpu queued-resources describe "$TPU_NAME" --format='value(state.state)' \
+            2>&1 >&3) && return
+    } 3>&1
+    if [[ $message != *NOT_FOUND* ]]; then
+        echo "$message" >&2
+        return 1
+    fi
+    echo NONE
 }
 
 await_pod() {
     local now
-    while now=$(state) && [[ $now != ACTIVE ]]; do
+    while :; do
+        now=$(state) || return
         case $now in
+            ACTIVE) return ;;
             FAILED | SUSPEND* | NONE | DELETING)
                 echo "error: $TPU_NAME is $now" >&2
                 return 1
@@ -162,13 +174,19 @@ progress() {
 }
 
 watch() {
-    local now failures=0
+    local now failures=0 running=0
     while :; do
-        now=$(state)
+        now=$(state) || now='state unknown'
         if [[ $now == ACTIVE ]]; then
             now=$(progress "$@" | tail -n 1)
         fi
         echo "$TPU_NAME: $now"
+        # Failures add up only if no long run lies between them.
+        if [[ $now != running ]]; then
+            running=0
+        elif ((++running == 10)); then
+            failures=0
+        fi
         case $now in
             0) return ;;
             NONE) { "$0" create && "$0" run "$@"; } || true ;;

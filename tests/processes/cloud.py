@@ -50,7 +50,13 @@ elif what == ["queued-resources", "delete"]:
     for machine in "01":
         shutil.rmtree(here / machine, ignore_errors=True)
 elif what == ["queued-resources", "describe"]:
-    print(state.read_text() if state.exists() else sys.exit("NOT_FOUND"))
+    error = "ERROR: (gcloud.compute.tpus.queued-resources.describe)"
+    if (here / "unavailable").exists():
+        sys.exit(error + " UNAVAILABLE: The service is currently unavailable.")
+    if not state.exists():
+        sys.exit(error + " NOT_FOUND: Resource 'queuedResources/pod' was not found.")
+    print("WARNING: updates are available", file=sys.stderr)
+    print(state.read_text())
 else:
     assert what[0] == "tpu-vm" and state.read_text() == "ACTIVE"
     for machine in "01" if flags["worker"] == "all" else flags["worker"]:
@@ -76,6 +82,8 @@ case "$*" in
         trap 'exit 75' TERM
         until [[ -e {folder}/finish ]]; do
             [[ -e {folder}/fail ]] && exit 2
+            # One failure of this machine alone.
+            [[ -e {folder}/fail-once-$MACHINE ]] && rm {folder}/fail-once-$MACHINE && exit 2
             sleep 0.1
         done ;;
 esac
@@ -143,7 +151,8 @@ class Cloud:
 
     def trained(self) -> list[str]:
         """A line for each machine whose training was started."""
-        lines = (self.folder / "ran").read_text().splitlines()
+        ran = self.folder / "ran"
+        lines = ran.read_text().splitlines() if ran.exists() else []
         return sorted(line for line in lines if "mdt_jax.main" in line)
 
     def tokens(self) -> set[str]:

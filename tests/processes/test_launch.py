@@ -3,6 +3,7 @@
 tests/processes/test_slurm.py has Slurm.
 """
 
+import contextlib
 import importlib
 import json
 import os
@@ -34,6 +35,7 @@ SCRIPTS = [path for path in sorted(LAUNCH.rglob("*")) if path.suffix in (".sh", 
 GUIDES = sorted(LAUNCH.rglob("README.md"))
 RUN = str(LAUNCH / "run.sh")
 PAGE = ROOT / "docs" / "tpu-pods.md"
+PROJECT = "/path/to/mdt_jax"  # on the pages
 COMMANDS = ["encode", "sample", "evaluate", "inpaint", "convert", "info"]
 MODULES = {"train": main} | {name: importlib.import_module(f"mdt_jax.{name}") for name in COMMANDS}
 
@@ -205,6 +207,15 @@ def test_indexed_job():
     assert allowed == {"pods", "services", "jobs"}
 
 
+@pytest.mark.parametrize("name", ["indexed-job-gpu.yaml", "jobset-tpu.yaml"])
+def test_the_readme_has_what_the_files_refer_to(name):
+    """Of the clusters that a file's comments name, the README shows the account's roles."""
+    clusters = set(re.findall(r"\b(?:GKE|EKS|AKS)\b", (LAUNCH / "kubernetes" / name).read_text()))
+    readme = (LAUNCH / "kubernetes" / "README.md").read_text()
+    buckets = readme.partition("## Buckets\n")[2].partition("\n## ")[0]
+    assert clusters and all(cluster in buckets for cluster in clusters)
+
+
 def test_jobset():
     """Its own schema is not at hand offline; the job inside it is one of Kubernetes."""
     account, policy, jobset = documents("jobset-tpu.yaml")
@@ -246,7 +257,8 @@ def commands() -> list[list[str]]:
     for page in [*GUIDES, PAGE]:
         for block in re.findall(r"```bash\n(.*?)```", page.read_text(), re.S):
             for line in COMMAND.findall(block.replace("\\\n", " ")):
-                words = shlex.split(line.replace("$BUCKET", "gs://my-bucket"))
+                line = line.replace("$BUCKET", "gs://my-bucket").replace(PROJECT, str(ROOT))
+                words = shlex.split(line)
                 found.append(words if words[0] in MODULES else ["train", *words])
     for name in ("indexed-job-gpu.yaml", "jobset-tpu.yaml"):
         for part in documents(name):
@@ -257,11 +269,14 @@ def commands() -> list[list[str]]:
 
 
 @pytest.mark.parametrize("words", commands(), ids=" ".join)
-def test_command_lines(words, gcs, monkeypatch, keep_signals):
-    """Each ends where the first process or device would be started."""
+def test_command_lines(words, gcs, monkeypatch, keep_signals, tmp_path):
+    """Each ends where the first process or device would be started.
+
+    Those with the project's full path are called in another folder.
+    """
     command, *flags = (word.replace("gs://my-bucket", gcs.root) for word in words)
     module = MODULES[command]
-    monkeypatch.chdir(ROOT)
+    monkeypatch.chdir(tmp_path if str(ROOT) in " ".join(words) else ROOT)
 
     def start(*_, **__):
         raise Started
@@ -467,15 +482,27 @@ def test_the_page_on_tpu_pods(cloud):
     assert accounts == {"--service-account=mdt-jax@my-project.iam.gserviceaccount.com"}
 
 
-def test_pod_watch_goes_on_after_a_preemption(cloud):
-    command = [POD, "watch", *cloud.command]
+@contextlib.contextmanager
+def watching(cloud):
+    """A process of `watch`, which writes to the file `said`."""
     with open(cloud.folder / "said", "w") as said:
         process = subprocess.Popen(
-            command, cwd=ROOT, env=cloud.environment, stdout=said, stderr=said
+            [POD, "watch", *cloud.command],
+            cwd=ROOT,
+            env=cloud.environment,
+            stdout=said,
+            stderr=said,
         )
     try:
-        ran = cloud.folder / "ran"
-        wait_for(lambda: ran.exists() and len(cloud.trained()) == 2, "the first start")
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_pod_watch_goes_on_after_a_preemption(cloud):
+    with watching(cloud) as process:
+        wait_for(lambda: len(cloud.trained()) == 2, "the first start")
         cloud.pod("stop")  # as maintenance may; the pod stays
         wait_for(lambda: len(cloud.trained()) == 4, "the second start")
         cloud.pod("stop")
@@ -484,8 +511,6 @@ def test_pod_watch_goes_on_after_a_preemption(cloud):
         assert process.poll() is None
         (cloud.folder / "finish").touch()
         assert process.wait(timeout=60) == 0
-    finally:
-        process.kill()
     made = [call[3] for call in cloud.calls() if call[2] == "queued-resources"]
     assert [name for name in made if name != "describe"] == ["create", "delete", "create"]
 
@@ -504,6 +529,47 @@ def test_pod_watch_gives_up_on_a_run_that_fails(cloud):
     (cloud.folder / "fail").touch()
     assert "train failed with exit code 2" in cloud.pod("watch", *cloud.command, expect=1)
     assert len(cloud.trained()) == 8  # the first time and three more
+
+
+def test_pod_watch_forgets_failures_after_a_long_run(cloud):
+    """Three failures, ten checks that find the command running, and one more failure."""
+    cloud.environment["PERIOD"] = "0.05"
+    said, failure = cloud.folder / "said", cloud.folder / "fail-once-0"
+    with watching(cloud) as process:
+        for starts in (1, 2, 3):
+            wait_for(lambda n=2 * starts: len(cloud.trained()) == n, f"start {starts}")
+            failure.touch()
+        wait_for(lambda: len(cloud.trained()) == 8, "start 4")
+        last = "pod: 2\n"
+        wait_for(
+            lambda: said.read_text().rpartition(last)[2].count("pod: running\n") > 10,
+            "ten checks that find the command running",
+        )
+        failure.touch()
+        wait_for(lambda: len(cloud.trained()) == 10, "start 5")
+        (cloud.folder / "finish").touch()
+        assert process.wait(timeout=60) == 0
+    assert said.read_text().count(last) == 4
+
+
+def test_pod_watch_waits_while_gcloud_cannot_tell_the_state(cloud):
+    """It creates no pod then, and shows what gcloud says."""
+    (cloud.folder / "finish").touch()
+    (cloud.folder / "unavailable").touch()
+    said = cloud.folder / "said"
+    with watching(cloud) as process:
+        wait_for(lambda: said.read_text().count("UNAVAILABLE: The service") >= 3, "three checks")
+        assert said.read_text().count("pod: state unknown\n") >= 2
+        assert {call[3] for call in cloud.calls()} == {"describe"}
+        (cloud.folder / "unavailable").unlink()
+        assert process.wait(timeout=60) == 0
+    assert len(cloud.trained()) == 2
+
+
+def test_pod_create_fails_while_gcloud_cannot_tell_the_state(cloud):
+    (cloud.folder / "unavailable").touch()
+    assert "UNAVAILABLE: The service" in cloud.pod("create", expect=1)
+    assert [call[3] for call in cloud.calls()] == ["create", "describe"]
 
 
 @pytest.mark.parametrize("name", COMMANDS)
