@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import shlex
 from collections.abc import Iterator
 
 from mdt_jax.runtime import buckets, files
@@ -12,10 +13,10 @@ COPY = {"gs": ("gcloud storage cp", "-r"), "s3": ("aws s3 cp", "--recursive")}
 
 
 def copy_command(path: str | os.PathLike, folder: bool = True) -> str:
-    """The command that copies a folder or an object to this machine."""
+    """The command that copies a folder or an object to this machine, quoted for a shell."""
     command, recursive = COPY[buckets.scheme(path)]
     url = str(path).rstrip("/")
-    name = os.path.basename(url)
+    url, name = shlex.quote(url), shlex.quote(os.path.basename(url))
     return f"{command} {recursive} {url} {name}" if folder else f"{command} {url} {name}"
 
 

@@ -196,13 +196,16 @@ def load(path: str | os.PathLike, flip: bool = False) -> Latents:
     return Latents(folder, manifest, flip)
 
 
-def check_path(folder: files.Path) -> None:
-    """Raise UserError for a folder whose shards ArrayRecord could not write, or not read back."""
+def check_path(folder: files.Path, what: str = "a cache of latents") -> None:
+    """Raise UserError for a folder whose shards ArrayRecord could not write, or not read back.
+
+    what: is written there.
+    """
     full = str(files.absolute(folder))
     if "\n" in full or not is_text(full):
         raise UserError(
-            f"{full} has a line break, or bytes that are no UTF-8, in its path, and a cache "
-            "of latents there cannot be read back; choose another name, or rename the folder"
+            f"{full} has a line break, or bytes that are no UTF-8, in its path, and {what} there "
+            "cannot be read back; choose another name, or rename the folder"
         )
 
 

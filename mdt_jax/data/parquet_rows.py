@@ -207,7 +207,7 @@ def _is_unpacked(shard: Shard) -> bool:
 def _write_missing(missing: list[Shard]) -> None:
     """Write the `unpacked` files of shards, and wait for those that other processes write."""
     for folder in {shard.unpacked.parent for shard in missing}:
-        check_path(folder)
+        check_path(folder, "the images of parquet shards")
         files.check_writable(
             folder,
             f"{folder}, to which training unpacks the images of parquet shards (a folder of "

@@ -26,6 +26,8 @@ IMAGE_NAMES = ("image", "img", "jpg", "jpeg", "png", "webp")
 LABEL_NAMES = ("label", "labels", "cls", "class", "fine_label")
 NUMBERED = re.compile(r"(.*-)(\d{5})(-of-)(\d{5})(.*)")  # the hub's names of shards
 HASH = re.compile(r"(?<=-of-\d{5})-[0-9a-f]{16}(?=\.parquet$)")  # in older names of the hub
+# The most rows that a byte of a shard may hold: equal or missing images take few bits.
+ROWS_PER_BYTE = 1000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -138,7 +140,8 @@ def _find_shards(path: str) -> tuple[list[files.Path], list[str], LeftOut]:
 
     Raises UserError where there are none, or where they are several splits.
     """
-    found = _list_shards(path)
+    left_out = LeftOut()
+    found = _list_shards(path, left_out)
     # Their functions would shorten gs:// to gs:/.
     start = f"{buckets.scheme(path)}://" if files.in_bucket(path) else ""
     places = [name.removeprefix(start) for name in found]
@@ -151,7 +154,7 @@ def _find_shards(path: str) -> tuple[list[files.Path], list[str], LeftOut]:
         raise UserError(
             f"{path} is divided into splits: give one of them, {', '.join(dict.fromkeys(globs))}"
         )
-    left_out, there = LeftOut(), set(plain)
+    there = set(plain)
     for name in plain:
         if match := NUMBERED.fullmatch(name):
             head, _, middle, total, end = match.groups()
@@ -162,8 +165,11 @@ def _find_shards(path: str) -> tuple[list[files.Path], list[str], LeftOut]:
     return [files.as_path(name) for name in found], names, left_out
 
 
-def _list_shards(path: str) -> list[str]:
-    """The shards in a folder or matching a glob, sorted. Raises UserError where there are none."""
+def _list_shards(path: str, left_out: LeftOut) -> list[str]:
+    """The shards in a folder or matching a glob, sorted. Raises UserError where there are none.
+
+    Hidden ones, and those in hidden folders, are left out unless the path names them.
+    """
     with reading(path):
         is_folder, exists = files.is_dir(path), files.exists(path)
     if is_folder:
@@ -175,16 +181,48 @@ def _list_shards(path: str) -> list[str]:
         pattern = glob.escape(path) if exists else path
         problem = "matches no files" if glob.has_magic(path) else "does not exist"
     if files.in_bucket(path):
-        client, each = buckets.client(path), []
-        with reading(path), contextlib.suppress(FileNotFoundError):  # of the bucket
-            each = client.find(path) if is_folder else client.glob(pattern)
-        found = [client.unstrip_protocol(name) for name in each]
+        found = _list_bucket(path, pattern, is_folder)
+    elif is_folder:
+        found = _walk(path, left_out)
     else:
         found = [name for name in glob.glob(pattern, recursive=True) if os.path.isfile(name)]
-    found = sorted(name for name in found if not is_folder or name.endswith(SUFFIX))
     if not found:
         check_bucket(path)
         raise UserError(f"data.path {path} {problem}")
+    return sorted(found)
+
+
+def _list_bucket(path: str, pattern: str, is_folder: bool) -> list[str]:
+    """As `_list_shards`, in a bucket; pattern: a glob of the path. Empty where there are none."""
+    client, found = buckets.client(path), {}
+    with reading(path), contextlib.suppress(FileNotFoundError):  # of the bucket
+        list_objects = client.find if is_folder else client.glob
+        found = list_objects(path if is_folder else pattern, detail=True)
+    names = [client.unstrip_protocol(n) for n, info in found.items() if info["type"] == "file"]
+    root = re.split(r"[*?[]", pattern)[0].rpartition("/")[0]
+    if "/." not in pattern.removeprefix(root):
+        names = [name for name in names if "/." not in name.removeprefix(root)]
+    return [name for name in names if not is_folder or name.endswith(SUFFIX)]
+
+
+def _walk(folder: str, left_out: LeftOut, above: tuple[str, ...] = ()) -> list[str]:
+    """The shards in a folder and in its folders; links never lead into a circle.
+
+    above: the real paths of the folders around this one.
+    """
+    real = os.path.realpath(folder)
+    if real in above:
+        left_out.add("link to a folder above", folder)
+        return []
+    found = []
+    for name in sorted(os.listdir(folder)):
+        path = os.path.join(folder, name)
+        if name.startswith("."):
+            continue
+        if os.path.isdir(path):
+            found += _walk(path, left_out, (*above, real))
+        elif name.endswith(SUFFIX) and os.path.isfile(path):
+            found.append(path)
     return found
 
 
@@ -223,7 +261,7 @@ def _open(path: files.Path, labelled: bool) -> tuple[Shard, _Labels]:
                 leaf for leaf in map(group.column, range(group.num_columns))
                 if leaf.path_in_schema == column
             )  # fmt: skip
-            if not group.num_rows == leaf.num_values <= size:
+            if not group.num_rows == leaf.num_values <= ROWS_PER_BYTE * size:
                 raise ValueError(f"row group {n} cannot have {group.num_rows} rows")
             groups.append(group.num_rows)
             images += leaf.total_uncompressed_size

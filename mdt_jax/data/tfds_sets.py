@@ -175,6 +175,10 @@ def _builder(tfds, name: str) -> Any:
             )
         hint = f"; the folder {name} does not hold one version of a prepared set"
     try:
+        files.anywhere(os.environ.get("TFDS_DATA_DIR", ""))
+    except UserError as error:
+        raise UserError(f"TFDS_DATA_DIR: {error}") from None
+    try:
         builder = tfds.builder(name, file_format="array_record")
     except Exception as error:  # of many kinds, by what is missing
         if _is_of_bucket(error, name):

@@ -141,8 +141,9 @@ class Data:
 @pytest.mark.parametrize(
     "name, path, message",
     [
-        ("folder", "gs://b/train/", "copy it (gcloud storage cp -r gs://b/train train)"),
-        ("folder", "s3://b/train", "copy it (aws s3 cp --recursive s3://b/train train)"),
+        ("folder", "ROOT/train/", "copy it (gcloud storage cp -r ROOT/train train)"),
+        ("folder", "ROOT/my set", "copy it (gcloud storage cp -r 'ROOT/my set' 'my set')"),
+        ("folder", "ROOT/no", "data.path ROOT/no does not exist"),
         ("tar", "ROOT/shards-{000..100}.tar", "is no tar file"),
         ("latents", "s3://b/c", "copy the folder: aws s3 cp --recursive s3://b/c c"),
         ("tfds", "s3://b/c/1.0.0", "copy the folder: aws s3 cp --recursive s3://b/c/1.0.0 1.0.0"),
@@ -150,13 +151,24 @@ class Data:
     ],
 )
 def test_what_is_not_read_in_place(gcs, name, path, message):
+    for folder in ("train", "my set"):
+        gcs.write(f"{folder}/1.png", b"x")
     with pytest.raises(UserError) as error:
         sources.stored(Data(name, path.replace("ROOT", gcs.root)), 10)
-    assert message in str(error.value)
+    assert message.replace("ROOT", gcs.root) in str(error.value)
+
+
+def test_folders_in_s3_are_copied(s3):
+    s3.write("train/1.png", b"x")
+    copy = rf"copy it \(aws s3 cp --recursive {s3.root}/train train\)"
+    with pytest.raises(UserError, match=copy):
+        sources.stored(Data("folder", f"{s3.root}/train"), 10)
+    with pytest.raises(UserError, match="data.path .*/no does not exist"):
+        sources.stored(Data("folder", f"{s3.root}/no"), 10)
 
 
 def test_a_bucket_that_is_not_there(gcs):
-    for name in ("latents", "tar", "tfds"):
+    for name in ("latents", "tar", "tfds", "folder"):
         with pytest.raises(UserError, match="there is no bucket gs://no-such-bucket$"):
             sources.stored(Data(name, "gs://no-such-bucket/c"), 10)
 

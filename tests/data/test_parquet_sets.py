@@ -195,6 +195,15 @@ BAD = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("image", [b"x", None])
+def test_rows_may_take_less_than_a_byte(image, tmp_path):
+    columns = {"image": [image] * 20_000, "label": [0] * 20_000}
+    path = write(tmp_path / "s.parquet", columns, {"image": pa.binary()})
+    assert path.stat().st_size < 20_000
+    found = parquet_sets.load(path)
+    assert len(found) == 20_000 and found.read(19_999)[0].read() == (image or b"")
+
+
 @pytest.mark.parametrize("name", BAD)
 def test_what_cannot_be_read(name, tmp_path):
     *made, message = BAD[name]
@@ -371,6 +380,19 @@ def test_nothing_is_unpacked_for_another_number_of_classes(shards):
     assert not list(shards.glob("*.array_record"))
 
 
+def test_links_to_a_folder_above_add_nothing(shards):
+    for name in ("one", "two"):
+        (shards / name).symlink_to(shards)
+    found = parquet_sets.load(shards)
+    assert len(found) == 24
+    assert found.left_out == f"link to a folder above: 2 (e.g. {shards}/one)"
+
+
+def test_a_folder_whose_name_ArrayRecord_cannot_read(shards):
+    with pytest.raises(UserError, match="line break.* and the images of parquet shards there"):
+        parquet_sets.load(shards.rename(shards.with_name("two\nlines")), at_random=True)
+
+
 def test_symbolic_links_keep_the_copies_elsewhere(shards, tmp_path):
     (tmp_path / "links").mkdir()
     for path in shards.iterdir():
@@ -390,8 +412,10 @@ def test_shards_in_a_bucket_are_read_in_order(protocol, shards, request):
     root = request.getfixturevalue({"gs": "gcs", "s3": "s3"}[protocol]).root
     client = buckets.client(root)
     client.put(str(shards), f"{root}/set", recursive=True)
+    for hidden in (".train-00000-of-00003.parquet", ".cache/train-00000-of-00003.parquet"):
+        client.pipe_file(f"{root}/set/{hidden}", b"x")
     expected = parquet_sets.load(shards)
-    for path in (f"{root}/set", f"{root}/set/train-*.parquet"):
+    for path in (f"{root}/set", f"{root}/set/train-*.parquet", f"{root}/set/*", f"{root}/set/**"):
         found = parquet_sets.load(path)
         assert found.contents == expected.contents and found.classes == CLASSES
         assert found.sha256 == expected.sha256
@@ -400,6 +424,7 @@ def test_shards_in_a_bucket_are_read_in_order(protocol, shards, request):
         ]
     copied = {"gs": "gcloud storage cp -r", "s3": "aws s3 cp --recursive"}[protocol]
     refused(f"{root}/set", rf"copy them to a disk \({copied} {root}/set set\), or", at_random=True)
+    refused(f"{root}/set/.train-00000-of-00003.parquet", "00003.parquet is damaged")
     refused(f"{root}/no", "data.path .*/no does not exist")
     refused(f"{root}/no*", "matches no files")
     refused(f"{root}-no/x", f"cannot be read: there is no bucket {root}-no")

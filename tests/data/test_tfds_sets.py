@@ -3,6 +3,10 @@
 import subprocess
 import sys
 
+import pytest
+
+from mdt_jax.data import tfds_sets
+from mdt_jax.runtime.errors import UserError
 from tests.conftest import ROOT
 
 PREPARE = """
@@ -131,3 +135,9 @@ def test_it_is_read_without_tensorflow(tmp_path):
         },
     )
     assert done.returncode == 0 and done.stdout.endswith("done\n"), done.stdout + done.stderr
+
+
+def test_a_url_that_is_not_read_is_refused(monkeypatch):
+    monkeypatch.setenv("TFDS_DATA_DIR", "az://bucket/sets")
+    with pytest.raises(UserError, match="^TFDS_DATA_DIR: az://bucket/sets is a URL, and .*$"):
+        tfds_sets.load("mnist", "train")
