@@ -140,15 +140,18 @@ def test_a_permission_that_is_withdrawn(gcs, undisturbed, tmp_path):
 
 
 def test_sigterm_saves_and_a_second_writer_is_refused(gcs, undisturbed, tmp_path):
-    process = start(gcs)
-    assert await_uploads(gcs, process, 60)
+    # The run waits for the log of step 40 while the second one starts.
+    gcs.set_faults(Fault("POST", "metrics.jsonl", wait=40, times=1, skip=2))
+    process, until = start(gcs), time.time() + 200
+    while 40 not in committed(gcs):
+        assert process.poll() is None and time.time() < until
+        time.sleep(0.05)
     workdir = f"{gcs.root}/{WORKDIR}"
     printed = run_command("mdt_jax.main", *LONG, f"--workdir={workdir}", expect=2)
     assert re.search(rf"error: workdir {workdir} is in use by process {process.pid} on", printed)
-    if process.poll() is None:
-        process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGTERM)
     printed = "".join(process.communicate(timeout=100))
-    assert process.returncode == 0 and ("saved; the same command resumes" in printed)
+    assert process.returncode == 0 and "saved; the same command resumes" in printed
     assert "resuming from step" in finish(gcs)
     assert_same_run(downloaded(gcs, tmp_path / "run"), undisturbed)
 
