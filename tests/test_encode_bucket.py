@@ -114,6 +114,8 @@ def test_bad_training(name, bucket, place, tmp_path, capsys, monkeypatch, in_roo
     kind, path, fields, message = TRAIN[name]
     argv = [*arguments(place, kind, "cache"), f"--workdir={tmp_path / 'out'}"]
     argv += [f"--config.data.path={path.replace('ROOT', bucket.root)}"]
+    if kind == "folder":
+        bucket.write("pictures/a.png", b"")
     if fields:
         bucket.set_faults(dict(**fields))
     assert message in exits_with_one_line(main.main, argv, capsys, monkeypatch)
