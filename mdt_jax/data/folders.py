@@ -14,7 +14,8 @@ import numpy as np
 from mdt_jax.data import image_files
 from mdt_jax.data.image_files import ImageFiles, LeftOut
 from mdt_jax.data.images import SUFFIXES
-from mdt_jax.data.in_buckets import check_bucket, copy_command, reading
+from mdt_jax.data.in_buckets import copy_command
+from mdt_jax.runtime import buckets
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.runtime.files import exists, in_bucket
 
@@ -88,10 +89,10 @@ def load(path: str | os.PathLike, num_classes: int | None = None) -> FolderFiles
     or the folders are splits (train, val, …) instead of classes.
     """
     if in_bucket(path):
-        with reading(path):
+        with buckets.reading(path):
             found = exists(path)
         if not found:
-            check_bucket(path)
+            buckets.check_bucket(path)
             raise UserError(f"data.path {path} does not exist")
         raise UserError(
             f"{path}: a folder of images is read from disks, not from buckets; copy it "

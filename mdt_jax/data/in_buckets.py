@@ -1,10 +1,7 @@
 """Data in buckets: how to copy what is not read in place, and errors that damage no record."""
 
-import contextlib
 import os
-import re
 import shlex
-from collections.abc import Iterator
 
 from mdt_jax.runtime import buckets, files
 from mdt_jax.runtime.errors import UserError
@@ -18,27 +15,6 @@ def copy_command(path: str | os.PathLike, folder: bool = True) -> str:
     url = str(path).rstrip("/")
     url, name = shlex.quote(url), shlex.quote(os.path.basename(url))
     return f"{command} {recursive} {url} {name}" if folder else f"{command} {url} {name}"
-
-
-@contextlib.contextmanager
-def reading(path: str | os.PathLike) -> Iterator[None]:
-    """Turn the errors of a bucket's client into a UserError that names the path."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        if not files.in_bucket(path) or not buckets.problem(error):
-            raise
-        raise UserError(f"{path} cannot be read: {files.reason(error)}") from None
-
-
-def check_bucket(path: str | os.PathLike) -> None:
-    """Raise UserError if a path where nothing was found is in a bucket that does not exist."""
-    if found := files.in_bucket(path) and re.match("[^/]+//[^/]+", str(path)):
-        with reading(path):
-            if not buckets.kind(found[0]):
-                raise UserError(f"{path} cannot be read: there is no bucket {found[0]}")
 
 
 def check_array_record(path: str | os.PathLike) -> None:

@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from etils import epath
 
-from mdt_jax.data.in_buckets import check_bucket, reading, unreached
+from mdt_jax.data.in_buckets import unreached
 from mdt_jax.data.protocols import Status
 from mdt_jax.runtime import buckets, files
 from mdt_jax.runtime.errors import UserError
@@ -180,7 +180,7 @@ def load(path: str | os.PathLike, flip: bool = False) -> Latents:
     check_path(folder)
     manifest = read_manifest(folder)
     if manifest is None:
-        check_bucket(folder)
+        buckets.check_bucket(folder)
         if files.exists(folder / UNFINISHED):
             raise UserError(f"{path} is not finished: run the same mdt_jax.encode again")
         raise UserError(f"data.path {path} holds no {MANIFEST}: python -m mdt_jax.encode makes it")
@@ -236,7 +236,7 @@ def _local(path: files.Path) -> Iterator[pathlib.Path]:
         return
     with tempfile.TemporaryDirectory(prefix="mdt_jax-") as folder:
         copy = pathlib.Path(folder) / path.name
-        with reading(path):
+        with buckets.reading(path):
             buckets.client(path).get_file(str(path), str(copy))
         yield copy
 
@@ -265,7 +265,7 @@ def has_shard(folder: files.Path, shard: dict) -> bool:
     """Whether a shard of a manifest is in the folder, with its size."""
     path = folder / shard["file"]
     try:
-        with reading(path):
+        with buckets.reading(path):
             size = path.stat().length if isinstance(path, epath.Path) else os.stat(path).st_size
     except (FileNotFoundError, NotADirectoryError):
         return False

@@ -22,8 +22,8 @@ OPTIONS = "group_size:1,uncompressed"  # for random access; compression saves a 
 # Fields of a description that change no byte of a shard: places, and the scale, which is not
 # applied here.
 UNCOMPARED = ("source", "vae", "scale")
-# Files of processes that write or have been killed: locks, tests of permissions, files cut short.
-PASSING = re.compile(r"\.part-.*|\.write-test-.*|.*\.tmp")
+# Files of processes that write or have been killed: locks, files cut short.
+PASSING = re.compile(r"\.part-.*|.*\.tmp")
 KEPT = "; finished shards are kept, and the same command resumes"
 
 

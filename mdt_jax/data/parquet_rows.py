@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
-from mdt_jax.data.in_buckets import copy_command, reading
+from mdt_jax.data.in_buckets import copy_command
 from mdt_jax.data.latents import check_path
 from mdt_jax.data.latents_writer import OPTIONS
 from mdt_jax.runtime import buckets, files, locks
@@ -110,7 +110,7 @@ def open_file(path: files.Path) -> Iterator[Any]:
         with open(path, "rb") as file:
             yield file
         return
-    with reading(path), buckets.client(path).open(str(path)) as file:
+    with buckets.reading(path), buckets.client(path).open(str(path)) as file:
         yield file
 
 

@@ -15,7 +15,6 @@ import numpy as np
 
 from mdt_jax.data import image_files, parquet_rows
 from mdt_jax.data.image_files import ImageFiles, LeftOut
-from mdt_jax.data.in_buckets import check_bucket, reading
 from mdt_jax.data.parquet_rows import Shard
 from mdt_jax.runtime import buckets, files
 from mdt_jax.runtime.errors import UserError
@@ -170,7 +169,7 @@ def _list_shards(path: str, left_out: LeftOut) -> list[str]:
 
     Hidden ones, and those in hidden folders, are left out unless the path names them.
     """
-    with reading(path):
+    with buckets.reading(path):
         is_folder, exists = files.is_dir(path), files.exists(path)
     if is_folder:
         pattern, problem = (
@@ -187,7 +186,7 @@ def _list_shards(path: str, left_out: LeftOut) -> list[str]:
     else:
         found = [name for name in glob.glob(pattern, recursive=True) if os.path.isfile(name)]
     if not found:
-        check_bucket(path)
+        buckets.check_bucket(path)
         raise UserError(f"data.path {path} {problem}")
     return sorted(found)
 
@@ -195,7 +194,7 @@ def _list_shards(path: str, left_out: LeftOut) -> list[str]:
 def _list_bucket(path: str, pattern: str, is_folder: bool) -> list[str]:
     """As `_list_shards`, in a bucket; pattern: a glob of the path. Empty where there are none."""
     client, found = buckets.client(path), {}
-    with reading(path), contextlib.suppress(FileNotFoundError):  # of the bucket
+    with buckets.reading(path), contextlib.suppress(FileNotFoundError):  # of the bucket
         list_objects = client.find if is_folder else client.glob
         found = list_objects(path if is_folder else pattern, detail=True)
     names = [client.unstrip_protocol(n) for n, info in found.items() if info["type"] == "file"]
@@ -280,7 +279,7 @@ def _open(path: files.Path, labelled: bool) -> tuple[Shard, _Labels]:
 def _stat(path: files.Path) -> tuple[int, str]:
     """(size of a file or an object, a text that changes with its content)."""
     if files.in_bucket(path):
-        with reading(path):
+        with buckets.reading(path):
             info = buckets.client(path).info(str(path))
         return info["size"], str(info.get("generation") or info.get("ETag"))
     return os.stat(path).st_size, str(os.stat(path).st_mtime_ns)

@@ -16,7 +16,6 @@ from mdt_jax.data import image_files
 from mdt_jax.data.folders import STYLEGAN
 from mdt_jax.data.image_files import ImageFiles, LeftOut
 from mdt_jax.data.images import SUFFIXES
-from mdt_jax.data.in_buckets import check_bucket, reading
 from mdt_jax.runtime import buckets, files
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.runtime.files import save_arrays
@@ -107,9 +106,9 @@ def load(path: str | os.PathLike) -> TarFiles:
     …) instead of classes.
     """
     place = files.as_path(path)
-    with reading(place):
+    with buckets.reading(place):
         if not files.is_file(place):
-            check_bucket(place)
+            buckets.check_bucket(place)
             raise UserError(f"data.path {path} is no tar file")
         stamp = _stamp(place)
     index = _read_index(place, stamp)
@@ -177,7 +176,10 @@ def _opened(path: files.Path) -> Iterator[tuple[Any, int]]:
             yield file, os.stat(path).st_size
         return
     client = buckets.client(path)
-    with reading(path), client.open(str(path), block_size=BLOCK, cache_type="readahead") as file:
+    with (
+        buckets.reading(path),
+        client.open(str(path), block_size=BLOCK, cache_type="readahead") as file,
+    ):
         yield file, file.size
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from mdt_jax.data.image_files import ImageFiles
-from mdt_jax.data.in_buckets import check_array_record, check_bucket, reading, unreached
+from mdt_jax.data.in_buckets import check_array_record, unreached
 from mdt_jax.runtime import buckets, files
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.runtime.files import reason
@@ -88,7 +88,7 @@ def load(name: str, split: str) -> TfdsFiles:
     for place in _buckets(name):
         files.as_path(place)  # its client is installed
         check_array_record(place)
-    with reading(next(iter(_buckets(name)), name)), _only_own_features(tfds, name):
+    with buckets.reading(next(iter(_buckets(name)), name)), _only_own_features(tfds, name):
         builder = _builder(tfds, name)
         return _open_split(tfds, builder, name, split)
 
@@ -168,7 +168,7 @@ def _builder(tfds, name: str) -> Any:
         if files.is_file(os.path.join(name, "dataset_info.json")):
             return tfds.builder_from_directory(name)
         if files.in_bucket(name):
-            check_bucket(name)
+            buckets.check_bucket(name)
             raise UserError(
                 f"{name} holds no dataset_info.json: give the folder of one version of a prepared "
                 "set, e.g. gs://BUCKET/imagenet2012/5.1.0"

@@ -7,7 +7,6 @@ or not at all; several are not, and none can be renamed.
 import atexit
 import contextlib
 import errno
-import fnmatch
 import functools
 import hashlib
 import importlib
@@ -33,6 +32,7 @@ LIBRARIES = re.compile(
     r"(aiobotocore|aiohttp|botocore|gcsfs|google\.(api_core|auth|cloud)|requests|s3fs)\b"
 )
 REFUSED = re.compile("Forbidden: |Bad Request: ")
+PROBE = ".write-test"  # what `check_writable` writes and removes, perhaps in several processes
 THREADS = 16  # requests at a time
 
 
@@ -93,16 +93,19 @@ def bucket_of(path: str | os.PathLike) -> str:
 
 
 @contextlib.contextmanager
-def _asking(path: str | os.PathLike) -> Iterator[None]:
-    """Turn what a client says into UserError, from its error, but for FileNotFoundError."""
+def reading(path: str | os.PathLike) -> Iterator[None]:
+    """Turn the errors of a bucket's client, but for FileNotFoundError, into a UserError that names
+    the path. Those of a disk are kept.
+    """
     try:
         yield
-    except FileNotFoundError:
+    except (UserError, FileNotFoundError):
         raise
     except Exception as error:  # of many kinds, by client
-        if text := problem(error):
-            raise UserError(f"{path} cannot be read: {text}") from error
-        raise
+        text = problem(error) if scheme(path) else ""
+        if not text:
+            raise
+        raise UserError(f"{path} cannot be read: {text}") from error
 
 
 def kind(path: str | os.PathLike) -> str:
@@ -111,22 +114,28 @@ def kind(path: str | os.PathLike) -> str:
     epath's own `exists` and `is_dir` take an object that cannot be reached for one that is missing.
     """
     try:
-        with _asking(path):
+        with reading(path):
             return client(path).info(str(path))["type"]
     except FileNotFoundError:
         return ""
 
 
+def check_bucket(path: str | os.PathLike) -> None:
+    """Raise UserError if a path where nothing was found is in a bucket that does not exist."""
+    if scheme(path) and not kind(bucket_of(path)):
+        raise UserError(f"{path} cannot be read: there is no bucket {bucket_of(path)}")
+
+
 def names(folder: str | os.PathLike) -> list[str]:
-    """The names of the objects and folders in a folder; [] where it does not exist."""
+    """The names of the objects and folders in a folder, without PROBE; [] where there is none."""
     try:
-        with _asking(folder):
+        with reading(folder):
             paths = client(folder).ls(str(folder), detail=False)
     except FileNotFoundError:
         return []
     _, _, own = str(folder).partition("://")  # some programs make an object for a folder itself
     inside = {path.rstrip("/") for path in paths} - {own}
-    return sorted(path.rpartition("/")[2] for path in inside)
+    return sorted({path.rpartition("/")[2] for path in inside} - {PROBE})
 
 
 def upload(file: pathlib.Path, path: str | os.PathLike) -> None:
@@ -176,7 +185,7 @@ def fetched(path: str | os.PathLike) -> pathlib.Path:
     Raises FileNotFoundError.
     """
     path = epath.Path(path)
-    with _asking(path):
+    with reading(path):
         info = client(path).info(str(path))
     if info["type"] == "directory":
         raise FileNotFoundError(errno.ENOENT, "it is a folder", str(path))
@@ -187,7 +196,7 @@ def fetched(path: str | os.PathLike) -> pathlib.Path:
     if _versions.get(copy) != version:
         folder.mkdir(exist_ok=True)
         partial = folder / secrets.token_hex(8)
-        with _asking(path):
+        with reading(path):
             client(path).get_file(str(path), str(partial))
         partial.replace(copy)
         _versions[copy] = version
@@ -201,7 +210,7 @@ def check_writable(folder: str | os.PathLike, name: str) -> None:
     """
     if bucket_of(folder).endswith("://"):  # the folder of what the user has called gs://NAME
         raise UserError(f"{name} cannot be written to: write {folder}BUCKET/NAME")
-    probe, written = epath.Path(folder) / ".write-test", False
+    probe, written = epath.Path(folder) / PROBE, False
     try:
         client(probe).pipe_file(str(probe), b"mdt_jax")
         written = True
@@ -246,61 +255,3 @@ def problem(error: BaseException) -> str:
             hint = "; check the credentials and permissions of this machine" if denied else ""
             return f"{' '.join(lines)[:300]}{hint}"
     return ""
-
-
-LOG = "metrics.jsonl"
-# Files of a run that other libraries write.
-MIRRORED = ("profile/*", "tensorboard/*", "wandb/run-id")
-
-
-class Mirror:
-    """A local folder for LOG and the files of MIRRORED, of which a workdir in a bucket gets copies.
-
-    On a disk the folder is the workdir itself, and nothing is copied.
-    """
-
-    def __init__(self, workdir: pathlib.Path | epath.Path):
-        self._workdir = workdir
-        self._sent: dict[str, tuple[int, int]] = {}  # name → size and time of what was uploaded
-        if scheme(workdir):
-            self.folder = _scratch() / f"run-{secrets.token_hex(4)}"
-            self.folder.mkdir()
-        else:
-            self.folder = pathlib.Path(workdir)
-
-    def fetch(self, *names: str) -> None:
-        """Copy the files of these names that exist from the bucket."""
-        if not scheme(self._workdir):
-            return
-        for name in names:
-            path = self.folder / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                client(self._workdir).get_file(str(self._workdir / name), str(path))
-            except FileNotFoundError:
-                path.unlink(missing_ok=True)
-
-    def log(self) -> str | None:
-        """The text of LOG; None on a disk, and where this process has no log."""
-        path = self.folder / LOG
-        return path.read_text() if scheme(self._workdir) and path.exists() else None
-
-    def put_log(self, text: str | None) -> None:
-        """Write a text of `log` to the bucket. Raises UserError."""
-        if text is not None:
-            with tempfile.NamedTemporaryFile("w") as file:
-                file.write(text)
-                file.flush()
-                upload(pathlib.Path(file.name), self._workdir / LOG)
-
-    def push(self) -> None:
-        """Copy the files of MIRRORED that have changed, each as one object. Raises UserError."""
-        if not scheme(self._workdir):
-            return
-        for path in sorted(self.folder.rglob("*")):
-            name, stat = path.relative_to(self.folder).as_posix(), path.stat()
-            if not any(fnmatch.fnmatch(name, pattern) for pattern in MIRRORED) or path.is_dir():
-                continue
-            if self._sent.get(name) != (stat.st_size, stat.st_mtime_ns):
-                upload(path, self._workdir / name)
-                self._sent[name] = stat.st_size, stat.st_mtime_ns

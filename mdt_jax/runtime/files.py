@@ -267,12 +267,13 @@ def read_json(path: Path) -> dict | None:
         content = json.loads(path.read_bytes().decode())
     except FileNotFoundError:
         return None
-    except (ValueError, RecursionError) as error:
-        raise DamagedError(f"{path} cannot be read: {reason(error)}") from None
     except Exception as error:
-        if not (isinstance(error, OSError) or buckets.problem(error)):
-            raise
-        raise UserError(f"{path} cannot be read: {reason(error)}") from None
+        text = f"{path} cannot be read: {reason(error)}"
+        if isinstance(error, OSError) or buckets.problem(error):
+            raise UserError(text) from None
+        if isinstance(error, (ValueError, RecursionError)):
+            raise DamagedError(text) from None
+        raise
     if not isinstance(content, dict):
         raise DamagedError(f"{path} is damaged, or was edited: expected a JSON object")
     return content

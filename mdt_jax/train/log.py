@@ -1,6 +1,7 @@
 """The log of a run: means of metrics in metrics.jsonl and in trackers, and a progress bar."""
 
 import contextlib
+import io
 import json
 import math
 import os
@@ -75,8 +76,9 @@ class Log:
             tracker.image(step, path)
 
     def flush(self) -> None:
-        """Return once everything written survives a crash of this process, or of this machine where
-        the workdir is in a bucket.
+        """Return once everything written survives a crash of this process.
+
+        The files of trackers are then in the bucket, too, if the workdir is in one.
         """
         for tracker in self._trackers:
             tracker.flush()
@@ -135,7 +137,7 @@ def read_steps(path: str | os.PathLike) -> list[tuple[int, str]]:
         content = path.read_bytes()
     except FileNotFoundError:
         return []
-    lines = [line for line in content.splitlines(keepends=True) if line.endswith(b"\n")]
+    lines = [line for line in io.BytesIO(content) if line.endswith(b"\n")]
     steps = []
     for number, line in enumerate(lines, start=1):
         try:

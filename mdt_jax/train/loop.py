@@ -10,10 +10,10 @@ from ml_collections import ConfigDict
 from mdt_jax import config as configs
 from mdt_jax.models.mdt import MDT
 from mdt_jax.runtime import interrupts, parallel
-from mdt_jax.runtime.buckets import Mirror
 from mdt_jax.runtime.files import as_path
 from mdt_jax.train import costs, inputs, warm_start, workdir
 from mdt_jax.train.log import Log
+from mdt_jax.train.mirror import Mirror
 from mdt_jax.train.optimizers import learning_rate, make_optimizer
 from mdt_jax.train.run import Run
 from mdt_jax.train.samples import RunSampler, open_evaluator

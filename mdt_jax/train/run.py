@@ -11,7 +11,6 @@ from ml_collections import ConfigDict
 
 from mdt_jax.evaluation.evaluator import BEST, Evaluator
 from mdt_jax.runtime import hosts
-from mdt_jax.runtime.buckets import LOG, Mirror
 from mdt_jax.runtime.errors import NotFiniteError
 from mdt_jax.runtime.files import Path, exists, in_bucket
 from mdt_jax.runtime.hosts import log0
@@ -20,6 +19,7 @@ from mdt_jax.train import inputs, workdir
 from mdt_jax.train.checkpoints import BestCheckpoint, Checkpoints
 from mdt_jax.train.inputs import Inputs
 from mdt_jax.train.log import Log, Means, MetricsLog
+from mdt_jax.train.mirror import LOG, Mirror
 from mdt_jax.train.samples import RunSampler, sample_and_measure, save_sample_grid
 from mdt_jax.train.speed import Clock
 from mdt_jax.train.state import TrainState

@@ -23,7 +23,6 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from mdt_jax.data.in_buckets import check_bucket
 from mdt_jax.runtime import buckets, hosts
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.runtime.files import (
@@ -150,7 +149,7 @@ def load_item(path: str | os.PathLike, choose: Choose) -> tuple[dict, dict]:
     """
     root = absolute(path)
     if not str(path) or not exists(root):
-        check_bucket(root)
+        buckets.check_bucket(root)
         raise UserError(f"checkpoint '{path}' does not exist")
     if is_file(root):
         raise UserError(f"{path} is neither the folder of a run nor a file of weights")
