@@ -165,6 +165,6 @@ def test_other_folders(gcs):
     with pytest.raises(UserError, match="file is a file, not a folder for latents"):
         make(files.as_path(f"{gcs.root}/file"))
     # What another process leaves for a moment is no other content.
-    gcs.write("c/.write-test-12ab", b"")
+    gcs.write("c/.write-test", b"")
     gcs.write("c/.part-1-of-2.lock.12ab", b"")
     make(files.as_path(f"{gcs.root}/c"))
