@@ -30,7 +30,7 @@ from mdt_jax.weights.vae import Vae
 # The flag of each task → (the flag that it requires, its other flags). All tasks have --image_size
 # and --inception.
 TASKS = {
-    "samples": ("reference", ("features", "num_samples", "out")),
+    "samples": ("reference", ("features", "num_samples", "out", "keep_features")),
     "make_reference": ("out", ()),
     "vae": ("images", ("num_samples", "out")),
 }
@@ -60,6 +60,11 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, str]:
     )
     add("--features", help="inception (default), pixels, classifier, or several: pixels,classifier")
     add("--num_samples", type=cli.count, help="measure the first N images")
+    add(
+        "--keep_features",
+        **cli.SWITCH | {"default": None},
+        help="keep the Inception's features, of slices of the images, in OUT.features",
+    )
     add("--image_size", type=cli.count, help="crop image files to this size, as for training")
     add(
         "--out", type=cli.anywhere, help="JSON card (default: beside the samples), or new reference"
@@ -70,7 +75,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, str]:
     required, optional = TASKS[task]
     if not getattr(args, required):
         raise UserError(f"--{required} is missing, which --{task} requires")
-    for name in ("reference", "images", "features", "num_samples", "out"):
+    for name in ("reference", "images", "features", "num_samples", "out", "keep_features"):
         if getattr(args, name) is not None and name not in (required, *optional):
             raise UserError(f"--{name} is not for --{task}")
     return args, task
@@ -105,7 +110,7 @@ def evaluate(args) -> None:
         metrics = evaluator.measure(samples, **caches, progress=True)
         if is_first():
             report(f"{samples.path} against {reference.path}:", metrics, settings, out)
-            for cache in caches.values():
+            for cache in () if args.keep_features else caches.values():
                 cache.remove()
 
 

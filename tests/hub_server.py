@@ -84,7 +84,8 @@ def released(folder: pathlib.Path) -> Iterator[dict[str, str]]:
     images = jax.numpy.zeros((1, 4, 4, 3))
     params = jax.jit(vae.init)(jax.random.key(0), images)["params"]
     networks.save(folder / "vae.safetensors", networks.Weights(vae, params))
-    name = "/stabilityai/sd-vae-ft-mse/resolve/main/diffusion_pytorch_model.safetensors"
-    files[name] = (folder / "vae.safetensors").read_bytes()
+    for decoder in ("mse", "ema"):
+        name = f"sd-vae-ft-{decoder}/resolve/main/diffusion_pytorch_model.safetensors"
+        files[f"/stabilityai/{name}"] = (folder / "vae.safetensors").read_bytes()
     with serve(files) as server:
         yield {"HF_ENDPOINT": server.endpoint, "HF_HOME": str(folder / "cache")}
