@@ -62,6 +62,8 @@ def main(argv: list[str]) -> None:
         weights = networks.read_network(args.src, args.params, args.decoder_layers)
         networks.save(dst, weights)
         print_result(f"wrote {dst}: {networks.describe(weights.model)}")
+        if weights.stored:
+            print_result(f"{args.src} stores {weights.stored}; {dst.name} has float32")
     if dst.suffix:
         for line in networks.unrecorded(weights):
             print_result(f"what {dst.name} cannot record: {line}")

@@ -22,7 +22,14 @@ from mdt_jax.runtime import files, hosts, hub
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.runtime.files import reason
 from mdt_jax.runtime.progress import log
-from mdt_jax.weights import inception_names, mdt_names, orbax_folders, torch_files, vae_names
+from mdt_jax.weights import (
+    foreign,
+    inception_names,
+    mdt_names,
+    orbax_folders,
+    torch_files,
+    vae_names,
+)
 
 ITEMS = ("ema", "raw")  # the parameters of a run
 _STEP_ITEMS = {"ema": "ema", "raw": "params"}  # what a step's folder calls them
@@ -38,7 +45,8 @@ class Weights(NamedTuple, Generic[SomeNetwork]):
     config: of the run that trained it, if any. item: which of the run's parameters they are, one of
     ITEMS; None where unknown, as of a file. classes: their names in the run's data, if known.
     step: of the run, if known. latents: of a VAE, as of `vae_names.about_latents`. vae_sha256: of
-    the VAE that the run was trained with, if known.
+    the VAE that the run was trained with, if known. stored: the type of a file's floats where it is
+    not float32; the parameters are float32 in any case.
     """
 
     model: SomeNetwork
@@ -49,6 +57,7 @@ class Weights(NamedTuple, Generic[SomeNetwork]):
     step: int | None = None
     latents: dict | None = None
     vae_sha256: str | None = None
+    stored: str | None = None
 
 
 class _Kind(NamedTuple):
@@ -112,8 +121,10 @@ def load_weights(
     """An MDT's weights, and the config of the run they come from, if any.
 
     path: a workdir, its checkpoints folder, one step of it, a folder that `convert` wrote, a
-    published file (.pt, .pth, .bin, .ckpt, .safetensors), or hf://OWNER/REPOSITORY/FILE.
-    params: "ema", or "raw" for the parameters that the optimiser updates; a file has only one kind.
+    published file (.pt, .pth, .bin, .ckpt, .safetensors, .safetensors.index.json), or
+    hf://OWNER/REPOSITORY/FILE.
+    params: "ema", or "raw" for the parameters that the optimiser updates; most files have only one
+    kind.
     decoder_layers: of a published file of MDT v1, which does not record it (None: 2).
     input_size: (H, W) of the latents (or pixels) that the model shall take. Where the weights are
     for another size, position embeddings and bias tables are resampled, with a line on stderr.
@@ -154,12 +165,14 @@ def read_network(
     if not str(path):
         raise UserError("checkpoint '' does not exist")
     local = hub.local_path(str(path))
-    if files.is_dir(local) or local.suffix not in torch_files.SUFFIXES:
+    # A file of any other suffix, too, for a message that says what it is.
+    is_file = torch_files.is_weights(local.name) or os.path.isfile(local)
+    if files.is_dir(local) or not is_file:
         if decoder_layers is not None:
             raise UserError(f"decoder_layers is for published files; {path} records its own")
         weights = _read_folder(local, params)
     else:
-        weights = _read_file(pathlib.Path(local), str(path), decoder_layers, kind)
+        weights = _read_file(pathlib.Path(local), str(path), params, decoder_layers, kind)
     for place, leaf in jax.tree_util.tree_leaves_with_path(weights.params):
         if not jnp.isfinite(leaf).all():
             name = jax.tree_util.keystr(place, simple=True, separator="/")
@@ -171,17 +184,24 @@ def read_network(
 
 
 def _read_file(
-    file: pathlib.Path, path: str, decoder_layers: int | None, kind: str | None
+    file: pathlib.Path, path: str, params: str, decoder_layers: int | None, kind: str | None
 ) -> Weights[Any]:
-    """From a published file. path: as the user gave it, for messages."""
+    """From a published file. path: as the user gave it, for messages and the shards of an index."""
+    folder = path[: path.rfind("/") + 1]
     try:
-        weights = _from_state_dict(torch_files.read_arrays(file), file, decoder_layers, kind)
+        read = torch_files.read_file(
+            file, lambda shard: hub.local_path(folder + shard), raw=params == "raw"
+        )
+        if read.choice:
+            left = ", ".join(name[:80] for name in read.others)
+            log(f"{path}: the weights are those under '{read.part}'; not used: {left}")
+        weights = _of_known_kind(read.arrays, file, decoder_layers, kind)
         # Copies, so that the mapped file is closed and saving needs no further copy.
         weights = weights._replace(params=jax.tree.map(jnp.asarray, weights.params))
         classes = torch_files.read_classes(file)
         if isinstance(weights.model, MDT) and len(classes) == weights.model.num_classes:
             weights = weights._replace(classes=classes)
-        return weights
+        return weights._replace(stored=read.dtype, item=read.item)
     except UserError as error:
         # A copy of an object is not where the user would look.
         text = str(error).replace(str(file), path) if files.in_bucket(path) else str(error)
@@ -190,6 +210,18 @@ def _read_file(
     except (ArithmeticError, LookupError, TypeError, ValueError) as error:
         # Unexpected shapes in a file with the right names.
         raise UserError(f"{path}: its arrays do not fit together: {reason(error)}") from None
+
+
+def _of_known_kind(
+    state: dict[str, np.ndarray], file: pathlib.Path, decoder_layers: int | None, kind: str | None
+) -> Weights[Any]:
+    """`_from_state_dict`, whose error says what the arrays are where they are another program's."""
+    try:
+        return _from_state_dict(state, file, decoder_layers, kind)
+    except (UserError, ArithmeticError, LookupError, TypeError):
+        if what := foreign.from_arrays(state):
+            raise UserError(f"{file} is {what}") from None
+        raise
 
 
 def _from_state_dict(

@@ -102,7 +102,8 @@ def test_a_file_cut_short(suffix, length, tmp_path):
     path = tmp_path / f"cut{suffix}"
     torch_files.write_arrays(path, ARRAYS)
     path.write_bytes(path.read_bytes()[:length])
-    with pytest.raises(UserError, match=f"cut{suffix} is damaged") as error:
+    said = "damaged" if length else "empty; download"
+    with pytest.raises(UserError, match=f"cut{suffix} is {said}") as error:
         torch_files.read_arrays(path)
     assert "\n" not in str(error.value)
 
@@ -127,13 +128,42 @@ def test_a_failed_write_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    "content", [b"hello", b"Repository Not Found", b"<!doctype html>", b"\x80"]
-)
-def test_what_is_no_file_of_weights(content, tmp_path):
-    (tmp_path / "page.pt").write_bytes(content)
-    with pytest.raises(UserError, match="page.pt is damaged, cut short or no file of weights"):
-        torch_files.read_arrays(tmp_path / "page.pt")
+WHAT = {
+    "bytes.pt": (b"\x80", "damaged, cut short or no file of weights"),
+    "words.pt": (b"hello", "a text file, not weights"),
+    "README.pt": ("# Masked Diffusion – größer\n\n*weights*".encode(), "a text file, not weights"),
+    "long.safetensors": ("é".encode() * 300, "a text file, not weights"),
+    "page.pt": (b"\n<!DOCTYPE html><html>", "a text file, a page of HTML; download"),
+    "page.safetensors": (b"<html><head>", "a text file, a page of HTML; download"),
+    "lfs.safetensors": (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d\nsize 9\n",
+                        "a text file, the pointer of Git LFS .* git lfs pull"),
+    "w.gguf": (b"GGUF\3\0\0\0" + bytes(16), "a GGUF file, for llama.cpp; take the .safetensors"),
+    "gguf.safetensors": (b"GGUF\3\0\0\0" + bytes(16), "a GGUF file"),
+    "w.onnx": (b"\x08\x08\x12\x07pytorch\x1a\x05" + bytes(9), "an ONNX graph; take the"),
+    "onnx.pt": (b"\x08\x08\x12\x07pytorch\x1a\x05" + bytes(9), "an ONNX graph"),
+    "keras.bin": (b"\x89HDF\r\n\x1a\n" + bytes(16), "an HDF5 file"),
+    "config.json": (b'{"hidden_size": 1152}', "a text file"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WHAT)
+def test_what_is_no_file_of_weights(name, tmp_path):
+    content, what = WHAT[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=f"^{tmp_path}/{name} is {what}") as error:
+        torch_files.read_file(tmp_path / name)
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_under_the_suffix_of_the_other_format(tmp_path):
+    torch_files.write_arrays(tmp_path / "a.pt", ARRAYS)
+    (tmp_path / "a.pt").rename(tmp_path / "b.safetensors")
+    with pytest.raises(UserError, match="b.safetensors is a zip, .* rename it to .pt"):
+        torch_files.read_file(tmp_path / "b.safetensors")
+    torch_files.write_arrays(tmp_path / "a.safetensors", ARRAYS)
+    (tmp_path / "a.safetensors").rename(tmp_path / "b.pt")
+    with pytest.raises(UserError, match="b.pt is a safetensors file; rename it"):
+        torch_files.read_file(tmp_path / "b.pt")
 
 
 @pytest.mark.parametrize("new", [True, False])
