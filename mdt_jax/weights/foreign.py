@@ -27,7 +27,7 @@ _BYTES: dict[bytes, tuple[str, tuple[str, ...] | None]] = {
 _OTHER = "which is no network of mdt_jax"
 # Names of arrays: the network that has them.
 _NAMES = {
-    r"lora_(A|B|up|down|unet|te)|\.lora\.": "a LoRA adapter, not a whole network; merge it into "
+    r"lora(_(A|B|up|down|unet|te)|\.)": "a LoRA adapter, not a whole network; merge it into "
     "its network in the program that trained it",
     r"(double_blocks|single_transformer_blocks)\.": f"a transformer of Flux, {_OTHER}",
     r"(joint_blocks|context_embedder)\.": f"a transformer of Stable Diffusion 3, {_OTHER}",

@@ -134,6 +134,8 @@ def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
     except Exception as error:  # of several kinds
         if what := foreign.from_bytes(path, path.suffix):
             raise UserError(f"{path} is {what}") from None
+        if isinstance(error, AttributeError):  # numpy.float8_e4m3fn
+            raise UserError(f"{path} has tensors of {error.name}, which are not read") from None
         raise UserError(
             f"{path} is damaged or no safetensors file that NumPy can hold: {reason(error)}"
         ) from None

@@ -1,4 +1,8 @@
+import json
 import pickle
+import struct
+import subprocess
+import sys
 import zipfile
 
 import ml_dtypes
@@ -56,6 +60,78 @@ def test_what_training_programs_put_around_weights(around, tmp_path):
     found = torch_files.read_arrays(tmp_path / "w.pt")
     assert list(found) == list(state)
     assert found["model.b"].tolist() == [0, 1, 2] and found["a.weight"].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize(
+    "around",
+    [
+        lambda name: f"module.{name}",  # torch.optim.swa_utils.AveragedModel
+        lambda name: f"module.model._orig_mod.{name}",
+        lambda name: f"_fsdp_wrapped_module.{name}".replace("blocks.", "blocks._orig_mod."),
+        lambda name: name.replace("blocks.", "blocks._checkpoint_wrapped_module."),
+    ],
+)
+def test_prefixes_and_counters(around, tmp_path):
+    names = [f"blocks.{number}.weight" for number in range(9)]
+    state = {around(name): torch.ones(2) for name in names}
+    extra = {"n_averaged": torch.tensor(7), around("norm.num_batches_tracked"): torch.tensor(7)}
+    torch.save({**extra, **state}, tmp_path / "w.pt")
+    file = torch_files.read_file(tmp_path / "w.pt")
+    assert list(file.arrays) == names and file.ignored == tuple(extra)
+    # One array more, which no network has: it is still there, for a message.
+    torch.save({**state, "epoch": torch.tensor(7)}, tmp_path / "w.pt")
+    assert list(torch_files.read_file(tmp_path / "w.pt").arrays) == [*names, "epoch"]
+
+
+def test_prefixes_that_stay(tmp_path):
+    """Those of a part of the names, and where two names would become one."""
+    for names in (["model.a", "model.b", "first.a"], [*(f"model.{n}" for n in range(9)), "8"]):
+        torch.save({name: torch.ones(2) for name in names}, tmp_path / "w.pt")
+        assert list(torch_files.read_file(tmp_path / "w.pt").arrays) == names
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+@pytest.mark.parametrize("name", ["float16", "bfloat16", "float64", "float32"])
+def test_the_type_of_the_floats_is_told(name, suffix, tmp_path):
+    array = np.array([0.5, 1.5], getattr(ml_dtypes, name, name))
+    path = tmp_path / f"w{suffix}"
+    state = {"a": array, "b": np.ones(2, np.float32), "c": np.arange(2)}
+    if suffix == ".pt":
+        tensor = torch.tensor([0.5, 1.5], dtype=getattr(torch, name))
+        torch.save({"a": tensor, "b": torch.ones(2), "c": torch.arange(2)}, path)
+    else:
+        torch_files.write_arrays(path, state)
+    file = torch_files.read_file(path)
+    assert file.dtype == (None if name == "float32" else name)
+    assert all(file.arrays[key].dtype == array.dtype for key, array in state.items())
+    np.testing.assert_array_equal(file.arrays["a"].astype(np.float32), [0.5, 1.5])
+
+
+def test_float8_is_refused(tmp_path):
+    header = json.dumps({"a": {"dtype": "F8_E4M3", "shape": [2], "data_offsets": [0, 2]}}).encode()
+    content = struct.pack("<Q", len(header)) + header + bytes(2)
+    (tmp_path / "w.safetensors").write_bytes(content)
+    with pytest.raises(UserError, match="w.safetensors has tensors of float8_e4m3fn, which are"):
+        torch_files.read_file(tmp_path / "w.safetensors")
+
+
+def test_safetensors_need_no_pytorch(tmp_path):
+    """In a process where importing it fails."""
+    code = f"""
+import sys
+sys.modules["torch"] = None
+import ml_dtypes, numpy as np
+from mdt_jax.weights import torch_files
+path = {str(tmp_path / "w.safetensors")!r}
+torch_files.write_arrays(path, {{"a": np.ones(3, ml_dtypes.bfloat16)}}, ["cat"])
+file = torch_files.read_file(path)
+assert file.dtype == "bfloat16" and file.arrays["a"].tolist() == [1, 1, 1]
+assert torch_files.read_classes(path) == ("cat",)
+index = path + ".index.json"
+open(index, "w").write('{{"weight_map": {{"a": "w.safetensors"}}}}')
+assert torch_files.read_file(index).arrays["a"].tolist() == [1, 1, 1]
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
 def test_bfloat16_an_old_format_and_a_state_dict_within(tmp_path):
