@@ -84,6 +84,8 @@ def main(argv: list[str]) -> None:
             networks.save(dst, weights)
             lines = networks.unrecorded(weights) if dst.suffix else []
         print_result(f"wrote {dst}: {networks.describe(weights.model)}")
+        if weights.stored:
+            print_result(f"{args.src} stores {weights.stored}; {dst.name} has float32")
     for line in lines:
         print_result(f"what {dst.name} cannot record: {line}")
 

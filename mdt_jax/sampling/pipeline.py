@@ -89,9 +89,10 @@ class Pipeline(tuple[MDT, dict]):
         """Load a network and its parameters, on the default device.
 
         path: a workdir, its checkpoints folder, one step of it, a folder that `convert` wrote, a
-        published file (.pt, .pth, .bin, .ckpt, .safetensors), or hf://OWNER/REPOSITORY/FILE.
-        params: "ema", or "raw" for the parameters that the optimiser updates; a file has only one
-        kind. decoder_layers: of a published file of MDT v1, which does not state it (None: 2).
+        published file (.pt, .pth, .bin, .ckpt, .safetensors, .safetensors.index.json), or
+        hf://OWNER/REPOSITORY/FILE.
+        params: "ema", or "raw" for the parameters that the optimiser updates; most files have only
+        one kind. decoder_layers: of a published file of MDT v1, which does not state it (None: 2).
         num_heads: of a published file of DiT or SiT, which does not state it (None: as released).
         input_size: (H, W) of the latents or pixels that the model takes. Weights for another size
         are resampled, with a line on stderr.
@@ -280,6 +281,8 @@ class Pipeline(tuple[MDT, dict]):
             "network": describe(model),
             "num_classes": model.num_classes,
         }
+        if self.weights.stored:
+            note["stored"] = self.weights.stored
         if self.classes:
             note["classes"] = list(self.classes)
         note |= {"dtype": jnp.dtype(model.dtype).name, **dataclasses.asdict(self.options)}

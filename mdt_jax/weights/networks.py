@@ -25,6 +25,7 @@ from mdt_jax.runtime.files import read_json, reason
 from mdt_jax.runtime.progress import log
 from mdt_jax.weights import (
     diffusers_dit,
+    foreign,
     inception_names,
     mdt_names,
     orbax_folders,
@@ -50,7 +51,8 @@ class Weights(NamedTuple, Generic[SomeNetwork]):
     ITEMS; None where unknown, as of a file. classes: their names in the run's data, if known.
     step: of the run, if known. latents: of a VAE, as of `vae_names.about_latents`. vae_sha256: of
     the VAE that the run was trained with, if known. sampling: fields of SampleOptions that go with
-    a published file, which has no config.
+    a published file, which has no config. stored: the type of a file's floats where it is not
+    float32; the parameters are float32 in any case.
     """
 
     model: SomeNetwork
@@ -62,6 +64,7 @@ class Weights(NamedTuple, Generic[SomeNetwork]):
     latents: dict | None = None
     vae_sha256: str | None = None
     sampling: Mapping[str, Any] = types.MappingProxyType({})
+    stored: str | None = None
 
 
 class _Kind(NamedTuple):
@@ -128,8 +131,10 @@ def load_weights(
     """An MDT's or DiT's weights, and the config of the run they come from, if any.
 
     path: a workdir, its checkpoints folder, one step of it, a folder that `convert` wrote, a
-    published file (.pt, .pth, .bin, .ckpt, .safetensors), or hf://OWNER/REPOSITORY/FILE.
-    params: "ema", or "raw" for the parameters that the optimiser updates; a file has only one kind.
+    published file (.pt, .pth, .bin, .ckpt, .safetensors, .safetensors.index.json), or
+    hf://OWNER/REPOSITORY/FILE.
+    params: "ema", or "raw" for the parameters that the optimiser updates; most files have only one
+    kind.
     decoder_layers: of a published file of MDT v1, which does not record it (None: 2).
     num_heads: of a published file of DiT or SiT, which does not record it (None: as released).
     input_size: (H, W) of the latents (or pixels) that the model shall take. Where the weights are
@@ -172,14 +177,16 @@ def read_network(
     if not str(path):
         raise UserError("checkpoint '' does not exist")
     local = hub.local_path(str(path))
-    if files.is_dir(local) or local.suffix not in torch_files.SUFFIXES:
-        for name, value in {"decoder_layers": decoder_layers, "num_heads": num_heads}.items():
+    told = {"decoder_layers": decoder_layers, "num_heads": num_heads}
+    # A file of any other suffix, too, for a message that says what it is.
+    is_file = torch_files.is_weights(local.name) or os.path.isfile(local)
+    if files.is_dir(local) or not is_file:
+        for name, value in told.items():
             if value is not None:
                 raise UserError(f"{name} is for published files; {path} records its own")
         weights = _read_folder(local, params)
     else:
-        told = {"decoder_layers": decoder_layers, "num_heads": num_heads}
-        weights = _read_file(pathlib.Path(local), str(path), told, kind)
+        weights = _read_file(pathlib.Path(local), str(path), params, told, kind)
     for place, leaf in jax.tree_util.tree_leaves_with_path(weights.params):
         if not jnp.isfinite(leaf).all():
             name = jax.tree_util.keystr(place, simple=True, separator="/")
@@ -191,17 +198,27 @@ def read_network(
 
 
 def _read_file(
-    file: pathlib.Path, path: str, told: dict[str, int | None], kind: str | None
+    file: pathlib.Path, path: str, params: str, told: dict[str, int | None], kind: str | None
 ) -> Weights[Any]:
-    """From a published file. path: as the user gave it, for messages. told: what it lacks."""
+    """From a published file. path: as the user gave it, for messages and the shards of an index.
+
+    told: what such a file may not record.
+    """
+    folder = path[: path.rfind("/") + 1]
     try:
-        weights = _from_state_dict(torch_files.read_arrays(file), file, told, kind)
+        read = torch_files.read_file(
+            file, lambda shard: hub.local_path(folder + shard), raw=params == "raw"
+        )
+        if read.choice:
+            left = ", ".join(name[:80] for name in read.others)
+            log(f"{path}: the weights are those under '{read.part}'; not used: {left}")
+        weights = _of_known_kind(read, file, told, kind)
         # Copies, so that the mapped file is closed and saving needs no further copy.
         weights = weights._replace(params=jax.tree.map(jnp.asarray, weights.params))
         classes = torch_files.read_classes(file)
         if isinstance(weights.model, MDT) and len(classes) == weights.model.num_classes:
             weights = weights._replace(classes=classes)
-        return weights
+        return weights._replace(stored=read.dtype, item=read.item)
     except UserError as error:
         # A copy of an object is not where the user would look.
         text = str(error).replace(str(file), path) if files.in_bucket(path) else str(error)
@@ -212,13 +229,23 @@ def _read_file(
         raise UserError(f"{path}: its arrays do not fit together: {reason(error)}") from None
 
 
+def _of_known_kind(
+    read: torch_files.File, file: pathlib.Path, told: dict[str, int | None], kind: str | None
+) -> Weights[Any]:
+    """`_from_state_dict`, whose error says what the arrays are where they are another program's."""
+    try:
+        return _from_state_dict(read, file, told, kind)
+    except (UserError, ArithmeticError, LookupError, TypeError):
+        if what := foreign.from_arrays(read.arrays):
+            raise UserError(f"{file} is {what}") from None
+        raise
+
+
 def _from_state_dict(
-    state: dict[str, np.ndarray],
-    file: pathlib.Path,
-    told: dict[str, int | None],
-    kind: str | None,
+    read: torch_files.File, file: pathlib.Path, told: dict[str, int | None], kind: str | None
 ) -> Weights[Any]:
     """The names tell the kind of network; where they do not, it is read as the required kind."""
+    state = read.arrays
     if vae_names.is_vae(state) or kind == "vae":
         config = vae_names.read_config(file)
         model, params = vae_names.from_published(state, vae_names.norm_groups(config))
@@ -230,7 +257,8 @@ def _from_state_dict(
     else:
         weights = Weights(*mdt_names.from_published(state, **told))
         if mdt_names.is_dit(state):
-            is_sit = "SiT" in file.name
+            args = read.args or {}
+            is_sit = "SiT" in file.name or "path_type" in args
             weights = weights._replace(sampling=SIT_SAMPLING if is_sit else DIT_SAMPLING)
         return weights
     for field, value in told.items():
