@@ -319,8 +319,8 @@ def _check_is_ours(root: Path) -> None:
 
 def _file_hint(root: Path) -> str:
     """The end of a message where a folder holds a file of weights instead of a checkpoint."""
-    kinds = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
-    # mdt_jax does not read files in several parts.
+    kinds = (".safetensors", ".safetensors.index.json", ".pt", ".pth", ".bin", ".ckpt")
+    # Of a file in several parts the index is read.
     files = sorted(n for n in names_in(root) if n.endswith(kinds) and "-of-" not in n)
     return f"; for the weights in {files[0]} give this file" if files else ""
 
