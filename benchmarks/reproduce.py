@@ -367,7 +367,7 @@ def bench(argv: list[str]) -> None:
     """Read the flags, download, draw, measure, compare."""
     parser = cli.Parser(
         prog="python benchmarks/reproduce.py",
-        description=__doc__.partition("\n")[0],
+        description=str(__doc__).partition("\n")[0],
         usage="python benchmarks/reproduce.py --row=ROW [--flag=value …]",
     )
     add = parser.add_argument

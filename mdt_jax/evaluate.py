@@ -62,7 +62,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, str]:
     add("--num_samples", type=cli.count, help="measure the first N images")
     add(
         "--keep_features",
-        **cli.SWITCH | {"default": None},
+        **dict(cli.SWITCH, default=None),
         help="keep the Inception's features, of slices of the images, in OUT.features",
     )
     add("--image_size", type=cli.count, help="crop image files to this size, as for training")

@@ -76,6 +76,17 @@ def test_the_card_and_its_measures_by_hand(sets):
     assert card["features"][0]["inception_sha256"] and card["neighbours"] == 3
 
 
+def test_features_are_kept_if_asked_for(sets, tmp_path):
+    out = tmp_path / "card.json"
+    run_here(evaluate.main, *flags(sets), f"--out={out}", "--keep_features")
+    with np.load(tmp_path / "card.json.features" / "samples" / "000000000.npz") as kept:
+        expected = found_by_hand(sets, np.load(sets / "samples.npz")["arr_0"])
+        for name in ("pool", "spatial", "logits"):
+            np.testing.assert_array_equal(kept[name], expected[name])
+    run_here(evaluate.main, *flags(sets), f"--out={out}")
+    assert [path.name for path in tmp_path.iterdir()] == ["card.json"]
+
+
 def starts(cache: features.FeatureCache) -> list[int]:
     return [start for start, _ in cache.resume()]
 
@@ -434,6 +445,7 @@ BAD = {
     "no reference": ([S], "--reference is missing"),
     "no images": (["--vae=BAD/vae.safetensors"], "--images is missing"),
     "no out": (["--make_reference=SETS/real.npz"], "--out is missing"),
+    "features of a VAE": (["--vae=x", "--images=x", "--keep_features"], "is not for --vae"),
     "images of samples": ([S, R, "--images=x"], "--images is not for --samples"),
     "unknown features": ([S, R, "--features=vgg"], "unknown features 'vgg'"),
     "no weights": ([S, R], "needs weights, --inception=FILE: pt_inception-2015"),

@@ -56,6 +56,8 @@ def test_no_command_is_left_out():
     elsewhere |= {"python3 -m venv .venv", "source .venv/bin/activate"}
     # test_benchmarks.py and test_performance.py run these.
     elsewhere |= {"python benchmarks/convergence.py", "python benchmarks/run.py --suite=cpu"}
+    # test_reproduce.py runs it with small networks.
+    elsewhere |= {"python benchmarks/reproduce.py --row=mdtv2-xl2-g"}
     # test_aot.py compiles a smaller network, where the compiler is installed.
     elsewhere |= {
         "python benchmarks/aot.py --target=h100 --config=configs/xl2.py --batch_size=32",
