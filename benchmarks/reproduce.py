@@ -16,26 +16,26 @@ import argparse
 import dataclasses
 import pathlib
 import platform
-import re
 import shutil
 import time
-import urllib.error
-import urllib.request
+import zipfile
 from collections.abc import Iterator
 
 import jax
 import numpy as np
+from downloads import download
 from sampling_noise import frechet_bias, frechet_error, score_error, share_error, tolerance
 
 from mdt_jax import __version__, cli, evaluate, sample
 from mdt_jax.evaluation import references
 from mdt_jax.evaluation.card import TITLES
 from mdt_jax.evaluation.evaluator import Evaluator
+from mdt_jax.evaluation.npz_files import reading
 from mdt_jax.evaluation.references import Reference
 from mdt_jax.runtime import backend
 from mdt_jax.runtime.errors import UserError
-from mdt_jax.runtime.files import atomic_write, check_writable, file_sha256, read_json, reason
-from mdt_jax.runtime.progress import log, print_result, progress_bar
+from mdt_jax.runtime.files import atomic_write, check_writable, read_json
+from mdt_jax.runtime.progress import log, print_result
 from mdt_jax.train.workdir import make, write_json
 
 SAMPLES, FAST = 50_000, 5_000  # drawn; the published values are of the first
@@ -72,16 +72,16 @@ def _metrics(*values: str) -> dict[str, str]:
     return dict(zip(names, values, strict=True))
 
 
-POWER_COSINE = ("--guidance=power_cosine", "--guidance_scale=3.8", "--guidance_power=4")
+MDT = ("--guidance=power_cosine", "--guidance_scale=3.8", "--guidance_power=4")
 ROWS = {
     "mdtv2-xl2-g": Row(
         "MDTv2-XL/2-G", "Gao et al. 2023, arXiv 2303.14389v2",
-        "hf://shgao/MDT-XL2/mdt_xl2_v2_ckpt.pt", POWER_COSINE,
+        "hf://shgao/MDT-XL2/mdt_xl2_v2_ckpt.pt", MDT,
         _metrics("1.58", "4.52", "314.73", "0.79", "0.65"), 4.4,
     ),
     "mdt-xl2-g": Row(
         "MDT-XL/2-G", "Gao et al. 2023, arXiv 2303.14389v1",
-        "hf://shgao/MDT-XL2/mdt_xl2_v1_ckpt.pt", (*POWER_COSINE, "--decoder_layers=2"),
+        "hf://shgao/MDT-XL2/mdt_xl2_v1_ckpt.pt", MDT,
         _metrics("1.79", "4.57", "283.01", "0.81", "0.61"), 4.0,
     ),
     "dit-xl2-g": Row(
@@ -107,46 +107,6 @@ VAES = {
 OTHER_IMAGES = "not comparable: published for 5,000 images of COCO 2017"
 
 
-def download(url: str, folder: pathlib.Path, flag: str) -> str:
-    """Fetch a file into a folder, unless it is there; an interrupted download is continued.
-
-    A name that ends in a hash, -0123abcd.pth, must be that of the content. flag: takes the file
-    instead. Raises UserError.
-    """
-    path = folder / url.rpartition("/")[2]
-    part = path.with_name(f"{path.name}.part")
-    if path.exists():
-        return str(path)
-    done = part.stat().st_size if part.exists() else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={done}-"} if done else {})
-    try:
-        with urllib.request.urlopen(request, timeout=60) as response:
-            done = done if response.status == 206 else 0
-            total = done + int(response.headers["Content-Length"])
-            bar = progress_bar(-(-total // 2**20), True, path.name, "MiB", initial=done // 2**20)
-            with open(part, "ab" if done else "wb") as file, bar as bar:
-                while chunk := response.read(2**20):
-                    file.write(chunk)
-                    bar.update(1)
-    except (OSError, ValueError, TypeError) as error:
-        if getattr(error, "code", None) == 416:  # the part is no beginning of this file
-            part.unlink()
-        why = f"{url} could not be downloaded: {reason(error)}"
-        raise UserError(f"{why}; rerun to continue, or give the file: --{flag}=FILE") from None
-    if part.stat().st_size < total:
-        raise UserError(f"{url}: the connection ended early; rerun to continue the download")
-    stated = re.search(r"-([0-9a-f]{8,64})\.\w+$", path.name)
-    if stated and not file_sha256(part).startswith(stated[1]):
-        digest = file_sha256(part)
-        part.unlink()
-        raise UserError(
-            f"{url} was damaged in the download: its SHA-256 is {digest}, not {stated[1]}…; try "
-            "again"
-        )
-    part.replace(path)
-    return str(path)
-
-
 def located(args: argparse.Namespace, flag: str, default: str, folder: pathlib.Path) -> str:
     """The path that a flag gives, or the default, downloaded if it is a URL."""
     path = getattr(args, flag) or default
@@ -163,6 +123,9 @@ def check_reference(path: str, inception: str) -> Reference:
         raise UserError(
             f"--reference={path} has images of {height}×{width}, but the samples are {SIZE}×{SIZE}"
         )
+    with reading(path), zipfile.ZipFile(path) as archive:  # its images are read after sampling
+        if damaged := archive.testzip():
+            raise UserError(f"{path} is damaged: {damaged}; remove it, and rerun")
     Evaluator(reference, ["inception"], inception)
     return reference
 

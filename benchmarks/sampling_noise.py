@@ -11,8 +11,12 @@ resampled sets hold copies, and their FID is biased upwards as if they were smal
 - Inception Score exp(E[KL]): the influence of a sample is the score times its own KL(p(y|x) ‖
   p(y)); the derivative by p(y) vanishes.
 - Precision: the binomial standard error of a share of N samples; the reference's manifold is fixed.
-- Recall: the binomial standard error of a share of the reference's images, which bounds it roughly:
-  it treats whether two images are covered as independent.
+- Recall: the binomial standard error of a share of the reference's images, as if each were covered
+  or not independently of the others.
+
+tests/benches/test_sampling_noise.py compares each with the spread of many draws: precision and
+recall agree within 10 %, and the error of FID is 9 to 25 % too large, more with fewer samples for
+each feature, because T is then known less well.
 """
 
 from collections.abc import Callable, Iterable
