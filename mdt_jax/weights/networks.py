@@ -6,7 +6,7 @@ import json
 import os
 import pathlib
 import types
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,15 @@ from mdt_jax.runtime import files, hosts, hub
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.runtime.files import reason
 from mdt_jax.runtime.progress import log
-from mdt_jax.weights import inception_names, mdt_names, orbax_folders, torch_files, vae_names
+from mdt_jax.weights import (
+    config_files,
+    inception_names,
+    mdt_names,
+    orbax_folders,
+    picking,
+    torch_files,
+    vae_names,
+)
 
 ITEMS = ("ema", "raw")  # the parameters of a run
 _STEP_ITEMS = {"ema": "ema", "raw": "params"}  # what a step's folder calls them
@@ -112,7 +120,8 @@ def load_weights(
     """An MDT's weights, and the config of the run they come from, if any.
 
     path: a workdir, its checkpoints folder, one step of it, a folder that `convert` wrote, a
-    published file (.pt, .pth, .bin, .ckpt, .safetensors), or hf://OWNER/REPOSITORY/FILE.
+    published file (.pt, .pth, .bin, .ckpt, .safetensors), or a folder with one, or
+    hf://OWNER/REPOSITORY[@REVISION][/FILE]; `picking.pick` has the rule for the file.
     params: "ema", or "raw" for the parameters that the optimiser updates; a file has only one kind.
     decoder_layers: of a published file of MDT v1, which does not record it (None: 2).
     input_size: (H, W) of the latents (or pixels) that the model shall take. Where the weights are
@@ -153,7 +162,8 @@ def read_network(
         raise UserError(f"params is {params!r}; choose one of {', '.join(ITEMS)}")
     if not str(path):
         raise UserError("checkpoint '' does not exist")
-    local = hub.local_path(str(path))
+    source = picking.resolve(str(path), kind)
+    local = hub.local_path(source)
     if files.is_dir(local) or local.suffix not in torch_files.SUFFIXES:
         if decoder_layers is not None:
             raise UserError(f"decoder_layers is for published files; {path} records its own")
@@ -175,7 +185,11 @@ def _read_file(
 ) -> Weights[Any]:
     """From a published file. path: as the user gave it, for messages."""
     try:
-        weights = _from_state_dict(torch_files.read_arrays(file), file, decoder_layers, kind)
+        state, meta = torch_files.read_arrays(file), config_files.read(file)
+        if meta is None:
+            weights = _from_state_dict(state, file, decoder_layers, kind)
+        else:
+            weights = _as_uploaded(state, meta, decoder_layers)
         # Copies, so that the mapped file is closed and saving needs no further copy.
         weights = weights._replace(params=jax.tree.map(jnp.asarray, weights.params))
         classes = torch_files.read_classes(file)
@@ -187,7 +201,7 @@ def _read_file(
         text = str(error).replace(str(file), path) if files.in_bucket(path) else str(error)
         name = "" if text.startswith((str(file), path)) else f"{path}: "
         raise UserError(f"{name}{text}") from None
-    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         # Unexpected shapes in a file with the right names.
         raise UserError(f"{path}: its arrays do not fit together: {reason(error)}") from None
 
@@ -210,6 +224,41 @@ def _from_state_dict(
     return weights
 
 
+def _as_uploaded(
+    state: dict[str, np.ndarray], meta: dict, decoder_layers: int | None
+) -> Weights[MDT]:
+    """The MDT of a config.json of `convert`, whose parameters must be those it was written with."""
+    if decoder_layers is not None:
+        raise UserError("decoder_layers is for published files; its config.json has its own")
+    model = cast(MDT, _network_of(meta))
+    layers = model.decoder_layers if model.version == "v1" else None
+    found = fields_of(mdt_names.model_from_published(state, layers or None))
+    own = fields_of(model)
+    different = [n for n in own if own[n] != found[n] and n not in config_files.NOT_IN_FILES]
+    params = {} if different else mdt_names.params_from_published(state, model)
+    if different or params_sha256(params) != meta.get(config_files.SUM):
+        differs = f" ({', '.join(different)})" if different else ""
+        raise UserError(
+            f"its config.json was written for other weights{differs}; to read the file alone move "
+            "config.json away"
+        )
+    return _of_meta(meta, params, meta["item"])
+
+
+def _of_meta(meta: dict, params: dict, item: str | None) -> Weights[Any]:
+    """Parameters with what `meta_of` recorded beside them."""
+    return Weights(
+        _network_of(meta),
+        params,
+        config=configs.complete(meta["config"]) if "config" in meta else None,
+        item=item,
+        classes=tuple(meta.get("classes", ())),
+        step=meta["step"] or None,
+        latents=meta.get("latents"),
+        vae_sha256=meta.get("files_sha256", {}).get("vae.path"),
+    )
+
+
 def _read_folder(path: files.Path, params: str) -> Weights[Any]:
     """From a workdir, its checkpoints folder, one step of it, or a folder of `save`."""
 
@@ -218,16 +267,7 @@ def _read_folder(path: files.Path, params: str) -> Weights[Any]:
         return item, shapes_of(_network_of(meta))
 
     arrays, meta = orbax_folders.load_item(path, choose)
-    return Weights(
-        _network_of(meta),
-        arrays,
-        config=configs.complete(meta["config"]) if "config" in meta else None,
-        item=meta["item"] if _ONLY in meta["checksums"] else params,
-        classes=tuple(meta.get("classes", ())),
-        step=meta["step"] or None,
-        latents=meta.get("latents"),
-        vae_sha256=meta.get("files_sha256", {}).get("vae.path"),
-    )
+    return _of_meta(meta, arrays, meta["item"] if _ONLY in meta["checksums"] else params)
 
 
 def _network_of(meta: dict) -> Network:
@@ -251,17 +291,23 @@ def save(path: str | os.PathLike, weights: Weights) -> None:
         state = KINDS[kind].names.to_published(model, weights.params)
         torch_files.write_arrays(path, state, weights.classes)
         return
-    config = weights.config
+    orbax_folders.save_folder(path, _ONLY, weights.params, meta_of(weights))
+
+
+def meta_of(weights: Weights) -> dict:
+    """What is known of a network besides its parameters, for JSON: the config of the run, if it is
+    of this model, else the model's own fields; the item, classes, step, latents, VAE."""
+    config, model = weights.config, weights.model
     if config is not None and fields_of(MDT.from_config(config)) == fields_of(model):
-        meta = {"config": config.to_dict()}
+        meta: dict[str, Any] = {"config": config.to_dict()}
     else:
-        meta = {"model": {"kind": kind, **fields_of(model)}}
+        meta = {"model": {"kind": kind_of(model), **fields_of(model)}}
     meta |= {"item": weights.item, "classes": weights.classes, "step": weights.step}
     if weights.latents:
         meta["latents"] = weights.latents
     if weights.vae_sha256:
         meta["files_sha256"] = {"vae.path": weights.vae_sha256}
-    orbax_folders.save_folder(path, _ONLY, weights.params, meta)
+    return meta
 
 
 def unrecorded(weights: Weights) -> list[str]:
