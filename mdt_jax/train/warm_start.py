@@ -28,8 +28,10 @@ def read_weights(config: ConfigDict, workdir: Path, model: MDT, key: jax.Array) 
     path = config.init.checkpoint
     if not path or steps_in(workdir):
         return None
-    ema = load_weights(path)
-    source, is_file = ema.model, files.is_file(hub.local_path(path))
+    is_file = files.is_file(hub.local_path(path))
+    heads = model.num_heads if is_file and not model.decoder_layers else None
+    ema = load_weights(path, num_heads=heads)
+    source = ema.model
     # A v1 file does not record decoder_layers: it is read as the config has it.
     unrecorded = is_file and source.version == "v1" and source.depth == model.depth
     if unrecorded and 0 < model.decoder_layers != source.decoder_layers:
