@@ -213,12 +213,13 @@ def _read_file(
             left = ", ".join(name[:80] for name in read.others)
             log(f"{path}: the weights are those under '{read.part}'; not used: {left}")
         weights = _of_known_kind(read, file, told, kind)
-        # Copies, so that the mapped file is closed and saving needs no further copy.
-        weights = weights._replace(params=jax.tree.map(jnp.asarray, weights.params))
+        weights = weights._replace(stored=read.dtype, item=read.item)
+        del read
+        _copy(weights.params)
         classes = torch_files.read_classes(file)
         if isinstance(weights.model, MDT) and len(classes) == weights.model.num_classes:
             weights = weights._replace(classes=classes)
-        return weights._replace(stored=read.dtype, item=read.item)
+        return weights
     except UserError as error:
         # A copy of an object is not where the user would look.
         text = str(error).replace(str(file), path) if files.in_bucket(path) else str(error)
@@ -227,6 +228,18 @@ def _read_file(
     except (ArithmeticError, LookupError, TypeError, ValueError) as error:
         # Unexpected shapes in a file with the right names.
         raise UserError(f"{path}: its arrays do not fit together: {reason(error)}") from None
+
+
+def _copy(params: dict) -> None:
+    """Copy arrays to the device in place, one at a time, so that one copy in all is in memory.
+
+    The mapped file that they may be in is closed then, and saving needs no further copy.
+    """
+    for name, leaf in params.items():
+        if isinstance(leaf, dict):
+            _copy(leaf)
+        else:
+            params[name] = jnp.asarray(leaf)
 
 
 def _of_known_kind(
