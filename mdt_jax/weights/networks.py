@@ -229,12 +229,13 @@ def _read_file(
             weights = _of_known_kind(read, file, told, kind)
         if diffusers_dit.is_transformer(read.arrays):
             weights = _in_pipeline(weights, folder)
-        # Copies, so that the mapped file is closed and saving needs no further copy.
-        weights = weights._replace(params=jax.tree.map(jnp.asarray, weights.params))
+        weights = weights._replace(stored=read.dtype, item=read.item or weights.item)
+        del read
+        _copy(weights.params)
         classes = torch_files.read_classes(file)
         if isinstance(weights.model, MDT) and len(classes) == weights.model.num_classes:
             weights = weights._replace(classes=classes)
-        return weights._replace(stored=read.dtype, item=read.item or weights.item)
+        return weights
     except UserError as error:
         # A copy of an object is not where the user would look.
         text = str(error).replace(str(file), path) if files.in_bucket(path) else str(error)
@@ -243,6 +244,18 @@ def _read_file(
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         # Unexpected shapes in a file with the right names.
         raise UserError(f"{path}: its arrays do not fit together: {reason(error)}") from None
+
+
+def _copy(params: dict) -> None:
+    """Copy arrays to the device in place, one at a time, so that one copy in all is in memory.
+
+    The mapped file that they may be in is closed then, and saving needs no further copy.
+    """
+    for name, leaf in params.items():
+        if isinstance(leaf, dict):
+            _copy(leaf)
+        else:
+            params[name] = jnp.asarray(leaf)
 
 
 def _of_known_kind(
@@ -274,12 +287,21 @@ def _from_state_dict(
     else:
         weights = Weights(*mdt_names.from_published(state, **told))
         if mdt_names.is_dit(state):
-            args = read.args or {}
-            is_sit = "SiT" in file.name or "path_type" in args
-            weights = weights._replace(sampling=SIT_SAMPLING if is_sit else DIT_SAMPLING)
+            weights = weights._replace(sampling=_sampling_of_dit(read, file))
         return weights
     _check_told(weights.model, told)
     return weights
+
+
+def _sampling_of_dit(read: torch_files.File, file: pathlib.Path) -> dict[str, Any]:
+    """How a DiT or SiT is sampled, which its file's name and its training's flags alone tell."""
+    args = read.args or {}
+    if "SiT" not in file.name and "SiT" not in str(args.get("model")) and "path_type" not in args:
+        return DIT_SAMPLING
+    for name, sampled in (("path_type", "Linear"), ("prediction", "velocity")):
+        if args.get(name, sampled) != sampled:
+            log(f"{file}: its {name} is {args[name]}, but only a SiT of {sampled} can be sampled")
+    return SIT_SAMPLING
 
 
 def _check_told(model: Network, told: dict[str, int | None]) -> None:
