@@ -15,8 +15,8 @@ resampled sets hold copies, and their FID is biased upwards as if they were smal
   or not independently of the others.
 
 tests/benches/test_sampling_noise.py compares each with the spread of many draws: precision and
-recall agree within 10 %, and the error of FID is 9 to 25 % too large, more with fewer samples for
-each feature, because T is then known less well.
+recall agree as far as 60 draws tell, and the error of FID is 9 to 25 % too large, more with fewer
+samples for each feature, because T is then known less well.
 """
 
 from collections.abc import Callable, Iterable
