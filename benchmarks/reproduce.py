@@ -253,7 +253,7 @@ def reproduce(args: argparse.Namespace, workdir: pathlib.Path) -> None:
     hours = row.hours * count / SAMPLES
     log(
         f"2 of 3: sampling {count:,} images; on one H100 {hours:.1f} h in bfloat16 and about twice "
-        "as long in float32 (predicted, not measured)"
+        "as long in float32 (predicted, not measured on a GPU)"
     )
     seconds = {
         "sampling": timed(
