@@ -291,7 +291,7 @@ def test_diffusers_own_folder_is_read(diffusers, tmp_path):
     x = np.random.RandomState(0).standard_normal((2, 4, 8, 8)).astype(np.float32)
     t, y = np.array([3, 700]), np.array([5, 1000])
     with torch.no_grad():
-        whole = transformer.float()
+        whole = diffusers.DiTTransformer2DModel.from_pretrained(tmp_path / "theirs" / "transformer")
         out = whole(torch.tensor(x), torch.tensor(t), torch.tensor(y)).sample.numpy()
     assert relative_error(apply(*pipeline, nhwc(x), t, y), nhwc(out)) < 2e-6
     # Out again: the same arrays under the same names.
