@@ -34,8 +34,10 @@ def served(tmp_path):
 def load(files, folder):
     """(the hash or the error that a process printed that loads it, the files that it fetched)."""
     code = (
-        "from mdt_jax import cli; from mdt_jax.weights.networks import load_weights, params_sha256;"
-        f"cli.run(lambda _: print(params_sha256(load_weights('hf://someone/model/{INDEX}').params)))"
+        "import sys; from mdt_jax import cli\n"
+        "from mdt_jax.weights.networks import load_weights, params_sha256\n"
+        f"cli.run(lambda _: print(params_sha256(load_weights('hf://someone/model/{INDEX}').params)))\n"
+        "print('torch' in sys.modules)"
     )
     with serve(files) as server:
         hub = {"HF_ENDPOINT": server.endpoint, "HF_HOME": str(folder / "cache")}
@@ -50,7 +52,7 @@ def load(files, folder):
 
 def test_shards_on_the_hub(served, tmp_path):
     printed, asked = load(served, tmp_path)
-    assert printed == params_sha256(published_params("v1_state")) + "\n"
+    assert printed == params_sha256(published_params("v1_state")) + "\nFalse\n"
     assert asked == [INDEX, *SHARDS]
 
 
