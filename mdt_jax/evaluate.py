@@ -88,7 +88,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, str]:
 
 def chosen_features(args) -> list[str]:
     """The values of --features. Raises UserError for --dinov2 without them."""
-    features = (args.features or "inception").split(",")
+    features = args.features.split(",") if args.features else ["inception"]
     if args.dinov2 and "dinov2" not in features:
         raise UserError("--dinov2 is for --features=dinov2")
     return features

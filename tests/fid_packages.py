@@ -23,7 +23,7 @@ except RuntimeError:  # operator torchvision::nms does not exist
 
 from cleanfid import fid as clean_fid  # noqa: E402, F401
 from pytorch_fid import fid_score, inception  # noqa: E402, F401
-from torch_fidelity import metric_fid, metric_isc, metric_prc  # noqa: E402, F401
+from torch_fidelity import metric_fid, metric_isc, metric_kid, metric_prc  # noqa: E402, F401
 from torch_fidelity.feature_extractor_inceptionv3 import (  # noqa: E402, F401
     FeatureExtractorInceptionV3,
 )

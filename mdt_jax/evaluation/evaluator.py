@@ -19,6 +19,7 @@ from mdt_jax.evaluation.features import FeatureCache, FeatureSet, extract
 from mdt_jax.evaluation.image_sets import ArrayImages, ImageSet, check_images, open_images
 from mdt_jax.evaluation.npz_files import Header
 from mdt_jax.evaluation.references import STATISTICS, Reference
+from mdt_jax.models.dinov2 import WIDTH
 from mdt_jax.runtime import hosts
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.runtime.hosts import log0
@@ -173,6 +174,12 @@ class Evaluator:
 
     def _compare_dinov2(self, samples: FeatureSet, progress: bool) -> dict[str, float]:
         real, statistics = self._reference_features, self._statistics()
+        width = len(statistics["dinov2"].mu)
+        if width != WIDTH:
+            self._warn(
+                f"FD-DINOv2 is defined with ViT-L/14, of width {WIDTH}, but --dinov2 has width "
+                f"{width}: compare it only with distances by the same weights"
+            )
         distance = self._distance(samples.gaussians["dinov2"], statistics["dinov2"])
         report = {"fd_dinov2": distance}
         if real is not None:

@@ -110,17 +110,8 @@ def load_inception(path: str) -> InceptionFeatures:
 
 
 def load_dinov2(path: str) -> Dinov2Features:
-    """DINOv2 with the weights of a file or folder.
-
-    Warns of another size than ViT-L/14, with which FD-DINOv2 is defined. Raises UserError.
-    """
-    network, params, note = _load(path, "dinov2", dinov2.WHERE)
-    if network.width != dinov2.WIDTH:
-        hosts.log0(
-            f"warning: {path} is a DINOv2 of width {network.width}; FD-DINOv2 is defined with "
-            f"ViT-L/14, of width {dinov2.WIDTH}: compare it only with distances by the same weights"
-        )
-    return Dinov2Features(network, params, note)
+    """DINOv2 with the weights of a file or folder. Raises UserError."""
+    return Dinov2Features(*_load(path, "dinov2", dinov2.WHERE))
 
 
 def _load(path: str, kind: str, where: str) -> tuple[Any, dict, dict]:
