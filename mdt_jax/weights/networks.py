@@ -6,7 +6,8 @@ import json
 import os
 import pathlib
 import types
-from typing import Any, Generic, NamedTuple, TypeVar
+from collections.abc import Mapping
+from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -21,19 +22,26 @@ from mdt_jax.models.mdt import MDT
 from mdt_jax.models.resize import resize_grid
 from mdt_jax.runtime import files, hosts, hub
 from mdt_jax.runtime.errors import UserError
-from mdt_jax.runtime.files import reason
+from mdt_jax.runtime.files import read_json, reason
 from mdt_jax.runtime.progress import log
 from mdt_jax.weights import (
+    config_files,
+    diffusers_dit,
     dinov2_names,
+    foreign,
     inception_names,
     mdt_names,
     orbax_folders,
+    picking,
     torch_files,
     vae_names,
 )
 
 ITEMS = ("ema", "raw")  # the parameters of a run
 _STEP_ITEMS = {"ema": "ema", "raw": "params"}  # what a step's folder calls them
+# How the published sample.py of DiT draws; SiT's has an adaptive solver that mdt_jax lacks.
+DIT_SAMPLING = {"guidance": "constant", "guidance_scale": 4.0}
+SIT_SAMPLING = DIT_SAMPLING | {"objective": "flow", "sampler": "euler"}
 _ONLY = "weights"  # what a folder of `save` calls its parameters, whichever they are
 
 Network = MDT | AutoencoderKL | Inception | Dinov2
@@ -46,7 +54,9 @@ class Weights(NamedTuple, Generic[SomeNetwork]):
     config: of the run that trained it, if any. item: which of the run's parameters they are, one of
     ITEMS; None where unknown, as of a file. classes: their names in the run's data, if known.
     step: of the run, if known. latents: of a VAE, as of `vae_names.about_latents`. vae_sha256: of
-    the VAE that the run was trained with, if known.
+    the VAE that the run was trained with, if known. sampling: fields of SampleOptions that go with
+    a published file, which has no config. stored: the type of a file's floats where it is not
+    float32; the parameters are float32 in any case.
     """
 
     model: SomeNetwork
@@ -57,6 +67,8 @@ class Weights(NamedTuple, Generic[SomeNetwork]):
     step: int | None = None
     latents: dict | None = None
     vae_sha256: str | None = None
+    sampling: Mapping[str, Any] = types.MappingProxyType({})
+    stored: str | None = None
 
 
 class _Kind(NamedTuple):
@@ -89,9 +101,11 @@ def describe(model: Network) -> str:
     """A network in a line."""
     if isinstance(model, MDT):
         height, width = model.input_size
+        decode = f" ({model.decoder_layers} decode)" if model.decoder_layers else ""
         return (
-            f"MDT {model.version}, hidden size {model.hidden_size}, depth {model.depth} "
-            f"({model.decoder_layers} decode), {model.num_heads} heads, patch {model.patch_size}, "
+            f"{f'MDT {model.version}' if model.decoder_layers else 'DiT'}, "
+            f"hidden size {model.hidden_size}, depth {model.depth}{decode}, "
+            f"{model.num_heads} heads, patch {model.patch_size}, "
             f"{model.num_classes} classes, inputs {height}×{width}×{model.in_channels}"
         )
     if isinstance(model, AutoencoderKL):
@@ -119,18 +133,22 @@ def load_weights(
     params: str = "ema",
     decoder_layers: int | None = None,
     input_size: tuple[int, int] | None = None,
+    num_heads: int | None = None,
 ) -> Weights[MDT]:
-    """An MDT's weights, and the config of the run they come from, if any.
+    """An MDT's or DiT's weights, and the config of the run they come from, if any.
 
     path: a workdir, its checkpoints folder, one step of it, a folder that `convert` wrote, a
-    published file (.pt, .pth, .bin, .ckpt, .safetensors), or hf://OWNER/REPOSITORY/FILE.
-    params: "ema", or "raw" for the parameters that the optimiser updates; a file has only one kind.
+    published file (.pt, .pth, .bin, .ckpt, .safetensors, .safetensors.index.json), a folder with
+    one, or hf://OWNER/REPOSITORY[@REVISION][/FILE]; `picking.pick` has the rule for the file.
+    params: "ema", or "raw" for the parameters that the optimiser updates; most files have only one
+    kind.
     decoder_layers: of a published file of MDT v1, which does not record it (None: 2).
+    num_heads: of a published file of DiT or SiT, which does not record it (None: as released).
     input_size: (H, W) of the latents (or pixels) that the model shall take. Where the weights are
     for another size, position embeddings and bias tables are resampled, with a line on stderr.
     Raises UserError where there are no weights, or they are damaged or another network's.
     """
-    weights = read_network(path, params, decoder_layers, "mdt")
+    weights = read_network(path, params, decoder_layers, num_heads, "mdt")
     old = weights.model
     if input_size is None or tuple(input_size) == old.input_size:
         return weights
@@ -154,6 +172,7 @@ def read_network(
     path: str | os.PathLike,
     params: str = "ema",
     decoder_layers: int | None = None,
+    num_heads: int | None = None,
     kind: str | None = None,
 ) -> Weights[Any]:
     """Any network's weights; arguments as of `load_weights`.
@@ -164,13 +183,18 @@ def read_network(
         raise UserError(f"params is {params!r}; choose one of {', '.join(ITEMS)}")
     if not str(path):
         raise UserError("checkpoint '' does not exist")
-    local = hub.local_path(str(path))
-    if files.is_dir(local) or local.suffix not in torch_files.SUFFIXES:
-        if decoder_layers is not None:
-            raise UserError(f"decoder_layers is for published files; {path} records its own")
+    source = picking.resolve(str(path), kind)
+    local = hub.local_path(source)
+    told = {"decoder_layers": decoder_layers, "num_heads": num_heads}
+    # A file of any other suffix, too, for a message that says what it is.
+    is_file = torch_files.is_weights(local.name) or os.path.isfile(local)
+    if files.is_dir(local) or not is_file:
+        for name, value in told.items():
+            if value is not None:
+                raise UserError(f"{name} is for published files; {path} records its own")
         weights = _read_folder(local, params)
     else:
-        weights = _read_file(pathlib.Path(local), str(path), decoder_layers, kind)
+        weights = _read_file(pathlib.Path(local), str(path), source, params, told, kind)
     for place, leaf in jax.tree_util.tree_leaves_with_path(weights.params):
         if not jnp.isfinite(leaf).all():
             name = jax.tree_util.keystr(place, simple=True, separator="/")
@@ -182,31 +206,66 @@ def read_network(
 
 
 def _read_file(
-    file: pathlib.Path, path: str, decoder_layers: int | None, kind: str | None
+    file: pathlib.Path,
+    path: str,
+    source: str,
+    params: str,
+    told: dict[str, int | None],
+    kind: str | None,
 ) -> Weights[Any]:
-    """From a published file. path: as the user gave it, for messages."""
+    """From a published file.
+
+    path: as the user gave it, for messages. source: where the file is, for those beside it. told:
+    what such a file may not record.
+    """
+    folder = source[: source.rfind("/") + 1]
     try:
-        weights = _from_state_dict(torch_files.read_arrays(file), file, decoder_layers, kind)
+        read = torch_files.read_file(
+            file, lambda shard: hub.local_path(folder + shard), raw=params == "raw"
+        )
+        if read.choice:
+            left = ", ".join(name[:80] for name in read.others)
+            log(f"{path}: the weights are those under '{read.part}'; not used: {left}")
+        meta = config_files.read(file)
+        if meta is not None:
+            weights = _as_uploaded(read.arrays, meta, told)
+        else:
+            weights = _of_known_kind(read, file, told, kind)
+        if diffusers_dit.is_transformer(read.arrays):
+            weights = _in_pipeline(weights, folder)
         # Copies, so that the mapped file is closed and saving needs no further copy.
         weights = weights._replace(params=jax.tree.map(jnp.asarray, weights.params))
         classes = torch_files.read_classes(file)
         if isinstance(weights.model, MDT) and len(classes) == weights.model.num_classes:
             weights = weights._replace(classes=classes)
-        return weights
+        return weights._replace(stored=read.dtype, item=read.item or weights.item)
     except UserError as error:
         # A copy of an object is not where the user would look.
         text = str(error).replace(str(file), path) if files.in_bucket(path) else str(error)
         name = "" if text.startswith((str(file), path)) else f"{path}: "
         raise UserError(f"{name}{text}") from None
-    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         # Unexpected shapes in a file with the right names.
         raise UserError(f"{path}: its arrays do not fit together: {reason(error)}") from None
 
 
+def _of_known_kind(
+    read: torch_files.File, file: pathlib.Path, told: dict[str, int | None], kind: str | None
+) -> Weights[Any]:
+    """`_from_state_dict`, whose error says what the arrays are where they are another program's."""
+    try:
+        return _from_state_dict(read, file, told, kind)
+    except (UserError, ArithmeticError, LookupError, TypeError):
+        if what := foreign.from_arrays(read.arrays):
+            raise UserError(f"{file} is {what}") from None
+        raise
+
+
 def _from_state_dict(
-    state: dict[str, np.ndarray], file: pathlib.Path, decoder_layers: int | None, kind: str | None
+    read: torch_files.File, file: pathlib.Path, told: dict[str, int | None], kind: str | None
 ) -> Weights[Any]:
     """The names tell the kind of network; where they do not, it is read as the required kind."""
+    state = read.arrays
     if vae_names.is_vae(state) or kind == "vae":
         config = vae_names.read_config(file)
         model, params = vae_names.from_published(state, vae_names.norm_groups(config))
@@ -217,12 +276,82 @@ def _from_state_dict(
         weights = Weights(*dinov2_names.from_published(state))
     elif inception_names.is_inception(state) or (kind == "inception" and "pos_embed" not in state):
         weights = Weights(*inception_names.from_published(state))
+    elif diffusers_dit.is_transformer(state):
+        config = read_json(file.with_name(picking.CONFIG))
+        weights = Weights(*diffusers_dit.from_published(state, config))
     else:
-        return Weights(*mdt_names.from_published(state, decoder_layers))
-    if decoder_layers is not None:
-        name = KINDS[kind_of(weights.model)].name
-        raise UserError(f"decoder_layers is for MDT; this is {name}")
+        weights = Weights(*mdt_names.from_published(state, **told))
+        if mdt_names.is_dit(state):
+            args = read.args or {}
+            is_sit = "SiT" in file.name or "path_type" in args
+            weights = weights._replace(sampling=SIT_SAMPLING if is_sit else DIT_SAMPLING)
+        return weights
+    _check_told(weights.model, told)
     return weights
+
+
+def _check_told(model: Network, told: dict[str, int | None]) -> None:
+    """Raise UserError where the user said otherwise what a file records."""
+    for field, value in told.items():
+        if value is not None and not hasattr(model, field):
+            name = KINDS[kind_of(model)].name
+            raise UserError(f"{field} is for an MDT or DiT; this is {name}")
+        if value is not None and getattr(model, field) != value:
+            raise UserError(f"{field} is {value}, but the file has {getattr(model, field)}")
+
+
+def _in_pipeline(weights: Weights[MDT], folder: str) -> Weights[MDT]:
+    """A DiT of diffusers with what its DiTPipeline, if it is in one, says of it.
+
+    folder: of its file; that of a pipeline's transformer has the others beside it.
+    """
+    pipeline, _, name = folder.rstrip("/").rpartition("/")
+    found = {}
+    for part in (diffusers_dit.INDEX, diffusers_dit.SCHEDULER):
+        is_part = name == diffusers_dit.TRANSFORMER
+        file = hub.optional_path(f"{pipeline or '.'}/{part}") if is_part else None
+        found[part] = None if file is None else read_json(file)
+    sampling, lacks = diffusers_dit.sampling_of(found[diffusers_dit.SCHEDULER])
+    for line in lacks:
+        log(f"{folder}: its scheduler's {line} is left out: samples differ from those of diffusers")
+    index = found[diffusers_dit.INDEX] or {}
+    classes = diffusers_dit.classes_of(index, weights.model.num_classes)
+    return weights._replace(classes=classes, sampling=sampling)
+
+
+def _as_uploaded(
+    state: dict[str, np.ndarray], meta: dict, told: dict[str, int | None]
+) -> Weights[MDT]:
+    """The MDT of a config.json of `convert`, whose parameters must be those it was written with."""
+    model = cast(MDT, _network_of(meta))
+    _check_told(model, told)
+    layers = model.decoder_layers if model.version == "v1" else None
+    found = fields_of(mdt_names.model_from_published(state, layers or None, model.num_heads))
+    own = fields_of(model)
+    different = [n for n in own if own[n] != found[n] and n not in config_files.NOT_IN_FILES]
+    params = {} if different else mdt_names.params_from_published(state, model)
+    if different or params_sha256(params) != meta.get(config_files.SUM):
+        differs = f" ({', '.join(different)})" if different else ""
+        raise UserError(
+            f"its config.json was written for other weights{differs}; to read the file alone move "
+            "config.json away"
+        )
+    return _of_meta(meta, params, meta["item"])
+
+
+def _of_meta(meta: dict, params: dict, item: str | None) -> Weights[Any]:
+    """Parameters with what `meta_of` recorded beside them."""
+    return Weights(
+        _network_of(meta),
+        params,
+        config=configs.complete(meta["config"]) if "config" in meta else None,
+        item=item,
+        classes=tuple(meta.get("classes", ())),
+        step=meta["step"] or None,
+        latents=meta.get("latents"),
+        sampling=meta.get("sampling", {}),
+        vae_sha256=meta.get("files_sha256", {}).get("vae.path"),
+    )
 
 
 def _read_folder(path: files.Path, params: str) -> Weights[Any]:
@@ -233,16 +362,7 @@ def _read_folder(path: files.Path, params: str) -> Weights[Any]:
         return item, shapes_of(_network_of(meta))
 
     arrays, meta = orbax_folders.load_item(path, choose)
-    return Weights(
-        _network_of(meta),
-        arrays,
-        config=configs.complete(meta["config"]) if "config" in meta else None,
-        item=meta["item"] if _ONLY in meta["checksums"] else params,
-        classes=tuple(meta.get("classes", ())),
-        step=meta["step"] or None,
-        latents=meta.get("latents"),
-        vae_sha256=meta.get("files_sha256", {}).get("vae.path"),
-    )
+    return _of_meta(meta, arrays, meta["item"] if _ONLY in meta["checksums"] else params)
 
 
 def _network_of(meta: dict) -> Network:
@@ -266,17 +386,25 @@ def save(path: str | os.PathLike, weights: Weights) -> None:
         state = KINDS[kind].names.to_published(model, weights.params)
         torch_files.write_arrays(path, state, weights.classes)
         return
-    config = weights.config
+    orbax_folders.save_folder(path, _ONLY, weights.params, meta_of(weights))
+
+
+def meta_of(weights: Weights) -> dict:
+    """What is known of a network besides its parameters, for JSON: the config of the run, if it is
+    of this model, else the model's own fields; the item, classes, step, latents, VAE."""
+    config, model = weights.config, weights.model
     if config is not None and fields_of(MDT.from_config(config)) == fields_of(model):
-        meta = {"config": config.to_dict()}
+        meta: dict[str, Any] = {"config": config.to_dict()}
     else:
-        meta = {"model": {"kind": kind, **fields_of(model)}}
+        meta = {"model": {"kind": kind_of(model), **fields_of(model)}}
     meta |= {"item": weights.item, "classes": weights.classes, "step": weights.step}
+    if weights.sampling and "config" not in meta:
+        meta["sampling"] = dict(weights.sampling)
     if weights.latents:
         meta["latents"] = weights.latents
     if weights.vae_sha256:
         meta["files_sha256"] = {"vae.path": weights.vae_sha256}
-    orbax_folders.save_folder(path, _ONLY, weights.params, meta)
+    return meta
 
 
 def unrecorded(weights: Weights) -> list[str]:
