@@ -56,6 +56,16 @@ def test_the_card_and_its_metrics_by_hand(sets):
     assert "224×224 by Pillow's bicubic filter" in note["resized"]
 
 
+def test_weights_of_hugging_face_are_the_same(sets, tmp_path):
+    """A folder with the names of files and arrays that facebook/dinov2-large has."""
+    state = dinov2.hugging_face(dinov2.random_state())
+    torch_files.write_arrays(tmp_path / "model.safetensors", state)
+    (tmp_path / "config.json").write_text('{"model_type": "dinov2", "hidden_size": 128}')
+    (note,) = json.loads((sets / "card.json").read_text())["features"]
+    theirs = feature_networks.load_dinov2(str(tmp_path)).note
+    assert theirs["dinov2_sha256"] == note["dinov2_sha256"]
+
+
 def test_another_size_of_network_is_said(sets, tmp_path):
     printed = run_here(evaluate.main, *flags(sets, out=tmp_path / "card.json"))
     assert (
