@@ -56,7 +56,7 @@ class Weights(NamedTuple, Generic[SomeNetwork]):
     step: of the run, if known. latents: of a VAE, as of `vae_names.about_latents`. vae_sha256: of
     the VAE that the run was trained with, if known. sampling: fields of SampleOptions that go with
     a published file, which has no config. stored: the type of a file's floats where it is not
-    float32; the parameters are float32 in any case.
+    float32; the parameters are float32 in any case. vae: the path of the VAE in the same folder.
     """
 
     model: SomeNetwork
@@ -69,6 +69,7 @@ class Weights(NamedTuple, Generic[SomeNetwork]):
     vae_sha256: str | None = None
     sampling: Mapping[str, Any] = types.MappingProxyType({})
     stored: str | None = None
+    vae: str | None = None
 
 
 class _Kind(NamedTuple):
@@ -316,7 +317,10 @@ def _in_pipeline(weights: Weights[MDT], folder: str) -> Weights[MDT]:
         log(f"{folder}: its scheduler's {line} is left out: samples differ from those of diffusers")
     index = found[diffusers_dit.INDEX] or {}
     classes = diffusers_dit.classes_of(index, weights.model.num_classes)
-    return weights._replace(classes=classes, sampling=sampling)
+    vae = f"{pipeline or '.'}/{diffusers_dit.VAE}"
+    if name != diffusers_dit.TRANSFORMER or hub.optional_path(f"{vae}/{picking.CONFIG}") is None:
+        vae = None
+    return weights._replace(classes=classes, sampling=sampling, vae=vae)
 
 
 def _as_uploaded(

@@ -134,7 +134,7 @@ def features_of(state, images: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("shape", [(300, 400), (256, 256), (64, 64), (224, 224)])
 def test_images_are_resized_as_by_dgm_eval(shape):
     """It applies torchvision's Resize to a PIL.Image. EDM2's default is close to it."""
-    pytest.importorskip("tests.fid_packages")  # makes torchvision importable
+    pytest.importorskip("tests.torchvision_on_cpus")
     from torchvision.transforms import InterpolationMode, Resize
 
     image = data.astronaut()[: shape[0], : shape[1]]
