@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from mdt_jax import config as configs
 from mdt_jax.models.autoencoder import AutoencoderKL
+from mdt_jax.models.dinov2 import Dinov2
 from mdt_jax.models.inception import Inception
 from mdt_jax.models.mdt import MDT
 from mdt_jax.models.resize import resize_grid
@@ -26,6 +27,7 @@ from mdt_jax.runtime.progress import log
 from mdt_jax.weights import (
     config_files,
     diffusers_dit,
+    dinov2_names,
     foreign,
     inception_names,
     mdt_names,
@@ -42,7 +44,7 @@ DIT_SAMPLING = {"guidance": "constant", "guidance_scale": 4.0}
 SIT_SAMPLING = DIT_SAMPLING | {"objective": "flow", "sampler": "euler"}
 _ONLY = "weights"  # what a folder of `save` calls its parameters, whichever they are
 
-Network = MDT | AutoencoderKL | Inception
+Network = MDT | AutoencoderKL | Inception | Dinov2
 SomeNetwork = TypeVar("SomeNetwork", bound=Network)
 
 
@@ -82,6 +84,7 @@ KINDS = {
     "mdt": _Kind(MDT, "an MDT", mdt_names),
     "vae": _Kind(AutoencoderKL, "a VAE", vae_names),
     "inception": _Kind(Inception, "FID's Inception", inception_names),
+    "dinov2": _Kind(Dinov2, "a DINOv2", dinov2_names),
 }
 
 
@@ -111,6 +114,8 @@ def describe(model: Network) -> str:
             f"a VAE of levels {', '.join(map(str, model.channels))}, {model.layers} layers each, "
             f"latents of {model.latent_channels} channels at 1/{model.factor} of the size"
         )
+    if isinstance(model, Dinov2):
+        return f"a DINOv2 of width {model.width} and depth {model.depth}"
     return f"FID's Inception with {model.num_classes} logits"
 
 
@@ -279,6 +284,10 @@ def _from_state_dict(
         config = vae_names.read_config(file)
         model, params = vae_names.from_published(state, vae_names.norm_groups(config))
         weights = Weights(model, params, latents=vae_names.about_latents(config))
+    elif dinov2_names.is_dinov2(state) or (
+        kind == "dinov2" and "x_embedder.proj.weight" not in state
+    ):
+        weights = Weights(*dinov2_names.from_published(state))
     elif inception_names.is_inception(state) or (kind == "inception" and "pos_embed" not in state):
         weights = Weights(*inception_names.from_published(state))
     elif diffusers_dit.is_transformer(state):
