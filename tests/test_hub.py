@@ -299,7 +299,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_bad_uploads(name, tmp_path, server, monkeypatch, capsys):
+def test_bad_uploads(name, tmp_path, server, monkeypatch):
     place, token, flags, message = REFUSED[name]
     use_here(server, monkeypatch, tmp_path / "cache", token)
     if not token:
@@ -308,8 +308,9 @@ def test_bad_uploads(name, tmp_path, server, monkeypatch, capsys):
         monkeypatch.delenv("HF_TOKEN")
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
     argv = [f"--src={DIGITS}", f"--dst={place}", *flags]
-    printed = exits_with_one_line(convert.main, argv, capsys, monkeypatch)
-    assert re.search(message, printed), printed
+    printed = run_here(convert.main, *argv, expect=2).splitlines()
+    assert len([line for line in printed if not line.startswith("uploading ")]) == 1
+    assert re.search(message, printed[-1]), printed
     assert {*server.repositories} == {"someone/other"}
 
 
