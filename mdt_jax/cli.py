@@ -284,6 +284,12 @@ class Parser(argparse.ArgumentParser):
                     help=_help(field.help, field.bound, f"default: {field.default_text}"),
                 )
 
+    def add_unrecorded(self) -> None:
+        """What a published file of a network does not record."""
+        add = self.add_argument
+        add("--decoder_layers", type=int, help="of an MDT v1 file, which lacks them (default: 2)")
+        add("--num_heads", type=int, help="of a DiT file, which lacks them (default: as released)")
+
     def add_sampling(self) -> None:
         """The checkpoint to sample from, and how to sample."""
         add = self.add_argument
@@ -302,7 +308,7 @@ class Parser(argparse.ArgumentParser):
             help="file, folder or hf://OWNER/REPOSITORY (default: the run's)",
         )
         add("--vae_scale", type=positive, help=f"of latents (default: the VAE's, or {VAE_SCALE})")
-        add("--decoder_layers", type=int, help="of an MDT v1 file, which lacks them (default: 2)")
+        self.add_unrecorded()
         add = self.add_argument_group(
             "sampling options (default: the run's); several guidance scales are used in turn"
         ).add_argument

@@ -13,8 +13,11 @@ from mdt_jax.evaluation import model_card
 from mdt_jax.runtime import files, hub, locks
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.runtime.progress import print_result
-from mdt_jax.weights import networks, publishing, torch_files
+from mdt_jax.weights import diffusers_folders, networks, publishing, torch_files
 from mdt_jax.weights.step_folders import check_arrays_possible, check_path
+from mdt_jax.weights.vae import Vae
+
+FORMATS = ("orbax", "diffusers")
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -35,7 +38,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help="FILE.pt, FILE.safetensors, a new folder, or hf://OWNER/REPOSITORY",
     )
     add("--params", choices=networks.ITEMS, default="ema", help="which of a run's parameters")
-    add("--decoder_layers", type=int, help="of an MDT v1 file, which lacks them (default: 2)")
+    parser.add_unrecorded()
+    add(
+        "--format", choices=FORMATS, default="orbax", help="of a new folder: diffusers: DiTPipeline"
+    )
+    add("--vae", type=cli.anywhere_or_hub, help="of --format=diffusers (default: the run's)")
     add("--public", **cli.SWITCH, help="let everybody see a new repository on the hub")
     add(
         "--card",
@@ -73,9 +80,12 @@ def check_destination(dst: files.Path) -> None:
 
 def upload(args: argparse.Namespace) -> None:
     """Upload the weights to the hub."""
+    for name, default in (("format", FORMATS[0]), ("vae", None)):
+        if getattr(args, name) != default:
+            raise UserError(f"--{name} is not for --dst={hub.SCHEME}…; convert to a folder first")
     hub.check_uploadable(args.dst)
     cli.start(args)
-    weights = networks.read_network(args.src, args.params, args.decoder_layers)
+    weights = networks.read_network(args.src, args.params, args.decoder_layers, args.num_heads)
     sha256 = networks.params_sha256(weights.params)
     cards = [model_card.read_card(path, sha256) for path in args.card]
     if not cards and not args.src.startswith(hub.SCHEME):
@@ -87,6 +97,13 @@ def upload(args: argparse.Namespace) -> None:
     print_result(f"uploaded {networks.describe(weights.model)}: {url}")
 
 
+def find_vae(path: str | None, weights: networks.Weights) -> Vae | None:
+    """The VAE at a path, or that of the run; None where none is known. Raises UserError."""
+    if path:
+        return Vae.load(path)
+    return None if weights.config is None else Vae.from_config(weights.config)
+
+
 def main(argv: list[str]) -> None:
     """Parse the flags, read the weights, write them."""
     args = parse(argv)
@@ -94,15 +111,24 @@ def main(argv: list[str]) -> None:
         upload(args)
         return
     dst = files.as_path(args.dst)
+    if args.format == "diffusers" and dst.suffix:
+        raise UserError(f"--format=diffusers writes a folder, but --dst={dst} has a suffix")
+    if args.vae and args.format != "diffusers":
+        raise UserError(f"--vae={args.vae} is for --format=diffusers")
     check_destination(dst)
     cli.start(args)
     with locks.held(locks.beside(dst), str(dst)):
-        weights = networks.read_network(args.src, args.params, args.decoder_layers)
-        networks.save(dst, weights)
+        weights = networks.read_network(args.src, args.params, args.decoder_layers, args.num_heads)
+        if args.format == "diffusers":
+            lines = diffusers_folders.save(dst, weights, find_vae(args.vae, weights))
+        else:
+            networks.save(dst, weights)
+            lines = networks.unrecorded(weights) if dst.suffix else []
         print_result(f"wrote {dst}: {networks.describe(weights.model)}")
-    if dst.suffix:
-        for line in networks.unrecorded(weights):
-            print_result(f"what {dst.name} cannot record: {line}")
+        if weights.stored:
+            print_result(f"{args.src} stores {weights.stored}; {dst.name} has float32")
+    for line in lines:
+        print_result(f"what {dst.name} cannot record: {line}")
 
 
 if __name__ == "__main__":

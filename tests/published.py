@@ -86,3 +86,27 @@ def relative_error(got, expected) -> float:
         for tree in (got, expected)
     )
     return float(np.linalg.norm(got - expected) / np.linalg.norm(expected))
+
+
+def random_arrays(shapes: dict[str, tuple[int, ...]], seed: int = 0) -> dict[str, np.ndarray]:
+    """float32 arrays of these shapes, of the scale of weights; the same on every machine."""
+    random = np.random.RandomState(seed)
+    return {
+        name: (random.standard_normal(shape) * (0.5 / shape[-1] ** 0.5)).astype(np.float32)
+        for name, shape in sorted(shapes.items())
+    }
+
+
+def dit_numbers() -> dict[str, np.ndarray]:
+    """dit.npz: inputs and outputs of the published DiT and SiT, NCHW."""
+    return dict(np.load(GOLDEN / "dit.npz"))
+
+
+def dit_state(name: str) -> dict[str, np.ndarray]:
+    """The state_dict behind the numbers of "dit", "sit" or "dit_no_sigma"."""
+    numbers = dit_numbers()
+    names, shapes = (numbers[f"{name}_{each}"].tolist() for each in ("names", "shapes"))
+    state = random_arrays(
+        {n: tuple(map(int, s.split())) for n, s in zip(names, shapes, strict=True)}
+    )
+    return {n: state[n] for n in names} | {"pos_embed": numbers["pos_embed"]}

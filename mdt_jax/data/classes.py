@@ -137,7 +137,7 @@ def imagenet_names() -> list[list[str]]:
     return [names for _, names in _imagenet()]
 
 
-def _hub_names() -> list[str]:
+def hub_names() -> list[str]:
     """The names of ImageNet's classes in the hub's metadata."""
     texts = [", ".join(names) for names in imagenet_names()]
     texts[CRANE] += "2"  # another class has the same name
@@ -152,7 +152,7 @@ def imagenet_among(num_classes: int, names: Sequence[str]) -> Sequence[int] | No
     no names, as in released weights.
     """
     labels = {wordnet: label for label, (wordnet, _) in enumerate(_imagenet())}
-    if not names or list(names) == _hub_names():
+    if not names or list(names) == hub_names():
         return range(len(labels)) if num_classes == len(labels) else None
     known = [labels[name] for name in names if name in labels]
     return known if len(known) == len(names) else None

@@ -11,7 +11,7 @@ import numpy as np
 
 from mdt_jax.diffusion import schedule as sch
 from mdt_jax.diffusion.guidance import WEIGHTS, limit_to_interval, snap_to_one
-from mdt_jax.diffusion.samplers import SAMPLERS, Sampler, visited
+from mdt_jax.diffusion.samplers import FLOW_SAMPLERS, SAMPLERS, Sampler, visited
 from mdt_jax.runtime.backend import HIGHEST, PRECISIONS
 from mdt_jax.runtime.bounds import ANY, Bound, at_least, between, check, one_of
 from mdt_jax.runtime.errors import NotFiniteError, UserError
@@ -19,7 +19,9 @@ from mdt_jax.runtime.errors import NotFiniteError, UserError
 # What a model without classes takes.
 UNGUIDED: dict[str, Any] = {"guidance_scale": 1.0, "guidance": "power_cosine"}
 # Options that a config has in the groups `diffusion` and `train`, not in `sample`.
-NOT_IN_SAMPLE = ("diffusion_steps", "precision")
+NOT_IN_SAMPLE = ("objective", "diffusion_steps", "precision")
+# What a network predicts → the samplers that it takes, first the one where none is chosen.
+SAMPLERS_OF = {"epsilon": SAMPLERS, "flow": FLOW_SAMPLERS}
 # The values of a config's sample.clip_denoised.
 CLIPPING = {"auto": None, "true": True, "false": False}
 
@@ -37,7 +39,9 @@ class SampleOptions:
     these fields. diffusion_steps: T, the steps of the training schedule.
     """
 
-    sampler: str = option("ddpm", "update rule of a sampling step", one_of(SAMPLERS))
+    sampler: str = option(
+        "ddpm", "update rule of a sampling step", one_of([*SAMPLERS, *FLOW_SAMPLERS])
+    )
     num_steps: int = option(
         250, "sampling steps; heun evaluates the network twice each", at_least(1)
     )
@@ -66,6 +70,11 @@ class SampleOptions:
     clip_denoised: bool | None = option(
         None, "clip the predicted clean sample to [-1, 1] at each step (default: pixels only)"
     )
+    objective: str = option(
+        "epsilon",
+        "what the network predicts: epsilon, the noise, or flow, the velocity, as SiT does",
+        one_of(SAMPLERS_OF),
+    )
     diffusion_steps: int = option(1000, "steps of the training schedule")
     precision: str = option(
         HIGHEST, "precision of float32 matmuls on accelerators, the VAE's too", one_of(PRECISIONS)
@@ -93,6 +102,14 @@ class SampleOptions:
         for field in dataclasses.fields(self):
             check(field.name, getattr(self, field.name), field.type, field.metadata["bound"])
         steps, low, high = self.num_steps, self.guidance_low, self.guidance_high
+        if self.sampler not in SAMPLERS_OF[self.objective]:
+            raise UserError(
+                f"sampler is {self.sampler}; a network that predicts "
+                f"{'velocity' if self._is_flow else 'noise'} takes one of "
+                f"{', '.join(SAMPLERS_OF[self.objective])}"
+            )
+        if self._is_flow and self.spacing != "even":
+            raise UserError(f"spacing is {self.spacing}; the steps of flow are even")
         if steps > self.diffusion_steps:
             raise UserError(
                 f"num_steps is {steps}; it must be between 1 and the {self.diffusion_steps} steps "
@@ -117,17 +134,28 @@ class SampleOptions:
         """Whether the unconditional half is needed at all."""
         return self.guidance == "power_cosine_printed" or self.guidance_scale != 1
 
+    @property
+    def _is_flow(self) -> bool:
+        return self.objective == "flow"
+
     def schedule(self) -> sch.Schedule:
         """The steps to visit."""
+        if self._is_flow:
+            return sch.flow_schedule(self.num_steps)
         schedule = sch.linear_schedule(self.diffusion_steps)
         return sch.respace(schedule, sch.SPACINGS[self.spacing](self.num_steps, schedule))
 
     def make_sampler(self) -> Sampler:
         limit = 1.0 if self.clip_denoised else None
-        return dataclasses.replace(SAMPLERS[self.sampler](self.eta), limit=limit)
+        return dataclasses.replace(SAMPLERS_OF[self.objective][self.sampler](self.eta), limit=limit)
 
     def weight(self, t: jax.Array, scale) -> jax.Array:
-        """Guidance's weight at t [B], for a scale or one of each sample [B]."""
+        """Guidance's weight at t [B], for a scale or one of each sample [B].
+
+        t: as the network takes it, in 0…T−1, or of flow from 0 (noise) to 1.
+        """
+        if self._is_flow:
+            t = self.diffusion_steps * (1 - t)
         weight = WEIGHTS[self.guidance](t, scale, self.guidance_power, self.diffusion_steps)
         weight = snap_to_one(weight, self.guidance_skip_tolerance)
         return limit_to_interval(
@@ -145,7 +173,8 @@ class SampleOptions:
         if self.guidance != "power_cosine_printed" and (each == 1).all():
             return np.zeros(len(t), bool)
         low, high, total = self.guidance_low, self.guidance_high, self.diffusion_steps
-        needed = np.asarray(limit_to_interval(t, jnp.zeros(len(t)), low, high, total)) == 0
+        time = total * (1 - t) if self._is_flow else t
+        needed = np.asarray(limit_to_interval(time, jnp.zeros(len(t)), low, high, total)) == 0
         if self.guidance_skip_tolerance:
             weights = [np.asarray(self.weight(t, float(scale))) for scale in each]
             needed &= (np.stack(weights) != 1).any(0)

@@ -175,6 +175,27 @@ class Heun(Sampler):
         return State(x, x0, (begin, eps_begin))
 
 
+@dataclasses.dataclass(frozen=True)
+class FlowEuler(Sampler):
+    """Euler's method for dx/dt = v: x' = x + (t' − t)·v, for a network that predicts v.
+
+    The schedule is `flow_schedule`, where x̂_0 = x + (1 − t)·v. Lipman et al. 2023, arXiv
+    2210.02747; SiT, Ma et al. 2024, arXiv 2401.08740.
+    """
+
+    def step(self, schedule: sch.Schedule, state: State, out, k, noise) -> State:
+        del noise
+        i = _index(schedule, state, k)
+        t, step = schedule.timesteps, 1 / schedule.num_steps
+        v = jnp.split(out, 2, axis=-1)[0]
+        x0 = state.x + sch.extract(1 - t, i) * v
+        if self.limit is not None:
+            clipped = jnp.where(jnp.isfinite(x0), jnp.clip(x0, -self.limit, self.limit), x0)
+            v = jnp.where(clipped == x0, v, (clipped - state.x) / sch.extract(1 - t, i))
+            x0 = clipped
+        return State(state.x + jnp.float32(step) * v, x0)
+
+
 def _index(schedule: sch.Schedule, state: State, k) -> jax.Array:
     """The schedule's step of evaluation k, [B], for samplers with one evaluation a step."""
     return jnp.full(state.x.shape[:1], schedule.num_steps - 1 - k)
@@ -188,6 +209,8 @@ SAMPLERS = {
     "dpmpp_2m_sde": lambda eta: DPMSolver(sde=True),
     "heun": lambda eta: Heun(),
 }
+# The same for networks that predict velocity.
+FLOW_SAMPLERS = {"euler": lambda eta: FlowEuler()}
 
 
 def sample(

@@ -68,6 +68,16 @@ def linear_schedule(steps: int = 1000) -> Schedule:
     return Schedule(np.cumprod(1 - betas), np.arange(steps))
 
 
+def flow_schedule(steps: int) -> Schedule:
+    """`steps` equal steps of flow matching; timesteps are t = 1 − (i + 1)/steps at step i.
+
+    x_t = t·x_0 + (1 − t)·noise: unlike in diffusion, t rises from the noise, 0, to the sample, 1.
+    SiT, Ma et al. 2024, arXiv 2401.08740. ᾱ is that of x_t scaled to variance 1.
+    """
+    t = np.arange(steps)[::-1] / steps
+    return Schedule(t**2 / (t**2 + (1 - t) ** 2), t)
+
+
 def spaced_timesteps(num_steps: int, total: int) -> np.ndarray:
     """`num_steps` timesteps spread evenly over 0…total−1, both ends included; ADM's spacing.
 

@@ -24,24 +24,32 @@ def sincos_positions(grid: tuple[int, int], dim: int) -> np.ndarray:
     return np.concatenate(halves, axis=1).astype(np.float32)
 
 
-def timestep_features(t: jax.Array) -> jax.Array:
-    """Sinusoids of timesteps t [B] in 0…T−1: [B, 256] float32, `[cos, sin]`, as in ADM."""
+def timestep_features(t: jax.Array, shift: int = 0) -> jax.Array:
+    """Sinusoids of timesteps t [B] in 0…T−1: [B, 256] float32, `[cos, sin]`, as in ADM.
+
+    The frequencies are 10000^(−i/(128 − shift)), i = 0…127.
+    """
     half = 128
     # The published code rounds the exponent to float32 before exp.
-    exponent = np.float32(-np.log(10000)) * np.arange(half, dtype=np.float32) / np.float32(half)
+    exponent = np.float32(-np.log(10000)) * np.arange(half, dtype=np.float32)
+    exponent = exponent / np.float32(half - shift)
     angles = t.astype(jnp.float32)[:, None] * np.exp(exponent)
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
 class TimestepEmbedder(nn.Module):
-    """Timesteps [B] → [B, dim] float32: sinusoids, Linear, SiLU, Linear."""
+    """Timesteps [B] → [B, dim] float32: sinusoids, Linear, SiLU, Linear.
+
+    shift: as of `timestep_features`.
+    """
 
     dim: int
+    shift: int = 0
 
     @nn.compact
     def __call__(self, t: jax.Array) -> jax.Array:
         init = nn.initializers.normal(0.02)
-        x = timestep_features(t)
+        x = timestep_features(t, self.shift)
         x = Linear(self.dim, kernel_init=init, name="in_proj")(x)
         return Linear(self.dim, kernel_init=init, name="out_proj")(nn.silu(x))
 

@@ -82,24 +82,27 @@ def modulated_norm(
     shift: jax.Array,
     scale: jax.Array,
     ops: Ops = Ops(),  # noqa: B008
+    eps: float = EPS,
 ) -> jax.Array:
     """LayerNorm(x)·(1 + scale) + shift; x: [B, N, D]; shift, scale: [B, 1, D].
 
     With ops.recompute the backward pass keeps x and two numbers for each token; JAX's own keeps a
     float32 array of x's shape.
     """
-    return _modulated_norm(x, shift, scale) if ops.recompute else _norm_forward(x, shift, scale)[0]
+    if ops.recompute:
+        return _modulated_norm(eps)(x, shift, scale)
+    return _norm_forward(eps, x, shift, scale)[0]
 
 
 def _standardized(x, mean, inverse):
     return (x.astype(jnp.float32) - mean) * inverse
 
 
-def _norm_forward(x, shift, scale):
+def _norm_forward(eps, x, shift, scale):
     x32 = x.astype(jnp.float32)
     mean = x32.mean(-1, keepdims=True)
     centred = x32 - mean
-    inverse = jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + EPS)
+    inverse = jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + eps)
     shift, factor = shift.astype(jnp.float32), 1 + scale.astype(jnp.float32)
     out = centred * inverse * factor + shift
     return out.astype(x.dtype), (x, mean, inverse, scale)
@@ -127,7 +130,9 @@ def _norm_backward(saved, grad):
     return dx, d_shift, d_scale
 
 
-_modulated_norm = with_backward(_norm_forward, _norm_tangent, _norm_backward)
+@functools.cache
+def _modulated_norm(eps: float):
+    return with_backward(functools.partial(_norm_forward, eps), _norm_tangent, _norm_backward)
 
 
 def add_gated(x: jax.Array, gate: jax.Array, y: jax.Array) -> jax.Array:

@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from mdt_jax.models import masking, xla
 from mdt_jax.models.attention import Attention, bias_at
 from mdt_jax.models.embeddings import LabelEmbedder, TimestepEmbedder, sincos_positions
-from mdt_jax.models.layers import Linear, add_gated, gelu, modulated_norm
+from mdt_jax.models.layers import EPS, Linear, add_gated, gelu, modulated_norm
 from mdt_jax.models.masking import Kept
 from mdt_jax.models.xla import Ops
 
@@ -83,6 +83,7 @@ class Block(nn.Module):
     grid: tuple[int, int]
     relative_bias: bool = True
     ops: Ops = Ops()
+    mlp_norm_eps: float = EPS
 
     @nn.compact
     def __call__(
@@ -111,7 +112,7 @@ class Block(nn.Module):
         x = add_gated(x, gate_attn, attention(h, kept))
 
         x = xla.gradient_barrier(x)
-        h = modulated_norm(x, shift_mlp, scale_mlp, self.ops)
+        h = modulated_norm(x, shift_mlp, scale_mlp, self.ops, self.mlp_norm_eps)
         h = gelu(Linear(4 * dim, self.ops, name="mlp_in")(h), self.ops)
         h = Linear(dim, self.ops, name="mlp_out")(h)
         x = add_gated(x, gate_mlp, h)
@@ -146,6 +147,10 @@ class MDT(nn.Module):
     learned_position: the two position embeddings are trained.
     asymmetric: False: in the masked pass the decoder sees the kept tokens only, and the
         side-interpolater follows the decoder.
+    learn_sigma: False: the network predicts noise alone, and all variance channels are 1, which is
+        the upper bound of the learned variance, β_t (DiT with learn_sigma=False).
+    timestep_shift, mlp_norm_eps: of the timesteps' frequencies (see `timestep_features`), and the
+        epsilon of the norm before each MLP. In diffusers' DiT they are 1 and 1e-5.
     dtype: of matmuls and activations, the blocks' modulations included. Parameters, conditioning,
         softmax and norms are float32.
 
@@ -173,6 +178,9 @@ class MDT(nn.Module):
     relative_bias: bool = True
     learned_position: bool = True
     asymmetric: bool = True
+    learn_sigma: bool = True
+    timestep_shift: int = 0
+    mlp_norm_eps: float = EPS
     dtype: jnp.dtype = jnp.float32
     remat: str = "none"
     gather: Callable[[dict], dict] | None = None
@@ -216,7 +224,7 @@ class MDT(nn.Module):
 
         self.patch_embed = Linear(dim, ops)
         self.pos_embed = position_embedding("pos_embed")
-        self.timestep_embed = TimestepEmbedder(dim)
+        self.timestep_embed = TimestepEmbedder(dim, self.timestep_shift)
         if self.num_classes:
             self.label_embed = LabelEmbedder(self.num_classes, dim)
         encoder_layers = self.depth - self.decoder_layers
@@ -235,7 +243,8 @@ class MDT(nn.Module):
             self.decoder = self._blocks(self.decoder_layers)
             if self.side_layers:
                 self.side_interpolater = self._blocks(self.side_layers)
-        self.final_layer = FinalLayer(2 * self.in_channels * self.patch_size**2, ops)
+        channels = (1 + self.learn_sigma) * self.in_channels
+        self.final_layer = FinalLayer(channels * self.patch_size**2, ops)
 
     def _blocks(self, count: int, skip_axis=nn.broadcast) -> nn.Module:
         """`count` blocks with stacked parameters, called as one `Block`.
@@ -245,7 +254,7 @@ class MDT(nn.Module):
         """
         blocks = xla.stack_blocks(Block, count, skip_axis, self.remat, self.gather, self.unroll)
         ops = self.ops._replace(dtype=self.dtype)
-        return blocks(self.num_heads, self.grid, self.relative_bias, ops)
+        return blocks(self.num_heads, self.grid, self.relative_bias, ops, self.mlp_norm_eps)
 
     def __call__(
         self,
@@ -276,7 +285,8 @@ class MDT(nn.Module):
                 tokens = tokens + self.decoder_pos_embed.astype(tokens.dtype)
                 tokens = self._decode(tokens, inputs, c)
         out = self.final_layer(tokens, c).astype(jnp.float32)
-        return unpatchify(out, self.grid, self.patch_size)
+        out = unpatchify(out, self.grid, self.patch_size)
+        return out if self.learn_sigma else jnp.concatenate([out, jnp.ones_like(out)], axis=-1)
 
     def conditioning(self, t: jax.Array, y: jax.Array | None = None) -> jax.Array:
         """The conditioning [B, D] float32 of timesteps and labels [B]."""

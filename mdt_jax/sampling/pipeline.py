@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from mdt_jax import __version__
 from mdt_jax.data.classes import parse_label
 from mdt_jax.data.images import UINT8_RULE, to_uint8
-from mdt_jax.diffusion.options import SampleOptions, check_labels, defaults
+from mdt_jax.diffusion.options import SAMPLERS_OF, SampleOptions, check_labels, defaults
 from mdt_jax.models.mdt import MDT
 from mdt_jax.runtime import hosts
 from mdt_jax.runtime.backend import keep_compilations
@@ -60,9 +60,14 @@ class Pipeline(tuple[MDT, dict]):
         if len(scales) == 1:
             options["guidance_scale"] = scales.pop()
         pipeline.scales = tuple(scales)
-        own = defaults(weights.model.num_classes)
+        own = changed(defaults(weights.model.num_classes), dict(weights.sampling))
         if weights.config is not None:
             own = SampleOptions.from_config(weights.config)
+            if options.get("objective", own.objective) != own.objective:
+                raise UserError(f"objective is flow, but {path} was trained to predict noise")
+        if options.get("objective", own.objective) != own.objective:
+            samplers = SAMPLERS_OF.get(options["objective"], [own.sampler])
+            own = changed(own, {"sampler": next(iter(samplers))})
         own = own.clipping_for(_is_pixels(weights.model, vae))
         pipeline.options = changed(own, options)
         return pipeline
@@ -75,6 +80,7 @@ class Pipeline(tuple[MDT, dict]):
         decoder_layers: int | None = None,
         input_size: tuple[int, int] | None = None,
         *,
+        num_heads: int | None = None,
         dtype: str | None = None,
         vae: str | None = None,
         vae_scale: float | None = None,
@@ -83,9 +89,11 @@ class Pipeline(tuple[MDT, dict]):
         """Load a network and its parameters, on the default device.
 
         path: a workdir, its checkpoints folder, one step of it, a folder that `convert` wrote, a
-        published file (.pt, .pth, .bin, .ckpt, .safetensors), or hf://OWNER/REPOSITORY/FILE.
-        params: "ema", or "raw" for the parameters that the optimiser updates; a file has only one
-        kind. decoder_layers: of a published file of MDT v1, which does not state it (None: 2).
+        published file (.pt, .pth, .bin, .ckpt, .safetensors, .safetensors.index.json), or
+        hf://OWNER/REPOSITORY/FILE.
+        params: "ema", or "raw" for the parameters that the optimiser updates; most files have only
+        one kind. decoder_layers: of a published file of MDT v1, which does not state it (None: 2).
+        num_heads: of a published file of DiT or SiT, which does not state it (None: as released).
         input_size: (H, W) of the latents or pixels that the model takes. Weights for another size
         are resampled, with a line on stderr.
         dtype: of matmuls and activations, "float32" or "bfloat16"; None: the run's.
@@ -99,7 +107,7 @@ class Pipeline(tuple[MDT, dict]):
         options that cannot be sampled with.
         """
         keep_compilations()
-        weights = load_weights(path, params, decoder_layers, input_size)
+        weights = load_weights(path, params, decoder_layers, input_size, num_heads)
         if dtype is not None:
             weights = weights._replace(model=weights.model.clone(dtype=jnp.dtype(dtype)))
         pipeline = cls(str(path), weights, vae=vae, vae_scale=vae_scale, **options)
@@ -109,7 +117,7 @@ class Pipeline(tuple[MDT, dict]):
     @classmethod
     def from_flags(cls, flags: Mapping[str, Any]) -> "Pipeline":
         """Load the --checkpoint of a command as its other flags say; those not given are None."""
-        names = {"decoder_layers", "dtype", "vae", "vae_scale"}
+        names = {"decoder_layers", "num_heads", "dtype", "vae", "vae_scale"}
         names |= {field.name for field in dataclasses.fields(SampleOptions)}
         given = {name: flags[name] for name in names & flags.keys() if flags[name] is not None}
         return cls.load(flags["checkpoint"], **given)
@@ -273,6 +281,8 @@ class Pipeline(tuple[MDT, dict]):
             "network": describe(model),
             "num_classes": model.num_classes,
         }
+        if self.weights.stored:
+            note["stored"] = self.weights.stored
         if self.classes:
             note["classes"] = list(self.classes)
         note |= {"dtype": jnp.dtype(model.dtype).name, **dataclasses.asdict(self.options)}

@@ -29,8 +29,10 @@ def read_weights(config: ConfigDict, workdir: Path, model: MDT, key: jax.Array) 
     path = config.init.checkpoint
     if not path or steps_in(workdir):
         return None
-    ema = load_weights(path)
-    source, is_file = ema.model, files.is_file(hub.local_path(picking.resolve(path, "mdt")))
+    is_file = files.is_file(hub.local_path(picking.resolve(path, "mdt")))
+    heads = model.num_heads if is_file and not model.decoder_layers else None
+    ema = load_weights(path, num_heads=heads)
+    source = ema.model
     # A v1 file does not record decoder_layers: it is read as the config has it.
     unrecorded = is_file and ema.config is None and source.version == "v1"
     unrecorded = unrecorded and source.depth == model.depth

@@ -1,8 +1,12 @@
-"""Weights of the published PyTorch MDT: names and layouts of its arrays, and ours."""
+"""Weights of the published PyTorch MDT, DiT and SiT: names and layouts of their arrays, and ours.
+
+A DiT has the names of an MDT without those of decoder, bias tables and mask token; a SiT has those
+of a DiT.
+"""
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -10,12 +14,14 @@ from flax.traverse_util import unflatten_dict
 
 from mdt_jax.models.attention import relative_index
 from mdt_jax.models.embeddings import sincos_positions
-from mdt_jax.models.mdt import MDT, init_params
+from mdt_jax.models.mdt import MDT, SIZES, init_params
 from mdt_jax.runtime import keys
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.weights import state_dicts
 
 DECODER_LAYERS = 2  # of every released v1 model; their files do not record it
+HEAD = 64  # channels of a head in every released size of DiT but XL; their files do not record it
+_HEADS: dict[int, int] = {size["hidden_size"]: size["num_heads"] for size in SIZES.values()}
 # Linear layers of a block and of the rest: published name → ours.
 _BLOCK = {
     "attn.qkv": "attention/qkv",
@@ -34,19 +40,26 @@ _LINEAR = {
 _TABLE = "attn.rel_pos_bias.relative_position_bias_table"
 _INDEX = "attn.rel_pos_bias.relative_position_index"
 _LABELS = "y_embedder.embedding_table.weight"
+_OUTPUT = "final_layer.linear.weight"
 
 
-class _Pair(NamedTuple):
-    """A published array and its place in our tree; layer: its index in a stack of blocks."""
+class Pair(NamedTuple):
+    """A published array and its place in our tree.
+
+    layer: its index in a stack of blocks. third: which third of our array's columns it is: of
+    queries, keys and values, where they are three linear layers.
+    """
 
     name: str
     path: str
     layer: int | None = None
+    third: int | None = None
 
     def of(self, leaves: Mapping[str, np.ndarray]) -> np.ndarray:
         """Our array, a view of the stack that it is in."""
         stack = leaves[self.path]
-        return stack if self.layer is None else stack[self.layer]
+        array = stack if self.layer is None else stack[self.layer]
+        return array if self.third is None else np.split(array, 3, axis=-1)[self.third]
 
 
 def shapes(model: MDT) -> dict:
@@ -74,28 +87,34 @@ def _blocks(model: MDT) -> Iterator[tuple[str, str, int, bool]]:
             yield f"{prefix}.{first + layer}", stack, layer, skip
 
 
-def _pairs(model: MDT) -> Iterator[_Pair]:
+def _pairs(model: MDT) -> Iterator[Pair]:
     """Every parameter of the published model."""
-    for name in ("pos_embed", "decoder_pos_embed", "mask_token"):
-        yield _Pair(name, name)
+    yield Pair("pos_embed", "pos_embed")
+    if model.decoder_layers:
+        yield Pair("decoder_pos_embed", "decoder_pos_embed")
+        yield Pair("mask_token", "mask_token")
     for name, path in _LINEAR.items():
-        yield from _linear(name, path)
+        yield from linear(name, path)
     if model.num_classes:
-        yield _Pair(_LABELS, "label_embed/table/embedding")
+        yield Pair(_LABELS, "label_embed/table/embedding")
     for block, stack, layer, skip in _blocks(model):
-        yield _Pair(f"{block}.{_TABLE}", f"{stack}/attention/relative_bias", layer)
+        if model.decoder_layers:
+            yield Pair(f"{block}.{_TABLE}", f"{stack}/attention/relative_bias", layer)
         for name, path in _BLOCK.items():
-            yield from _linear(f"{block}.{name}", f"{stack}/{path}", layer)
+            yield from linear(f"{block}.{name}", f"{stack}/{path}", layer)
         if skip:
-            yield from _linear(f"{block}.skip_linear", f"{stack}/skip_linear", layer)
+            yield from linear(f"{block}.skip_linear", f"{stack}/skip_linear", layer)
 
 
-def _linear(name: str, path: str, layer: int | None = None) -> Iterator[_Pair]:
-    yield _Pair(f"{name}.weight", f"{path}/kernel", layer)
-    yield _Pair(f"{name}.bias", f"{path}/bias", layer)
+def linear(
+    name: str, path: str, layer: int | None = None, third: int | None = None
+) -> Iterator[Pair]:
+    """The weight and the bias of a linear layer."""
+    yield Pair(f"{name}.weight", f"{path}/kernel", layer, third)
+    yield Pair(f"{name}.bias", f"{path}/bias", layer, third)
 
 
-def _our_layout(path: str, array: np.ndarray) -> np.ndarray:
+def our_layout(path: str, array: np.ndarray) -> np.ndarray:
     """A published array as ours."""
     if path == "patch_embed/kernel":  # [dim, channels, p, p] → [p·p·channels, dim]
         return array.transpose(2, 3, 1, 0).reshape(-1, len(array))
@@ -104,8 +123,8 @@ def _our_layout(path: str, array: np.ndarray) -> np.ndarray:
     return array.T if path.endswith("kernel") else array
 
 
-def _published_layout(path: str, array: np.ndarray, model: MDT) -> np.ndarray:
-    """The inverse of `_our_layout`."""
+def published_layout(path: str, array: np.ndarray, model: MDT) -> np.ndarray:
+    """The inverse of `our_layout`."""
     if path == "patch_embed/kernel":
         p = model.patch_size
         return array.reshape(p, p, model.in_channels, -1).transpose(3, 2, 0, 1)
@@ -119,23 +138,38 @@ def _count(state: Mapping[str, np.ndarray], prefix: str) -> int:
     return len({name.split(".")[1] for name in state if name.startswith(f"{prefix}.")})
 
 
-def model_from_published(state: Mapping[str, np.ndarray], decoder_layers: int | None = None) -> MDT:
-    """The model whose parameters a published state_dict holds, v1 or v2.
+def is_dit(state: Mapping[str, np.ndarray]) -> bool:
+    """Whether a state_dict has the names of a DiT or SiT."""
+    of_mdt = (_TABLE, "decoder_pos_embed", "mask_token")
+    return "blocks.0.attn.qkv.weight" in state and not any(n.endswith(of_mdt) for n in state)
+
+
+def model_from_published(
+    state: Mapping[str, np.ndarray],
+    decoder_layers: int | None = None,
+    num_heads: int | None = None,
+) -> MDT:
+    """The model whose parameters a published state_dict holds: an MDT v1 or v2, or a DiT.
 
     decoder_layers: of MDT v1, whose files do not record it; None means 2, as in every released
-    size. Raises UserError, with the first offending names, where names or shapes are not an MDT's.
+    size. num_heads: of a DiT or SiT, whose files do not record it; None means that of the released
+    size of this width, or one for 64 channels. Raises UserError, with the first offending names,
+    where names or shapes are not such a model's.
     """
+    if is_dit(state):
+        if decoder_layers is not None:
+            raise UserError("decoder_layers is for MDT; this is a DiT")
+        return _dit_from_published(state, num_heads)
     v2 = _count(state, "en_inblocks") > 0
     first = "en_inblocks.0" if v2 else "blocks.0"
-    _check_sizes(state, first)
+    _check_sizes(state, {"pos_embed": 3, "x_embedder.proj.weight": 4, f"{first}.{_TABLE}": 2})
     dim, channels, patch, _ = state["x_embedder.proj.weight"].shape
     heads = state[f"{first}.{_TABLE}"].shape[1]
     if dim % heads or dim % 4:
         raise UserError(f"a width of {dim} with {heads} heads is no MDT's: x_embedder, {_TABLE}")
+    if num_heads not in (None, heads):
+        raise UserError(f"num_heads is {num_heads}, but the file has {heads}")
     depth, decoder = _depth(state, decoder_layers, v2)
-    labels = state.get(_LABELS)
-    if labels is not None and (labels.ndim != 2 or len(labels) < 2):
-        raise UserError(f"the label table has the shape {list(labels.shape)}; [classes + 1, width]")
     height, width = _grid(state, first)
     model = MDT(
         input_size=(height * patch, width * patch),
@@ -145,7 +179,7 @@ def model_from_published(state: Mapping[str, np.ndarray], decoder_layers: int | 
         num_heads=heads,
         patch_size=patch,
         decoder_layers=decoder,
-        num_classes=0 if labels is None else len(labels) - 1,
+        num_classes=_classes(state),
         version="v2" if v2 else "v1",
         side_layers=_count(state, "sideblocks"),
     )
@@ -156,21 +190,81 @@ def model_from_published(state: Mapping[str, np.ndarray], decoder_layers: int | 
     return model
 
 
-def _check_sizes(state: Mapping[str, np.ndarray], block: str) -> None:
-    """Raise UserError where the arrays that tell a model's sizes are missing or have other axes."""
-    axes = {"pos_embed": 3, "x_embedder.proj.weight": 4, f"{block}.{_TABLE}": 2}
+def _dit_from_published(state: Mapping[str, np.ndarray], num_heads: int | None) -> MDT:
+    """The DiT or SiT of a state_dict; as of `model_from_published`."""
+    _check_sizes(state, {"pos_embed": 3, "x_embedder.proj.weight": 4, _OUTPUT: 2})
+    dim, channels, patch, _ = state["x_embedder.proj.weight"].shape
+    heads = _HEADS.get(dim) or dim // HEAD if num_heads is None else num_heads
+    if heads < 1 or dim % heads or dim % 4:
+        raise UserError(
+            "a DiT's file does not record its number of heads; "
+            + ("say num_heads for" if num_heads is None else f"num_heads={heads} does not divide")
+            + f" its width of {dim}"
+        )
+    height, width = _grid(state, "blocks.0")
+    model = dit(
+        input_size=(height * patch, width * patch),
+        in_channels=channels,
+        hidden_size=dim,
+        depth=_count(state, "blocks"),
+        num_heads=heads,
+        patch_size=patch,
+        num_classes=_classes(state),
+        learn_sigma=len(state[_OUTPUT]) != channels * patch**2,
+    )
+    fixed = sincos_positions(model.grid, dim)[None]
+    model = model.clone(learned_position=not _is_rounded(state["pos_embed"], fixed))
+    state_dicts.check(state, _expected(model), "a DiT")
+    return model
+
+
+def dit(**fields: Any) -> MDT:
+    """A DiT, which is an MDT without decoder, side-interpolater and relative position bias.
+
+    fields: those of MDT. The position embedding is fixed unless they say otherwise.
+    """
+    none = {"decoder_layers": 0, "side_layers": 0, "relative_bias": False}
+    return MDT(**{"learned_position": False, **none, **fields})
+
+
+def _is_rounded(array: np.ndarray, exact: np.ndarray) -> bool:
+    """Whether an array is another, rounded to its own type."""
+    return array.shape == exact.shape and np.array_equal(array, exact.astype(array.dtype))
+
+
+def _classes(state: Mapping[str, np.ndarray]) -> int:
+    """The number of classes, without the null label; 0: of an unconditional model."""
+    labels = state.get(_LABELS)
+    if labels is None:
+        return 0
+    if labels.ndim != 2 or len(labels) < 2:
+        raise UserError(f"the label table has the shape {list(labels.shape)}; [classes + 1, width]")
+    return len(labels) - 1
+
+
+def _check_sizes(state: Mapping[str, np.ndarray], axes: Mapping[str, int]) -> None:
+    """Raise UserError where the arrays that tell a model's sizes are missing or have other axes.
+
+    axes: how many each has.
+    """
+    kind = "a DiT" if is_dit(state) else "an MDT"
     if any(name not in state for name in axes):
-        state_dicts.check(state, _expected(_template(state)), "an MDT")
+        state_dicts.check(state, _expected(_template(state)), kind)
     for name, count in axes.items():
         shape = list(state[name].shape)
         if len(shape) != count:
-            raise UserError(f"{name} has the shape {shape}; an MDT's has {count} axes")
+            raise UserError(f"{name} has the shape {shape}; {kind}'s has {count} axes")
         if 0 in shape:
             raise UserError(f"{name} is empty, of the shape {shape}")
 
 
 def _template(state: Mapping[str, np.ndarray]) -> MDT:
-    """An MDT with as many blocks as the names have, to name what else is missing."""
+    """A model with as many blocks as the names have, to name what else is missing."""
+    if is_dit(state):
+        return dit(
+            input_size=(32, 32), in_channels=4, hidden_size=64, num_heads=4,
+            depth=_count(state, "blocks"), num_classes=_classes(state),
+        )  # fmt: skip
     half, decoder = _count(state, "en_inblocks"), _count(state, "de_blocks")
     if half and decoder:
         return MDT((32, 32), 4, 64, 2 * half + decoder, 4, decoder_layers=decoder, version="v2")
@@ -215,10 +309,14 @@ def _expected(model: MDT) -> dict[str, tuple[int, ...]]:
         path: np.broadcast_to(np.float32(0), leaf.shape)  # without memory of its own
         for path, leaf in state_dicts.flat(shapes(model)).items()
     }
+    fixed = np.broadcast_to(np.float32(0), (1, model.num_tokens, model.hidden_size))
+    leaves = {"pos_embed": fixed, **leaves}
     expected = {
-        pair.name: _published_layout(pair.path, pair.of(leaves), model).shape
+        pair.name: published_layout(pair.path, pair.of(leaves), model).shape
         for pair in _pairs(model)
     }
+    if not model.decoder_layers:
+        return expected
     for block, *_ in _blocks(model):
         expected[f"{block}.{_INDEX}"] = (model.num_tokens, model.num_tokens)
     return expected
@@ -234,29 +332,35 @@ def params_from_published(state: Mapping[str, np.ndarray], model: MDT) -> dict:
         for path, leaf in state_dicts.flat(shapes(model)).items()
     }
     for pair in _pairs(model):
-        if pair.path in leaves:
-            pair.of(leaves)[...] = _our_layout(pair.path, state[pair.name])
+        if pair.path in leaves:  # fixed positions and the tables of a model without bias are not
+            pair.of(leaves)[...] = our_layout(pair.path, state[pair.name])
     return unflatten_dict(leaves, sep="/")
 
 
 def from_published(
-    state: Mapping[str, np.ndarray], decoder_layers: int | None = None
+    state: Mapping[str, np.ndarray],
+    decoder_layers: int | None = None,
+    num_heads: int | None = None,
 ) -> tuple[MDT, dict]:
     """(network, float32 parameters) of a state_dict; arguments as of `model_from_published`."""
-    model = model_from_published(state, decoder_layers)
+    model = model_from_published(state, decoder_layers, num_heads)
     return model, params_from_published(state, model)
 
 
 def to_published(model: MDT, params: dict) -> dict[str, np.ndarray]:
     """Every entry of the published model's state_dict: float32, and int64 `…position_index`.
 
-    Fixed positions are written out, and a model without relative bias gets tables of zeros: the
+    Fixed positions are written out, and an MDT without relative bias gets tables of zeros: the
     published code computes the same from them. Raises UserError for a model that the published
     code cannot represent.
     """
+    is_mdt = model.decoder_layers > 0
     for lacks, kind in (
-        (not model.decoder_layers, "a model without decoder blocks (a DiT)"),
-        (not model.side_layers, "a model without a side-interpolater"),
+        (is_mdt and not model.side_layers, "a model without a side-interpolater"),
+        (is_mdt and not model.learn_sigma, "an MDT that predicts no variance"),
+        (not is_mdt and model.relative_bias, "a DiT with a relative position bias"),
+        (not is_mdt and model.version == "v2", "a DiT with long skips"),
+        (not is_mdt and model.grid[0] != model.grid[1], "a DiT for images that are not square"),
         (not model.num_classes, "an unconditional model"),
     ):
         if lacks:
@@ -272,9 +376,10 @@ def to_published(model: MDT, params: dict) -> dict[str, np.ndarray]:
         if pair.name.endswith(_TABLE) and not model.relative_bias:
             array = no_bias
         else:
-            array = _published_layout(pair.path, np.asarray(pair.of(leaves)), model)
+            array = published_layout(pair.path, np.asarray(pair.of(leaves)), model)
         state[pair.name] = np.ascontiguousarray(array)
-    index = relative_index(model.grid).astype(np.int64)
-    for block, *_ in _blocks(model):
-        state[f"{block}.{_INDEX}"] = index
+    if is_mdt:
+        index = relative_index(model.grid).astype(np.int64)
+        for block, *_ in _blocks(model):
+            state[f"{block}.{_INDEX}"] = index
     return state

@@ -1,11 +1,10 @@
 """Networks with their parameters: read from runs, folders and files of any kind, and saved."""
 
-import dataclasses
-import hashlib
 import json
 import os
 import pathlib
 import types
+from collections.abc import Mapping
 from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 import jax
@@ -18,12 +17,14 @@ from mdt_jax.models.autoencoder import AutoencoderKL
 from mdt_jax.models.inception import Inception
 from mdt_jax.models.mdt import MDT
 from mdt_jax.models.resize import resize_grid
-from mdt_jax.runtime import files, hosts, hub
+from mdt_jax.runtime import files, hub
 from mdt_jax.runtime.errors import UserError
-from mdt_jax.runtime.files import reason
+from mdt_jax.runtime.files import read_json, reason
 from mdt_jax.runtime.progress import log
 from mdt_jax.weights import (
     config_files,
+    diffusers_dit,
+    foreign,
     inception_names,
     mdt_names,
     orbax_folders,
@@ -31,9 +32,13 @@ from mdt_jax.weights import (
     torch_files,
     vae_names,
 )
+from mdt_jax.weights.identity import fields_of, params_sha256
 
 ITEMS = ("ema", "raw")  # the parameters of a run
 _STEP_ITEMS = {"ema": "ema", "raw": "params"}  # what a step's folder calls them
+# How the published sample.py of DiT draws; SiT's has an adaptive solver that mdt_jax lacks.
+DIT_SAMPLING = {"guidance": "constant", "guidance_scale": 4.0}
+SIT_SAMPLING = DIT_SAMPLING | {"objective": "flow", "sampler": "euler"}
 _ONLY = "weights"  # what a folder of `save` calls its parameters, whichever they are
 
 Network = MDT | AutoencoderKL | Inception
@@ -46,7 +51,9 @@ class Weights(NamedTuple, Generic[SomeNetwork]):
     config: of the run that trained it, if any. item: which of the run's parameters they are, one of
     ITEMS; None where unknown, as of a file. classes: their names in the run's data, if known.
     step: of the run, if known. latents: of a VAE, as of `vae_names.about_latents`. vae_sha256: of
-    the VAE that the run was trained with, if known.
+    the VAE that the run was trained with, if known. sampling: fields of SampleOptions that go with
+    a published file, which has no config. stored: the type of a file's floats where it is not
+    float32; the parameters are float32 in any case.
     """
 
     model: SomeNetwork
@@ -57,6 +64,8 @@ class Weights(NamedTuple, Generic[SomeNetwork]):
     step: int | None = None
     latents: dict | None = None
     vae_sha256: str | None = None
+    sampling: Mapping[str, Any] = types.MappingProxyType({})
+    stored: str | None = None
 
 
 class _Kind(NamedTuple):
@@ -88,9 +97,11 @@ def describe(model: Network) -> str:
     """A network in a line."""
     if isinstance(model, MDT):
         height, width = model.input_size
+        decode = f" ({model.decoder_layers} decode)" if model.decoder_layers else ""
         return (
-            f"MDT {model.version}, hidden size {model.hidden_size}, depth {model.depth} "
-            f"({model.decoder_layers} decode), {model.num_heads} heads, patch {model.patch_size}, "
+            f"{f'MDT {model.version}' if model.decoder_layers else 'DiT'}, "
+            f"hidden size {model.hidden_size}, depth {model.depth}{decode}, "
+            f"{model.num_heads} heads, patch {model.patch_size}, "
             f"{model.num_classes} classes, inputs {height}×{width}×{model.in_channels}"
         )
     if isinstance(model, AutoencoderKL):
@@ -101,34 +112,27 @@ def describe(model: Network) -> str:
     return f"FID's Inception with {model.num_classes} logits"
 
 
-def params_sha256(params: dict) -> str:
-    """SHA-256 of a network's parameters by name, independent of their file; hexadecimal."""
-    digest = hashlib.sha256()
-    for path, leaf in sorted(jax.tree_util.tree_leaves_with_path(params), key=lambda x: str(x[0])):
-        digest.update(f"{jax.tree_util.keystr(path)} {leaf.shape} ".encode())
-        leaf = hosts.fetch(leaf) if isinstance(leaf, jax.Array) else leaf
-        digest.update(np.ascontiguousarray(leaf, "<f4").data)
-    return digest.hexdigest()
-
-
 def load_weights(
     path: str | os.PathLike,
     params: str = "ema",
     decoder_layers: int | None = None,
     input_size: tuple[int, int] | None = None,
+    num_heads: int | None = None,
 ) -> Weights[MDT]:
-    """An MDT's weights, and the config of the run they come from, if any.
+    """An MDT's or DiT's weights, and the config of the run they come from, if any.
 
     path: a workdir, its checkpoints folder, one step of it, a folder that `convert` wrote, a
-    published file (.pt, .pth, .bin, .ckpt, .safetensors), or a folder with one, or
-    hf://OWNER/REPOSITORY[@REVISION][/FILE]; `picking.pick` has the rule for the file.
-    params: "ema", or "raw" for the parameters that the optimiser updates; a file has only one kind.
+    published file (.pt, .pth, .bin, .ckpt, .safetensors, .safetensors.index.json), a folder with
+    one, or hf://OWNER/REPOSITORY[@REVISION][/FILE]; `picking.pick` has the rule for the file.
+    params: "ema", or "raw" for the parameters that the optimiser updates; most files have only one
+    kind.
     decoder_layers: of a published file of MDT v1, which does not record it (None: 2).
+    num_heads: of a published file of DiT or SiT, which does not record it (None: as released).
     input_size: (H, W) of the latents (or pixels) that the model shall take. Where the weights are
     for another size, position embeddings and bias tables are resampled, with a line on stderr.
     Raises UserError where there are no weights, or they are damaged or another network's.
     """
-    weights = read_network(path, params, decoder_layers, "mdt")
+    weights = read_network(path, params, decoder_layers, num_heads, "mdt")
     old = weights.model
     if input_size is None or tuple(input_size) == old.input_size:
         return weights
@@ -152,6 +156,7 @@ def read_network(
     path: str | os.PathLike,
     params: str = "ema",
     decoder_layers: int | None = None,
+    num_heads: int | None = None,
     kind: str | None = None,
 ) -> Weights[Any]:
     """Any network's weights; arguments as of `load_weights`.
@@ -164,12 +169,16 @@ def read_network(
         raise UserError("checkpoint '' does not exist")
     source = picking.resolve(str(path), kind)
     local = hub.local_path(source)
-    if files.is_dir(local) or local.suffix not in torch_files.SUFFIXES:
-        if decoder_layers is not None:
-            raise UserError(f"decoder_layers is for published files; {path} records its own")
+    told = {"decoder_layers": decoder_layers, "num_heads": num_heads}
+    # A file of any other suffix, too, for a message that says what it is.
+    is_file = torch_files.is_weights(local.name) or os.path.isfile(local)
+    if files.is_dir(local) or not is_file:
+        for name, value in told.items():
+            if value is not None:
+                raise UserError(f"{name} is for published files; {path} records its own")
         weights = _read_folder(local, params)
     else:
-        weights = _read_file(pathlib.Path(local), str(path), decoder_layers, kind)
+        weights = _read_file(pathlib.Path(local), str(path), source, params, told, kind)
     for place, leaf in jax.tree_util.tree_leaves_with_path(weights.params):
         if not jnp.isfinite(leaf).all():
             name = jax.tree_util.keystr(place, simple=True, separator="/")
@@ -181,21 +190,37 @@ def read_network(
 
 
 def _read_file(
-    file: pathlib.Path, path: str, decoder_layers: int | None, kind: str | None
+    file: pathlib.Path,
+    path: str,
+    source: str,
+    params: str,
+    told: dict[str, int | None],
+    kind: str | None,
 ) -> Weights[Any]:
-    """From a published file. path: as the user gave it, for messages."""
+    """From a published file.
+
+    path: as the user gave it, for messages. source: as of `picking.resolve`, for the shards of an
+    index. told: what such a file may not record.
+    """
+    folder = source[: source.rfind("/") + 1]
     try:
-        state, meta = torch_files.read_arrays(file), config_files.read(file)
+        read = torch_files.read_file(
+            file, lambda shard: hub.local_path(folder + shard), raw=params == "raw"
+        )
+        if read.choice:
+            left = ", ".join(name[:80] for name in read.others)
+            log(f"{path}: the weights are those under '{read.part}'; not used: {left}")
+        meta = config_files.read(file)
         if meta is None:
-            weights = _from_state_dict(state, file, decoder_layers, kind)
+            weights = _of_known_kind(read, file, told, kind)
         else:
-            weights = _as_uploaded(state, meta, decoder_layers)
+            weights = _as_uploaded(read.arrays, meta, told)
         # Copies, so that the mapped file is closed and saving needs no further copy.
         weights = weights._replace(params=jax.tree.map(jnp.asarray, weights.params))
         classes = torch_files.read_classes(file)
         if isinstance(weights.model, MDT) and len(classes) == weights.model.num_classes:
             weights = weights._replace(classes=classes)
-        return weights
+        return weights._replace(stored=read.dtype, item=weights.item or read.item)
     except UserError as error:
         # A copy of an object is not where the user would look.
         text = str(error).replace(str(file), path) if files.in_bucket(path) else str(error)
@@ -206,33 +231,55 @@ def _read_file(
         raise UserError(f"{path}: its arrays do not fit together: {reason(error)}") from None
 
 
+def _of_known_kind(
+    read: torch_files.File, file: pathlib.Path, told: dict[str, int | None], kind: str | None
+) -> Weights[Any]:
+    """`_from_state_dict`, whose error says what the arrays are where they are another program's."""
+    try:
+        return _from_state_dict(read, file, told, kind)
+    except (UserError, ArithmeticError, LookupError, TypeError):
+        if what := foreign.from_arrays(read.arrays):
+            raise UserError(f"{file} is {what}") from None
+        raise
+
+
 def _from_state_dict(
-    state: dict[str, np.ndarray], file: pathlib.Path, decoder_layers: int | None, kind: str | None
+    read: torch_files.File, file: pathlib.Path, told: dict[str, int | None], kind: str | None
 ) -> Weights[Any]:
     """The names tell the kind of network; where they do not, it is read as the required kind."""
+    state = read.arrays
     if vae_names.is_vae(state) or kind == "vae":
         config = vae_names.read_config(file)
         model, params = vae_names.from_published(state, vae_names.norm_groups(config))
         weights = Weights(model, params, latents=vae_names.about_latents(config))
     elif inception_names.is_inception(state) or (kind == "inception" and "pos_embed" not in state):
         weights = Weights(*inception_names.from_published(state))
+    elif diffusers_dit.is_transformer(state):
+        weights = _from_diffusers(state, file)
     else:
-        return Weights(*mdt_names.from_published(state, decoder_layers))
-    if decoder_layers is not None:
-        name = KINDS[kind_of(weights.model)].name
-        raise UserError(f"decoder_layers is for MDT; this is {name}")
+        weights = Weights(*mdt_names.from_published(state, **told))
+        if mdt_names.is_dit(state):
+            args = read.args or {}
+            is_sit = "SiT" in file.name or "path_type" in args
+            weights = weights._replace(sampling=SIT_SAMPLING if is_sit else DIT_SAMPLING)
+        return weights
+    for field, value in told.items():
+        if value is not None:
+            name = describe(weights.model).partition(",")[0]
+            raise UserError(f"{field} is for files that do not record it; this is {name}")
     return weights
 
 
 def _as_uploaded(
-    state: dict[str, np.ndarray], meta: dict, decoder_layers: int | None
+    state: dict[str, np.ndarray], meta: dict, told: dict[str, int | None]
 ) -> Weights[MDT]:
     """The MDT of a config.json of `convert`, whose parameters must be those it was written with."""
-    if decoder_layers is not None:
-        raise UserError("decoder_layers is for published files; its config.json has its own")
+    for name, value in told.items():
+        if value is not None:
+            raise UserError(f"{name} is for published files; its config.json records it")
     model = cast(MDT, _network_of(meta))
-    layers = model.decoder_layers if model.version == "v1" else None
-    found = fields_of(mdt_names.model_from_published(state, layers or None))
+    layers = model.decoder_layers if model.version == "v1" else 0
+    found = fields_of(mdt_names.model_from_published(state, layers or None, model.num_heads))
     own = fields_of(model)
     different = [n for n in own if own[n] != found[n] and n not in config_files.NOT_IN_FILES]
     params = {} if different else mdt_names.params_from_published(state, model)
@@ -255,8 +302,22 @@ def _of_meta(meta: dict, params: dict, item: str | None) -> Weights[Any]:
         classes=tuple(meta.get("classes", ())),
         step=meta["step"] or None,
         latents=meta.get("latents"),
+        sampling=meta.get("sampling", {}),
         vae_sha256=meta.get("files_sha256", {}).get("vae.path"),
     )
+
+
+def _from_diffusers(state: dict[str, np.ndarray], file: pathlib.Path) -> Weights[MDT]:
+    """A DiT with what else its DiTPipeline's folder, if it is in one, says of it."""
+    model, params = diffusers_dit.from_published(state, read_json(file.with_name("config.json")))
+    pipeline = file.parent.parent
+    index = read_json(pipeline / diffusers_dit.INDEX) or {}
+    scheduler = read_json(pipeline / diffusers_dit.SCHEDULER / "scheduler_config.json")
+    sampling, lacks = diffusers_dit.sampling_of(scheduler)
+    for line in lacks:
+        log(f"{file}: its scheduler's {line} is left out: samples differ from those of diffusers")
+    classes = diffusers_dit.classes_of(index, model.num_classes)
+    return Weights(model, params, classes=classes, sampling=sampling)
 
 
 def _read_folder(path: files.Path, params: str) -> Weights[Any]:
@@ -303,6 +364,8 @@ def meta_of(weights: Weights) -> dict:
     else:
         meta = {"model": {"kind": kind_of(model), **fields_of(model)}}
     meta |= {"item": weights.item, "classes": weights.classes, "step": weights.step}
+    if weights.sampling and "config" not in meta:
+        meta["sampling"] = dict(weights.sampling)
     if weights.latents:
         meta["latents"] = weights.latents
     if weights.vae_sha256:
@@ -326,20 +389,3 @@ def unrecorded(weights: Weights) -> list[str]:
         if config:
             lines.append(f"it needs, beside it, a config.json of {json.dumps(config)}")
     return lines
-
-
-def fields_of(model: Network) -> dict:
-    """The fields that define a network, without those that only say how to compute it."""
-    computed = (
-        "dtype",
-        "remat",
-        "gather",
-        "attention",
-        "unroll",
-        "modulate_first",
-        "ops",
-        "parent",
-        "name",
-    )
-    fields = {field.name: getattr(model, field.name) for field in dataclasses.fields(model)}
-    return {name: value for name, value in fields.items() if name not in computed}

@@ -1,62 +1,129 @@
 """PyTorch's weight files and safetensors as NumPy arrays, read without running their code."""
 
-import importlib.metadata
 import json
 import os
 import pathlib
-import pickle
 import re
-import warnings
 import zipfile
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from mdt_jax.runtime.errors import UserError
-from mdt_jax.runtime.files import as_path, atomic_write, reason
+from mdt_jax.runtime.files import as_path, atomic_write, read_json, reason
+from mdt_jax.weights import foreign, pickled
 
-PICKLED = (".pt", ".pth", ".bin", ".ckpt")
-SUFFIXES = (*PICKLED, ".safetensors")
-SAFE_TORCH = (2, 6)  # the first version whose weights_only=True never runs code of the file
-# Keys under which training programs keep weights beside optimiser states; averages first.
-HOLDERS = ("ema", "model_ema", "state_dict", "model", "module")
-# Prefixes that DistributedDataParallel, torch.compile and Lightning put before every name.
-PREFIXES = ("module.", "_orig_mod.", "model.")
+SUFFIXES = (*pickled.SUFFIXES, ".safetensors")
+INDEX = ".safetensors.index.json"  # the end of the name of an index of shards
+# Keys under which training programs keep weights beside the state of the optimiser.
+AVERAGES = ("ema", "model_ema", "ema_state_dict", "state_dict_ema")
+HOLDERS = (*AVERAGES, "state_dict", "model", "module")
+# Prefixes that DistributedDataParallel and Lightning put before every name.
+PREFIXES = ("module.", "model.")
+# What torch.compile, FSDP and activation checkpointing put before the names of what they wrap.
+WRAPPERS = re.compile(
+    r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.", re.ASCII
+)
+COUNTERS = ("n_averaged", "num_batches_tracked")  # of averaging and batch norm; no weights
 # The names of classes, as JSON: a key in the metadata of a .safetensors, an entry of a .pt's zip.
 CLASSES = "classes"
 
 
-def read_arrays(path: str | os.PathLike) -> dict[str, np.ndarray]:
-    """The tensors of a file by name, in its order.
+class File(NamedTuple):
+    """What a file of weights holds.
 
-    The tensors may be in {"state_dict": …} or another of HOLDERS; an average of the weights comes
-    first. PREFIXES that all names share are removed.
+    arrays: by name, in the order of the file. part: the key of the wrapper that they were under,
+    and others: its other keys. dtype: the types of floats other than float32. ignored: the names of
+    arrays that were left out. args: the text and numbers under "args", the flags of the training.
+    """
 
+    arrays: dict[str, np.ndarray]
+    part: str | None = None
+    others: tuple[str, ...] = ()
+    dtype: str | None = None
+    ignored: tuple[str, ...] = ()
+    args: Mapping[str, Any] | None = None
+
+    @property
+    def choice(self) -> bool:
+        """Whether the wrapper had other weights, too."""
+        return any(name in HOLDERS for name in self.others)
+
+    @property
+    def item(self) -> str | None:
+        """Which parameters of a training they are, "ema" or "raw"; None where unknown."""
+        first = (self.part or "").partition(".")[0]
+        return "ema" if first in AVERAGES else "raw" if self.choice else None
+
+
+def is_weights(name: str) -> bool:
+    """Whether a file of this name is one of weights, or an index of several."""
+    return name.endswith((*SUFFIXES, INDEX))
+
+
+def read_file(
+    path: str | os.PathLike,
+    sibling: Callable[[str], str | os.PathLike] | None = None,
+    raw: bool = False,
+) -> File:
+    """The tensors of a file, or of the shards of an index (NAME.safetensors.index.json).
+
+    They may be under one of HOLDERS: an average of the weights is taken first, or, where raw, last.
+    What training programs add to all names is removed: PREFIXES and WRAPPERS.
+    sibling: the local file of a shard's name; None means the file beside the index.
     Raises UserError, naming the file, where it is damaged, holds anything but tensors of integers
     or floats, or its pickle needs more than tensors, which is never run.
     """
     path = pathlib.Path(path)
     if not os.path.isfile(path):
         raise UserError(f"{path} does not exist")
-    if path.suffix not in SUFFIXES:
-        raise UserError(f"{path}: unknown suffix {path.suffix!r}; use one of {', '.join(SUFFIXES)}")
-    arrays = (_read_safetensors if path.suffix == ".safetensors" else _read_pickled)(path)
-    for name, array in arrays.items():
-        if array.dtype.kind not in "fiu" and array.dtype.name != "bfloat16":
+    if path.name.endswith(INDEX):
+        file = _read_index(path, sibling or path.with_name)
+    elif path.suffix == ".safetensors":
+        file = File(_read_safetensors(path))
+    elif path.suffix in SUFFIXES:
+        file = _read_pickled(path, raw)
+    else:
+        what = foreign.from_bytes(path, path.suffix)
+        known = f"unknown suffix {path.suffix!r}; use one of {', '.join((*SUFFIXES, INDEX))}"
+        raise UserError(f"{path} is {what}" if what else f"{path}: {known}")
+    floats = set()
+    for name, array in file.arrays.items():
+        kind, dtype = array.dtype.kind, array.dtype.name
+        if kind not in "fiu" and dtype != "bfloat16":
             raise UserError(
-                f"{path}: {name} is of type {array.dtype}; weights must be integers or floats"
+                f"{path}: {name} is of type {dtype}; weights must be integers or floats"
             )
-    return _without_prefixes(arrays)
+        floats |= {dtype} - {"float32"} if kind not in "iu" else set()
+    counters = [name for name in file.arrays if name.rpartition(".")[2] in COUNTERS]
+    arrays = {name: array for name, array in file.arrays.items() if name not in counters}
+    return file._replace(
+        arrays=_without_prefixes(arrays),
+        dtype=", ".join(sorted(floats)) or None,
+        ignored=(*file.ignored, *counters),
+    )
+
+
+def read_arrays(path: str | os.PathLike) -> dict[str, np.ndarray]:
+    """The arrays of `read_file`."""
+    return read_file(path).arrays
 
 
 def _without_prefixes(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Arrays by name, without those of PREFIXES, also several in turn, that all names have."""
-    for prefix in PREFIXES:
-        if arrays and all(name.startswith(prefix) for name in arrays):
-            shorter = {name.removeprefix(prefix): array for name, array in arrays.items()}
-            return _without_prefixes(shorter)
-    return arrays
+    """Arrays by name, without WRAPPERS and those of PREFIXES, also several in turn, that at least
+    nine in ten names have. Where two names would become one, all stay as they are.
+    """
+    names = [WRAPPERS.sub("", name) for name in arrays]
+    shorter = True
+    while shorter:
+        counts = {p: sum(name.startswith(p) for name in names) for p in PREFIXES}
+        shorter = next(
+            (p for p, count in counts.items() if count and count >= 0.9 * len(names)), ""
+        )
+        names = [name.removeprefix(shorter) for name in names]
+    renamed = dict(zip(names, arrays.values(), strict=True))
+    return renamed if len(renamed) == len(arrays) else arrays
 
 
 def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
@@ -65,83 +132,78 @@ def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
     try:
         return safetensors.numpy.load_file(path)
     except Exception as error:  # of several kinds
+        if what := foreign.from_bytes(path, path.suffix):
+            raise UserError(f"{path} is {what}") from None
+        if isinstance(error, AttributeError):  # numpy.float8_e4m3fn
+            raise UserError(f"{path} has tensors of {error.name}, which are not read") from None
         raise UserError(
             f"{path} is damaged or no safetensors file that NumPy can hold: {reason(error)}"
         ) from None
 
 
-def _torch() -> Any:
-    """PyTorch; UserError where it is not installed, or so old that files can run code in it."""
-    try:
-        version = importlib.metadata.version("torch")
-    except importlib.metadata.PackageNotFoundError:
-        raise UserError(f"{PICKLED[0]} files need PyTorch: pip install -e '.[weights]'") from None
-    if tuple(map(int, version.split(".")[:2])) < SAFE_TORCH:
-        needed = ".".join(map(str, SAFE_TORCH))
-        raise UserError(
-            f"PyTorch {version} can run code from a file of weights (CVE-2025-32434): install "
-            f"{needed} or newer, pip install 'torch>={needed}'"
-        )
-    import torch
+def _read_index(path: pathlib.Path, sibling: Callable[[str], str | os.PathLike]) -> File:
+    """The tensors that an index lists, shard after shard.
 
-    return torch
-
-
-def _check_sums(path: pathlib.Path) -> None:
-    """Raise UserError where a part of a zipped file does not match its checksum.
-
-    PyTorch itself does not check.
+    What the shards hold besides is ignored: the list says what the checkpoint is.
     """
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-    except Exception as error:  # of many kinds
-        raise UserError(f"{path} is damaged or cut short: {reason(error)}") from None
-    if damaged is not None:
-        raise UserError(f"{path} is damaged: {damaged} in it does not have its checksum")
-
-
-def _read_pickled(path: pathlib.Path) -> dict[str, np.ndarray]:
-    torch, zipped = _torch(), zipfile.is_zipfile(path)
-    if zipped:
-        _check_sums(path)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            # Mapped tensors are read on use; only the newer, zipped format can be mapped.
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except Exception as error:  # of any kind, for bytes that are no pickle
-        forbidden = re.search(r"GLOBAL (\S+)", str(error))
-        if forbidden:
+    shards = (read_json(path) or {}).get("weight_map")
+    if not isinstance(shards, dict) or not shards:
+        raise UserError(f"{path} is no index of shards: it needs a weight_map of tensors and files")
+    for shard in shards.values():
+        if not isinstance(shard, str) or not re.fullmatch(r"\w[\w.+-]*\.safetensors", shard, re.A):
             raise UserError(
-                f"{path} holds something other than tensors ({forbidden[1]}) and was not read"
-            ) from None
-        why = "" if isinstance(error, pickle.UnpicklingError) else f": {reason(error)}"
-        raise UserError(f"{path} is damaged, cut short or no file of weights{why}") from None
+                f"{path} names the shard {str(shard)[:100]!r}; a shard is a .safetensors in the "
+                "folder of the index"
+            )
+    arrays, ignored = {}, []
+    for shard in dict.fromkeys(shards.values()):
+        file = pathlib.Path(sibling(shard))
+        if not os.path.isfile(file):
+            raise UserError(f"{path} names the shard {shard}, which does not exist: {file}")
+        held = _read_safetensors(file)
+        promised = [name for name, its in shards.items() if its == shard]
+        missing = [name for name in promised if name not in held]
+        if missing:
+            raise UserError(f"{file} lacks {missing[0][:80]}, which {path.name} lists as in it")
+        arrays |= {name: held.pop(name) for name in promised}
+        ignored += held
+    return File({name: arrays[name] for name in shards}, ignored=tuple(ignored))
+
+
+def _read_pickled(path: pathlib.Path, raw: bool) -> File:
+    content = pickled.read(path)
+    part, others, args = [], (), None
     if isinstance(content, Mapping):
-        values = (content.get(name) for name in HOLDERS)
-        content = next((value for value in values if isinstance(value, Mapping)), content)
+        args = content.get("args")
+        args = args.values if isinstance(args, pickled.Namespace) else pickled.plain(args)
+    for _ in range(2):  # {"ema": {"module": …}}
+        inner = {n: content.get(n) for n in HOLDERS} if isinstance(content, Mapping) else {}
+        held = [name for name, value in inner.items() if isinstance(value, Mapping) and value]
+        if held:
+            part.append(next((n for n in held if raw and n not in AVERAGES), held[0]))
+            if not others:
+                others = tuple(n for n in content if isinstance(n, str) and n != part[0])
+            content = content[part[-1]]
     if not isinstance(content, Mapping):
         raise UserError(f"{path} holds a {type(content).__name__}, not tensors by name")
+    return File(_arrays_of(path, content), ".".join(part) or None, others, args=args or None)
+
+
+def _arrays_of(path: pathlib.Path, tensors: Mapping) -> dict[str, np.ndarray]:
+    """Tensors of PyTorch as arrays."""
+    import torch
+
     arrays = {}
-    for name, value in content.items():
+    for name, value in tensors.items():
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):
-            raise UserError(f"{path}: {name!r} is a {type(value).__name__}, not a tensor by name")
+            name = repr(name[:80]) if isinstance(name, str) else f"of a {type(name).__name__} there"
+            raise UserError(f"{path}: {name} is a {type(value).__name__}, not a tensor by name")
         try:
-            arrays[name] = _array(torch, value)
+            arrays[name] = pickled.to_array(value)
         except (TypeError, RuntimeError):
             kind = f"{value.dtype}, {value.layout}".replace("torch.", "")
             raise UserError(f"{path}: {name} is a tensor of {kind}, which is not read") from None
     return arrays
-
-
-def _array(torch, tensor) -> np.ndarray:
-    tensor = tensor.detach()
-    if tensor.dtype == torch.bfloat16:  # a type that NumPy lacks
-        import ml_dtypes
-
-        return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
-    return tensor.numpy()
 
 
 def read_classes(path: str | os.PathLike) -> tuple[str, ...]:
@@ -186,7 +248,7 @@ def write_arrays(
             note = {CLASSES: json.dumps(classes)} if classes else None
             safetensors.numpy.save_file(dict(arrays), temporary, metadata=note)
     else:
-        torch = _torch()
+        torch = pickled.torch_module()
         tensors = {
             name: torch.from_numpy(np.require(a, None, ["C", "W"])) for name, a in arrays.items()
         }

@@ -60,6 +60,24 @@ def norm_groups(config: dict) -> int | None:
     return groups
 
 
+def config_of(model: AutoencoderKL, scale: float) -> dict:
+    """The config.json of diffusers' AutoencoderKL."""
+    levels = len(model.channels)
+    return {
+        "_class_name": "AutoencoderKL",
+        "act_fn": "silu",
+        "block_out_channels": list(model.channels),
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "in_channels": 3,
+        "latent_channels": model.latent_channels,
+        "layers_per_block": model.layers,
+        "norm_num_groups": model.groups,
+        "out_channels": 3,
+        "scaling_factor": scale,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+    }
+
+
 def about_latents(config: dict) -> dict:
     """The fields of a config that describe latents."""
     names = ("scaling_factor", *_NEUTRAL)

@@ -8,7 +8,7 @@ import pytest
 
 from mdt_jax.diffusion import schedule as sch
 from mdt_jax.diffusion.guidance import guide, power_cosine
-from mdt_jax.diffusion.samplers import SAMPLERS, sample
+from mdt_jax.diffusion.samplers import FLOW_SAMPLERS, SAMPLERS, sample
 from tests.conftest import FULL_COMPILE
 from tests.published import MODELS, VERSIONS, published_numbers, published_params, relative_error
 
@@ -258,3 +258,44 @@ def test_one_clipped_step_is_the_published_one(name, eta):
         s = eta * np.sqrt((1 - b) / (1 - a) * beta)
         expected = np.sqrt(b) * x0 + np.sqrt(1 - b - s**2) * eps + s * noise
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def of_a_flow(x, t):
+    """The velocity E[x_0 − noise | x_t] of Gaussian data, x_t = t·x_0 + (1 − t)·noise."""
+    t = t[:, None, None, None]
+    variance = (t * DEVIATION) ** 2 + (1 - t) ** 2
+    v = MU + (t * DEVIATION**2 - (1 - t)) / variance * (x - t * MU)
+    return jnp.concatenate([v, jnp.zeros_like(v)], axis=-1)
+
+
+def test_euler_of_a_flow_is_of_order_one():
+    """The flow takes z to MU + DEVIATION·z."""
+    z = jnp.linspace(-3, 3, 64, dtype=jnp.float32).reshape(1, 8, 8, 1)
+    errors = []
+    for steps in (20, 40, 80, 160):
+        seen, sampler, schedule = [], FLOW_SAMPLERS["euler"](0.0), sch.flow_schedule(steps)
+
+        def network(x, t, seen=seen):
+            jax.debug.callback(lambda t: seen.append(float(t[0])), t, ordered=True)
+            return of_a_flow(x, t)
+
+        out = sample(network, sampler, schedule, sampler.start(z), lambda k: z * 0)
+        jax.effects_barrier()
+        np.testing.assert_allclose(seen, np.arange(steps) / steps, rtol=1e-6)
+        np.testing.assert_allclose(out.x, out.x0, atol=1e-5)  # the last step ends at x̂_0
+        errors.append(np.abs(np.asarray(out.x) - (MU + DEVIATION * np.asarray(z))).max())
+    measured = np.log2(np.divide(errors[:-1], errors[1:]))
+    assert measured[-1] == pytest.approx(1, abs=0.1), measured
+
+
+def test_a_flow_is_clipped_where_it_leaves_the_limit():
+    z = jnp.linspace(-3, 3, 64).reshape(1, 8, 8, 1)
+    schedule = sch.flow_schedule(10)
+
+    def run(limit):
+        sampler = dataclasses.replace(FLOW_SAMPLERS["euler"](0.0), limit=limit)
+        return sample(of_a_flow, sampler, schedule, sampler.start(z), lambda k: z * 0).x
+
+    free = np.asarray(run(None))
+    np.testing.assert_array_equal(run(50.0), free)
+    assert np.abs(free).max() > 0.5 and np.abs(run(0.5)).max() == pytest.approx(0.5)

@@ -1,4 +1,8 @@
+import json
 import pickle
+import struct
+import subprocess
+import sys
 import zipfile
 
 import ml_dtypes
@@ -58,6 +62,78 @@ def test_what_training_programs_put_around_weights(around, tmp_path):
     assert found["model.b"].tolist() == [0, 1, 2] and found["a.weight"].tolist() == [1, 1]
 
 
+@pytest.mark.parametrize(
+    "around",
+    [
+        lambda name: f"module.{name}",  # torch.optim.swa_utils.AveragedModel
+        lambda name: f"module.model._orig_mod.{name}",
+        lambda name: f"_fsdp_wrapped_module.{name}".replace("blocks.", "blocks._orig_mod."),
+        lambda name: name.replace("blocks.", "blocks._checkpoint_wrapped_module."),
+    ],
+)
+def test_prefixes_and_counters(around, tmp_path):
+    names = [f"blocks.{number}.weight" for number in range(9)]
+    state = {around(name): torch.ones(2) for name in names}
+    extra = {"n_averaged": torch.tensor(7), around("norm.num_batches_tracked"): torch.tensor(7)}
+    torch.save({**extra, **state}, tmp_path / "w.pt")
+    file = torch_files.read_file(tmp_path / "w.pt")
+    assert list(file.arrays) == names and file.ignored == tuple(extra)
+    # One array more, which no network has: it is still there, for a message.
+    torch.save({**state, "epoch": torch.tensor(7)}, tmp_path / "w.pt")
+    assert list(torch_files.read_file(tmp_path / "w.pt").arrays) == [*names, "epoch"]
+
+
+def test_prefixes_that_stay(tmp_path):
+    """Those of a part of the names, and where two names would become one."""
+    for names in (["model.a", "model.b", "first.a"], [*(f"model.{n}" for n in range(9)), "8"]):
+        torch.save({name: torch.ones(2) for name in names}, tmp_path / "w.pt")
+        assert list(torch_files.read_file(tmp_path / "w.pt").arrays) == names
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+@pytest.mark.parametrize("name", ["float16", "bfloat16", "float64", "float32"])
+def test_the_type_of_the_floats_is_told(name, suffix, tmp_path):
+    array = np.array([0.5, 1.5], getattr(ml_dtypes, name, name))
+    path = tmp_path / f"w{suffix}"
+    state = {"a": array, "b": np.ones(2, np.float32), "c": np.arange(2)}
+    if suffix == ".pt":
+        tensor = torch.tensor([0.5, 1.5], dtype=getattr(torch, name))
+        torch.save({"a": tensor, "b": torch.ones(2), "c": torch.arange(2)}, path)
+    else:
+        torch_files.write_arrays(path, state)
+    file = torch_files.read_file(path)
+    assert file.dtype == (None if name == "float32" else name)
+    assert all(file.arrays[key].dtype == array.dtype for key, array in state.items())
+    np.testing.assert_array_equal(file.arrays["a"].astype(np.float32), [0.5, 1.5])
+
+
+def test_float8_is_refused(tmp_path):
+    header = json.dumps({"a": {"dtype": "F8_E4M3", "shape": [2], "data_offsets": [0, 2]}}).encode()
+    content = struct.pack("<Q", len(header)) + header + bytes(2)
+    (tmp_path / "w.safetensors").write_bytes(content)
+    with pytest.raises(UserError, match="w.safetensors has tensors of float8_e4m3fn, which are"):
+        torch_files.read_file(tmp_path / "w.safetensors")
+
+
+def test_safetensors_need_no_pytorch(tmp_path):
+    """In a process where importing it fails."""
+    code = f"""
+import sys
+sys.modules["torch"] = None
+import ml_dtypes, numpy as np
+from mdt_jax.weights import torch_files
+path = {str(tmp_path / "w.safetensors")!r}
+torch_files.write_arrays(path, {{"a": np.ones(3, ml_dtypes.bfloat16)}}, ["cat"])
+file = torch_files.read_file(path)
+assert file.dtype == "bfloat16" and file.arrays["a"].tolist() == [1, 1, 1]
+assert torch_files.read_classes(path) == ("cat",)
+index = path + ".index.json"
+open(index, "w").write('{{"weight_map": {{"a": "w.safetensors"}}}}')
+assert torch_files.read_file(index).arrays["a"].tolist() == [1, 1, 1]
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
 def test_bfloat16_an_old_format_and_a_state_dict_within(tmp_path):
     content = {"state_dict": {"a": torch.ones(3, dtype=torch.bfloat16)}, "global_step": 3}
     for name, new in (("new.ckpt", True), ("old.ckpt", False)):
@@ -102,7 +178,8 @@ def test_a_file_cut_short(suffix, length, tmp_path):
     path = tmp_path / f"cut{suffix}"
     torch_files.write_arrays(path, ARRAYS)
     path.write_bytes(path.read_bytes()[:length])
-    with pytest.raises(UserError, match=f"cut{suffix} is damaged") as error:
+    said = "damaged" if length else "empty; download"
+    with pytest.raises(UserError, match=f"cut{suffix} is {said}") as error:
         torch_files.read_arrays(path)
     assert "\n" not in str(error.value)
 
@@ -127,13 +204,42 @@ def test_a_failed_write_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    "content", [b"hello", b"Repository Not Found", b"<!doctype html>", b"\x80"]
-)
-def test_what_is_no_file_of_weights(content, tmp_path):
-    (tmp_path / "page.pt").write_bytes(content)
-    with pytest.raises(UserError, match="page.pt is damaged, cut short or no file of weights"):
-        torch_files.read_arrays(tmp_path / "page.pt")
+WHAT = {
+    "bytes.pt": (b"\x80", "damaged, cut short or no file of weights"),
+    "words.pt": (b"hello", "a text file, not weights"),
+    "README.pt": ("# Masked Diffusion – größer\n\n*weights*".encode(), "a text file, not weights"),
+    "long.safetensors": ("é".encode() * 300, "a text file, not weights"),
+    "page.pt": (b"\n<!DOCTYPE html><html>", "a text file, a page of HTML; download"),
+    "page.safetensors": (b"<html><head>", "a text file, a page of HTML; download"),
+    "lfs.safetensors": (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d\nsize 9\n",
+                        "a text file, the pointer of Git LFS .* git lfs pull"),
+    "w.gguf": (b"GGUF\3\0\0\0" + bytes(16), "a GGUF file, for llama.cpp; take the .safetensors"),
+    "gguf.safetensors": (b"GGUF\3\0\0\0" + bytes(16), "a GGUF file"),
+    "w.onnx": (b"\x08\x08\x12\x07pytorch\x1a\x05" + bytes(9), "an ONNX graph; take the"),
+    "onnx.pt": (b"\x08\x08\x12\x07pytorch\x1a\x05" + bytes(9), "an ONNX graph"),
+    "keras.bin": (b"\x89HDF\r\n\x1a\n" + bytes(16), "an HDF5 file"),
+    "config.json": (b'{"hidden_size": 1152}', "a text file"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WHAT)
+def test_what_is_no_file_of_weights(name, tmp_path):
+    content, what = WHAT[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=f"^{tmp_path}/{name} is {what}") as error:
+        torch_files.read_file(tmp_path / name)
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_under_the_suffix_of_the_other_format(tmp_path):
+    torch_files.write_arrays(tmp_path / "a.pt", ARRAYS)
+    (tmp_path / "a.pt").rename(tmp_path / "b.safetensors")
+    with pytest.raises(UserError, match="b.safetensors is a zip, .* rename it to .pt"):
+        torch_files.read_file(tmp_path / "b.safetensors")
+    torch_files.write_arrays(tmp_path / "a.safetensors", ARRAYS)
+    (tmp_path / "a.safetensors").rename(tmp_path / "b.pt")
+    with pytest.raises(UserError, match="b.pt is a safetensors file; rename it"):
+        torch_files.read_file(tmp_path / "b.pt")
 
 
 @pytest.mark.parametrize("new", [True, False])
