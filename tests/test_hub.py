@@ -127,6 +127,7 @@ KINDS = {
     "neither": {"learned_position": False, "relative_bias": False, "version": "v2", "depth": 6},
     "DiT": {"decoder_layers": 0, "side_layers": 0, "relative_bias": False,
             "learned_position": False, "num_heads": 4, "timestep_shift": 1},
+    "DiT of MDT's defaults": {"decoder_layers": 0, "relative_bias": False, "num_heads": 4},
     "switches": {"asymmetric": False, "masked_shortcut": False, "input_size": (8, 12)},
 }  # fmt: skip
 

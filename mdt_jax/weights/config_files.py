@@ -14,7 +14,7 @@ SUM = "parameters_sha256"
 # Fields of an MDT that the names and shapes in its file tell.
 TOLD = (
     "input_size", "in_channels", "hidden_size", "depth", "num_heads", "patch_size",
-    "decoder_layers", "side_layers", "num_classes", "version", "learn_sigma",
+    "decoder_layers", "num_classes", "version", "learn_sigma",
 )  # fmt: skip
 
 
