@@ -78,6 +78,13 @@ def check_destination(dst: files.Path) -> None:
     files.check_writable(parent, f"--dst={dst}")
 
 
+def find_vae(path: str | None, weights: networks.Weights) -> Vae | None:
+    """The VAE at a path, or that of the run; None where none is known. Raises UserError."""
+    if path:
+        return Vae.load(path)
+    return None if weights.config is None else Vae.from_config(weights.config)
+
+
 def upload(args: argparse.Namespace) -> None:
     """Upload the weights to the hub."""
     for name, default in (("format", FORMATS[0]), ("vae", None)):
@@ -95,13 +102,6 @@ def upload(args: argparse.Namespace) -> None:
     if is_public != args.public:
         print_result(f"{args.dst} existed: it stays {'public' if is_public else 'private'}")
     print_result(f"uploaded {networks.describe(weights.model)}: {url}")
-
-
-def find_vae(path: str | None, weights: networks.Weights) -> Vae | None:
-    """The VAE at a path, or that of the run; None where none is known. Raises UserError."""
-    if path:
-        return Vae.load(path)
-    return None if weights.config is None else Vae.from_config(weights.config)
 
 
 def main(argv: list[str]) -> None:

@@ -30,6 +30,7 @@ def read_weights(config: ConfigDict, workdir: Path, model: MDT, key: jax.Array) 
     if not path or steps_in(workdir):
         return None
     is_file = files.is_file(hub.local_path(picking.resolve(path, "mdt")))
+    # Nor does a DiT's file record num_heads.
     heads = model.num_heads if is_file and not model.decoder_layers else None
     ema = load_weights(path, num_heads=heads)
     source = ema.model

@@ -1,5 +1,7 @@
 """Networks with their parameters: read from runs, folders and files of any kind, and saved."""
 
+import dataclasses
+import hashlib
 import json
 import os
 import pathlib
@@ -17,7 +19,7 @@ from mdt_jax.models.autoencoder import AutoencoderKL
 from mdt_jax.models.inception import Inception
 from mdt_jax.models.mdt import MDT
 from mdt_jax.models.resize import resize_grid
-from mdt_jax.runtime import files, hub
+from mdt_jax.runtime import files, hosts, hub
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.runtime.files import read_json, reason
 from mdt_jax.runtime.progress import log
@@ -32,7 +34,6 @@ from mdt_jax.weights import (
     torch_files,
     vae_names,
 )
-from mdt_jax.weights.identity import fields_of, params_sha256
 
 ITEMS = ("ema", "raw")  # the parameters of a run
 _STEP_ITEMS = {"ema": "ema", "raw": "params"}  # what a step's folder calls them
@@ -53,7 +54,7 @@ class Weights(NamedTuple, Generic[SomeNetwork]):
     step: of the run, if known. latents: of a VAE, as of `vae_names.about_latents`. vae_sha256: of
     the VAE that the run was trained with, if known. sampling: fields of SampleOptions that go with
     a published file, which has no config. stored: the type of a file's floats where it is not
-    float32; the parameters are float32 in any case.
+    float32; the parameters are float32 in any case. vae: the path of the VAE in the same folder.
     """
 
     model: SomeNetwork
@@ -66,6 +67,7 @@ class Weights(NamedTuple, Generic[SomeNetwork]):
     vae_sha256: str | None = None
     sampling: Mapping[str, Any] = types.MappingProxyType({})
     stored: str | None = None
+    vae: str | None = None
 
 
 class _Kind(NamedTuple):
@@ -110,6 +112,16 @@ def describe(model: Network) -> str:
             f"latents of {model.latent_channels} channels at 1/{model.factor} of the size"
         )
     return f"FID's Inception with {model.num_classes} logits"
+
+
+def params_sha256(params: dict) -> str:
+    """SHA-256 of a network's parameters by name, independent of their file; hexadecimal."""
+    digest = hashlib.sha256()
+    for path, leaf in sorted(jax.tree_util.tree_leaves_with_path(params), key=lambda x: str(x[0])):
+        digest.update(f"{jax.tree_util.keystr(path)} {leaf.shape} ".encode())
+        leaf = hosts.fetch(leaf) if isinstance(leaf, jax.Array) else leaf
+        digest.update(np.ascontiguousarray(leaf, "<f4").data)
+    return digest.hexdigest()
 
 
 def load_weights(
@@ -199,8 +211,8 @@ def _read_file(
 ) -> Weights[Any]:
     """From a published file.
 
-    path: as the user gave it, for messages. source: as of `picking.resolve`, for the shards of an
-    index. told: what such a file may not record.
+    path: as the user gave it, for messages. source: where the file is, for those beside it. told:
+    what such a file may not record.
     """
     folder = source[: source.rfind("/") + 1]
     try:
@@ -211,16 +223,19 @@ def _read_file(
             left = ", ".join(name[:80] for name in read.others)
             log(f"{path}: the weights are those under '{read.part}'; not used: {left}")
         meta = config_files.read(file)
-        if meta is None:
-            weights = _of_known_kind(read, file, told, kind)
-        else:
+        if meta is not None:
             weights = _as_uploaded(read.arrays, meta, told)
-        # Copies, so that the mapped file is closed and saving needs no further copy.
-        weights = weights._replace(params=jax.tree.map(jnp.asarray, weights.params))
+        else:
+            weights = _of_known_kind(read, file, told, kind)
+        if diffusers_dit.is_transformer(read.arrays):
+            weights = _in_pipeline(weights, folder)
+        weights = weights._replace(stored=read.dtype, item=read.item or weights.item)
+        del read
+        _copy(weights.params)
         classes = torch_files.read_classes(file)
         if isinstance(weights.model, MDT) and len(classes) == weights.model.num_classes:
             weights = weights._replace(classes=classes)
-        return weights._replace(stored=read.dtype, item=weights.item or read.item)
+        return weights
     except UserError as error:
         # A copy of an object is not where the user would look.
         text = str(error).replace(str(file), path) if files.in_bucket(path) else str(error)
@@ -229,6 +244,18 @@ def _read_file(
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         # Unexpected shapes in a file with the right names.
         raise UserError(f"{path}: its arrays do not fit together: {reason(error)}") from None
+
+
+def _copy(params: dict) -> None:
+    """Copy arrays to the device in place, one at a time, so that one copy in all is in memory.
+
+    The mapped file that they may be in is closed then, and saving needs no further copy.
+    """
+    for name, leaf in params.items():
+        if isinstance(leaf, dict):
+            _copy(leaf)
+        else:
+            params[name] = jnp.asarray(leaf)
 
 
 def _of_known_kind(
@@ -255,30 +282,67 @@ def _from_state_dict(
     elif inception_names.is_inception(state) or (kind == "inception" and "pos_embed" not in state):
         weights = Weights(*inception_names.from_published(state))
     elif diffusers_dit.is_transformer(state):
-        weights = _from_diffusers(state, file)
+        config = read_json(file.with_name(picking.CONFIG))
+        weights = Weights(*diffusers_dit.from_published(state, config))
     else:
         weights = Weights(*mdt_names.from_published(state, **told))
         if mdt_names.is_dit(state):
-            args = read.args or {}
-            is_sit = "SiT" in file.name or "path_type" in args
-            weights = weights._replace(sampling=SIT_SAMPLING if is_sit else DIT_SAMPLING)
+            weights = weights._replace(sampling=_sampling_of_dit(read, file))
         return weights
-    for field, value in told.items():
-        if value is not None:
-            name = describe(weights.model).partition(",")[0]
-            raise UserError(f"{field} is for files that do not record it; this is {name}")
+    _check_told(weights.model, told)
     return weights
+
+
+def _sampling_of_dit(read: torch_files.File, file: pathlib.Path) -> dict[str, Any]:
+    """How a DiT or SiT is sampled, which its file's name and its training's flags alone tell."""
+    args = read.args or {}
+    if "SiT" not in file.name and "SiT" not in str(args.get("model")) and "path_type" not in args:
+        return DIT_SAMPLING
+    for name, sampled in (("path_type", "Linear"), ("prediction", "velocity")):
+        if args.get(name, sampled) != sampled:
+            log(f"{file}: its {name} is {args[name]}, but only a SiT of {sampled} can be sampled")
+    return SIT_SAMPLING
+
+
+def _check_told(model: Network, told: dict[str, int | None]) -> None:
+    """Raise UserError where the user said otherwise what a file records."""
+    for field, value in told.items():
+        if value is not None and not hasattr(model, field):
+            name = KINDS[kind_of(model)].name
+            raise UserError(f"{field} is for an MDT or DiT; this is {name}")
+        if value is not None and getattr(model, field) != value:
+            raise UserError(f"{field} is {value}, but the file has {getattr(model, field)}")
+
+
+def _in_pipeline(weights: Weights[MDT], folder: str) -> Weights[MDT]:
+    """A DiT of diffusers with what its DiTPipeline, if it is in one, says of it.
+
+    folder: of its file; that of a pipeline's transformer has the others beside it.
+    """
+    pipeline, _, name = folder.rstrip("/").rpartition("/")
+    found = {}
+    for part in (diffusers_dit.INDEX, diffusers_dit.SCHEDULER):
+        is_part = name == diffusers_dit.TRANSFORMER
+        file = hub.optional_path(f"{pipeline or '.'}/{part}") if is_part else None
+        found[part] = None if file is None else read_json(file)
+    sampling, lacks = diffusers_dit.sampling_of(found[diffusers_dit.SCHEDULER])
+    for line in lacks:
+        log(f"{folder}: its scheduler's {line} is left out: samples differ from those of diffusers")
+    index = found[diffusers_dit.INDEX] or {}
+    classes = diffusers_dit.classes_of(index, weights.model.num_classes)
+    vae = f"{pipeline or '.'}/{diffusers_dit.VAE}"
+    if name != diffusers_dit.TRANSFORMER or hub.optional_path(f"{vae}/{picking.CONFIG}") is None:
+        vae = None
+    return weights._replace(classes=classes, sampling=sampling, vae=vae)
 
 
 def _as_uploaded(
     state: dict[str, np.ndarray], meta: dict, told: dict[str, int | None]
 ) -> Weights[MDT]:
     """The MDT of a config.json of `convert`, whose parameters must be those it was written with."""
-    for name, value in told.items():
-        if value is not None:
-            raise UserError(f"{name} is for published files; its config.json records it")
     model = cast(MDT, _network_of(meta))
-    layers = model.decoder_layers if model.version == "v1" else 0
+    _check_told(model, told)
+    layers = model.decoder_layers if model.version == "v1" else None
     found = fields_of(mdt_names.model_from_published(state, layers or None, model.num_heads))
     own = fields_of(model)
     different = [name for name in config_files.TOLD if own[name] != found[name]]
@@ -305,19 +369,6 @@ def _of_meta(meta: dict, params: dict, item: str | None) -> Weights[Any]:
         sampling=meta.get("sampling", {}),
         vae_sha256=meta.get("files_sha256", {}).get("vae.path"),
     )
-
-
-def _from_diffusers(state: dict[str, np.ndarray], file: pathlib.Path) -> Weights[MDT]:
-    """A DiT with what else its DiTPipeline's folder, if it is in one, says of it."""
-    model, params = diffusers_dit.from_published(state, read_json(file.with_name("config.json")))
-    pipeline = file.parent.parent
-    index = read_json(pipeline / diffusers_dit.INDEX) or {}
-    scheduler = read_json(pipeline / diffusers_dit.SCHEDULER / "scheduler_config.json")
-    sampling, lacks = diffusers_dit.sampling_of(scheduler)
-    for line in lacks:
-        log(f"{file}: its scheduler's {line} is left out: samples differ from those of diffusers")
-    classes = diffusers_dit.classes_of(index, model.num_classes)
-    return Weights(model, params, classes=classes, sampling=sampling)
 
 
 def _read_folder(path: files.Path, params: str) -> Weights[Any]:
@@ -389,3 +440,20 @@ def unrecorded(weights: Weights) -> list[str]:
         if config:
             lines.append(f"it needs, beside it, a config.json of {json.dumps(config)}")
     return lines
+
+
+def fields_of(model: Network) -> dict:
+    """The fields that define a network, without those that only say how to compute it."""
+    computed = (
+        "dtype",
+        "remat",
+        "gather",
+        "attention",
+        "unroll",
+        "modulate_first",
+        "ops",
+        "parent",
+        "name",
+    )
+    fields = {field.name: getattr(model, field.name) for field in dataclasses.fields(model)}
+    return {name: value for name, value in fields.items() if name not in computed}

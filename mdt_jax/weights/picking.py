@@ -15,8 +15,6 @@ NAMES = (
     OURS, f"model{torch_files.INDEX}", f"{DIFFUSERS}.safetensors",
     f"{DIFFUSERS}{torch_files.INDEX}", f"{DIFFUSERS}.bin",
 )  # fmt: skip
-# What a DiTPipeline of diffusers says of its transformer, beside the folder.
-PIPELINE = ("model_index.json", "scheduler/scheduler_config.json")
 SHOWN = 10  # files in a message
 
 
@@ -64,11 +62,7 @@ def resolve(path: str, kind: str | None = None) -> str:
         path = os.path.join(path, pick(names, kind, path))
     elsewhere = path.startswith(hub.SCHEME) or files.in_bucket(path)
     if elsewhere and torch_files.is_weights(path):
-        folder = path.rpartition("/")[0]
-        hub.optional_path(f"{folder}/{CONFIG}")
-        if path.startswith(hub.SCHEME) and folder.endswith("/transformer"):
-            for name in PIPELINE:
-                hub.optional_path(f"{folder.rpartition('/')[0]}/{name}")
+        hub.optional_path(f"{path.rpartition('/')[0]}/{CONFIG}")
     return path
 
 

@@ -213,7 +213,7 @@ def read_classes(path: str | os.PathLike) -> tuple[str, ...]:
 
         with safetensors.safe_open(path, framework="numpy") as file:
             note = (file.metadata() or {}).get(CLASSES, "null")
-    elif zipfile.is_zipfile(path):
+    elif pickled.is_zipped(pathlib.Path(path)):
         with zipfile.ZipFile(path) as archive:
             entry = _classes_entry(archive)
             note = archive.read(entry) if entry in archive.namelist() else "null"
