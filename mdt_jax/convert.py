@@ -87,6 +87,9 @@ def find_vae(path: str | None, weights: networks.Weights) -> Vae | None:
 
 def upload(args: argparse.Namespace) -> None:
     """Upload the weights to the hub."""
+    for name, default in (("format", FORMATS[0]), ("vae", None)):
+        if getattr(args, name) != default:
+            raise UserError(f"--{name} is not for --dst={hub.SCHEME}…; convert to a folder first")
     hub.check_uploadable(args.dst)
     cli.start(args)
     weights = networks.read_network(args.src, args.params, args.decoder_layers, args.num_heads)

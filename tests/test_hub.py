@@ -13,7 +13,7 @@ from mdt_jax.models.autoencoder import AutoencoderKL
 from mdt_jax.models.mdt import MDT
 from mdt_jax.runtime import hub
 from mdt_jax.runtime.errors import UserError
-from mdt_jax.weights import networks, picking
+from mdt_jax.weights import networks, picking, torch_files
 from mdt_jax.weights.vae import Vae, recorded_scale
 from tests.conftest import exits_with_one_line, run_here
 from tests.hub_protocol import Repository
@@ -125,8 +125,11 @@ KINDS = {
     "fixed positions": {"learned_position": False},
     "no bias": {"relative_bias": False},
     "neither": {"learned_position": False, "relative_bias": False, "version": "v2", "depth": 6},
+    "DiT": {"decoder_layers": 0, "side_layers": 0, "relative_bias": False,
+            "learned_position": False, "num_heads": 4, "timestep_shift": 1},
+    "DiT of MDT's defaults": {"decoder_layers": 0, "relative_bias": False, "num_heads": 4},
     "switches": {"asymmetric": False, "masked_shortcut": False, "input_size": (8, 12)},
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -250,6 +253,55 @@ def test_all_files_are_of_one_commit(tmp_path, server, monkeypatch):
     assert networks.load_weights(PLACE).step == 2
 
 
+def shards(folder):
+    """A network in two shards with their index, in a folder; returns the network."""
+    model = MDT(**SMALL)
+    weights = networks.Weights(model, random_params(model))
+    networks.save(folder / "whole.safetensors", weights)
+    arrays = torch_files.read_file(folder / "whole.safetensors").arrays
+    where = {name: f"model-{number % 2}.safetensors" for number, name in enumerate(arrays)}
+    for shard in {*where.values()}:
+        part = {name: array for name, array in arrays.items() if where[name] == shard}
+        torch_files.write_arrays(folder / shard, part)
+    index = json.dumps({"metadata": {}, "weight_map": where})
+    (folder / "model.safetensors.index.json").write_text(index)
+    (folder / "whole.safetensors").unlink()
+    return weights
+
+
+def test_shards_and_a_missing_one(tmp_path, server):
+    weights = shards(tmp_path)
+    repository = server.repositories["someone/other"]
+    repository.commit({file.name: file.read_bytes() for file in tmp_path.glob("model*")})
+    assert same(networks.load_weights("hf://someone/other").params, weights.params)
+    repository.commit({n: c for n, c in repository.files.items() if n != "model-1.safetensors"})
+    with pytest.raises(UserError, match="model-1.safetensors: .*someone/other has no such file"):
+        networks.load_weights("hf://someone/other")
+
+
+def test_a_pipeline_of_diffusers(tmp_path, server):
+    """Its transformer with the names of the classes, and its VAE, from one repository."""
+    dit = dict(decoder_layers=0, side_layers=0, relative_bias=False, learned_position=False)
+    model = MDT(**SMALL | dit | {"in_channels": 4, "num_classes": 1000})
+    vae = AutoencoderKL(channels=(8, 16), layers=1, groups=4)
+    params = jax.jit(vae.init)(jax.random.key(0), np.zeros((1, 4, 4, 3), np.float32))["params"]
+    networks.save(tmp_path / "vae", networks.Weights(vae, params, latents={"scaling_factor": 0.5}))
+    names = tuple(f"class {number}" for number in range(1000))
+    networks.save(tmp_path / "a", networks.Weights(model, random_params(model), classes=names))
+    run_here(convert.main, f"--src={tmp_path}/a", f"--dst={tmp_path}/b", "--format=diffusers",
+             f"--vae={tmp_path}/vae")  # fmt: skip
+    paths = [path for path in (tmp_path / "b").rglob("*") if path.is_file()]
+    server.repositories["someone/other"].commit(
+        {path.relative_to(tmp_path / "b").as_posix(): path.read_bytes() for path in paths}
+    )
+    for place in ("hf://someone/other", "hf://someone/other/transformer", str(tmp_path / "b")):
+        found = networks.load_weights(place)
+        assert found.model == model.clone(timestep_shift=1) and found.classes == names
+    assert found.sampling == networks.load_weights("hf://someone/other").sampling != {}
+    for place in ("hf://someone/other", "hf://someone/other/vae", str(tmp_path / "b")):
+        assert Vae.load(place).network == vae and recorded_scale(place) == 0.5
+
+
 # --- What is refused
 
 
@@ -299,7 +351,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_bad_uploads(name, tmp_path, server, monkeypatch, capsys):
+def test_bad_uploads(name, tmp_path, server, monkeypatch):
     place, token, flags, message = REFUSED[name]
     use_here(server, monkeypatch, tmp_path / "cache", token)
     if not token:
@@ -308,8 +360,9 @@ def test_bad_uploads(name, tmp_path, server, monkeypatch, capsys):
         monkeypatch.delenv("HF_TOKEN")
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
     argv = [f"--src={DIGITS}", f"--dst={place}", *flags]
-    printed = exits_with_one_line(convert.main, argv, capsys, monkeypatch)
-    assert re.search(message, printed), printed
+    printed = run_here(convert.main, *argv, expect=2).splitlines()
+    assert len([line for line in printed if not line.startswith("uploading ")]) == 1
+    assert re.search(message, printed[-1]), printed
     assert {*server.repositories} == {"someone/other"}
 
 

@@ -354,7 +354,7 @@ def _as_uploaded(
     layers = model.decoder_layers if model.version == "v1" else None
     found = fields_of(mdt_names.model_from_published(state, layers or None, model.num_heads))
     own = fields_of(model)
-    different = [n for n in own if own[n] != found[n] and n not in config_files.NOT_IN_FILES]
+    different = [name for name in config_files.TOLD if own[name] != found[name]]
     params = {} if different else mdt_names.params_from_published(state, model)
     if different or params_sha256(params) != meta.get(config_files.SUM):
         differs = f" ({', '.join(different)})" if different else ""

@@ -21,6 +21,7 @@ def publish(path: str, weights: Weights, readme: str, public: bool) -> tuple[str
         folder = pathlib.Path(name)
         networks.save(folder / OURS, weights)
         _write(folder / CONFIG, json.dumps(config_of(weights), indent=1) + "\n")
+        networks.read_network(folder)  # which compares the parameters
         _write(folder / "README.md", readme)
         summary = networks.describe(weights.model)
         return hub.upload(path, folder, public, f"mdt_jax.convert: {summary}")
