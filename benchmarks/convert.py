@@ -22,7 +22,8 @@ from mdt_jax import cli
 from mdt_jax.models.mdt import MDT, SIZES, init_params
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.weights import torch_files
-from mdt_jax.weights.networks import Weights, save
+from mdt_jax.weights.kinds import Weights
+from mdt_jax.weights.networks import save
 
 MODELS = {
     "MDT": {},

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from mdt_jax.weights import torch_files
-from mdt_jax.weights.networks import params_sha256
+from mdt_jax.weights.kinds import params_sha256
 from tests.conftest import ROOT
 from tests.hub_server import serve
 from tests.published import published_params, published_state
@@ -35,7 +35,8 @@ def load(files, folder):
     """(the hash or the error that a process printed that loads it, the files that it fetched)."""
     code = (
         "import sys; from mdt_jax import cli\n"
-        "from mdt_jax.weights.networks import load_weights, params_sha256\n"
+        "from mdt_jax.weights.kinds import params_sha256\n"
+        "from mdt_jax.weights.networks import load_weights\n"
         f"cli.run(lambda _: print(params_sha256(load_weights('hf://someone/model/{INDEX}').params)))\n"
         "print('torch' in sys.modules)"
     )
