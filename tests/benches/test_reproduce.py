@@ -18,7 +18,7 @@ import pytest
 from mdt_jax.evaluation import references
 from mdt_jax.evaluation.features import Accumulator
 from mdt_jax.runtime.errors import UserError
-from mdt_jax.weights import networks, torch_files
+from mdt_jax.weights import kinds, networks, torch_files
 from mdt_jax.weights.mdt_names import dit
 from tests.conftest import ROOT, exits_with_one_line
 from tests.hub_server import released
@@ -115,7 +115,7 @@ def server(tmp_path_factory):
     inception = (folder / "fid.pth").read_bytes()
     name = f"pt_inception-{hashlib.sha256(inception).hexdigest()[:8]}.pth"
     network = dit(input_size=(8, 8), in_channels=4, hidden_size=64, depth=2, num_heads=1)
-    networks.save(folder / "dit.pt", networks.Weights(network, random_params(network)))
+    networks.save(folder / "dit.pt", kinds.Weights(network, random_params(network)))
     files = {
         "/reference.npz": (folder / "reference.npz").read_bytes(), f"/{name}": inception,
         "/DiT-XL-2-256x256.pt": (folder / "dit.pt").read_bytes(),
