@@ -2,16 +2,18 @@
 
 The kind of network follows from the names in --src. The suffix of --dst selects the format: .pt or
 .safetensors, which the published PyTorch code loads with strict=True; without a suffix an Orbax
-folder.
+folder. --dst=hf://OWNER/REPOSITORY uploads the network with a model card, private unless --public
+is given.
 """
 
 import argparse
 
 from mdt_jax import cli
-from mdt_jax.runtime import files, locks
+from mdt_jax.evaluation import model_card
+from mdt_jax.runtime import files, hub, locks
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.runtime.progress import print_result
-from mdt_jax.weights import diffusers_folders, networks, torch_files
+from mdt_jax.weights import diffusers_folders, networks, publishing, torch_files
 from mdt_jax.weights.step_folders import check_arrays_possible, check_path
 from mdt_jax.weights.vae import Vae
 
@@ -30,7 +32,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help="a run, folder, .pt, .safetensors or hf://…",
     )
     add(
-        "--dst", required=True, type=cli.anywhere, help="FILE.pt, FILE.safetensors, or a new folder"
+        "--dst",
+        required=True,
+        type=cli.anywhere_or_hub,
+        help="FILE.pt, FILE.safetensors, a new folder, or hf://OWNER/REPOSITORY",
     )
     add("--params", choices=networks.ITEMS, default="ema", help="which of a run's parameters")
     parser.add_unrecorded()
@@ -38,7 +43,21 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--format", choices=FORMATS, default="orbax", help="of a new folder: diffusers: DiTPipeline"
     )
     add("--vae", type=cli.anywhere_or_hub, help="of --format=diffusers (default: the run's)")
-    return parser.parse_args(argv[1:])
+    add("--public", **cli.SWITCH, help="let everybody see a new repository on the hub")
+    add(
+        "--card",
+        action="append",
+        default=[],
+        type=cli.anywhere,
+        metavar="JSON",
+        help="figures for the model card, which mdt_jax.evaluate wrote; may be repeated",
+    )
+    args = parser.parse_args(argv[1:])
+    if not args.dst.startswith(hub.SCHEME):
+        for name in ("public", "card"):
+            if getattr(args, name):
+                raise UserError(f"--{name} is for --dst={hub.SCHEME}…")
+    return args
 
 
 def check_destination(dst: files.Path) -> None:
@@ -66,9 +85,28 @@ def find_vae(path: str | None, weights: networks.Weights) -> Vae | None:
     return None if weights.config is None else Vae.from_config(weights.config)
 
 
+def upload(args: argparse.Namespace) -> None:
+    """Upload the weights to the hub."""
+    hub.check_uploadable(args.dst)
+    cli.start(args)
+    weights = networks.read_network(args.src, args.params, args.decoder_layers, args.num_heads)
+    sha256 = networks.params_sha256(weights.params)
+    cards = [model_card.read_card(path, sha256) for path in args.card]
+    if not cards and not args.src.startswith(hub.SCHEME):
+        cards = model_card.cards_of_run(args.src, weights, sha256)
+    readme = model_card.render(args.dst, weights, sha256, cards)
+    url, is_public = publishing.publish(args.dst, weights, readme, args.public)
+    if is_public != args.public:
+        print_result(f"{args.dst} existed: it stays {'public' if is_public else 'private'}")
+    print_result(f"uploaded {networks.describe(weights.model)}: {url}")
+
+
 def main(argv: list[str]) -> None:
     """Parse the flags, read the weights, write them."""
     args = parse(argv)
+    if args.dst.startswith(hub.SCHEME):
+        upload(args)
+        return
     dst = files.as_path(args.dst)
     if args.format == "diffusers" and dst.suffix:
         raise UserError(f"--format=diffusers writes a folder, but --dst={dst} has a suffix")

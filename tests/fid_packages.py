@@ -1,30 +1,16 @@
-"""pytorch-fid, torch-fidelity and clean-fid, and weights to give them and us.
+"""pytorch-fid, torch-fidelity and clean-fid, and weights to give them and us."""
 
-They import torchvision, whose wheel on PyPI looks for operators that a CPU's PyTorch does not have;
-none of them is used, so their names are enough.
-"""
+# ruff: noqa: I001, E402, F401
 
 import numpy as np
-import torch
 
+from tests import torchvision_on_cpus
 from tests.published import zeros_like_published
 
-NAMES = (
-    "nms", "qnms", "roi_align", "qroi_align", "_roi_align_backward", "ps_roi_align",
-    "_ps_roi_align_backward", "roi_pool", "_roi_pool_backward", "ps_roi_pool",
-    "_ps_roi_pool_backward", "deform_conv2d", "_deform_conv2d_backward",
-)  # fmt: skip
-try:
-    import torchvision  # noqa: F401
-except RuntimeError:  # operator torchvision::nms does not exist
-    _operators = torch.library.Library("torchvision", "FRAGMENT")
-    for _name in NAMES:
-        _operators.define(f"{_name}(Tensor x) -> Tensor")
-
-from cleanfid import fid as clean_fid  # noqa: E402, F401
-from pytorch_fid import fid_score, inception  # noqa: E402, F401
-from torch_fidelity import metric_fid, metric_isc, metric_prc  # noqa: E402, F401
-from torch_fidelity.feature_extractor_inceptionv3 import (  # noqa: E402, F401
+from cleanfid import fid as clean_fid
+from pytorch_fid import fid_score, inception
+from torch_fidelity import metric_fid, metric_isc, metric_prc
+from torch_fidelity.feature_extractor_inceptionv3 import (
     FeatureExtractorInceptionV3,
 )
 

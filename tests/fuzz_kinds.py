@@ -30,7 +30,8 @@ from mdt_jax.train.checkpoints import Checkpoints
 from mdt_jax.train.log import MetricsLog
 from mdt_jax.train.state import TrainState
 from mdt_jax.weights import mdt_names, networks, torch_files
-from mdt_jax.weights.vae import VAE_FILES, Vae, recorded_scale
+from mdt_jax.weights.picking import DIFFUSERS
+from mdt_jax.weights.vae import Vae, recorded_scale
 from tests.models.common import random_params
 from tests.small_data import VAE, write_parquet, write_pictures, write_vae
 
@@ -113,7 +114,7 @@ def make_training(folder: pathlib.Path) -> None:
 
 
 def make_vae(folder: pathlib.Path) -> None:
-    write_vae(folder / VAE_FILES[0])
+    write_vae(folder / f"{DIFFUSERS}.safetensors")
     told = {
         "norm_num_groups": 4,
         "scaling_factor": 0.3,

@@ -1,59 +1,40 @@
 """A server on 127.0.0.1 that answers as the Hugging Face hub does."""
 
 import contextlib
-import hashlib
 import http.server
 import pathlib
+import re
 import threading
-import time
 from collections.abc import Iterator
+from typing import Any
 
+from tests.hub_protocol import Handler, Repository
 
-class Handler(http.server.BaseHTTPRequestHandler):
-    """server.files: content by path /OWNER/REPOSITORY/resolve/main/FILE; SHA-256 as the ETag."""
-
-    protocol_version = "HTTP/1.1"
-
-    def do_HEAD(self):
-        self.answer(body=False)
-
-    def do_GET(self):
-        self.answer(body=True)
-
-    def answer(self, body):
-        self.server.requests.append(f"{self.command} {self.path}")
-        if self.server.silent:
-            time.sleep(60)
-        content = self.server.files.get(self.path)
-        if content is None:
-            repository = "/".join(self.path.split("/")[:3])
-            known = any(path.startswith(f"{repository}/") for path in self.server.files)
-            self.send_response(404)
-            self.send_header("X-Error-Code", "EntryNotFound" if known else "RepoNotFound")
-            self.send_header("X-Repo-Commit", "c" * 40)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
-            return
-        digest = "0" * 64 if self.server.wrong_hash else hashlib.sha256(content).hexdigest()
-        self.send_response(200)
-        self.send_header("ETag", f'"{digest}"')
-        self.send_header("X-Repo-Commit", "c" * 40)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        if body:
-            self.wfile.write(content[: len(content) // 2] if self.server.hangs_up else content)
-            self.close_connection = self.server.hangs_up
-
-    def log_message(self, *_):
-        pass
+COMMIT = "c" * 40  # of the repositories that a test begins with
+TOKENS = {"hf_writer": ("someone", "write"), "hf_reader": ("someone", "read")}
 
 
 @contextlib.contextmanager
-def serve(files: dict[str, bytes]) -> Iterator[http.server.ThreadingHTTPServer]:
-    """The server: `endpoint`, `requests` so far; `wrong_hash`, `hangs_up`, `silent` may be set."""
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.files, server.requests = files, []
+def serve(files: dict[str, bytes]) -> Iterator[Any]:
+    """The server. files: content by path /OWNER/REPOSITORY/resolve/main/FILE.
+
+    It has `endpoint`, `requests` so far and `repositories`. Faults that may be set: `wrong_hash`,
+    `hangs_up` in a download, `silent`, `cuts_uploads`, and `stalls_uploads` until `resumed` is set;
+    `half_uploaded` is set once half of a large file has come.
+    """
+    server: Any = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.requests, server.objects = [], {}
+    server.tokens, server.organizations = dict(TOKENS), ["club"]
     server.wrong_hash = server.hangs_up = server.silent = False
+    server.cuts_uploads = server.stalls_uploads = False
+    server.half_uploaded, server.resumed = threading.Event(), threading.Event()
+    contents: dict[str, dict[str, bytes]] = {}
+    for path, content in files.items():
+        name, file = re.fullmatch("/([^/]+/[^/]+)/resolve/main/(.+)", path).groups()
+        contents.setdefault(name, {})[file] = content
+    server.repositories = {name: Repository(("someone",)) for name in contents}
+    for name, repository in server.repositories.items():
+        repository.commit(contents[name], oid=COMMIT)
     server.daemon_threads = True
     server.endpoint = f"http://127.0.0.1:{server.server_port}"
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -62,6 +43,19 @@ def serve(files: dict[str, bytes]) -> Iterator[http.server.ThreadingHTTPServer]:
     finally:
         server.shutdown()
         server.server_close()
+
+
+def use_here(server: Any, monkeypatch, cache: pathlib.Path, token: str = "hf_writer") -> None:
+    """Make the client of this process ask the server."""
+    from huggingface_hub import constants
+
+    template = f"{server.endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    for name, value in {
+        "ENDPOINT": server.endpoint, "HUGGINGFACE_CO_URL_TEMPLATE": template,
+        "HF_HUB_CACHE": str(cache), "HF_HUB_DISABLE_XET": True,
+    }.items():  # fmt: skip
+        monkeypatch.setattr(constants, name, value)
+    monkeypatch.setenv("HF_TOKEN", token)
 
 
 @contextlib.contextmanager

@@ -20,7 +20,8 @@ from mdt_jax.models.resize import resize_grid
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.sampling.pipeline import Pipeline
 from mdt_jax.weights import networks, torch_files
-from mdt_jax.weights.vae import VAE_FILES, Vae, _decode
+from mdt_jax.weights.picking import DIFFUSERS
+from mdt_jax.weights.vae import Vae, _decode
 from tests.conftest import FULL_COMPILE, exits_with_one_line
 from tests.models.common import random_params
 from tests.published import (
@@ -117,7 +118,7 @@ BAD = {
     "nowhere": (["--src=FILES/v1.pt", "--dst=no/where.pt"], "there is no folder"),
     "decoder": (["--src=FILES/v1.pt", "--dst=a", "--decoder_layers=9"], "it must be 1 to 3"),
     "raw file": (["--src=FILES/v1.pt", "--dst=a", "--params=best"], "invalid choice: 'best'"),
-    "not told": (["--src=FILES", "--dst=a", "--decoder_layers=2"], "is for published files"),
+    "not told": (["--src=.", "--dst=a", "--decoder_layers=2"], "is for published files"),
 }
 
 
@@ -174,9 +175,10 @@ def test_pictures_from_a_file_of_latents(latent_model, tmp_path, monkeypatch):
 def test_the_scale_of_a_files_latents(latent_model, tmp_path, monkeypatch, capsys):
     """The VAE's folder says it, also after `convert`; a flag that differs is refused."""
     folder, _, vae, params = latent_model
-    networks.save(tmp_path / VAE_FILES[0], networks.Weights(vae, params))
+    file = tmp_path / f"{DIFFUSERS}.safetensors"
+    networks.save(file, networks.Weights(vae, params))
     (tmp_path / "config.json").write_text(json.dumps({"scaling_factor": 0.13025}))
-    run(convert, monkeypatch, f"--src={tmp_path / VAE_FILES[0]}", f"--dst={tmp_path}/saved")
+    run(convert, monkeypatch, f"--src={file}", f"--dst={tmp_path}/saved")
     run(convert, monkeypatch, f"--src={tmp_path}/saved", f"--dst={tmp_path}/vae.bin")
     assert 'beside it, a config.json of {"scaling_factor": 0.13025}' in capsys.readouterr().out
     model = networks.load_weights(folder / "mdt.pt")
@@ -185,7 +187,7 @@ def test_the_scale_of_a_files_latents(latent_model, tmp_path, monkeypatch, capsy
     def scale(name, weights, **how):
         return Pipeline(name, weights, **how).vae.scale
 
-    for path in (tmp_path, tmp_path / "saved", tmp_path / VAE_FILES[0]):
+    for path in (tmp_path, tmp_path / "saved", file):
         assert scale("mdt.pt", model, vae=str(path)) == 0.13025
         assert scale("mdt.pt", model, vae=str(path), vae_scale=0.13025) == 0.13025
         with pytest.raises(UserError, match=r"is 0\.13025, but --vae_scale is 0\.18215"):
@@ -305,7 +307,7 @@ def test_every_kind_of_network_is_told_by_its_names(latent_model, tmp_path, monk
 def test_a_folder_of_diffusers_tells_its_norms(tmp_path):
     vae = AutoencoderKL(channels=(8, 16), layers=1, groups=4)
     params = jax.jit(vae.init)(jax.random.key(0), np.zeros((1, 4, 4, 3), np.float32))["params"]
-    networks.save(tmp_path / VAE_FILES[1], networks.Weights(vae, params))
+    networks.save(tmp_path / f"{DIFFUSERS}.bin", networks.Weights(vae, params))
     assert Vae.load(tmp_path).network.groups == 8  # as many as the narrowest level has channels
     (tmp_path / "config.json").write_text(json.dumps({"norm_num_groups": 4}))
     assert Vae.load(tmp_path).network == vae

@@ -16,7 +16,8 @@ from mdt_jax.data import latents, latents_writer
 from mdt_jax.runtime import buckets, parallel
 from mdt_jax.train import inputs
 from mdt_jax.train.step import batch_latents
-from mdt_jax.weights.vae import VAE_FILES, Vae, recorded_scale
+from mdt_jax.weights.picking import DIFFUSERS
+from mdt_jax.weights.vae import Vae, recorded_scale
 from tests.conftest import (
     exits_with_one_line,
     run_here,
@@ -328,7 +329,7 @@ def test_the_scale_that_a_vaes_folder_says(name, place, tmp_path, monkeypatch):
     told, expected = FOLDERS[name]
     folder = tmp_path / "vae"
     folder.mkdir()
-    write_vae(folder / VAE_FILES[0])
+    write_vae(folder / f"{DIFFUSERS}.safetensors")
     if isinstance(told, dict):
         told = {"norm_num_groups": 4, **told}
     (folder / "config.json").write_text(told if isinstance(told, str) else json.dumps(told))

@@ -156,7 +156,7 @@ class Pipeline(tuple[MDT, dict]):
     def _load_vae(self, given: str | None) -> Vae | None:
         """given: the path of the VAE that replaces the run's own."""
         config, channels = self.config, self.model.in_channels
-        path = given or (config.vae.path if config is not None else None)
+        path = given or (config.vae.path if config is not None else self.weights.vae)
         if path == PIXELS and channels not in (1, 3):
             raise UserError(f"--vae={PIXELS}, but an image has 1 or 3 channels, not {channels}")
         if _is_pixels(self.model, path):

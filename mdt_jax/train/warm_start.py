@@ -10,6 +10,7 @@ from mdt_jax.runtime import files, hub
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.runtime.files import Path
 from mdt_jax.runtime.hosts import log0
+from mdt_jax.weights import picking
 from mdt_jax.weights.networks import Weights, describe_resize, fields_of, load_weights
 from mdt_jax.weights.step_folders import steps_in
 
@@ -28,12 +29,14 @@ def read_weights(config: ConfigDict, workdir: Path, model: MDT, key: jax.Array) 
     path = config.init.checkpoint
     if not path or steps_in(workdir):
         return None
-    is_file = files.is_file(hub.local_path(path))
+    is_file = files.is_file(hub.local_path(picking.resolve(path, "mdt")))
+    # Nor does a DiT's file record num_heads.
     heads = model.num_heads if is_file and not model.decoder_layers else None
     ema = load_weights(path, num_heads=heads)
     source = ema.model
     # A v1 file does not record decoder_layers: it is read as the config has it.
-    unrecorded = is_file and source.version == "v1" and source.depth == model.depth
+    unrecorded = is_file and ema.config is None and source.version == "v1"
+    unrecorded = unrecorded and source.depth == model.depth
     if unrecorded and 0 < model.decoder_layers != source.decoder_layers:
         ema = load_weights(path, decoder_layers=model.decoder_layers)
     params = ema.params if is_file else load_weights(path, params="raw").params

@@ -16,8 +16,8 @@ from mdt_jax.weights.mdt_names import Pair, dit, linear, our_layout, published_l
 
 NETWORK = "a DiT of diffusers"
 # Where a folder has its parts.
-TRANSFORMER, SCHEDULER, VAE, INDEX = "transformer", "scheduler", "vae", "model_index.json"
-WEIGHTS = "diffusion_pytorch_model.safetensors"
+TRANSFORMER, VAE, INDEX = "transformer", "vae", "model_index.json"
+SCHEDULER = "scheduler/scheduler_config.json"
 NULL_LABEL = 1000  # in DiTPipeline, whatever the number of classes
 _POSITIONS = "pos_embed.pos_embed"  # fixed; older versions saved it
 _EMBEDDERS = {

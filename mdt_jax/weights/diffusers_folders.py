@@ -14,8 +14,9 @@ from mdt_jax.models.mdt import MDT
 from mdt_jax.runtime import files
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.weights import diffusers_dit, torch_files, vae_names
-from mdt_jax.weights.diffusers_dit import INDEX, SCHEDULER, TRANSFORMER, VAE, WEIGHTS
+from mdt_jax.weights.diffusers_dit import INDEX, SCHEDULER, TRANSFORMER, VAE
 from mdt_jax.weights.networks import Weights
+from mdt_jax.weights.picking import CONFIG, DIFFUSERS
 from mdt_jax.weights.vae import Vae
 
 
@@ -47,7 +48,7 @@ def save(path: files.Path, weights: Weights, vae: Vae | None) -> list[str]:
     try:
         part = temporary / path.name
         _write(part / TRANSFORMER, diffusers_dit.config_of(weights.model), state)
-        _write_json(part / SCHEDULER / "scheduler_config.json", diffusers_dit.scheduler_of(options))
+        _write_json(part / SCHEDULER, diffusers_dit.scheduler_of(options))
         if vae is not None:
             index["vae"] = ["diffusers", "AutoencoderKL"]
             config = vae_names.config_of(vae.network, vae.scale)
@@ -90,8 +91,8 @@ def _differences(weights: Weights, vae: Vae | None) -> list[str]:
 
 
 def _write(folder: pathlib.Path, config: Mapping[str, Any], state: Mapping[str, Any]) -> None:
-    _write_json(folder / "config.json", config)
-    torch_files.write_arrays(folder / WEIGHTS, state)
+    _write_json(folder / CONFIG, config)
+    torch_files.write_arrays(folder / f"{DIFFUSERS}.safetensors", state)
 
 
 def _write_json(file: pathlib.Path, content: Mapping[str, Any]) -> None:

@@ -323,7 +323,10 @@ def _expected(model: MDT) -> dict[str, tuple[int, ...]]:
 
 
 def params_from_published(state: Mapping[str, np.ndarray], model: MDT) -> dict:
-    """The parameters of `model`, from a state_dict that `model_from_published` has accepted."""
+    """The parameters of `model`, from a state_dict that `model_from_published` has accepted.
+
+    What `model` does not learn, as fixed positions, is left out.
+    """
     leaves = {
         path: np.empty(leaf.shape, leaf.dtype)
         for path, leaf in state_dicts.flat(shapes(model)).items()

@@ -7,7 +7,7 @@ import os
 import pathlib
 import types
 from collections.abc import Mapping
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -24,11 +24,13 @@ from mdt_jax.runtime.errors import UserError
 from mdt_jax.runtime.files import read_json, reason
 from mdt_jax.runtime.progress import log
 from mdt_jax.weights import (
+    config_files,
     diffusers_dit,
     foreign,
     inception_names,
     mdt_names,
     orbax_folders,
+    picking,
     torch_files,
     vae_names,
 )
@@ -52,7 +54,7 @@ class Weights(NamedTuple, Generic[SomeNetwork]):
     step: of the run, if known. latents: of a VAE, as of `vae_names.about_latents`. vae_sha256: of
     the VAE that the run was trained with, if known. sampling: fields of SampleOptions that go with
     a published file, which has no config. stored: the type of a file's floats where it is not
-    float32; the parameters are float32 in any case.
+    float32; the parameters are float32 in any case. vae: the path of the VAE in the same folder.
     """
 
     model: SomeNetwork
@@ -65,6 +67,7 @@ class Weights(NamedTuple, Generic[SomeNetwork]):
     vae_sha256: str | None = None
     sampling: Mapping[str, Any] = types.MappingProxyType({})
     stored: str | None = None
+    vae: str | None = None
 
 
 class _Kind(NamedTuple):
@@ -131,8 +134,8 @@ def load_weights(
     """An MDT's or DiT's weights, and the config of the run they come from, if any.
 
     path: a workdir, its checkpoints folder, one step of it, a folder that `convert` wrote, a
-    published file (.pt, .pth, .bin, .ckpt, .safetensors, .safetensors.index.json), or
-    hf://OWNER/REPOSITORY/FILE.
+    published file (.pt, .pth, .bin, .ckpt, .safetensors, .safetensors.index.json), a folder with
+    one, or hf://OWNER/REPOSITORY[@REVISION][/FILE]; `picking.pick` has the rule for the file.
     params: "ema", or "raw" for the parameters that the optimiser updates; most files have only one
     kind.
     decoder_layers: of a published file of MDT v1, which does not record it (None: 2).
@@ -176,17 +179,18 @@ def read_network(
         raise UserError(f"params is {params!r}; choose one of {', '.join(ITEMS)}")
     if not str(path):
         raise UserError("checkpoint '' does not exist")
-    local = hub.local_path(str(path))
+    source = picking.resolve(str(path), kind)
+    local = hub.local_path(source)
+    told = {"decoder_layers": decoder_layers, "num_heads": num_heads}
     # A file of any other suffix, too, for a message that says what it is.
     is_file = torch_files.is_weights(local.name) or os.path.isfile(local)
     if files.is_dir(local) or not is_file:
-        for name, value in {"decoder_layers": decoder_layers, "num_heads": num_heads}.items():
+        for name, value in told.items():
             if value is not None:
                 raise UserError(f"{name} is for published files; {path} records its own")
         weights = _read_folder(local, params)
     else:
-        told = {"decoder_layers": decoder_layers, "num_heads": num_heads}
-        weights = _read_file(pathlib.Path(local), str(path), params, told, kind)
+        weights = _read_file(pathlib.Path(local), str(path), source, params, told, kind)
     for place, leaf in jax.tree_util.tree_leaves_with_path(weights.params):
         if not jnp.isfinite(leaf).all():
             name = jax.tree_util.keystr(place, simple=True, separator="/")
@@ -198,13 +202,19 @@ def read_network(
 
 
 def _read_file(
-    file: pathlib.Path, path: str, params: str, told: dict[str, int | None], kind: str | None
+    file: pathlib.Path,
+    path: str,
+    source: str,
+    params: str,
+    told: dict[str, int | None],
+    kind: str | None,
 ) -> Weights[Any]:
-    """From a published file. path: as the user gave it, for messages and the shards of an index.
+    """From a published file.
 
-    told: what the file may lack.
+    path: as the user gave it, for messages. source: where the file is, for those beside it. told:
+    what such a file may not record.
     """
-    folder = path[: path.rfind("/") + 1]
+    folder = source[: source.rfind("/") + 1]
     try:
         read = torch_files.read_file(
             file, lambda shard: hub.local_path(folder + shard), raw=params == "raw"
@@ -212,8 +222,14 @@ def _read_file(
         if read.choice:
             left = ", ".join(name[:80] for name in read.others)
             log(f"{path}: the weights are those under '{read.part}'; not used: {left}")
-        weights = _of_known_kind(read, file, told, kind)
-        weights = weights._replace(stored=read.dtype, item=read.item)
+        meta = config_files.read(file)
+        if meta is not None:
+            weights = _as_uploaded(read.arrays, meta, told)
+        else:
+            weights = _of_known_kind(read, file, told, kind)
+        if diffusers_dit.is_transformer(read.arrays):
+            weights = _in_pipeline(weights, folder)
+        weights = weights._replace(stored=read.dtype, item=read.item or weights.item)
         del read
         _copy(weights.params)
         classes = torch_files.read_classes(file)
@@ -225,7 +241,7 @@ def _read_file(
         text = str(error).replace(str(file), path) if files.in_bucket(path) else str(error)
         name = "" if text.startswith((str(file), path)) else f"{path}: "
         raise UserError(f"{name}{text}") from None
-    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         # Unexpected shapes in a file with the right names.
         raise UserError(f"{path}: its arrays do not fit together: {reason(error)}") from None
 
@@ -247,24 +263,18 @@ def _of_known_kind(
 ) -> Weights[Any]:
     """`_from_state_dict`, whose error says what the arrays are where they are another program's."""
     try:
-        weights = _from_state_dict(read.arrays, file, told, kind)
+        return _from_state_dict(read, file, told, kind)
     except (UserError, ArithmeticError, LookupError, TypeError):
         if what := foreign.from_arrays(read.arrays):
             raise UserError(f"{file} is {what}") from None
         raise
-    args = read.args or {}  # of SiT's train.py, where its checkpoint's name does not tell
-    if mdt_names.is_dit(read.arrays) and ("path_type" in args or "SiT" in str(args.get("model"))):
-        weights = weights._replace(sampling=SIT_SAMPLING)
-    return weights
 
 
 def _from_state_dict(
-    state: dict[str, np.ndarray],
-    file: pathlib.Path,
-    told: dict[str, int | None],
-    kind: str | None,
+    read: torch_files.File, file: pathlib.Path, told: dict[str, int | None], kind: str | None
 ) -> Weights[Any]:
     """The names tell the kind of network; where they do not, it is read as the required kind."""
+    state = read.arrays
     if vae_names.is_vae(state) or kind == "vae":
         config = vae_names.read_config(file)
         model, params = vae_names.from_published(state, vae_names.norm_groups(config))
@@ -272,31 +282,93 @@ def _from_state_dict(
     elif inception_names.is_inception(state) or (kind == "inception" and "pos_embed" not in state):
         weights = Weights(*inception_names.from_published(state))
     elif diffusers_dit.is_transformer(state):
-        weights = _from_diffusers(state, file)
+        config = read_json(file.with_name(picking.CONFIG))
+        weights = Weights(*diffusers_dit.from_published(state, config))
     else:
         weights = Weights(*mdt_names.from_published(state, **told))
         if mdt_names.is_dit(state):
-            is_sit = "SiT" in file.name
-            weights = weights._replace(sampling=SIT_SAMPLING if is_sit else DIT_SAMPLING)
+            weights = weights._replace(sampling=_sampling_of_dit(read, file))
         return weights
-    for field, value in told.items():
-        if value is not None:
-            name = describe(weights.model).partition(",")[0]
-            raise UserError(f"{field} is for files that do not record it; this is {name}")
+    _check_told(weights.model, told)
     return weights
 
 
-def _from_diffusers(state: dict[str, np.ndarray], file: pathlib.Path) -> Weights[MDT]:
-    """A DiT with what else its DiTPipeline's folder, if it is in one, says of it."""
-    model, params = diffusers_dit.from_published(state, read_json(file.with_name("config.json")))
-    pipeline = file.parent.parent
-    index = read_json(pipeline / diffusers_dit.INDEX) or {}
-    scheduler = read_json(pipeline / diffusers_dit.SCHEDULER / "scheduler_config.json")
-    sampling, lacks = diffusers_dit.sampling_of(scheduler)
+def _sampling_of_dit(read: torch_files.File, file: pathlib.Path) -> dict[str, Any]:
+    """How a DiT or SiT is sampled, which its file's name and its training's flags alone tell."""
+    args = read.args or {}
+    if "SiT" not in file.name and "SiT" not in str(args.get("model")) and "path_type" not in args:
+        return DIT_SAMPLING
+    for name, sampled in (("path_type", "Linear"), ("prediction", "velocity")):
+        if args.get(name, sampled) != sampled:
+            log(f"{file}: its {name} is {args[name]}, but only a SiT of {sampled} can be sampled")
+    return SIT_SAMPLING
+
+
+def _check_told(model: Network, told: dict[str, int | None]) -> None:
+    """Raise UserError where the user said otherwise what a file records."""
+    for field, value in told.items():
+        if value is not None and not hasattr(model, field):
+            name = KINDS[kind_of(model)].name
+            raise UserError(f"{field} is for an MDT or DiT; this is {name}")
+        if value is not None and getattr(model, field) != value:
+            raise UserError(f"{field} is {value}, but the file has {getattr(model, field)}")
+
+
+def _in_pipeline(weights: Weights[MDT], folder: str) -> Weights[MDT]:
+    """A DiT of diffusers with what its DiTPipeline, if it is in one, says of it.
+
+    folder: of its file; that of a pipeline's transformer has the others beside it.
+    """
+    pipeline, _, name = folder.rstrip("/").rpartition("/")
+    found = {}
+    for part in (diffusers_dit.INDEX, diffusers_dit.SCHEDULER):
+        is_part = name == diffusers_dit.TRANSFORMER
+        file = hub.optional_path(f"{pipeline or '.'}/{part}") if is_part else None
+        found[part] = None if file is None else read_json(file)
+    sampling, lacks = diffusers_dit.sampling_of(found[diffusers_dit.SCHEDULER])
     for line in lacks:
-        log(f"{file}: its scheduler's {line} is left out: samples differ from those of diffusers")
-    classes = diffusers_dit.classes_of(index, model.num_classes)
-    return Weights(model, params, classes=classes, sampling=sampling)
+        log(f"{folder}: its scheduler's {line} is left out: samples differ from those of diffusers")
+    index = found[diffusers_dit.INDEX] or {}
+    classes = diffusers_dit.classes_of(index, weights.model.num_classes)
+    vae = f"{pipeline or '.'}/{diffusers_dit.VAE}"
+    if name != diffusers_dit.TRANSFORMER or hub.optional_path(f"{vae}/{picking.CONFIG}") is None:
+        vae = None
+    return weights._replace(classes=classes, sampling=sampling, vae=vae)
+
+
+def _as_uploaded(
+    state: dict[str, np.ndarray], meta: dict, told: dict[str, int | None]
+) -> Weights[MDT]:
+    """The MDT of a config.json of `convert`, whose parameters must be those it was written with."""
+    model = cast(MDT, _network_of(meta))
+    _check_told(model, told)
+    layers = model.decoder_layers if model.version == "v1" else None
+    found = fields_of(mdt_names.model_from_published(state, layers or None, model.num_heads))
+    own = fields_of(model)
+    different = [n for n in own if own[n] != found[n] and n not in config_files.NOT_IN_FILES]
+    params = {} if different else mdt_names.params_from_published(state, model)
+    if different or params_sha256(params) != meta.get(config_files.SUM):
+        differs = f" ({', '.join(different)})" if different else ""
+        raise UserError(
+            f"its config.json was written for other weights{differs}; to read the file alone move "
+            "config.json away"
+        )
+    return _of_meta(meta, params, meta["item"])
+
+
+def _of_meta(meta: dict, params: dict, item: str | None) -> Weights[Any]:
+    """Parameters with what `meta_of` recorded beside them."""
+    return Weights(
+        _network_of(meta),
+        params,
+        config=configs.complete(meta["config"]) if "config" in meta else None,
+        item=item,
+        classes=tuple(meta.get("classes", ())),
+        step=meta["step"] or None,
+        latents=meta.get("latents"),
+        sampling=meta.get("sampling", {}),
+        vae_sha256=meta.get("files_sha256", {}).get("vae.path"),
+    )
 
 
 def _read_folder(path: files.Path, params: str) -> Weights[Any]:
@@ -307,17 +379,7 @@ def _read_folder(path: files.Path, params: str) -> Weights[Any]:
         return item, shapes_of(_network_of(meta))
 
     arrays, meta = orbax_folders.load_item(path, choose)
-    return Weights(
-        _network_of(meta),
-        arrays,
-        config=configs.complete(meta["config"]) if "config" in meta else None,
-        item=meta["item"] if _ONLY in meta["checksums"] else params,
-        classes=tuple(meta.get("classes", ())),
-        step=meta["step"] or None,
-        latents=meta.get("latents"),
-        sampling=meta.get("sampling", {}),
-        vae_sha256=meta.get("files_sha256", {}).get("vae.path"),
-    )
+    return _of_meta(meta, arrays, meta["item"] if _ONLY in meta["checksums"] else params)
 
 
 def _network_of(meta: dict) -> Network:
@@ -341,11 +403,17 @@ def save(path: str | os.PathLike, weights: Weights) -> None:
         state = KINDS[kind].names.to_published(model, weights.params)
         torch_files.write_arrays(path, state, weights.classes)
         return
-    config = weights.config
+    orbax_folders.save_folder(path, _ONLY, weights.params, meta_of(weights))
+
+
+def meta_of(weights: Weights) -> dict:
+    """What is known of a network besides its parameters, for JSON: the config of the run, if it is
+    of this model, else the model's own fields; the item, classes, step, latents, VAE."""
+    config, model = weights.config, weights.model
     if config is not None and fields_of(MDT.from_config(config)) == fields_of(model):
-        meta = {"config": config.to_dict()}
+        meta: dict[str, Any] = {"config": config.to_dict()}
     else:
-        meta = {"model": {"kind": kind, **fields_of(model)}}
+        meta = {"model": {"kind": kind_of(model), **fields_of(model)}}
     meta |= {"item": weights.item, "classes": weights.classes, "step": weights.step}
     if weights.sampling and "config" not in meta:
         meta["sampling"] = dict(weights.sampling)
@@ -353,7 +421,7 @@ def save(path: str | os.PathLike, weights: Weights) -> None:
         meta["latents"] = weights.latents
     if weights.vae_sha256:
         meta["files_sha256"] = {"vae.path": weights.vae_sha256}
-    orbax_folders.save_folder(path, _ONLY, weights.params, meta)
+    return meta
 
 
 def unrecorded(weights: Weights) -> list[str]:

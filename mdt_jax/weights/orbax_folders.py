@@ -102,7 +102,7 @@ def sealed(items: dict[str, Any], meta: dict) -> ocp.args.Composite:
     """What Orbax is to save: the items, and the meta with their checksums and its own."""
     checksums = {name: int(_checksum(tree)) for name, tree in items.items()}
     meta = {"format": FORMAT, "step": 0, "checksums": checksums, **meta}
-    meta[SUM] = _meta_sha256(meta)
+    meta[SUM] = meta_sha256(meta)
     args = {name: ocp.args.StandardSave(tree) for name, tree in items.items()}
     return ocp.args.Composite(meta=ocp.args.JsonSave(meta), **args)
 
@@ -117,7 +117,7 @@ def _checksum(tree) -> jax.Array:
     return total
 
 
-def _meta_sha256(meta: dict) -> str:
+def meta_sha256(meta: dict) -> str:
     """SHA-256 of all entries of a meta but its own checksum."""
     rest = {name: value for name, value in meta.items() if name != SUM}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
@@ -168,9 +168,7 @@ def load_item(path: str | os.PathLike, choose: Choose) -> tuple[dict, dict]:
     if unfinished and (newest is None or unfinished[0] > newest[1]["step"]):
         log(f"{directory / str(unfinished[0])} is not finished, and is passed over")
     if newest is None:
-        raise UserError(
-            f"{path} holds no checkpoint: expected a workdir that was trained in{_file_hint(root)}"
-        )
+        raise UserError(f"{path} holds no checkpoint: expected a workdir that was trained in")
     return newest
 
 
@@ -227,7 +225,7 @@ def read_meta(folder: Path) -> dict:
         check_regular(path)  # Orbax would wait for a pipe
     with _reader() as checkpointer:
         meta = checkpointer.restore(folder, ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
-    if SUM in meta and meta[SUM] != _meta_sha256(meta):  # the oldest have no checksum
+    if SUM in meta and meta[SUM] != meta_sha256(meta):  # the oldest have no checksum
         raise ValueError("its meta is not what was saved")
     is_step = folder.parent.name == FOLDER and STEP.fullmatch(folder.name)
     if is_step and int(folder.name) != meta["step"]:
@@ -315,14 +313,6 @@ def _check_is_ours(root: Path) -> None:
                 f"{folder} is an Orbax checkpoint of another program: it holds {content}, not the "
                 "params, ema, progress and meta of a run"
             )
-
-
-def _file_hint(root: Path) -> str:
-    """The end of a message where a folder holds a file of weights instead of a checkpoint."""
-    kinds = (".safetensors", ".safetensors.index.json", ".pt", ".pth", ".bin", ".ckpt")
-    # Of a file in several parts the index is read.
-    files = sorted(n for n in names_in(root) if n.endswith(kinds) and "-of-" not in n)
-    return f"; for the weights in {files[0]} give this file" if files else ""
 
 
 # --- Orbax's own messages

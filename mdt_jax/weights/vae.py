@@ -1,6 +1,5 @@
 """Stable Diffusion's VAE: its files, and images ⇄ latents in slices on all devices."""
 
-import contextlib
 import dataclasses
 import functools
 import os
@@ -20,10 +19,9 @@ from mdt_jax.models.mdt import VAE_CHANNELS, VAE_FACTOR
 from mdt_jax.runtime import files, hub, parallel
 from mdt_jax.runtime.backend import HIGHEST
 from mdt_jax.runtime.errors import UserError
-from mdt_jax.weights import networks, orbax_folders, step_folders, vae_names
+from mdt_jax.weights import networks, orbax_folders, picking, step_folders, vae_names
 
-# A VAE's file in a folder of diffusers.
-VAE_FILES = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+SUFFIXES = (".safetensors", ".bin")  # of a VAE's file in a folder of diffusers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,16 +42,15 @@ class Vae:
         """Read a VAE.
 
         path: a file (.safetensors, .bin, .pt, .ckpt; in diffusers' or CompVis's layout), a folder
-        of diffusers or of `convert`, or hf://OWNER/REPOSITORY[/FILE]. scale: None means
+        of diffusers or of `convert`, or hf://…, as of `picking.resolve`. scale: None means
         `recorded_scale`, or Stable Diffusion's. Raises UserError where there is no VAE.
         """
         path = str(path)
-        file = _file_of(path)
+        file = picking.resolve(path, "vae")
         if file == path and files.is_dir(path) and not step_folders.is_saved(path):
-            inside = os.path.join(path, "vae")
-            hint = f"; try {inside}" if files.is_dir(inside) else ""
-            raise UserError(f"{path} holds no VAE: expected {' or '.join(VAE_FILES)}{hint}")
-        network, params = networks.read_network(file, kind="vae")[:2]
+            expected = " or ".join(f"{picking.DIFFUSERS}{suffix}" for suffix in SUFFIXES)
+            raise UserError(f"{path} holds no VAE: expected {expected}")
+        network, params = networks.read_network(path, kind="vae")[:2]
         return cls(path, scale or recorded_scale(path) or VAE_SCALE, network, params)
 
     @classmethod
@@ -138,7 +135,7 @@ def recorded_scale(path: str | os.PathLike) -> float | None:
     path: as of `Vae.load`, which can read it. Returns None where nothing is recorded. Raises
     UserError where the latents need more than a factor.
     """
-    file = hub.local_path(_file_of(str(path)))
+    file = hub.local_path(picking.resolve(str(path), "vae"))
     try:
         if files.is_dir(file):
             latents = orbax_folders.read_meta(file).get("latents") or {}
@@ -147,27 +144,6 @@ def recorded_scale(path: str | os.PathLike) -> float | None:
         return vae_names.scaling_factor(latents)
     except UserError as error:
         raise UserError(f"the VAE {path}: {error}") from None
-
-
-def _file_of(path: str) -> str:
-    """The file in a folder or repository of diffusers; any other path unchanged."""
-    if path.startswith(hub.SCHEME):
-        if path.removeprefix(hub.SCHEME).count("/") == 1:
-            path = f"{path}/{VAE_FILES[0]}"
-        _fetch_config(path.rpartition("/")[0])
-        return path
-    candidates = [os.path.join(path, name) for name in VAE_FILES]
-    file = next((file for file in candidates if files.is_file(file)), path)
-    if files.in_bucket(file):
-        _fetch_config(file.rpartition("/")[0])
-    return file
-
-
-@functools.cache
-def _fetch_config(folder: str) -> None:
-    """Copy config.json of a folder on the hub or in a bucket, if it has one, beside the weights."""
-    with contextlib.suppress(UserError):  # reading the weights reports what else is wrong
-        hub.local_path(f"{folder}/config.json")
 
 
 def slice_size(height: int, width: int) -> int:

@@ -13,6 +13,7 @@ from mdt_jax.weights.vae_names import from_published, is_vae, to_published
 from tests.published import relative_error
 
 torch = pytest.importorskip("torch")
+pytest.importorskip("tests.torchvision_on_cpus")
 diffusers = pytest.importorskip("diffusers")
 
 SMALL = dict(

@@ -98,7 +98,7 @@ def test_a_vaes_config_comes_with_it(ask):
         ("hf://someone/model/nothing.pt", {}, "someone/model has no such file"),
         ("hf://nobody/nothing/weights.pt", {}, "no such repository"),
         ("hf://someone/model/weights.pt", {"HF_HUB_OFFLINE": "1"}, "is not in the cache"),
-        ("hf://someone/model", {}, "write hf://OWNER/REPOSITORY/FILE"),
+        ("hf://someone/model", {}, "write hf://OWNER/REPOSITORY[@REVISION]/FILE"),
         ("hf://some one/model/weights.pt", {}, "some one/model"),
     ],
 )

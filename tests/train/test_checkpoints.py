@@ -129,12 +129,19 @@ def test_paths_without_a_checkpoint(tmp_path):
 
 
 def test_a_folder_with_files_of_weights(tmp_path):
+    """The file is read; a folder of a run is read as a run, whatever else is in it."""
     (tmp_path / "model.safetensors").touch()
-    (tmp_path / "config.json").touch()
-    with pytest.raises(UserError, match="; for the weights in model.safetensors give this file"):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="model.safetensors is damaged"):
         load_weights(tmp_path)
-    (tmp_path / "model.safetensors").rename(tmp_path / "model-00001-of-00002.safetensors")
-    with pytest.raises(UserError, match="that was trained in$"):
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        load_weights(tmp_path)
+    (tmp_path / "checkpoints").rmdir()
+    for number in (1, 2):
+        (tmp_path / f"net-0000{number}-of-00002.safetensors").touch()
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="but net-00001-of-00002.safetensors, net-00002"):
         load_weights(tmp_path)
 
 

@@ -227,9 +227,17 @@ def pipe(tmp_path_factory):
     return place / "pipe"
 
 
+@pytest.fixture(scope="module")
+def diffusers():
+    pytest.importorskip("torch")
+    pytest.importorskip("tests.torchvision_on_cpus")
+    return pytest.importorskip("diffusers")
+
+
 @pytest.mark.parametrize("scale", [4.0, 1.0])
-def test_samples_are_those_of_diffusers(scale, pipe, monkeypatch):
-    torch, diffusers = pytest.importorskip("torch"), pytest.importorskip("diffusers")
+def test_samples_are_those_of_diffusers(scale, pipe, diffusers, monkeypatch):
+    import torch
+
     theirs = diffusers.DiTPipeline.from_pretrained(pipe)
     theirs.set_progress_bar_config(disable=True)
     assert theirs.get_label_ids(["golden retriever"]) == [207]
@@ -243,12 +251,13 @@ def test_samples_are_those_of_diffusers(scale, pipe, monkeypatch):
     ours = mdt_jax.load(pipe, num_steps=10, guidance_scale=scale)
     assert ours.options.sampler == "ddim" and ours.labels(["golden retriever"]) == [207]
     images = ours.vae.decode(sampled(ours, nhwc(noise), [5, 207], 1000))
-    np.testing.assert_allclose(np.clip(images / 2 + 0.5, 0, 1), expected, atol=2e-6)
+    assert relative_error(np.clip(images / 2 + 0.5, 0, 1), expected) < 2e-6
 
 
-def test_a_forward_pass_of_diffusers_and_of_the_published_code_differ(pipe):
+def test_a_forward_pass_of_diffusers_and_of_the_published_code_differ(pipe, diffusers):
     """By the frequencies of timesteps; each is read as what it is."""
-    diffusers, torch = pytest.importorskip("diffusers"), pytest.importorskip("torch")
+    import torch
+
     transformer = diffusers.DiTTransformer2DModel.from_pretrained(pipe / "transformer")
     x = np.random.RandomState(0).standard_normal((2, 4, 8, 8)).astype(np.float32)
     t, y = np.array([3, 700]), np.array([5, 1000])
@@ -261,9 +270,10 @@ def test_a_forward_pass_of_diffusers_and_of_the_published_code_differ(pipe):
     assert relative_error(apply(*file, nhwc(x), t, y), nhwc(out)) > 1e-3
 
 
-def test_diffusers_own_folder_is_read(tmp_path):
+def test_diffusers_own_folder_is_read(diffusers, tmp_path):
     """As diffusers saves it, in half precision and with its default epsilon of 1e-5."""
-    diffusers, torch = pytest.importorskip("diffusers"), pytest.importorskip("torch")
+    import torch
+
     torch.manual_seed(0)
     transformer = diffusers.DiTTransformer2DModel(
         num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=2,
@@ -355,4 +365,4 @@ def test_mdt_does_not_go_into_a_pipeline(tmp_path):
     with pytest.raises(UserError, match="no place for an MDT"):
         convert.main(["convert", f"--src={tmp_path}/mdt.pt", f"--dst={tmp_path}/pipe",
                       "--format=diffusers"])  # fmt: skip
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".pipe.lock", "mdt.pt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mdt.pt"]

@@ -1,0 +1,38 @@
+"""Upload a network to the hub: model.safetensors, config.json and README.md in one commit."""
+
+import json
+import pathlib
+import tempfile
+
+from mdt_jax.models.autoencoder import AutoencoderKL
+from mdt_jax.runtime import hub
+from mdt_jax.weights import config_files, networks
+from mdt_jax.weights.networks import Weights
+from mdt_jax.weights.picking import CONFIG, OURS
+
+
+def publish(path: str, weights: Weights, readme: str, public: bool) -> tuple[str, bool]:
+    """Upload a network; `load` reads it back to the same bits.
+
+    path, public, and what is returned: as of `hub.upload`. readme: the model card. Raises
+    UserError, before anything is uploaded where the published code cannot represent the model.
+    """
+    with tempfile.TemporaryDirectory(prefix="mdt_jax-") as name:
+        folder = pathlib.Path(name)
+        networks.save(folder / OURS, weights)
+        _write(folder / CONFIG, json.dumps(config_of(weights), indent=1) + "\n")
+        _write(folder / "README.md", readme)
+        summary = networks.describe(weights.model)
+        return hub.upload(path, folder, public, f"mdt_jax.convert: {summary}")
+
+
+def config_of(weights: Weights) -> dict:
+    """What config.json holds; for a VAE also the fields under which diffusers looks."""
+    meta = networks.meta_of(weights)
+    if isinstance(weights.model, AutoencoderKL):
+        meta |= {**(weights.latents or {}), "norm_num_groups": weights.model.groups}
+    return config_files.content(meta, networks.params_sha256(weights.params))
+
+
+def _write(path: pathlib.Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")
