@@ -1,5 +1,6 @@
 """What `tests.fuzz` damages: sound files of each kind, and what the commands read of them."""
 
+import argparse
 import hashlib
 import json
 import os
@@ -28,7 +29,7 @@ from mdt_jax.train import workdir
 from mdt_jax.train.checkpoints import Checkpoints
 from mdt_jax.train.log import MetricsLog
 from mdt_jax.train.state import TrainState
-from mdt_jax.weights import networks
+from mdt_jax.weights import kinds, mdt_names, networks, torch_files
 from mdt_jax.weights.picking import DIFFUSERS
 from mdt_jax.weights.vae import Vae, recorded_scale
 from tests.models.common import random_params
@@ -74,7 +75,7 @@ def bits(tree) -> str:
 
 def write_weights(name: str):
     def make(folder: pathlib.Path) -> None:
-        found = networks.Weights(MODEL, random_params(MODEL, seed=0), classes=NAMES)
+        found = kinds.Weights(MODEL, random_params(MODEL, seed=0), classes=NAMES)
         networks.save(folder / name, found)
 
     return make
@@ -85,9 +86,31 @@ def read_weights(name: str):
         found = networks.read_network(
             folder / name, decoder_layers=1 if "." in name else None, kind="mdt"
         )
-        return bits(found.params), found.classes, networks.describe(found.model)
+        return bits(found.params), found.classes, kinds.describe(found.model)
 
     return read
+
+
+INDEX = "w.safetensors.index.json"
+
+
+def make_shards(folder: pathlib.Path) -> None:
+    state = mdt_names.to_published(MODEL, random_params(MODEL, seed=0))
+    where = {name: f"{n % 2}.safetensors" for n, name in enumerate(state)}
+    for shard in {*where.values()}:
+        held = {name: array for name, array in state.items() if where[name] == shard}
+        torch_files.write_arrays(folder / shard, held)
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": where}))
+
+
+def make_training(folder: pathlib.Path) -> None:
+    import torch
+
+    state = mdt_names.to_published(MODEL, random_params(MODEL, seed=0))
+    ema = {f"module.{name}": torch.from_numpy(np.array(array)) for name, array in state.items()}
+    beside = {"lr": np.float64(0.1), "betas": np.ones(2), "results": pathlib.Path("results")}
+    torch.save({"opt": {"step": 1}, "ema": ema, "args": argparse.Namespace(**beside)},
+               folder / "w.pt")  # fmt: skip
 
 
 def make_vae(folder: pathlib.Path) -> None:
@@ -433,6 +456,8 @@ locks.WATCH = 0.01  # another host's file is watched for seconds
 
 KINDS = [
     Kind("safetensors", write_weights("w.safetensors"), read_weights("w.safetensors")),
+    Kind("shards", make_shards, read_weights(INDEX)),
+    Kind("training checkpoint", make_training, read_weights("w.pt"), told=True),
     Kind("pt", write_weights("w.pt"), read_weights("w.pt"), told=True),
     Kind("saved folder", write_weights("w"), read_weights("w"), told=True),
     Kind("VAE config", make_vae, read_vae, damages=lambda path: path.name == "config.json"),

@@ -21,7 +21,8 @@ from mdt_jax.models.dinov2 import Dinov2
 from mdt_jax.models.inception import POOL, SPATIAL, WHERE, Features, Inception
 from mdt_jax.runtime import hosts, parallel
 from mdt_jax.runtime.errors import UserError
-from mdt_jax.weights.networks import params_sha256, read_network
+from mdt_jax.weights.kinds import params_sha256
+from mdt_jax.weights.networks import read_network
 
 EACH_DEVICE = 16  # images a device takes at once; fixed, so that rounding is the same everywhere
 MAX_VALUES = 4096  # H·W·C of images whose pixels are compared: their covariance has its square

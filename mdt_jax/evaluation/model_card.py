@@ -15,7 +15,7 @@ from mdt_jax.models.mdt import MDT, VAE_CHANNELS
 from mdt_jax.runtime import files
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.runtime.progress import escape, log
-from mdt_jax.weights.networks import Weights, describe, kind_of
+from mdt_jax.weights.kinds import Weights, describe, kind_of
 
 KINDS = {"vae": "autoencoder", "inception": "inception"}  # tags of other networks than MDT
 ITEMS = {"ema": ", the EMA", "raw": ", the raw ones"}
@@ -140,8 +140,8 @@ def _front_matter(weights: Weights) -> str:
 def _usage(path: str, weights: Weights[MDT]) -> str:
     """How to load the model and sample from it, in Python and by command."""
     model, config = weights.model, weights.config
-    own = config.vae.path if config is not None else ""
-    vae = ""
+    own = config.vae.path if config is not None else weights.vae or ""
+    vae = own if config is None and own.startswith("hf://") else ""
     if model.in_channels == VAE_CHANNELS and not own.startswith("hf://"):
         vae = "hf://stabilityai/sd-vae-ft-mse"  # which a path on another machine does not name
     python, flag = (f', vae="{vae}"', f" --vae={vae}") if vae else ("", "")

@@ -21,6 +21,7 @@ from mdt_jax.runtime.files import (
     is_file,
     reason,
 )
+from mdt_jax.runtime.progress import log
 
 SCHEME = "hf://"
 FORM = "hf://OWNER/REPOSITORY[@REVISION][/FILE]"
@@ -264,10 +265,15 @@ def upload(path: str, folder: pathlib.Path, public: bool, message: str) -> tuple
     public). Raises UserError.
     """
     import huggingface_hub
+    from huggingface_hub import utils
 
     place, api = parse(path), huggingface_hub.HfApi()
-    files = sorted(file.name for file in folder.iterdir())
-    add = [huggingface_hub.CommitOperationAdd(name, str(folder / name)) for name in files]
+    files = sorted(folder.iterdir())
+    add = [huggingface_hub.CommitOperationAdd(file.name, str(file)) for file in files]
+    log(f"uploading {sum(file.stat().st_size for file in files) / 1e6:,.1f} MB to {path}")
+    shown = not utils.are_progress_bars_disabled()
+    if shown:  # the client's bars count what is repeated, and outlive an error
+        utils.disable_progress_bars()
     try:
         api.create_repo(place.repository, private=not public, exist_ok=True)
         if place.revision is not None:
@@ -278,6 +284,9 @@ def upload(path: str, folder: pathlib.Path, public: bool, message: str) -> tuple
         )
     except Exception as error:  # any kind of the client, and of the libraries that it uses
         raise UserError(f"{path}{_upload_problem(error, place)}") from None
+    finally:
+        if shown:
+            utils.enable_progress_bars()
     return commit.commit_url, is_public
 
 
@@ -296,4 +305,5 @@ def _upload_problem(error: Exception, place: Place) -> str:
             f": the token may not write there ({_said(error)}); take one with the permission to "
             f"write, {constants.ENDPOINT}/settings/tokens"
         )
-    return f" could not be uploaded: {_said(error)}; the same command tries again"
+    cause = error.__cause__ if isinstance(error.__cause__, Exception) else error
+    return f" could not be uploaded: {_said(cause)}; the same command tries again"

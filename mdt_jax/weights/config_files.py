@@ -11,19 +11,15 @@ from mdt_jax.weights.picking import CONFIG, OURS
 
 MARK = "mdt_jax"  # the key that other programs' config.json lacks
 SUM = "parameters_sha256"
-# Fields of an MDT that the names and shapes in its file do not tell.
-NOT_IN_FILES = (
-    "learned_position",
-    "relative_bias",
-    "asymmetric",
-    "masked_shortcut",
-    "timestep_shift",
-    "mlp_norm_eps",
-)
+# Fields of an MDT that the names and shapes in its file tell.
+TOLD = (
+    "input_size", "in_channels", "hidden_size", "depth", "num_heads", "patch_size",
+    "decoder_layers", "num_classes", "version", "learn_sigma",
+)  # fmt: skip
 
 
 def content(meta: dict, params_sha256: str) -> dict[str, Any]:
-    """What config.json holds. meta: as of `networks.meta_of`."""
+    """What config.json holds. meta: as of `kinds.meta_of`."""
     meta = {MARK: __version__, "format": orbax_folders.FORMAT, **meta, SUM: params_sha256}
     return meta | {orbax_folders.SUM: orbax_folders.meta_sha256(meta)}
 

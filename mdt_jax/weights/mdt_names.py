@@ -81,7 +81,8 @@ def _blocks(model: MDT) -> Iterator[tuple[str, str, int, bool]]:
             ("en_outblocks", 0, "encoder_out", encoder // 2, True),
             ("de_blocks", 0, "decoder", decoder, True),
         ]
-    stacks.append(("sideblocks", 0, "side_interpolater", model.side_layers, False))
+    if decoder:  # a DiT has no masked pass, and so no side-interpolater, whatever its field says
+        stacks.append(("sideblocks", 0, "side_interpolater", model.side_layers, False))
     for prefix, first, stack, count, skip in stacks:
         for layer in range(count):
             yield f"{prefix}.{first + layer}", stack, layer, skip

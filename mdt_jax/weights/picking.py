@@ -9,12 +9,11 @@ from mdt_jax.weights import step_folders, torch_files
 
 OURS = "model.safetensors"  # what `convert` uploads
 CONFIG = "config.json"  # what a network is, beside its file
-INDEX = ".index.json"  # the end of the name of an index of shards
 DIFFUSERS = "diffusion_pytorch_model"
 # The names that are looked for, in this order.
 NAMES = (
-    OURS, f"{OURS}{INDEX}", f"{DIFFUSERS}.safetensors", f"{DIFFUSERS}.safetensors{INDEX}",
-    f"{DIFFUSERS}.bin",
+    OURS, f"model{torch_files.INDEX}", f"{DIFFUSERS}.safetensors",
+    f"{DIFFUSERS}{torch_files.INDEX}", f"{DIFFUSERS}.bin",
 )  # fmt: skip
 SHOWN = 10  # files in a message
 
@@ -25,7 +24,7 @@ def pick(names: Sequence[str], kind: str | None, place: str) -> str:
     Of NAMES the first that is there, else the first in the subfolder transformer/, for a VAE vae/,
     else the only file outside subfolders with one of `torch_files.SUFFIXES`.
 
-    names: relative paths. kind: the key in `networks.KINDS` of the network, or None. place: the
+    names: relative paths. kind: the key in `kinds.KINDS` of the network, or None. place: the
     folder or repository, for messages. Raises UserError, with the files there are.
     """
     subfolder = "vae" if kind == "vae" else "transformer"
@@ -53,20 +52,29 @@ def resolve(path: str, kind: str | None = None) -> str:
     """
     if path.startswith(hub.SCHEME):
         place = hub.parse(path)
-        if not place.file.endswith((*torch_files.SUFFIXES, INDEX)):
-            start = place.file and f"{place.file}/"
-            names = [n.removeprefix(start) for n in hub.names(path) if n.startswith(start)]
-            path = str(place._replace(file=start + pick(names, kind, str(place))))
+        if not torch_files.is_weights(place.file):
+            path = str(place._replace(file=_file_of(place, hub.names(path), kind)))
         path = hub.at_commit(path)
     elif files.is_dir(path) and not _is_ours(path):
         names = _names_in(path)
-        if not any(name.endswith((*torch_files.SUFFIXES, INDEX)) for name in names):
+        if not any(torch_files.is_weights(name) for name in names):
             return path
         path = os.path.join(path, pick(names, kind, path))
     elsewhere = path.startswith(hub.SCHEME) or files.in_bucket(path)
-    if elsewhere and path.endswith((*torch_files.SUFFIXES, INDEX)):
+    if elsewhere and torch_files.is_weights(path):
         hub.optional_path(f"{path.rpartition('/')[0]}/{CONFIG}")
     return path
+
+
+def _file_of(place: hub.Place, names: Sequence[str], kind: str | None) -> str:
+    """The file of a place that may be a file of another kind, a folder or a whole repository."""
+    if place.file in names:
+        return place.file
+    start = place.file and f"{place.file}/"
+    inside = [name.removeprefix(start) for name in names if name.startswith(start)]
+    if start and not inside:
+        raise UserError(f"{place}: the repository {place.repository} has no such file")
+    return start + pick(inside, kind, str(place))
 
 
 def _is_ours(folder: str) -> bool:

@@ -89,6 +89,14 @@ def torch_module() -> Any:
     return torch
 
 
+def is_zipped(path: pathlib.Path) -> bool:
+    """Whether a file is a zip, as PyTorch writes since 1.6; also a damaged one."""
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:
+        return True
+
+
 def _check_sums(path: pathlib.Path) -> None:
     """Raise UserError where a part of a zipped file does not match its checksum.
 
@@ -109,7 +117,7 @@ def read(path: pathlib.Path) -> Any:
     Raises UserError, naming the file, where it is damaged or no such file, and where its pickle
     names something that is not known to be harmless.
     """
-    torch, zipped = torch_module(), zipfile.is_zipfile(path)
+    torch, zipped = torch_module(), is_zipped(path)
     if zipped:
         _check_sums(path)
     try:

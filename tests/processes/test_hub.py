@@ -1,4 +1,4 @@
-"""The hub's protocol against a real server, each time from a process that has not met it."""
+"""The hub's client against a real server, each time from a process that has not met it."""
 
 import os
 import pathlib
@@ -8,8 +8,9 @@ import time
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, start_command
 from tests.hub_server import serve
+from tests.runs import DIGITS
 
 pytest.importorskip("huggingface_hub")
 WEIGHTS = bytes(range(256)) * 1000
@@ -135,3 +136,130 @@ def test_no_network(no_network):
     out, err = no_network.communicate()
     assert no_network.returncode == 2 and not out and err.count("\n") == 1
     assert err.startswith("error: hf://someone/model/weights.pt is not in the cache and the hub ")
+
+
+# --- Uploads
+
+
+@pytest.fixture
+def upload(server, tmp_path):
+    """upload(src, **environment): a process of `convert` to someone/net."""
+
+    def upload(src=DIGITS, **environment):
+        own = {
+            "HF_ENDPOINT": server.endpoint, "HF_HOME": str(tmp_path / "uploader"),
+            "HF_TOKEN": "hf_writer", "HF_HUB_DISABLE_XET": "1", **environment,
+        }  # fmt: skip
+        return start_command("mdt_jax.convert", f"--src={src}", "--dst=hf://someone/net", **own)
+
+    return upload
+
+
+SAMPLES = """
+import sys, numpy as np, jax, mdt_jax
+from mdt_jax.weights.kinds import params_sha256
+pipeline = mdt_jax.load(sys.argv[1])
+print(params_sha256(pipeline.params), pipeline.config.to_json(sort_keys=True))
+print(pipeline.generate([3, 1, 4], seed=2).tobytes().hex())
+"""
+
+
+def test_a_run_through_the_hub_to_another_machine(server, upload, trained, tmp_path):
+    """A process with another cache, and only a token to read, has the run to the bit."""
+    out, err = (process := upload(trained)).communicate()
+    assert process.returncode == 0 and "/someone/net/commit/" in out, err
+    assert server.repositories["someone/net"].private
+    printed = []
+    for path in ("hf://someone/net", str(trained)):
+        done = subprocess.run(
+            [sys.executable, "-c", SAMPLES, path],
+            cwd=ROOT,
+            env={**os.environ, "HF_ENDPOINT": server.endpoint, "HF_TOKEN": "hf_reader",
+                 "HF_HOME": str(tmp_path / "reader")},
+            capture_output=True,
+            text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        printed.append(done.stdout)
+    assert printed[0] == printed[1]
+
+
+def test_killed_in_the_middle_of_an_upload(server, upload):
+    """Nothing is to be seen; the same command does the rest."""
+    server.stalls_uploads = True
+    process = upload()
+    assert server.half_uploaded.wait(60)
+    process.kill()
+    process.communicate()
+    server.resumed.set()
+    repository = server.repositories["someone/net"]
+    assert {*repository.files} == {".gitattributes"}
+    server.stalls_uploads = False
+    process = upload()
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    assert {"model.safetensors", "config.json", "README.md"} < {*repository.files}
+    assert len(repository.commits) == 2
+
+
+def failed(process) -> str:
+    """The one line of a process that failed, after one that says what it began to upload."""
+    out, err = process.communicate()
+    assert process.returncode == 2 and not out, out + err
+    *before, line = err.splitlines()
+    assert len(before) <= 1 and all(each.startswith("uploading ") for each in before), err
+    assert line.startswith("error: hf://someone/net")
+    return line
+
+
+def test_a_network_that_cuts_uploads(server, upload):
+    server.cuts_uploads = True
+    line = failed(upload())
+    assert "could not be uploaded" in line and line.endswith("the same command tries again")
+    assert {*server.repositories["someone/net"].files} == {".gitattributes"}
+
+
+def test_a_hub_that_is_silent_or_not_to_be_asked(server, upload):
+    assert "while HF_HUB_OFFLINE is set" in failed(upload(HF_HUB_OFFLINE="1"))
+    server.silent = True
+    assert "did not answer within 1 s" in failed(upload(HF_HUB_ETAG_TIMEOUT="1"))
+    server.silent = False
+    assert "someone/net" not in server.repositories
+
+
+NETWORK = "weights.networks.load_weights"
+
+
+def test_private_and_gated(server, ask):
+    """Each with no token, and gated with one that is not admitted."""
+    place, known = "hf://someone/model", {"HF_TOKEN": "hf_stranger"}
+    server.tokens["hf_stranger"] = ("stranger", "read")
+    repository = server.repositories["someone/model"]
+    repository.private = True
+    code, line = ask(place, function=NETWORK)
+    assert code == 2 and "no such repository, or it is private: log in" in line
+    code, line = ask(place, function=NETWORK, **known)
+    assert code == 2 and "or your token does not give access to it" in line
+    repository.private, repository.gated = False, True
+    for environment in ({}, known):
+        code, line = ask(place, function=NETWORK, **environment)
+        assert code == 2 and f"gated; accept its terms at {server.endpoint}/someone/model" in line
+
+
+def test_the_file_of_a_repository(server, ask):
+    """The rule holds for what the hub has, and without a network for what the cache has."""
+    model = server.repositories["someone/model"]
+    function = "weights.picking.resolve"
+    code, found = ask("hf://someone/model", function=function)
+    assert (code, found) == (0, f"hf://someone/model@{model.refs['main']}/weights.pt")
+    offline = {"HF_HUB_OFFLINE": "1"}
+    assert ask("hf://someone/model", function=function, **offline) == (0, found)
+    nobody = {"HF_ENDPOINT": "http://127.0.0.1:9"}
+    assert ask("hf://someone/model", function=function, **nobody) == (0, found)
+    model.commit({"a.pt": b"a", "b.pt": b"b"})
+    code, line = ask("hf://someone/model", function=function)
+    assert code == 2 and "but a.pt, b.pt; append one, as in hf://someone/model/a.pt" in line
+    code, line = ask("hf://someone/vae@v2", function=function)
+    assert code == 2 and "the repository someone/vae has no revision v2" in line
+    code, line = ask("hf://someone/vae", function=function, **offline)
+    assert code == 2 and "is not in the cache and the hub cannot be reached" in line

@@ -124,7 +124,7 @@ def test_paths_without_a_checkpoint(tmp_path):
         mdt_jax.load(tmp_path)
     file = tmp_path / "file"
     file.touch()
-    with pytest.raises(UserError, match="is neither the folder of a run nor a file of weights"):
+    with pytest.raises(UserError, match="file: unknown suffix ''; use one of .pt"):
         mdt_jax.load(file)
 
 

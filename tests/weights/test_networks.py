@@ -13,10 +13,10 @@ import mdt_jax
 from mdt_jax import convert
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.sampling.pipeline import Pipeline
-from mdt_jax.weights import networks, torch_files
+from mdt_jax.weights import networks, published_files, torch_files
 from mdt_jax.weights.vae import Vae
 from tests.models.common import random_params
-from tests.published import MODELS, VERSIONS, published_params, published_state
+from tests.published import MODELS, VERSIONS, dit_state, published_params, published_state
 from tests.small_data import VAE, write_vae
 
 FLOATS = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
@@ -48,6 +48,24 @@ def test_a_training_checkpoint(version, tmp_path, capsys):
     weights = networks.load_weights(path)
     assert weights.item is None and same(weights.params, raw.params)
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "flags, sampling",
+    [
+        ({"model": "SiT-S/2"}, published_files.SIT_SAMPLING),
+        ({"model": "own", "path_type": "Linear"}, published_files.SIT_SAMPLING),
+        ({"model": "DiT-S/2"}, published_files.DIT_SAMPLING),
+        ({}, published_files.DIT_SAMPLING),
+    ],
+)
+def test_the_flags_of_a_training_tell_sit_from_dit(flags, sampling, tmp_path):
+    """Their checkpoints have the same names, and their files are called 0400000.pt."""
+    torch = pytest.importorskip("torch")
+    average = {name: torch.from_numpy(array) for name, array in dit_state("sit").items()}
+    torch.save({"ema": average, "args": argparse.Namespace(**flags)}, tmp_path / "0400000.pt")
+    weights = networks.load_weights(tmp_path / "0400000.pt", num_heads=2)
+    assert weights.sampling == sampling and weights.item == "ema"
 
 
 @pytest.mark.parametrize("name", FLOATS)
