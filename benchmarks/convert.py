@@ -8,6 +8,7 @@ Prints a table; takes room for three times the weights in --out (9 GB for XL/2),
 """
 
 import dataclasses
+import functools
 import os
 import pathlib
 import subprocess
@@ -21,15 +22,14 @@ import numpy as np
 from mdt_jax import cli
 from mdt_jax.models.mdt import MDT, SIZES, init_params
 from mdt_jax.runtime.errors import UserError
-from mdt_jax.weights import torch_files
+from mdt_jax.weights import mdt_names, torch_files
 from mdt_jax.weights.kinds import Weights
 from mdt_jax.weights.networks import save
 
 MODELS = {
-    "MDT": {},
-    "MDTv2": {"version": "v2", "decoder_layers": 4},
-    "DiT": {"decoder_layers": 0, "side_layers": 0}
-    | {"relative_bias": False, "learned_position": False},
+    "MDT": MDT,
+    "MDTv2": functools.partial(MDT, version="v2", decoder_layers=4),
+    "DiT": mdt_names.dit,
 }
 
 
@@ -78,8 +78,8 @@ def bench(argv: list[str]) -> None:
     parser.add_argument("--out", default=None, help="folder for the files; default: the system's")
     flags = parser.parse_args(argv[1:])
     print("| | file | to a folder | and back | peak memory |", "| --- " * 5 + "|", sep="\n")
-    for name, fields in MODELS.items():
-        model = MDT(input_size=(32, 32), in_channels=4, **SIZES[flags.size], **fields)
+    for name, make in MODELS.items():
+        model = make(input_size=(32, 32), in_channels=4, **SIZES[flags.size])
         with tempfile.TemporaryDirectory(dir=flags.out) as folder:
             first, middle, last = (pathlib.Path(folder, name) for name in ("a.pt", "b", "c.pt"))
             save(first, random_weights(model))

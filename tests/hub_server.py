@@ -24,7 +24,7 @@ def serve(files: dict[str, bytes]) -> Iterator[Any]:
     """
     server: Any = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.requests, server.objects = [], {}
-    server.tokens, server.organizations = dict(TOKENS), ["club"]
+    server.tokens, server.organizations = dict(TOKENS), ["club", "your-name"]
     server.wrong_hash = server.hangs_up = server.silent = False
     server.cuts_uploads = server.stalls_uploads = False
     server.half_uploaded, server.resumed = threading.Event(), threading.Event()
@@ -60,7 +60,8 @@ def use_here(server: Any, monkeypatch, cache: pathlib.Path, token: str = "hf_wri
 
 @contextlib.contextmanager
 def released(folder: pathlib.Path) -> Iterator[dict[str, str]]:
-    """The environment in which the released weights' hf:// paths lead to small networks here."""
+    """The environment in which the released weights' hf:// paths lead to small networks here, and
+    uploads to hf://your-name/… are possible."""
     import jax
 
     from mdt_jax.models.autoencoder import AutoencoderKL
@@ -82,4 +83,9 @@ def released(folder: pathlib.Path) -> Iterator[dict[str, str]]:
         name = f"sd-vae-ft-{decoder}/resolve/main/diffusion_pytorch_model.safetensors"
         files[f"/stabilityai/{name}"] = (folder / "vae.safetensors").read_bytes()
     with serve(files) as server:
-        yield {"HF_ENDPOINT": server.endpoint, "HF_HOME": str(folder / "cache")}
+        yield {
+            "HF_ENDPOINT": server.endpoint,
+            "HF_HOME": str(folder / "cache"),
+            "HF_TOKEN": "hf_writer",
+            "HF_HUB_DISABLE_XET": "1",
+        }

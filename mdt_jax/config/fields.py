@@ -102,7 +102,7 @@ FIELDS: dict[str, dict[str, Field]] = dict(
         scale=Field(VAE_SCALE, "factor by which latents are multiplied", above(0)),
     ),
     init=dict(
-        checkpoint=Field("", "weights a new run starts from: a run, a file or hf://…/FILE",
+        checkpoint=Field("", "weights a new run starts from: a run, a file, hf://…",
                          path=hub.anywhere_or_hub),
         resize=Field(False, "resample these weights where the grid of tokens differs"),
     ),

@@ -27,9 +27,9 @@ class Reference:
     """Real images, their statistics, or both.
 
     gaussians: of the features in STATISTICS over all real images; empty if they must be computed
-    from `images`. images: some of the real images if there are statistics, else
-    all. training: for a set that is split, the images that a model may be trained on; `images` are
-    then the held-out ones.
+    from `images`. images: some of the real images if there are statistics, else all. training: for
+    a set that is split, the images that a model may be trained on; `images` are then the held-out
+    ones.
     """
 
     path: str

@@ -90,8 +90,8 @@ class Pipeline(tuple[MDT, dict]):
         """Load a network and its parameters, on the default device.
 
         path: a workdir, its checkpoints folder, one step of it, a folder that `convert` wrote, a
-        published file (.pt, .pth, .bin, .ckpt, .safetensors, .safetensors.index.json), or
-        hf://OWNER/REPOSITORY/FILE.
+        published file (.pt, .pth, .bin, .ckpt, .safetensors, .safetensors.index.json), a
+        folder with one, or hf://OWNER/REPOSITORY[@REVISION][/FILE].
         params: "ema", or "raw" for the parameters that the optimiser updates; most files have only
         one kind. decoder_layers: of a published file of MDT v1, which does not state it (None: 2).
         num_heads: of a published file of DiT or SiT, which does not state it (None: as released).

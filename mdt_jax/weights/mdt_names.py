@@ -195,7 +195,7 @@ def _dit_from_published(state: Mapping[str, np.ndarray], num_heads: int | None) 
     """The DiT or SiT of a state_dict; as of `model_from_published`."""
     _check_sizes(state, {"pos_embed": 3, "x_embedder.proj.weight": 4, _OUTPUT: 2})
     dim, channels, patch, _ = state["x_embedder.proj.weight"].shape
-    heads = _HEADS.get(dim) or dim // HEAD if num_heads is None else num_heads
+    heads = heads_of(dim) if num_heads is None else num_heads
     if heads < 1 or dim % heads or dim % 4:
         raise UserError(
             "a DiT's file does not record its number of heads; "
@@ -217,6 +217,11 @@ def _dit_from_published(state: Mapping[str, np.ndarray], num_heads: int | None) 
     model = model.clone(learned_position=not _is_rounded(state["pos_embed"], fixed))
     state_dicts.check(state, _expected(model), "a DiT")
     return model
+
+
+def heads_of(hidden_size: int) -> int:
+    """The heads of a DiT of this width, if its file is not said to have others."""
+    return _HEADS.get(hidden_size) or hidden_size // HEAD
 
 
 def dit(**fields: Any) -> MDT:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from mdt_jax.models.autoencoder import AutoencoderKL
+from mdt_jax.models.layers import EPS
 from mdt_jax.models.mdt import MDT
 from mdt_jax.models.resize import resize_grid
 from mdt_jax.runtime import files, hub
@@ -137,6 +138,8 @@ def unrecorded(weights: Weights) -> list[str]:
     """What a published file of a network cannot record, a line each."""
     lines, model = [], weights.model
     if isinstance(model, MDT):
+        if not model.decoder_layers:
+            return _unrecorded_of_dit(model)
         if model.version == "v1" and model.decoder_layers != mdt_names.DECODER_LAYERS:
             lines.append(f"it must be read with decoder_layers={model.decoder_layers}")
         for field in ("masked_shortcut", "asymmetric"):
@@ -148,4 +151,13 @@ def unrecorded(weights: Weights) -> list[str]:
             config["norm_num_groups"] = model.groups
         if config:
             lines.append(f"it needs, beside it, a config.json of {json.dumps(config)}")
+    return lines
+
+
+def _unrecorded_of_dit(model: MDT) -> list[str]:
+    lines = []
+    if model.num_heads != mdt_names.heads_of(model.hidden_size):
+        lines.append(f"it must be read with num_heads={model.num_heads}")
+    if model.timestep_shift or model.mlp_norm_eps != EPS:
+        lines.append("it was a DiT of diffusers, which the published code computes otherwise")
     return lines

@@ -60,5 +60,6 @@ def test_shards_on_the_hub(served, tmp_path):
 def test_a_shard_that_is_not_there(served, tmp_path):
     del served[f"/someone/model/resolve/main/{SHARDS[1]}"]
     printed, _ = load(served, tmp_path)
-    told = f"hf://someone/model/{SHARDS[1]}: the repository someone/model has no such file"
-    assert printed.count("\n") == 1 and printed.startswith("error: ") and told in printed
+    told = f"/{SHARDS[1]}: the repository someone/model has no such file"
+    assert printed.count("\n") == 1 and told in printed
+    assert printed.startswith(f"error: hf://someone/model/{INDEX}: ")

@@ -106,6 +106,17 @@ def test_files_return_as_they_came(name, suffix, tmp_path):
         assert back[key].dtype == array.dtype and np.array_equal(back[key], array), key
 
 
+def test_what_a_dits_file_cannot_record(tmp_path, capsys):
+    torch_files.write_arrays(tmp_path / "a.pt", dit_state("dit"))
+    convert.main(["convert", f"--src={tmp_path}/a.pt", f"--dst={tmp_path}/b.pt", "--num_heads=2"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1:] == ["what b.pt cannot record: it must be read with num_heads=2"]
+    wide = mdt_names.dit(**{**SMALL, "hidden_size": 128, "num_heads": 2})
+    assert not networks.unrecorded(kinds.Weights(wide, {}))
+    theirs = wide.clone(timestep_shift=1)
+    assert "a DiT of diffusers" in networks.unrecorded(kinds.Weights(theirs, {}))[0]
+
+
 def test_a_folder_keeps_how_to_sample(tmp_path):
     torch_files.write_arrays(tmp_path / "SiT.pt", dit_state("sit"))
     convert.main(["convert", f"--src={tmp_path}/SiT.pt", f"--dst={tmp_path}/sit", "--num_heads=2"])
