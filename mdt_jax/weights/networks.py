@@ -232,7 +232,7 @@ def _read_file(
         weights = weights._replace(stored=read.dtype, item=read.item or weights.item)
         del read
         _copy(weights.params)
-        classes = torch_files.read_classes(file)
+        classes = () if weights.classes else torch_files.read_classes(file)
         if isinstance(weights.model, MDT) and len(classes) == weights.model.num_classes:
             weights = weights._replace(classes=classes)
         return weights
