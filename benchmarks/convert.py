@@ -22,9 +22,15 @@ from mdt_jax import cli
 from mdt_jax.models.mdt import MDT, SIZES, init_params
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.weights import torch_files
-from mdt_jax.weights.networks import Weights, save
+from mdt_jax.weights.kinds import Weights
+from mdt_jax.weights.networks import save
 
-MODELS = {"v1": {}, "v2": {"version": "v2", "decoder_layers": 4}}
+MODELS = {
+    "MDT": {},
+    "MDTv2": {"version": "v2", "decoder_layers": 4},
+    "DiT": {"decoder_layers": 0, "side_layers": 0}
+    | {"relative_bias": False, "learned_position": False},
+}
 
 
 @dataclasses.dataclass
@@ -72,7 +78,7 @@ def bench(argv: list[str]) -> None:
     parser.add_argument("--out", default=None, help="folder for the files; default: the system's")
     flags = parser.parse_args(argv[1:])
     print("| | file | to a folder | and back | peak memory |", "| --- " * 5 + "|", sep="\n")
-    for version, fields in MODELS.items():
+    for name, fields in MODELS.items():
         model = MDT(input_size=(32, 32), in_channels=4, **SIZES[flags.size], **fields)
         with tempfile.TemporaryDirectory(dir=flags.out) as folder:
             first, middle, last = (pathlib.Path(folder, name) for name in ("a.pt", "b", "c.pt"))
@@ -82,7 +88,7 @@ def bench(argv: list[str]) -> None:
             size = first.stat().st_size
         peak = max(there.peak, back.peak)
         print(
-            f"| MDT{version.removeprefix('v1')}-{flags.size}/2 | {size / 1e9:.2f} GB "
+            f"| {name}-{flags.size}/2 | {size / 1e9:.2f} GB "
             f"| {there.seconds:.0f} s | {back.seconds:.0f} s "
             f"| {peak / 1e9:.2f} GB, {peak / size:.2f}× the file |",
             flush=True,

@@ -59,7 +59,8 @@ def bench(argv: list[str]) -> None:
     theirs = in_slices(references)
     _, distance = timed("Fréchet distance", metrics.frechet, ours, theirs)
     _, manifolds = timed("precision and recall", metrics.precision_recall, references, samples)
-    rows = [moments, distance, manifolds]
+    _, kernels = timed("kernel distance", metrics.kernel_distance, references, samples)
+    rows = [moments, distance, manifolds, kernels]
     print(f"| {args.samples:,} and {args.references:,} × {args.size} | s | CPU s | peak GB |")
     print("| --- | --- | --- | --- |")
     for row in rows:

@@ -33,7 +33,8 @@ from mdt_jax.evaluation.evaluator import evaluate_samples
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.sampling.generation import generate
 from mdt_jax.train.workdir import make, write_json
-from mdt_jax.weights.networks import Weights, load_weights, params_sha256
+from mdt_jax.weights.kinds import Weights, params_sha256
+from mdt_jax.weights.networks import load_weights
 
 FIRST_ORDER = {
     "DDPM": {"sampler": "ddpm"},

@@ -13,7 +13,7 @@ from mdt_jax.evaluation import model_card
 from mdt_jax.runtime import files, hub, locks
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.runtime.progress import print_result
-from mdt_jax.weights import diffusers_folders, networks, publishing, torch_files
+from mdt_jax.weights import diffusers_folders, kinds, networks, publishing, torch_files
 from mdt_jax.weights.step_folders import check_arrays_possible, check_path
 from mdt_jax.weights.vae import Vae
 
@@ -37,7 +37,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         type=cli.anywhere_or_hub,
         help="FILE.pt, FILE.safetensors, a new folder, or hf://OWNER/REPOSITORY",
     )
-    add("--params", choices=networks.ITEMS, default="ema", help="which of a run's parameters")
+    add("--params", choices=kinds.ITEMS, default="ema", help="which of a run's parameters")
     parser.add_unrecorded()
     add(
         "--format", choices=FORMATS, default="orbax", help="of a new folder: diffusers: DiTPipeline"
@@ -78,7 +78,7 @@ def check_destination(dst: files.Path) -> None:
     files.check_writable(parent, f"--dst={dst}")
 
 
-def find_vae(path: str | None, weights: networks.Weights) -> Vae | None:
+def find_vae(path: str | None, weights: kinds.Weights) -> Vae | None:
     """The VAE at a path, or that of the run; None where none is known. Raises UserError."""
     if path:
         return Vae.load(path)
@@ -93,7 +93,7 @@ def upload(args: argparse.Namespace) -> None:
     hub.check_uploadable(args.dst)
     cli.start(args)
     weights = networks.read_network(args.src, args.params, args.decoder_layers, args.num_heads)
-    sha256 = networks.params_sha256(weights.params)
+    sha256 = kinds.params_sha256(weights.params)
     cards = [model_card.read_card(path, sha256) for path in args.card]
     if not cards and not args.src.startswith(hub.SCHEME):
         cards = model_card.cards_of_run(args.src, weights, sha256)
@@ -101,7 +101,7 @@ def upload(args: argparse.Namespace) -> None:
     url, is_public = publishing.publish(args.dst, weights, readme, args.public)
     if is_public != args.public:
         print_result(f"{args.dst} existed: it stays {'public' if is_public else 'private'}")
-    print_result(f"uploaded {networks.describe(weights.model)}: {url}")
+    print_result(f"uploaded {kinds.describe(weights.model)}: {url}")
 
 
 def main(argv: list[str]) -> None:
@@ -124,7 +124,7 @@ def main(argv: list[str]) -> None:
         else:
             networks.save(dst, weights)
             lines = networks.unrecorded(weights) if dst.suffix else []
-        print_result(f"wrote {dst}: {networks.describe(weights.model)}")
+        print_result(f"wrote {dst}: {kinds.describe(weights.model)}")
         if weights.stored:
             print_result(f"{args.src} stores {weights.stored}; {dst.name} has float32")
     for line in lines:

@@ -1,9 +1,10 @@
 """Evaluate: python -m mdt_jax.evaluate --samples=samples.npz --reference=VIRTUAL.npz
 --inception=pt_inception-2015-12-05-6726825d.pth
 
-Prints FID, sFID, Inception Score, precision and recall as ADM's evaluator defines them, and writes
-them with all settings to a card: a JSON at --out, or beside an npz or a folder that mdt_jax.sample
-wrote. Rerun the same command to resume an interrupted measurement.
+Prints FID, sFID, Inception Score, precision and recall as ADM's evaluator defines them, and KID.
+Writes them with all settings to a card: a JSON at --out, or beside an npz or a folder that
+mdt_jax.sample wrote. Rerun the same command to resume an interrupted measurement.
+For FD-DINOv2: --features=dinov2 --dinov2=dinov2_vitl14_pretrain.pth
 Also: --make_reference=IMAGES --out=reference.npz; --vae=VAE --images=IMAGES: what a VAE loses.
 """
 
@@ -14,12 +15,13 @@ from mdt_jax import cli
 from mdt_jax.data.images import UINT8_RULE
 from mdt_jax.evaluation import references
 from mdt_jax.evaluation.card import describe_images, describe_reference, report
-from mdt_jax.evaluation.evaluator import NEIGHBOURS, Evaluator
-from mdt_jax.evaluation.feature_networks import load_inception
+from mdt_jax.evaluation.evaluator import NEIGHBOURS, SLOW, Evaluator
+from mdt_jax.evaluation.feature_networks import load_dinov2, load_inception
 from mdt_jax.evaluation.features import FeatureCache, extract
 from mdt_jax.evaluation.image_sets import StoredImages, open_images
 from mdt_jax.evaluation.npz_files import read_headers
 from mdt_jax.evaluation.reconstruction import check_reconstructible, measure_vae
+from mdt_jax.evaluation.references import STATISTICS
 from mdt_jax.runtime import files, hosts, locks
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.runtime.hosts import is_first, log0
@@ -30,8 +32,8 @@ from mdt_jax.weights.vae import Vae
 # The flag of each task → (the flag that it requires, its other flags). All tasks have --image_size
 # and --inception.
 TASKS = {
-    "samples": ("reference", ("features", "num_samples", "out")),
-    "make_reference": ("out", ()),
+    "samples": ("reference", ("features", "dinov2", "num_samples", "out")),
+    "make_reference": ("out", ("features", "dinov2")),
     "vae": ("images", ("num_samples", "out")),
 }
 
@@ -51,14 +53,22 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, str]:
     add("--make_reference", metavar="IMAGES", type=cli.anywhere, help="write statistics of IMAGES")
     add("--vae", type=cli.anywhere_or_hub, help="measure what encoding and decoding --images loses")
     add = parser.add_argument
-    add("--reference", type=cli.anywhere, help="IMAGES, or an npz with mu, sigma, mu_s and sigma_s")
+    add("--reference", type=cli.anywhere, help="IMAGES, or an npz of --make_reference or of ADM's")
     add("--images", metavar="IMAGES", type=cli.anywhere, help="real images, with --vae")
     add(
         "--inception",
         type=cli.anywhere_or_hub,
         help="weights of FID's Inception: file, folder, hf://…",
     )
-    add("--features", help="inception (default), pixels, classifier, or several: pixels,classifier")
+    add(
+        "--dinov2",
+        type=cli.anywhere_or_hub,
+        help="weights of DINOv2 ViT-L/14: file, folder, hf://…",
+    )
+    add(
+        "--features",
+        help="inception (default), dinov2, pixels, classifier, or several: pixels,classifier",
+    )
     add("--num_samples", type=cli.count, help="measure the first N images")
     add("--image_size", type=cli.count, help="crop image files to this size, as for training")
     add(
@@ -70,22 +80,30 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, str]:
     required, optional = TASKS[task]
     if not getattr(args, required):
         raise UserError(f"--{required} is missing, which --{task} requires")
-    for name in ("reference", "images", "features", "num_samples", "out"):
+    for name in ("reference", "images", "features", "dinov2", "num_samples", "out"):
         if getattr(args, name) is not None and name not in (required, *optional):
             raise UserError(f"--{name} is not for --{task}")
     return args, task
 
 
+def chosen_features(args) -> list[str]:
+    """The values of --features. Raises UserError for --dinov2 without them."""
+    features = args.features.split(",") if args.features else ["inception"]
+    if args.dinov2 and "dinov2" not in features:
+        raise UserError("--dinov2 is for --features=dinov2")
+    return features
+
+
 def evaluate(args) -> None:
     """Measure samples against a reference."""
-    features = (args.features or "inception").split(",")
+    features = chosen_features(args)
     labelled = "classifier" in features
     out = output_path(args.out, ".json") if args.out else None
     samples = open_images(args.samples, args.image_size, labelled, args.num_samples, generated=True)
     if out is None and (samples.path.endswith(".npz") or samples.note is not None):
         out = output_path(f"{samples.path.rstrip('/')}.json", ".json")
     reference = references.load(args.reference, args.image_size, labelled)
-    evaluator = Evaluator(reference, features, args.inception or "")
+    evaluator = Evaluator(reference, features, args.inception or "", args.dinov2 or "")
     evaluator.check(samples)
     settings = {
         "samples": describe_images(samples),
@@ -96,10 +114,12 @@ def evaluate(args) -> None:
     hosts.agree(settings)
     print_summaries(samples, reference.images)
     caches = {}
-    if out is not None and features == ["inception"]:  # the others are quick
+    if out is not None and any(name in SLOW for name in features):
         folder = out.with_name(f"{out.name}.features")
         for name in ("samples", "reference"):
             of = {"of": settings[name], "by": settings["features"]}
+            if labelled:  # the classifier is trained on the reference
+                of["reference"] = settings["reference"]
             caches[f"{name}_cache"] = FeatureCache(folder / name, of)
     with locked(out):
         metrics = evaluator.measure(samples, **caches, progress=True)
@@ -113,18 +133,26 @@ def make_reference(args) -> None:
     """Write the statistics of real images, and some of the images."""
     out = output_path(args.out, ".npz")
     images = open_images(args.make_reference, args.image_size)
-    if files.exists(out) and "mu" not in read_headers(out):
+    features = chosen_features(args)
+    others = [name for name in features if name not in SLOW]
+    if others:
+        raise UserError(f"--make_reference takes --features of {', '.join(SLOW)}, not {others[0]}")
+    if files.exists(out) and not any(mu in read_headers(out) for mu, _ in STATISTICS.values()):
         raise UserError(f"--out={out} exists and is no reference; choose another name")
     if len(images) < 2:
         raise UserError(f"{images.path} has one image; statistics need at least two")
-    network = load_inception(args.inception or "")
+    networks = []
+    if "inception" in features:
+        networks.append(load_inception(args.inception or ""))
+    if "dinov2" in features:
+        networks.append(load_dinov2(args.dinov2 or ""))
     print_summaries(images)
-    settings = {"of": describe_images(images), "by": network.note}
+    settings = {"of": describe_images(images), "by": [network.note for network in networks]}
     cache = FeatureCache(out.with_name(f"{out.name}.features"), settings)
     with locked(out):
-        features = extract([network], images, cache, progress=True)
-        if features is not None:
-            references.save(out, features, references.images_to_keep(images))
+        extracted = extract(networks, images, cache, progress=True)
+        if extracted is not None:
+            references.save(out, extracted, references.images_to_keep(images))
             cache.remove()
             print_result(f"wrote the statistics of {len(images)} images to {out}")
 

@@ -9,7 +9,7 @@ from tests.published import zeros_like_published
 
 from cleanfid import fid as clean_fid
 from pytorch_fid import fid_score, inception
-from torch_fidelity import metric_fid, metric_isc, metric_prc
+from torch_fidelity import metric_fid, metric_isc, metric_kid, metric_prc
 from torch_fidelity.feature_extractor_inceptionv3 import (
     FeatureExtractorInceptionV3,
 )

@@ -29,7 +29,7 @@ from mdt_jax.train import workdir
 from mdt_jax.train.checkpoints import Checkpoints
 from mdt_jax.train.log import MetricsLog
 from mdt_jax.train.state import TrainState
-from mdt_jax.weights import mdt_names, networks, publishing, torch_files
+from mdt_jax.weights import kinds, mdt_names, networks, publishing, torch_files
 from mdt_jax.weights.picking import DIFFUSERS
 from mdt_jax.weights.vae import Vae, recorded_scale
 from tests.models.common import random_params
@@ -75,7 +75,7 @@ def bits(tree) -> str:
 
 def write_weights(name: str):
     def make(folder: pathlib.Path) -> None:
-        found = networks.Weights(MODEL, random_params(MODEL, seed=0), classes=NAMES)
+        found = kinds.Weights(MODEL, random_params(MODEL, seed=0), classes=NAMES)
         networks.save(folder / name, found)
 
     return make
@@ -86,7 +86,7 @@ def read_weights(name: str):
         found = networks.read_network(
             folder / name, decoder_layers=1 if "." in name else None, kind="mdt"
         )
-        return bits(found.params), found.classes, networks.describe(found.model)
+        return bits(found.params), found.classes, kinds.describe(found.model)
 
     return read
 
@@ -96,14 +96,14 @@ INDEX = "w.safetensors.index.json"
 
 def make_uploaded(folder: pathlib.Path) -> None:
     """What `convert` uploads, without the model card."""
-    found = networks.Weights(MODEL, random_params(MODEL, seed=0), classes=NAMES, step=3)
+    found = kinds.Weights(MODEL, random_params(MODEL, seed=0), classes=NAMES, step=3)
     networks.save(folder / "model.safetensors", found)
     (folder / "config.json").write_text(json.dumps(publishing.config_of(found)))
 
 
 def read_uploaded(folder: pathlib.Path):
     found = networks.read_network(folder, kind="mdt")
-    return bits(found.params), found.classes, found.step, networks.describe(found.model)
+    return bits(found.params), found.classes, found.step, kinds.describe(found.model)
 
 
 def make_shards(folder: pathlib.Path) -> None:

@@ -68,19 +68,19 @@ def released(folder: pathlib.Path) -> Iterator[dict[str, str]]:
 
     from mdt_jax.models.autoencoder import AutoencoderKL
     from mdt_jax.models.mdt import MDT, init_params
-    from mdt_jax.weights import networks
+    from mdt_jax.weights import kinds, networks
 
     files = {}
     for version in ("v1", "v2"):
         fields = {"hidden_size": 16, "depth": 4, "num_heads": 2, "version": version}
         model = MDT(input_size=(8, 8), in_channels=4, **fields)
         path = folder / f"mdt_xl2_{version}_ckpt.pt"
-        networks.save(path, networks.Weights(model, init_params(model, jax.random.key(0))))
+        networks.save(path, kinds.Weights(model, init_params(model, jax.random.key(0))))
         files[f"/shgao/MDT-XL2/resolve/main/{path.name}"] = path.read_bytes()
     vae = AutoencoderKL(channels=(32, 32), layers=1)
     images = jax.numpy.zeros((1, 4, 4, 3))
     params = jax.jit(vae.init)(jax.random.key(0), images)["params"]
-    networks.save(folder / "vae.safetensors", networks.Weights(vae, params))
+    networks.save(folder / "vae.safetensors", kinds.Weights(vae, params))
     name = "/stabilityai/sd-vae-ft-mse/resolve/main/diffusion_pytorch_model.safetensors"
     files[name] = (folder / "vae.safetensors").read_bytes()
     with serve(files) as server:

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from mdt_jax.models.autoencoder import AutoencoderKL
-from mdt_jax.weights import networks
+from mdt_jax.weights import kinds, networks
 from tests.models.common import random_params
 
 VAE = AutoencoderKL(channels=(8, 8, 8, 8), layers=1, groups=4)
@@ -65,5 +65,5 @@ def write_parquet(folder: pathlib.Path, out: pathlib.Path, shards: int = 2, rows
 
 def write_vae(path: pathlib.Path, seed: int = 0) -> pathlib.Path:
     """A VAE with random weights, 1/8 of the size and 4 channels."""
-    networks.save(path, networks.Weights(VAE, random_params(VAE, seed=seed)))
+    networks.save(path, kinds.Weights(VAE, random_params(VAE, seed=seed)))
     return path

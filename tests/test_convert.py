@@ -19,7 +19,7 @@ from mdt_jax.models.mdt import MDT
 from mdt_jax.models.resize import resize_grid
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.sampling.pipeline import Pipeline
-from mdt_jax.weights import networks, torch_files
+from mdt_jax.weights import kinds, networks, torch_files
 from mdt_jax.weights.picking import DIFFUSERS
 from mdt_jax.weights.vae import Vae, _decode
 from tests.conftest import FULL_COMPILE, exits_with_one_line
@@ -140,7 +140,7 @@ def latent_model(tmp_path_factory):
     model = MDT(
         input_size=(8, 4), in_channels=4, hidden_size=16, depth=4, num_heads=2, version="v2"
     )
-    networks.save(folder / "mdt.pt", networks.Weights(model, random_params(model)))
+    networks.save(folder / "mdt.pt", kinds.Weights(model, random_params(model)))
     vae = AutoencoderKL(channels=(32, 32), layers=1, latent_channels=4)
     params = vae.init(jax.random.key(0), np.zeros((1, 8, 8, 3), np.float32))["params"]
     return folder, model, vae, params
@@ -176,7 +176,7 @@ def test_the_scale_of_a_files_latents(latent_model, tmp_path, monkeypatch, capsy
     """The VAE's folder says it, also after `convert`; a flag that differs is refused."""
     folder, _, vae, params = latent_model
     file = tmp_path / f"{DIFFUSERS}.safetensors"
-    networks.save(file, networks.Weights(vae, params))
+    networks.save(file, kinds.Weights(vae, params))
     (tmp_path / "config.json").write_text(json.dumps({"scaling_factor": 0.13025}))
     run(convert, monkeypatch, f"--src={file}", f"--dst={tmp_path}/saved")
     run(convert, monkeypatch, f"--src={tmp_path}/saved", f"--dst={tmp_path}/vae.bin")
@@ -251,7 +251,7 @@ def test_class_names_are_kept_where_there_is_a_place(tmp_path, monkeypatch, caps
     model = MDT(input_size=(4, 4), in_channels=1, hidden_size=16, depth=3, num_heads=2,
                 num_classes=3)  # fmt: skip
     classes = ("cat", "chien", "été")
-    networks.save(tmp_path / "a", networks.Weights(model, random_params(model), classes=classes))
+    networks.save(tmp_path / "a", kinds.Weights(model, random_params(model), classes=classes))
     chain = ["a", "b.safetensors", "c", "d.pt", "e.safetensors"]
     for src, dst in itertools.pairwise(chain):
         run(convert, monkeypatch, f"--src={tmp_path / src}", f"--dst={tmp_path / dst}")
@@ -271,7 +271,7 @@ def test_a_checkpoint_for_256_pixels_draws_512(tmp_path, capsys):
     """Latents of 32×32 to 64×64: bicubic positions, bias tables by offset, and a message."""
     model = MDT(input_size=(32, 32), in_channels=4, hidden_size=16, depth=3, num_heads=2,
                 patch_size=4, num_classes=3)  # fmt: skip
-    networks.save(tmp_path / "256.pt", networks.Weights(model, random_params(model)))
+    networks.save(tmp_path / "256.pt", kinds.Weights(model, random_params(model)))
     loaded, params = mdt_jax.load(tmp_path / "256.pt")
     assert loaded == model and capsys.readouterr().err == ""
     large, resized = mdt_jax.load(tmp_path / "256.pt", input_size=(64, 64))
@@ -286,7 +286,7 @@ def test_a_checkpoint_for_256_pixels_draws_512(tmp_path, capsys):
 def test_every_kind_of_network_is_told_by_its_names(latent_model, tmp_path, monkeypatch, capsys):
     """The VAE by each of its namings, and FID's Inception: to a folder, and back to a file."""
     _, _, vae, params = latent_model
-    networks.save(tmp_path / "vae.safetensors", networks.Weights(vae, params))
+    networks.save(tmp_path / "vae.safetensors", kinds.Weights(vae, params))
     run(convert, monkeypatch, f"--src={tmp_path}/vae.safetensors", f"--dst={tmp_path}/vae")
     assert "a VAE of levels 32, 32, 1 layers each, latents of 4 channels" in capsys.readouterr().out
     run(convert, monkeypatch, f"--src={tmp_path}/vae", f"--dst={tmp_path}/vae.bin")
@@ -296,9 +296,9 @@ def test_every_kind_of_network_is_told_by_its_names(latent_model, tmp_path, monk
     with pytest.raises(UserError, match="vae holds a VAE, not an MDT"):
         mdt_jax.load(tmp_path / "vae")
 
-    shapes = networks.shapes_of(Inception())
+    shapes = kinds.shapes_of(Inception())
     zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
-    networks.save(tmp_path / "fid.pth", networks.Weights(Inception(), zeros))
+    networks.save(tmp_path / "fid.pth", kinds.Weights(Inception(), zeros))
     run(convert, monkeypatch, f"--src={tmp_path}/fid.pth", f"--dst={tmp_path}/fid")
     assert "FID's Inception with 1008 logits" in capsys.readouterr().out
     assert same(networks.read_network(tmp_path / "fid").params, zeros)
@@ -307,7 +307,7 @@ def test_every_kind_of_network_is_told_by_its_names(latent_model, tmp_path, monk
 def test_a_folder_of_diffusers_tells_its_norms(tmp_path):
     vae = AutoencoderKL(channels=(8, 16), layers=1, groups=4)
     params = jax.jit(vae.init)(jax.random.key(0), np.zeros((1, 4, 4, 3), np.float32))["params"]
-    networks.save(tmp_path / f"{DIFFUSERS}.bin", networks.Weights(vae, params))
+    networks.save(tmp_path / f"{DIFFUSERS}.bin", kinds.Weights(vae, params))
     assert Vae.load(tmp_path).network.groups == 8  # as many as the narrowest level has channels
     (tmp_path / "config.json").write_text(json.dumps({"norm_num_groups": 4}))
     assert Vae.load(tmp_path).network == vae
@@ -353,7 +353,7 @@ def test_any_number_of_latents_is_decoded_by_one_program(latent_model):
     alone = jax.jit(functools.partial(vae.apply, method="decode"))
     expected = mdt_jax.to_uint8(alone({"params": params}, latents / 0.5)).astype(int)
     scaled = Vae("vae", 0.5, vae, params)
-    to_images = Pipeline("mdt", networks.Weights(model, {}), vae=scaled).to_images
+    to_images = Pipeline("mdt", kinds.Weights(model, {}), vae=scaled).to_images
     before = _decode._cache_size()
     for count in (20, 3, 5, 7):
         np.testing.assert_allclose(to_images(latents[:count], 12), expected[:count], atol=1)

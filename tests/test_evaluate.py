@@ -18,6 +18,7 @@ from mdt_jax.evaluation.evaluator import Evaluator
 from mdt_jax.evaluation.metrics import precision_recall
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.runtime.files import file_sha256
+from mdt_jax.weights import torch_files
 from mdt_jax.weights.vae import Vae
 from tests.adm import adm_frechet, adm_precision_recall
 from tests.conftest import exits_with_one_line, run_here
@@ -69,6 +70,7 @@ def test_the_card_and_its_measures_by_hand(sets):
     assert (ours["precision"], ours["recall"]) == theirs
     score = fid.metric_isc.isc_features_to_metric(torch.tensor(a["logits"]), 1, shuffle=False)
     assert ours["inception_score"] == pytest.approx(score["inception_score_mean"], rel=1e-6)
+    assert ours["kid"] == pytest.approx(metrics.kernel_distance(b["pool"], a["pool"]), rel=1e-9)
     assert ours["num_samples"] == 6
     assert card["samples"]["sha256"] == file_sha256(sets / "samples.npz")
     assert card["reference"]["sha256"] == file_sha256(sets / "real.npz")
@@ -266,6 +268,23 @@ def test_a_reference_is_made_as_adms_are(sets, tmp_path, monkeypatch):
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "card.json", "mu.json", "mu.npz", "reference.npz"
     ]  # fmt: skip
+
+
+def test_two_networks_at_once(sets, tmp_path):
+    """One reading of the images, one card and one reference; each network's metrics are its own."""
+    dinov2 = pytest.importorskip("tests.dinov2")
+    torch_files.write_arrays(tmp_path / "vit.pth", dinov2.random_state())
+    both = {"features": "inception,dinov2", "dinov2": tmp_path / "vit.pth"}
+    reference, out = tmp_path / "reference.npz", tmp_path / "card.json"
+    made = [flag for flag in flags(sets, **both) if not flag.startswith(("--sam", "--ref"))]
+    run_here(evaluate.main, f"--make_reference={sets}/real.npz", f"--out={reference}", *made)
+    run_here(evaluate.main, *flags(sets, **both, reference=reference, out=out))
+    found = measured(out)
+    assert found.pop("fd_dinov2") > 0 and found.pop("kd_dinov2") != 0
+    assert_equal(found, measured(sets / "card.json"))
+    card = json.loads(out.read_text())
+    assert [note["features"] for note in card["features"]] == ["inception", "dinov2"]
+    assert card["reference"]["statistics_dinov2"] == card["reference"]["statistics_spatial"] == 10
 
 
 def test_a_reference_keeps_images_from_all_over_the_set(monkeypatch):

@@ -13,7 +13,7 @@ from mdt_jax.models.autoencoder import AutoencoderKL
 from mdt_jax.models.mdt import MDT
 from mdt_jax.runtime import hub
 from mdt_jax.runtime.errors import UserError
-from mdt_jax.weights import networks, picking, torch_files
+from mdt_jax.weights import kinds, networks, picking, torch_files
 from mdt_jax.weights.vae import Vae, recorded_scale
 from tests.conftest import exits_with_one_line, run_here
 from tests.hub_protocol import Repository
@@ -103,11 +103,11 @@ def test_where_no_file_is_taken_the_files_are_listed(names, message):
 
 def test_a_local_folder_of_files(tmp_path):
     model = MDT(**SMALL)
-    weights = networks.Weights(model, random_params(model))
+    weights = kinds.Weights(model, random_params(model))
     networks.save(tmp_path / "net.pt", weights)
     assert same(mdt_jax.load(tmp_path).params, weights.params)
     (tmp_path / "transformer").mkdir()
-    other = networks.Weights(model, random_params(model, 1))
+    other = kinds.Weights(model, random_params(model, 1))
     networks.save(tmp_path / "transformer" / "diffusion_pytorch_model.safetensors", other)
     assert same(mdt_jax.load(tmp_path).params, other.params)
     networks.save(tmp_path / "copy.pt", weights)
@@ -135,7 +135,7 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_network_comes_back_as_it_was(kind, tmp_path, server, monkeypatch):
     model = MDT(**SMALL | KINDS[kind])
-    weights = networks.Weights(
+    weights = kinds.Weights(
         model, random_params(model), item="raw", classes=tuple("abcd"), step=7, vae_sha256="ab"
     )
     networks.save(tmp_path / "folder", weights)
@@ -152,7 +152,7 @@ def test_a_network_comes_back_as_it_was(kind, tmp_path, server, monkeypatch):
 def test_a_vae_comes_back_with_its_norms_and_factor(tmp_path, server):
     vae = AutoencoderKL(channels=(8, 16), layers=1, groups=4)
     params = jax.jit(vae.init)(jax.random.key(0), np.zeros((1, 4, 4, 3), np.float32))["params"]
-    weights = networks.Weights(vae, params, latents={"scaling_factor": 0.5})
+    weights = kinds.Weights(vae, params, latents={"scaling_factor": 0.5})
     networks.save(tmp_path / "vae", weights)
     run_here(convert.main, f"--src={tmp_path}/vae", f"--dst={PLACE}")
     found = Vae.load(PLACE)
@@ -172,7 +172,7 @@ def test_a_run_is_private_with_its_figures(trained, tmp_path, server):
     card = repository.files["README.md"].decode()
     report = json.loads((trained / "report.json").read_text())
     assert f"| Fréchet distance | {report['frechet_distance']:.6g} |" in card
-    assert f"| SHA-256 of the parameters | {networks.params_sha256(run.params)} |" in card
+    assert f"| SHA-256 of the parameters | {kinds.params_sha256(run.params)} |" in card
     for line in ("| sampler | ddpm |", "| steps | 3 |", "| guidance scale | 2 |", "| seed | 0 |",
                  "| samples | 20 |", "| step of the run | 4 |", "| model.hidden_size | 16 |",
                  f'pipeline = mdt_jax.load("{PLACE}")'):  # fmt: skip
@@ -199,7 +199,7 @@ def test_cards_of_evaluate(tmp_path, server):
     assert not repository.private and str(tmp_path) not in text
 
     model = MDT(**SMALL)
-    networks.save(tmp_path / "other.pt", networks.Weights(model, random_params(model)))
+    networks.save(tmp_path / "other.pt", kinds.Weights(model, random_params(model)))
     before = dict(repository.refs)
     printed = run_here(convert.main, f"--src={tmp_path}/other.pt", *argv, expect=2)
     assert "s.npz.json is of weights of SHA-256 " in printed and printed.count("\n") == 1
@@ -235,7 +235,7 @@ def test_all_files_are_of_one_commit(tmp_path, server, monkeypatch):
     model = MDT(**SMALL)
     folders = []
     for seed in range(2):
-        weights = networks.Weights(model, random_params(model, seed), step=seed + 1)
+        weights = kinds.Weights(model, random_params(model, seed), step=seed + 1)
         networks.save(tmp_path / f"{seed}", weights)
         folders.append(weights)
     run_here(convert.main, f"--src={tmp_path}/0", f"--dst={PLACE}")
@@ -256,7 +256,7 @@ def test_all_files_are_of_one_commit(tmp_path, server, monkeypatch):
 def shards(folder):
     """A network in two shards with their index, in a folder; returns the network."""
     model = MDT(**SMALL)
-    weights = networks.Weights(model, random_params(model))
+    weights = kinds.Weights(model, random_params(model))
     networks.save(folder / "whole.safetensors", weights)
     arrays = torch_files.read_file(folder / "whole.safetensors").arrays
     where = {name: f"model-{number % 2}.safetensors" for number, name in enumerate(arrays)}
@@ -285,9 +285,9 @@ def test_a_pipeline_of_diffusers(tmp_path, server):
     model = MDT(**SMALL | dit | {"in_channels": 4, "num_classes": 1000})
     vae = AutoencoderKL(channels=(8, 16), layers=1, groups=4)
     params = jax.jit(vae.init)(jax.random.key(0), np.zeros((1, 4, 4, 3), np.float32))["params"]
-    networks.save(tmp_path / "vae", networks.Weights(vae, params, latents={"scaling_factor": 0.5}))
+    networks.save(tmp_path / "vae", kinds.Weights(vae, params, latents={"scaling_factor": 0.5}))
     names = tuple(f"class {number}" for number in range(1000))
-    networks.save(tmp_path / "a", networks.Weights(model, random_params(model), classes=names))
+    networks.save(tmp_path / "a", kinds.Weights(model, random_params(model), classes=names))
     run_here(convert.main, f"--src={tmp_path}/a", f"--dst={tmp_path}/b", "--format=diffusers",
              f"--vae={tmp_path}/vae")  # fmt: skip
     paths = [path for path in (tmp_path / "b").rglob("*") if path.is_file()]
@@ -318,7 +318,7 @@ def test_a_pipeline_of_diffusers(tmp_path, server):
 )
 def test_a_config_that_is_not_of_the_file(name, change, message, tmp_path, server):
     model = MDT(**SMALL)
-    networks.save(tmp_path / "a", networks.Weights(model, random_params(model), step=7))
+    networks.save(tmp_path / "a", kinds.Weights(model, random_params(model), step=7))
     run_here(convert.main, f"--src={tmp_path}/a", f"--dst={PLACE}")
     repository = server.repositories["someone/net"]
     changed = dict(repository.files)
@@ -326,7 +326,7 @@ def test_a_config_that_is_not_of_the_file(name, change, message, tmp_path, serve
         changed[name] = change(changed[name])
     else:
         model = MDT(**SMALL | (change or {}))
-        networks.save(tmp_path / name, networks.Weights(model, random_params(model, 9)))
+        networks.save(tmp_path / name, kinds.Weights(model, random_params(model, 9)))
         changed[name] = (tmp_path / name).read_bytes()
     repository.commit(changed)
     if not message:  # another program's
@@ -368,7 +368,7 @@ def test_bad_uploads(name, tmp_path, server, monkeypatch):
 
 def test_a_model_that_files_cannot_hold_makes_no_repository(tmp_path, server, monkeypatch, capsys):
     model = MDT(**SMALL | {"num_classes": 0})
-    networks.save(tmp_path / "a", networks.Weights(model, random_params(model)))
+    networks.save(tmp_path / "a", kinds.Weights(model, random_params(model)))
     argv = [f"--src={tmp_path}/a", f"--dst={PLACE}"]
     printed = exits_with_one_line(convert.main, argv, capsys, monkeypatch)
     assert "no place for an unconditional model" in printed

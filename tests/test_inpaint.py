@@ -17,7 +17,7 @@ from mdt_jax.models.mdt import MDT, init_params
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.sampling.inpainting import InpaintOptions, known_tokens
 from mdt_jax.sampling.inpainting import inpaint as fill
-from mdt_jax.weights import networks
+from mdt_jax.weights import kinds, networks
 from tests.conftest import ROOT, exits_with_one_line, run_here
 from tests.lively import load_lively, with_a_broken_class
 from tests.small_data import VAE, write_vae
@@ -313,7 +313,7 @@ def test_the_command_on_latents(tmp_path):
     """Of what is hidden nothing reaches the result; what is known is as it was, to the pixel."""
     model = MDT(input_size=(8, 8), in_channels=4, hidden_size=16, depth=2, num_heads=2,
                 decoder_layers=1, num_classes=3)  # fmt: skip
-    networks.save(tmp_path / "mdt", networks.Weights(model, init_params(model, jax.random.key(0))))
+    networks.save(tmp_path / "mdt", kinds.Weights(model, init_params(model, jax.random.key(0))))
     write_vae(tmp_path / "vae")
     size = 8 * VAE.factor
     mask = np.zeros((size, size), np.uint8)

@@ -425,6 +425,7 @@ URLS = {
     "samples": (evaluate, ["--samples=az://b/x.npz", "--reference=digits"]),
     "reference": (evaluate, ["--samples=x.npz", "--reference=hf://b/x.npz"]),
     "inception": (evaluate, ["--samples=x", "--reference=y", "--inception=az://b/x"]),
+    "dinov2": (evaluate, ["--samples=x", "--reference=y", "--dinov2=az://b/x"]),
     "card": (evaluate, ["--samples=x", "--reference=y", "--out=az://b/x.json"]),
     "new reference": (evaluate, ["--make_reference=az://b/x", "--out=x.npz"]),
     "images": (evaluate, ["--vae=x", "--images=az://b/x"]),

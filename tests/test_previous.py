@@ -14,7 +14,8 @@ import pytest
 import mdt_jax
 from mdt_jax import encode
 from mdt_jax.data import latents
-from mdt_jax.weights.networks import load_weights, params_sha256
+from mdt_jax.weights.kinds import params_sha256
+from mdt_jax.weights.networks import load_weights
 from mdt_jax.weights.vae import Vae
 from tests.conftest import ROOT, run_here, train_here
 from tests.published import GOLDEN

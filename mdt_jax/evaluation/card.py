@@ -11,10 +11,13 @@ from mdt_jax.runtime.progress import print_result
 
 TITLES = {
     "fid": "FID",
+    "kid": "KID",
     "sfid": "sFID",
     "inception_score": "Inception Score",
     "precision": "precision",
     "recall": "recall",
+    "fd_dinov2": "FD-DINOv2",
+    "kd_dinov2": "KD-DINOv2",
     "frechet_distance": "Fréchet distance",
     "frechet_distance_real": "that of real training images",
     "frechet_ratio": "the first over the second",
@@ -24,6 +27,7 @@ TITLES = {
     "psnr": "PSNR (dB)",
     "ssim": "SSIM",
 }
+SMALL = ("kid", "kd_dinov2")  # metrics of about 0.001
 
 
 def describe_images(images: StoredImages) -> dict[str, object]:
@@ -57,7 +61,8 @@ def report(title: str, metrics: dict, settings: dict, out: Path | None) -> None:
     print_result(title)
     for name, value in metrics.items():
         if name in TITLES:
-            print_result(f"{TITLES[name]:>30}  {value:.4f}")
+            digits = 6 if name in SMALL else 4
+            print_result(f"{TITLES[name]:>30}  {value:.{digits}f}")
     print_result(f"{'images':>30}  {metrics.get('num_samples', metrics.get('num_images'))}")
     if out is None:
         print_result("no card with the settings: --out=FILE.json was not given")

@@ -1,7 +1,7 @@
 """The evaluator: metrics of samples against a reference."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -9,19 +9,23 @@ from mdt_jax.data import sources
 from mdt_jax.evaluation import metrics, references
 from mdt_jax.evaluation.feature_networks import (
     Classifier,
+    Dinov2Features,
     InceptionFeatures,
     PixelFeatures,
+    load_dinov2,
     load_inception,
 )
 from mdt_jax.evaluation.features import FeatureCache, FeatureSet, extract
 from mdt_jax.evaluation.image_sets import ArrayImages, ImageSet, check_images, open_images
 from mdt_jax.evaluation.npz_files import Header
-from mdt_jax.evaluation.references import Reference
+from mdt_jax.evaluation.references import STATISTICS, Reference
+from mdt_jax.models.dinov2 import WIDTH
 from mdt_jax.runtime import hosts
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.runtime.hosts import log0
 
-FEATURES = ("inception", "pixels", "classifier")
+FEATURES = ("inception", "dinov2", "pixels", "classifier")
+SLOW = ("inception", "dinov2")  # of FEATURES: extracting them takes long
 BEST = ("fid", "frechet_distance")  # metrics that choose a run's best checkpoint; less is better
 NEIGHBOURS = 3  # k of precision and recall
 
@@ -29,32 +33,55 @@ NEIGHBOURS = 3  # k of precision and recall
 class Evaluator:
     """Measures samples against a reference, whose features are extracted once."""
 
-    def __init__(self, reference: Reference, features: Sequence[str], inception: str = ""):
-        """features: of FEATURES. inception: path of FID's Inception. Raises UserError."""
+    def __init__(
+        self,
+        reference: Reference,
+        features: Sequence[str],
+        inception: str = "",
+        dinov2: str = "",
+    ):
+        """features: of FEATURES. inception, dinov2: paths of their weights. Raises UserError."""
         unknown = [name for name in features if name not in FEATURES]
         if unknown:
             raise UserError(f"unknown features {unknown[0]!r}; choose of {', '.join(FEATURES)}")
         self.reference = reference
-        self.networks: dict[str, InceptionFeatures | PixelFeatures | Classifier] = {}
+        self.networks: dict[
+            str, InceptionFeatures | Dinov2Features | PixelFeatures | Classifier
+        ] = {}
         self._classifier: Classifier | None = None
         self._reference_features: FeatureSet | None = None
         self._reference_extracted = False
         self._warned: set[str] = set()
         if "inception" in features:
-            self.networks["inception"] = load_inception(inception)
-            self._check_statistics()
+            self._check_statistics("inception", "pool")
+            network = self.networks["inception"] = load_inception(inception)
+            self._check_sizes("inception", network.sizes)
+        if "dinov2" in features:
+            self._check_statistics("dinov2", "dinov2")
+            network = self.networks["dinov2"] = load_dinov2(dinov2)
+            self._check_sizes("dinov2", network.sizes)
         if "pixels" in features:
             self.networks["pixels"] = PixelFeatures(reference.images_for("pixels").shape)
         if "classifier" in features:
             self.networks["classifier"] = self._classifier = Classifier(reference)
 
-    def _check_statistics(self) -> None:
-        for name, statistics in self.reference.gaussians.items():
-            size = InceptionFeatures.sizes[name]
-            if len(statistics.mu) != size:
+    def _check_statistics(self, network: str, feature: str) -> None:
+        """Raise UserError where all statistics of the reference are of other networks."""
+        if self.reference.gaussians and feature not in self.reference.gaussians:
+            raise UserError(
+                f"{self.reference.path} has statistics, but no {' and '.join(STATISTICS[feature])} "
+                f"of {network}; make a reference of the real images with --features={network}"
+            )
+
+    def _check_sizes(self, network: str, sizes: Mapping[str, int]) -> None:
+        """Raise UserError where statistics are not of a network's features; sizes: by feature."""
+        for name, size in sizes.items():
+            statistics = self.reference.gaussians.get(name)
+            if statistics is not None and len(statistics.mu) != size:
+                feature = name if name == network else f"{network}'s {name}"
                 raise UserError(
                     f"{self.reference.path} has statistics of {len(statistics.mu)} features, but "
-                    f"inception's {name} has {size}: they are of another network"
+                    f"{feature} has {size}: they are of another network"
                 )
 
     def check(self, samples: ImageSet) -> None:
@@ -85,13 +112,14 @@ class Evaluator:
     ) -> dict[str, float]:
         """Measure samples; every process returns the metrics that process 0 computed.
 
-        By inception: fid, sfid, inception_score, precision, recall. By pixels: frechet_distance;
+        By inception: fid, kid, sfid, inception_score, precision, recall. By dinov2: fd_dinov2 and
+        kd_dinov2, its kernel distance. By pixels: frechet_distance;
         and for a reference with training images frechet_distance_real, that of as many training
         images, and frechet_ratio, the first over the second. By classifier: class_agreement, the
         share of samples classified as their labels, and classifier_accuracy, that of real images.
-        A reference without spatial statistics gives no sfid, one without images neither precision
-        nor recall. The caches keep features meanwhile. Raises UserError for samples that cannot be
-        compared.
+        A reference without spatial statistics gives no sfid, one without images no precision,
+        recall, kid and kd_dinov2. The caches keep features meanwhile. Raises UserError for samples
+        that cannot be compared.
         """
         self.check(samples)
         features = extract(self.networks.values(), samples, samples_cache, progress)
@@ -114,6 +142,8 @@ class Evaluator:
         report: dict[str, float] = {"num_samples": len(samples)}
         if "inception" in self.networks:
             report |= self._compare_inception(features, progress)
+        if "dinov2" in self.networks:
+            report |= self._compare_dinov2(features, progress)
         if "pixels" in self.networks:
             report |= self._compare_pixels(features)
         if self._classifier is not None:
@@ -123,10 +153,12 @@ class Evaluator:
         return report
 
     def _compare_inception(self, samples: FeatureSet, progress: bool) -> dict[str, float]:
-        real, statistics = self._reference_features, self.reference.gaussians
-        if not statistics and real is not None:
-            statistics = real.gaussians
+        real, statistics = self._reference_features, self._statistics()
         report = {"fid": self._distance(samples.gaussians["pool"], statistics["pool"])}
+        if real is not None:
+            report["kid"] = metrics.kernel_distance(
+                real.rows["pool"], samples.rows["pool"], progress
+            )
         if "spatial" in statistics:
             spatial = samples.gaussians["spatial"]
             report["sfid"] = metrics.frechet(spatial, statistics["spatial"])
@@ -139,6 +171,27 @@ class Evaluator:
                 real.rows["pool"], rows["pool"], NEIGHBOURS, progress
             )
         return report
+
+    def _compare_dinov2(self, samples: FeatureSet, progress: bool) -> dict[str, float]:
+        real, statistics = self._reference_features, self._statistics()
+        width = len(statistics["dinov2"].mu)
+        if width != WIDTH:
+            self._warn(
+                f"FD-DINOv2 is defined with ViT-L/14, of width {WIDTH}, but --dinov2 has width "
+                f"{width}: compare it only with distances by the same weights"
+            )
+        distance = self._distance(samples.gaussians["dinov2"], statistics["dinov2"])
+        report = {"fd_dinov2": distance}
+        if real is not None:
+            report["kd_dinov2"] = metrics.kernel_distance(
+                real.rows["dinov2"], samples.rows["dinov2"], progress
+            )
+        return report
+
+    def _statistics(self) -> dict[str, metrics.Gaussian]:
+        """The reference's, by feature: stored, or of all its images."""
+        real = self._reference_features
+        return self.reference.gaussians or ({} if real is None else real.gaussians)
 
     def _compare_pixels(self, samples: FeatureSet) -> dict[str, float]:
         assert self._reference_features is not None  # process 0 has them

@@ -1,8 +1,11 @@
-"""The networks that turn images into features: FID's Inception, pixels, a classifier."""
+"""The networks that turn images into features: FID's Inception, DINOv2, pixels, a classifier."""
 
 import functools
 import hashlib
-from typing import cast
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -13,58 +16,113 @@ from mdt_jax.data.classes import correspond
 from mdt_jax.data.images import to_float
 from mdt_jax.evaluation.image_sets import ImageSet
 from mdt_jax.evaluation.references import Reference
+from mdt_jax.models import dinov2
+from mdt_jax.models.dinov2 import Dinov2
 from mdt_jax.models.inception import POOL, SPATIAL, WHERE, Features, Inception
 from mdt_jax.runtime import hosts, parallel
 from mdt_jax.runtime.errors import UserError
-from mdt_jax.weights.networks import params_sha256, read_network
+from mdt_jax.weights.kinds import params_sha256
+from mdt_jax.weights.networks import read_network
 
 EACH_DEVICE = 16  # images a device takes at once; fixed, so that rounding is the same everywhere
 MAX_VALUES = 4096  # H·W·C of images whose pixels are compared: their covariance has its square
 
 
-class InceptionFeatures:
-    """FID's Inception in float32 on all devices: "pool", "spatial", "logits" and "pixels"."""
+class _OnDevices:
+    """A network in float32 on all devices, applied to images [n, H, W, 3] uint8."""
 
-    sizes = {"pool": POOL, "spatial": SPATIAL}
+    def __init__(self, apply: Callable[[dict, jax.Array], Any], params: dict):
+        """apply: (params, images) → a tree of arrays of as many rows."""
+        self._mesh = parallel.make_mesh()
+        self._params = parallel.put(params, parallel.replicated(self._mesh))
+        # Each device runs the same program, so that their number changes no bit.
+        split = PartitionSpec(parallel.AXES)
+        self._apply = jax.jit(
+            jax.shard_map(
+                apply, mesh=self._mesh, in_specs=(PartitionSpec(), split), out_specs=split
+            )
+        )
+
+    def __call__(self, images: np.ndarray) -> Any:
+        apply = functools.partial(self._apply, self._params)
+        size = EACH_DEVICE * self._mesh.size
+        batches = list(parallel.map_in_batches(apply, images, size, self._mesh))
+        return jax.tree.map(lambda *rows: np.concatenate(rows), *batches)
+
+
+class InceptionFeatures:
+    """FID's Inception: "pool", "spatial", "logits" and "pixels"."""
 
     def __init__(self, network: Inception, params: dict, note: dict):
         splits = "of at most 5,000 images, dealt in the order of their pixels' SHA-256"
         self.note = {"features": "inception", **note, "inception_score_splits": splits}
-        self._mesh = parallel.make_mesh()
-        self._batch_size = EACH_DEVICE * self._mesh.size
-        self._params = parallel.put(params, parallel.replicated(self._mesh))
+        self.sizes = {"pool": POOL, "spatial": SPATIAL}
 
-        # Each device runs the same program, so that their number changes no bit.
-        def one_device(params, images):
+        def apply(params, images):
             return cast(Features, network.apply({"params": params}, images))._asdict()
 
-        split = PartitionSpec(parallel.AXES)
-        self._apply = jax.jit(
-            jax.shard_map(
-                one_device, mesh=self._mesh, in_specs=(PartitionSpec(), split), out_specs=split
-            )
-        )
+        self._network = _OnDevices(apply, params)
 
     def __call__(self, images: np.ndarray) -> dict[str, np.ndarray]:
-        if images.shape[-1] == 1:
-            images = np.repeat(images, 3, axis=-1)
-        apply = functools.partial(self._apply, self._params)
-        batches = list(parallel.map_in_batches(apply, images, self._batch_size, self._mesh))
-        features = jax.tree.map(lambda *rows: np.concatenate(rows), *batches)
+        images = _coloured(images)
+        features = self._network(images)
         hashes = [hashlib.sha256(image.tobytes()).digest() for image in images]
         features["pixels"] = np.frombuffer(b"".join(hashes), np.uint8).reshape(len(images), -1)
         return features
 
 
+class Dinov2Features:
+    """DINOv2: its class token as "dinov2".
+
+    Images are resized to 224×224 by Pillow's bicubic filter, which rounds to uint8. So does
+    dgm-eval (Stein et al. 2023, arXiv 2306.04675) by default, and EDM2's calculate_metrics.py
+    (Karras et al. 2024, arXiv 2312.02696) with resize_mode="pil". EDM2's default resizes in
+    float32, without rounding.
+    """
+
+    def __init__(self, network: Dinov2, params: dict, note: dict):
+        resized = f"to {dinov2.SIZE}×{dinov2.SIZE} by Pillow's bicubic filter, rounded to uint8"
+        self.note = {"features": "dinov2", **note, "width": network.width, "resized": resized}
+        self.sizes = {"dinov2": network.width}
+        self._network = _OnDevices(lambda params, x: network.apply({"params": params}, x), params)
+
+    def __call__(self, images: np.ndarray) -> dict[str, np.ndarray]:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            resized = np.stack(list(pool.map(resize, _coloured(images))))
+        return {"dinov2": self._network(resized)}
+
+
+def resize(image: np.ndarray) -> np.ndarray:
+    """An image [H, W, 3] uint8, resized to DINOv2's 224×224 pixels."""
+    from PIL import Image
+
+    size = (dinov2.SIZE, dinov2.SIZE)
+    return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC))
+
+
+def _coloured(images: np.ndarray) -> np.ndarray:
+    """Grey images with their channel repeated: [n, H, W, 3]."""
+    return np.repeat(images, 3, axis=-1) if images.shape[-1] == 1 else images
+
+
 def load_inception(path: str) -> InceptionFeatures:
     """FID's Inception with the weights of a file or folder. Raises UserError."""
+    return InceptionFeatures(*_load(path, "inception", WHERE))
+
+
+def load_dinov2(path: str) -> Dinov2Features:
+    """DINOv2 with the weights of a file or folder. Raises UserError."""
+    return Dinov2Features(*_load(path, "dinov2", dinov2.WHERE))
+
+
+def _load(path: str, kind: str, where: str) -> tuple[Any, dict, dict]:
+    """(network, parameters, their note) of a kind. where: to get the weights. Raises UserError."""
     if not path:
-        raise UserError(f"inception needs weights, --inception=FILE: {WHERE}")
-    weights = read_network(path, kind="inception")
+        raise UserError(f"{kind} needs weights, --{kind}=FILE: {where}")
+    weights = read_network(path, kind=kind)
     sha256 = params_sha256(weights.params)
-    hosts.agree({"inception_sha256": sha256})
-    note = {"inception": path, "inception_sha256": sha256}
-    return InceptionFeatures(weights.model, weights.params, note)
+    hosts.agree({f"{kind}_sha256": sha256})
+    return weights.model, weights.params, {kind: path, f"{kind}_sha256": sha256}
 
 
 class PixelFeatures:

@@ -5,6 +5,7 @@ A feature network takes images [n, H, W, C] uint8 to a dict of arrays of n rows:
 - "pool" and "spatial" [n, D] float32, the Inception's, for FID and sFID;
 - "logits" [n, classes] float32, the Inception's, for the Inception Score;
 - "pixels" [n, 32] uint8, the SHA-256 of each image, which orders images for the Inception Score;
+- "dinov2" [n, D] float32, the class token of DINOv2, for FD-DINOv2;
 - "vectors" [n, D] float32, the pixels of small images, for a Fréchet distance;
 - "classes" [n], the class that a classifier predicts for each image;
 - "psnr", "ssim" [n] float64, of a VAE's reconstruction, and "reconstructed" [n, D] float32, "pool"
@@ -27,7 +28,8 @@ from mdt_jax.runtime.files import atomic_write, check_regular, passes, reason, s
 from mdt_jax.runtime.progress import progress_bar
 
 SLICE = 512  # images in memory at once, and in a file of the cache
-DISTRIBUTIONS = ("pool", "spatial", "vectors", "reconstructed")  # mean and covariance are needed
+# Mean and covariance are needed of these.
+DISTRIBUTIONS = ("pool", "spatial", "dinov2", "vectors", "reconstructed")
 UNUSED_ROWS = ("spatial", "vectors", "reconstructed")  # of which nothing else is needed
 SETTINGS = "features.json"
 

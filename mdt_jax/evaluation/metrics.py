@@ -1,8 +1,9 @@
-"""Metrics of image quality: Fréchet distance, Inception Score, precision and recall, PSNR, SSIM.
+"""Metrics of images: Fréchet and kernel distance, Inception Score, precision, recall, PSNR, SSIM.
 
-NumPy, in float64. The first three follow ADM's evaluator (Dhariwal & Nichol 2021, guided-diffusion,
-evaluations/evaluator.py): FID is the Fréchet distance of the Inception's features "pool", sFID that
-of its features "spatial" (Nash et al. 2021, arXiv 2103.03841).
+NumPy, in float64. Fréchet distance, Inception Score, precision and recall follow ADM's evaluator
+(Dhariwal & Nichol 2021, guided-diffusion, evaluations/evaluator.py): FID is the Fréchet distance of
+the Inception's features "pool", sFID that of its features "spatial" (Nash et al. 2021, arXiv
+2103.03841).
 """
 
 import dataclasses
@@ -13,7 +14,7 @@ import numpy as np
 
 from mdt_jax.runtime.progress import progress_bar
 
-TILE = 4096  # rows compared at once, which bounds the memory of precision and recall
+TILE = 4096  # rows compared at once, which bounds the memory
 ROUNDING = 1e-13  # rounding error of a squared distance, relative to the squared norms
 
 
@@ -223,6 +224,45 @@ def precision_recall(
                 recalled[others] |= (distances <= sample_radii[rows, None]).any(0)
                 bar.update(1)
     return float(precise.mean()), float(recalled.mean())
+
+
+def kernel_distance(reference: np.ndarray, samples: np.ndarray, progress: bool = False) -> float:
+    """KID (Bińkowski et al. 2018, arXiv 1801.01401): an unbiased estimate of the squared MMD.
+
+    The kernel is k(x, y) = (x·y/D + 1)³. The estimate is the mean of k over all pairs of two
+    reference features, plus that over all pairs of two samples, minus twice that over all pairs of
+    one each; it can be negative. Other programs average it over random subsets of 1,000, which has
+    the same expectation. reference, samples: features [N, D] and [M, D], N and M at least 2.
+    """
+    a, b = _tiles(len(reference)), _tiles(len(samples))
+    steps = (len(a) * (len(a) + 1) + len(b) * (len(b) + 1)) // 2 + len(a) * len(b)
+    between = 0.0
+    with progress_bar(steps, progress and steps > 9, "comparing", "step") as bar:
+        within = [_mean_within(features, bar.update) for features in (reference, samples)]
+        for rows in a:
+            for others in b:
+                between += _kernels(reference[rows], samples[others]).sum()
+                bar.update(1)
+    return float(sum(within) - 2 * between / (len(reference) * len(samples)))
+
+
+def _mean_within(features: np.ndarray, advance: Callable[[int], object]) -> float:
+    """The mean of the kernel over all pairs of two different features."""
+    count, tiles, total = len(features), _tiles(len(features)), 0.0
+    for number, rows in enumerate(tiles):
+        for others in tiles[number:]:
+            kernels = _kernels(features[rows], features[others])
+            total += kernels.sum() - np.trace(kernels) if others == rows else 2 * kernels.sum()
+            advance(1)
+    return total / (count * (count - 1))
+
+
+def _kernels(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """(x·y/D + 1)³ of all pairs of rows: [n, D], [m, D] → [n, m] float64."""
+    base = np.asarray(a, np.float64) @ np.asarray(b, np.float64).T
+    base /= a.shape[1]
+    base += 1
+    return np.square(base) * base
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -15,7 +15,7 @@ from mdt_jax.models.mdt import MDT, VAE_CHANNELS
 from mdt_jax.runtime import files
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.runtime.progress import escape, log
-from mdt_jax.weights.networks import Weights, describe, kind_of
+from mdt_jax.weights.kinds import Weights, describe, kind_of
 
 KINDS = {"vae": "autoencoder", "inception": "inception"}  # tags of other networks than MDT
 ITEMS = {"ema": ", the EMA", "raw": ", the raw ones"}

@@ -14,17 +14,22 @@ from mdt_jax.runtime.errors import UserError
 from mdt_jax.runtime.files import Path, file_sha256, is_file, save_arrays
 
 KEPT_IMAGES = 10_000  # images in a reference, for precision and recall; ADM's files have as many
-STATISTICS = {"pool": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}  # ADM's names
+# Names of mean and covariance by feature; those of the Inception are ADM's.
+STATISTICS = {
+    "pool": ("mu", "sigma"),
+    "spatial": ("mu_s", "sigma_s"),
+    "dinov2": ("mu_dinov2", "sigma_dinov2"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
     """Real images, their statistics, or both.
 
-    gaussians: of the Inception's features "pool" and "spatial" over all real images; empty if they
-    must be computed from `images`. images: some of the real images if there are statistics, else
-    all. training: for a set that is split, the images that a model may be trained on; `images` are
-    then the held-out ones.
+    gaussians: of the features in STATISTICS over all real images; empty if they must be computed
+    from `images`. images: some of the real images if there are statistics, else all. training: for
+    a set that is split, the images that a model may be trained on; `images` are then the held-out
+    ones.
     """
 
     path: str
@@ -47,7 +52,7 @@ class Reference:
 
 
 def load(path: str, image_size: int | None = None, labelled: bool = False) -> Reference:
-    """Read a reference: an npz file with mu and sigma (mu_s, sigma_s), or images.
+    """Read a reference: an npz file with the arrays of STATISTICS, or images.
 
     path, image_size, labelled: as of `open_images`. Raises UserError.
     """
@@ -83,7 +88,7 @@ def _read_gaussians(path: str, headers: dict[str, Header]) -> dict[str, Gaussian
             raise UserError(f"{path} has one of {names[0]} and {names[1]} without the other")
         if present:
             gaussians[feature] = _read_gaussian(path, names, headers, count)
-    if gaussians and "pool" not in gaussians:
+    if "spatial" in gaussians and "pool" not in gaussians:
         raise UserError(f"{path} has mu_s and sigma_s, but neither mu nor sigma")
     return gaussians
 
@@ -120,15 +125,15 @@ def _read_gaussian(
 
 
 def save(path: Path, features: FeatureSet, images: np.ndarray) -> None:
-    """Write a reference in ADM's format: arr_0, mu, sigma, mu_s, sigma_s; and count.
+    """Write a reference: arr_0, count, and the arrays of STATISTICS for the features there are.
 
-    features: the Inception's, of all real images; images: [n, H, W, C] uint8, some of them. Writes
-    the whole file or none. Raises UserError.
+    With the Inception's features this is ADM's format. features: of all real images; images:
+    [n, H, W, C] uint8, some of them. Writes the whole file or none. Raises UserError.
     """
     arrays = {"arr_0": images, "count": np.array(features.count)}
-    for feature, (mu, sigma) in STATISTICS.items():
-        arrays[mu] = features.gaussians[feature].mu
-        arrays[sigma] = features.gaussians[feature].sigma
+    for feature, gaussian in features.gaussians.items():
+        mu, sigma = STATISTICS[feature]
+        arrays |= {mu: gaussian.mu, sigma: gaussian.sigma}
     save_arrays(path, arrays)
 
 

@@ -22,7 +22,8 @@ from mdt_jax.runtime.errors import UserError
 from mdt_jax.sampling import generation, inpainting
 from mdt_jax.sampling.generation import Request, changed
 from mdt_jax.sampling.labels import describe_labels
-from mdt_jax.weights.networks import Weights, describe, load_weights, params_sha256
+from mdt_jax.weights.kinds import Weights, describe, params_sha256
+from mdt_jax.weights.networks import load_weights
 from mdt_jax.weights.vae import Vae, recorded_scale, slice_size
 
 PIXELS = "identity"  # vae.path of a model of pixels

@@ -25,7 +25,7 @@ from mdt_jax.sampling.generation import Request
 from mdt_jax.sampling.pipeline import Pipeline
 from mdt_jax.sampling.writing import write_samples
 from mdt_jax.train.state import TrainState
-from mdt_jax.weights.networks import Weights
+from mdt_jax.weights.kinds import Weights
 from mdt_jax.weights.vae import Vae
 
 

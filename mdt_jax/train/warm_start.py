@@ -11,7 +11,8 @@ from mdt_jax.runtime.errors import UserError
 from mdt_jax.runtime.files import Path
 from mdt_jax.runtime.hosts import log0
 from mdt_jax.weights import picking
-from mdt_jax.weights.networks import Weights, describe_resize, fields_of, load_weights
+from mdt_jax.weights.kinds import Weights, fields_of
+from mdt_jax.weights.networks import describe_resize, load_weights
 from mdt_jax.weights.step_folders import steps_in
 
 # Fields of a network that may differ: handled here, or without parameters of their own.

@@ -19,7 +19,7 @@ TOLD = (
 
 
 def content(meta: dict, params_sha256: str) -> dict[str, Any]:
-    """What config.json holds. meta: as of `networks.meta_of`."""
+    """What config.json holds. meta: as of `kinds.meta_of`."""
     meta = {MARK: __version__, "format": orbax_folders.FORMAT, **meta, SUM: params_sha256}
     return meta | {orbax_folders.SUM: orbax_folders.meta_sha256(meta)}
 

@@ -15,7 +15,7 @@ from mdt_jax.runtime import files
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.weights import diffusers_dit, torch_files, vae_names
 from mdt_jax.weights.diffusers_dit import INDEX, SCHEDULER, TRANSFORMER, VAE
-from mdt_jax.weights.networks import Weights
+from mdt_jax.weights.kinds import Weights
 from mdt_jax.weights.picking import CONFIG, DIFFUSERS
 from mdt_jax.weights.vae import Vae
 

@@ -43,8 +43,11 @@ def from_bytes(path: str | os.PathLike, suffix: str) -> str | None:
 
     suffix: of its name, for example ".pt".
     """
-    with open(path, "rb") as file:
-        head = file.read(512)
+    try:
+        with open(path, "rb") as file:
+            head = file.read(512)
+    except OSError:
+        return None
     for pattern, (what, suffixes) in _BYTES.items():
         fits = suffixes is None or suffix in suffixes
         if fits and re.match(pattern, head, re.DOTALL | re.IGNORECASE):

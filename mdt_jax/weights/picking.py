@@ -24,7 +24,7 @@ def pick(names: Sequence[str], kind: str | None, place: str) -> str:
     Of NAMES the first that is there, else the first in the subfolder transformer/, for a VAE vae/,
     else the only file outside subfolders with one of `torch_files.SUFFIXES`.
 
-    names: relative paths. kind: the key in `networks.KINDS` of the network, or None. place: the
+    names: relative paths. kind: the key in `kinds.KINDS` of the network, or None. place: the
     folder or repository, for messages. Raises UserError, with the files there are.
     """
     subfolder = "vae" if kind == "vae" else "transformer"

@@ -6,8 +6,8 @@ import tempfile
 
 from mdt_jax.models.autoencoder import AutoencoderKL
 from mdt_jax.runtime import hub
-from mdt_jax.weights import config_files, networks
-from mdt_jax.weights.networks import Weights
+from mdt_jax.weights import config_files, kinds, networks
+from mdt_jax.weights.kinds import Weights
 from mdt_jax.weights.picking import CONFIG, OURS
 
 
@@ -23,16 +23,16 @@ def publish(path: str, weights: Weights, readme: str, public: bool) -> tuple[str
         _write(folder / CONFIG, json.dumps(config_of(weights), indent=1) + "\n")
         networks.read_network(folder)  # which compares the parameters
         _write(folder / "README.md", readme)
-        summary = networks.describe(weights.model)
+        summary = kinds.describe(weights.model)
         return hub.upload(path, folder, public, f"mdt_jax.convert: {summary}")
 
 
 def config_of(weights: Weights) -> dict:
     """What config.json holds; for a VAE also the fields under which diffusers looks."""
-    meta = networks.meta_of(weights)
+    meta = kinds.meta_of(weights)
     if isinstance(weights.model, AutoencoderKL):
         meta |= {**(weights.latents or {}), "norm_num_groups": weights.model.groups}
-    return config_files.content(meta, networks.params_sha256(weights.params))
+    return config_files.content(meta, kinds.params_sha256(weights.params))
 
 
 def _write(path: pathlib.Path, text: str) -> None:

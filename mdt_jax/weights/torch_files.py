@@ -34,21 +34,18 @@ class File(NamedTuple):
     """What a file of weights holds.
 
     arrays: by name, in the order of the file. part: the key of the wrapper that they were under,
-    and others: its other keys. dtype: the types of floats other than float32. ignored: the names of
-    arrays that were left out. args: the text and numbers under "args", the flags of the training.
+    and others: its other keys. choice: whether there were other weights, too. dtype: the types of
+    floats other than float32. ignored: the names of arrays that were left out. args: the text and
+    numbers under "args", the flags of the training.
     """
 
     arrays: dict[str, np.ndarray]
     part: str | None = None
     others: tuple[str, ...] = ()
+    choice: bool = False
     dtype: str | None = None
     ignored: tuple[str, ...] = ()
     args: Mapping[str, Any] | None = None
-
-    @property
-    def choice(self) -> bool:
-        """Whether the wrapper had other weights, too."""
-        return any(name in HOLDERS for name in self.others)
 
     @property
     def item(self) -> str | None:
@@ -96,7 +93,7 @@ def read_file(
                 f"{path}: {name} is of type {dtype}; weights must be integers or floats"
             )
         floats |= {dtype} - {"float32"} if kind not in "iu" else set()
-    counters = [name for name in file.arrays if name.rpartition(".")[2] in COUNTERS]
+    counters = dict.fromkeys(n for n in file.arrays if n.rpartition(".")[2] in COUNTERS)
     arrays = {name: array for name, array in file.arrays.items() if name not in counters}
     return file._replace(
         arrays=_without_prefixes(arrays),
@@ -115,15 +112,14 @@ def _without_prefixes(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     nine in ten names have. Where two names would become one, all stay as they are.
     """
     names = [WRAPPERS.sub("", name) for name in arrays]
-    shorter = True
-    while shorter:
-        counts = {p: sum(name.startswith(p) for name in names) for p in PREFIXES}
-        shorter = next(
-            (p for p, count in counts.items() if count and count >= 0.9 * len(names)), ""
-        )
-        names = [name.removeprefix(shorter) for name in names]
+    while prefix := next((p for p in PREFIXES if _nearly_all(names, p)), None):
+        names = [name.removeprefix(prefix) for name in names]
     renamed = dict(zip(names, arrays.values(), strict=True))
     return renamed if len(renamed) == len(arrays) else arrays
+
+
+def _nearly_all(names: list[str], prefix: str) -> bool:
+    return bool(names) and sum(n.startswith(prefix) for n in names) >= 0.9 * len(names)
 
 
 def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
@@ -172,21 +168,25 @@ def _read_index(path: pathlib.Path, sibling: Callable[[str], str | os.PathLike])
 
 def _read_pickled(path: pathlib.Path, raw: bool) -> File:
     content = pickled.read(path)
-    part, others, args = [], (), None
+    file, part = File({}), []
     if isinstance(content, Mapping):
         args = content.get("args")
         args = args.values if isinstance(args, pickled.Namespace) else pickled.plain(args)
+        file = file._replace(args=args or None)
     for _ in range(2):  # {"ema": {"module": …}}
         inner = {n: content.get(n) for n in HOLDERS} if isinstance(content, Mapping) else {}
         held = [name for name, value in inner.items() if isinstance(value, Mapping) and value]
-        if held:
-            part.append(next((n for n in held if raw and n not in AVERAGES), held[0]))
-            if not others:
-                others = tuple(n for n in content if isinstance(n, str) and n != part[0])
-            content = content[part[-1]]
+        if not held:
+            break
+        chosen = next((name for name in held if raw and name not in AVERAGES), held[0])
+        if not part:
+            others = tuple(n for n in content if isinstance(n, str) and n != chosen)
+            file = file._replace(others=others, choice=len(held) > 1)
+        part.append(chosen)
+        content = content[chosen]
     if not isinstance(content, Mapping):
         raise UserError(f"{path} holds a {type(content).__name__}, not tensors by name")
-    return File(_arrays_of(path, content), ".".join(part) or None, others, args=args or None)
+    return file._replace(arrays=_arrays_of(path, content), part=".".join(part) or None)
 
 
 def _arrays_of(path: pathlib.Path, tensors: Mapping) -> dict[str, np.ndarray]:

@@ -19,7 +19,7 @@ from mdt_jax.models.mdt import VAE_CHANNELS, VAE_FACTOR
 from mdt_jax.runtime import files, hub, parallel
 from mdt_jax.runtime.backend import HIGHEST
 from mdt_jax.runtime.errors import UserError
-from mdt_jax.weights import networks, orbax_folders, picking, step_folders, vae_names
+from mdt_jax.weights import kinds, networks, orbax_folders, picking, step_folders, vae_names
 
 SUFFIXES = (".safetensors", ".bin")  # of a VAE's file in a folder of diffusers
 
@@ -83,7 +83,7 @@ class Vae:
     @functools.cached_property
     def sha256(self) -> str:
         """SHA-256 of the parameters, hexadecimal."""
-        return networks.params_sha256(self.params)
+        return kinds.params_sha256(self.params)
 
     def encoder(
         self, mesh: Mesh, precision: str = HIGHEST

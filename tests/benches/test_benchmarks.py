@@ -237,6 +237,22 @@ def test_what_the_measures_cost(tmp_path, capsys):
     assert "| 300 and 200 × 32 | s | CPU s | peak GB |" in capsys.readouterr().out
     report = json.loads(out.read_text())
     assert [row["name"] for row in report["rows"]][1:] == [
-        "Fréchet distance", "precision and recall"
+        "Fréchet distance", "precision and recall", "kernel distance"
     ]  # fmt: skip
     assert all(row["seconds"] > 0 and row["peak_gb"] > 0.01 for row in report["rows"])
+
+
+def test_metrics_of_few_samples(tmp_path, capsys):
+    """FID is too large for few samples; KID is right in the mean."""
+    bench = runpy.run_path(str(ROOT / "benchmarks" / "few_samples.py"))["bench"]
+    out = tmp_path / "few.json"
+    small = ["--size=16", "--references=500", "--many=4000", "--repeats=30", "--numbers", "250"]
+    bench(["x", f"--out={out}", *small])
+    assert "| 250 | FID |" in capsys.readouterr().out
+    rows = json.loads(out.read_text())["rows"]
+    few_fid, few_kid, fid, kid = rows
+    assert few_kid["samples"] == 250 and fid["samples"] == kid["samples"] == 4000
+    for model in (0, 1):
+        assert few_fid["means"][model] > fid["means"][model] + 2 * few_fid["deviations"][model]
+        error = few_kid["deviations"][model] / 30**0.5
+        assert abs(few_kid["means"][model] - kid["means"][model]) < 4 * error

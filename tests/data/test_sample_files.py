@@ -20,7 +20,7 @@ from mdt_jax.data.sample_notes import parsed
 from mdt_jax.models.mdt import MDT, init_params
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.sampling.labels import parse_labels
-from mdt_jax.weights import networks
+from mdt_jax.weights import kinds, networks
 from tests.conftest import exits_with_one_line, run_here
 from tests.lively import with_a_broken_class
 from tests.models.common import random_params
@@ -180,7 +180,7 @@ def test_a_part_cut_short_is_drawn_again(tmp_path):
 def test_latents_are_decoded_batch_by_batch(tmp_path):
     model = MDT(input_size=(8, 8), in_channels=4, hidden_size=16, depth=2, num_heads=2,
                 decoder_layers=1, num_classes=3)  # fmt: skip
-    networks.save(tmp_path / "mdt", networks.Weights(model, init_params(model, jax.random.key(0))))
+    networks.save(tmp_path / "mdt", kinds.Weights(model, init_params(model, jax.random.key(0))))
     write_vae(tmp_path / "vae")
     flags = [f"--checkpoint={tmp_path / 'mdt'}", f"--vae={tmp_path / 'vae'}", "--num_steps=2"]
     flags += ["--num_samples=5"]
@@ -196,7 +196,7 @@ def test_latents_are_decoded_batch_by_batch(tmp_path):
 def test_samples_that_are_not_finite_are_not_written(out, tmp_path):
     model, params = mdt_jax.load(DIGITS)
     broken = jax.tree.map(lambda leaf: np.full_like(leaf, 3e38), params)
-    networks.save(tmp_path / "broken", networks.Weights(model, broken))
+    networks.save(tmp_path / "broken", kinds.Weights(model, broken))
     argv = [f"--checkpoint={tmp_path / 'broken'}", "--num_steps=2", "--num_samples=3"]
     argv += [f"--out={tmp_path}/new/{out}"] + ["--show=noise"] * (out == "a.gif")
     printed = run_here(sample.main, *argv, "--batch_size=2", expect=2)
@@ -206,7 +206,7 @@ def test_samples_that_are_not_finite_are_not_written(out, tmp_path):
 
 def test_batches_before_one_that_is_not_finite_are_kept(tmp_path):
     model, params = mdt_jax.load(DIGITS)
-    networks.save(tmp_path / "broken", networks.Weights(model, with_a_broken_class(params, 3)))
+    networks.save(tmp_path / "broken", kinds.Weights(model, with_a_broken_class(params, 3)))
     argv = [f"--checkpoint={tmp_path / 'broken'}", "--num_steps=2", "--num_samples=6"]
     argv += [f"--out={tmp_path}/a.npz", "--batch_size=2"]
     printed = run_here(sample.main, *argv, expect=2)
@@ -218,9 +218,9 @@ def test_batches_before_one_that_is_not_finite_are_kept(tmp_path):
 def test_images_that_a_vae_decodes_to_nan_are_not_written(tmp_path):
     model = MDT(input_size=(8, 8), in_channels=4, hidden_size=16, depth=2, num_heads=2,
                 decoder_layers=1, num_classes=3)  # fmt: skip
-    networks.save(tmp_path / "mdt", networks.Weights(model, init_params(model, jax.random.key(0))))
+    networks.save(tmp_path / "mdt", kinds.Weights(model, init_params(model, jax.random.key(0))))
     broken = jax.tree.map(lambda leaf: np.full_like(leaf, 3e38), random_params(VAE))
-    networks.save(tmp_path / "vae", networks.Weights(VAE, broken))
+    networks.save(tmp_path / "vae", kinds.Weights(VAE, broken))
     argv = [f"--checkpoint={tmp_path / 'mdt'}", f"--vae={tmp_path / 'vae'}", "--num_steps=2"]
     argv += ["--num_samples=2", f"--out={tmp_path / 'a.npz'}"]
     printed = run_here(sample.main, *argv, expect=2)
@@ -249,7 +249,7 @@ def test_labels(tmp_path):
 def test_names_are_looked_up_among_the_runs_own(tmp_path, capsys, monkeypatch):
     model = MDT(input_size=(4, 4), in_channels=1, hidden_size=16, depth=2, num_heads=2,
                 decoder_layers=1, num_classes=3)  # fmt: skip
-    found = networks.Weights(model, init_params(model, jax.random.key(0)), classes=("1", "2", "3"))
+    found = kinds.Weights(model, init_params(model, jax.random.key(0)), classes=("1", "2", "3"))
     networks.save(tmp_path / "run", found)
     argv = [f"--checkpoint={tmp_path / 'run'}", "--num_steps=2", "--guidance_scale=1"]
     argv += [f"--out={tmp_path / 'a.npz'}"]

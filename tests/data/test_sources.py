@@ -12,7 +12,7 @@ from mdt_jax import config as configs
 from mdt_jax import convert, encode, sample
 from mdt_jax.models.autoencoder import AutoencoderKL
 from mdt_jax.train import inputs
-from mdt_jax.weights import networks
+from mdt_jax.weights import kinds, networks
 from tests.conftest import run_here, train_here
 from tests.models.common import random_params
 from tests.small_data import CLASSES, write_parquet, write_pictures, write_tar, write_vae
@@ -80,7 +80,7 @@ def place(tmp_path_factory):
     for path in (folder / "spoilt").glob("*/*.jpg"):
         path.write_bytes(path.read_bytes()[:200])
     wide = AutoencoderKL(channels=(8, 8), layers=1, groups=4)
-    networks.save(folder / "wide", networks.Weights(wide, random_params(wide)))
+    networks.save(folder / "wide", kinds.Weights(wide, random_params(wide)))
     return folder
 
 

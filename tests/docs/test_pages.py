@@ -40,9 +40,11 @@ def folder(tmp_path_factory):
     write_pictures(folder / "photos")
     (folder / "imagenet-1k").mkdir()
     write_parquet(folder / "imagenet" / "train", folder / "imagenet-1k" / "data")
-    from tests.fid_packages import random_state
+    from tests import dinov2, fid_packages
 
-    torch_files.write_arrays(folder / "pt_inception-2015-12-05-6726825d.pth", random_state())
+    inception = folder / "pt_inception-2015-12-05-6726825d.pth"
+    torch_files.write_arrays(inception, fid_packages.random_state())
+    torch_files.write_arrays(folder / "dinov2_vitl14_pretrain.pth", dinov2.random_state())
     images = np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3), np.uint8)
     np.savez(folder / "VIRTUAL_imagenet256_labeled.npz", arr_0=images)
     write_vae(folder / "vae")

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from mdt_jax.models.embeddings import sincos_positions
-from mdt_jax.weights.networks import shapes_of
+from mdt_jax.weights.kinds import shapes_of
 
 
 def apply(model, params, *inputs, **options):

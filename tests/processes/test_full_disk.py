@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from mdt_jax.weights import networks
+from mdt_jax.weights import kinds, networks
 from tests.conftest import ROOT
 from tests.models.common import random_params
 from tests.published import MODELS
@@ -38,7 +38,7 @@ def run(*arguments, cwd):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("source") / "v1"
-    networks.save(path, networks.Weights(MODELS["v1"], random_params(MODELS["v1"])))
+    networks.save(path, kinds.Weights(MODELS["v1"], random_params(MODELS["v1"])))
     return path
 
 

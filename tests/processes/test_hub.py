@@ -157,7 +157,7 @@ def upload(server, tmp_path):
 
 SAMPLES = """
 import sys, numpy as np, jax, mdt_jax
-from mdt_jax.weights.networks import params_sha256
+from mdt_jax.weights.kinds import params_sha256
 pipeline = mdt_jax.load(sys.argv[1])
 print(params_sha256(pipeline.params), pipeline.config.to_json(sort_keys=True))
 print(pipeline.generate([3, 1, 4], seed=2).tobytes().hex())

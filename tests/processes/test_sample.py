@@ -13,7 +13,7 @@ from PIL import Image
 
 from mdt_jax import inpaint, sample
 from mdt_jax.models.mdt import MDT, init_params
-from mdt_jax.weights import networks
+from mdt_jax.weights import kinds, networks
 from tests.conftest import ROOT, run_here, start_command
 from tests.processes.together import all_well, ends, free_port, start_as_one
 from tests.runs import SAMPLE
@@ -67,7 +67,7 @@ def test_memory_does_not_grow_with_the_number_of_samples(tmp_path):
     model = MDT(input_size=(64, 64), in_channels=3, hidden_size=8, depth=2, num_heads=1,
                 patch_size=32, decoder_layers=1, num_classes=3)  # fmt: skip
     params = init_params(model, jax.random.key(0))
-    networks.save(tmp_path / "tiny", networks.Weights(model, params))
+    networks.save(tmp_path / "tiny", kinds.Weights(model, params))
     peaks = []
     for count in (500, 5000):
         flags = [f"--checkpoint={tmp_path / 'tiny'}", f"--num_samples={count}", "--num_steps=1"]
@@ -122,7 +122,7 @@ def test_sigterm_to_one_process_ends_all(told, tmp_path):
 def test_two_processes_complete_an_image_of_latents(tmp_path):
     model = MDT(input_size=(8, 8), in_channels=4, hidden_size=16, depth=2, num_heads=2,
                 decoder_layers=1, num_classes=3)  # fmt: skip
-    networks.save(tmp_path / "mdt", networks.Weights(model, init_params(model, jax.random.key(0))))
+    networks.save(tmp_path / "mdt", kinds.Weights(model, init_params(model, jax.random.key(0))))
     write_vae(tmp_path / "vae")
     size = 8 * VAE.factor
     mask = np.zeros((size, size), np.uint8)

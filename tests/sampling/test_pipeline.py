@@ -16,7 +16,7 @@ from mdt_jax import sample
 from mdt_jax.diffusion.options import SampleOptions
 from mdt_jax.models.mdt import MDT
 from mdt_jax.runtime.errors import UserError
-from mdt_jax.weights import networks
+from mdt_jax.weights import kinds, networks
 from tests.conftest import ROOT, run_here
 from tests.models.common import random_params
 from tests.runs import DIGITS
@@ -35,7 +35,7 @@ def folder(tmp_path_factory):
     config.sample.update(sampler="ddim", num_steps=3, guidance_scale=2.0)
     model, names = MDT.from_config(config), ("cat", "dog", "10")
     params = random_params(model)
-    networks.save(folder / "run", networks.Weights(model, params, config, "ema", names, 7))
+    networks.save(folder / "run", kinds.Weights(model, params, config, "ema", names, 7))
     return folder
 
 
@@ -85,7 +85,7 @@ def test_a_file_of_pixels_and_one_of_latents(folder, tmp_path):
     samples = np.full((1, 8, 8, 1), 0.5, np.float32)
     np.testing.assert_array_equal(digits.to_images(samples), mdt_jax.to_uint8(samples))
     model, params = mdt_jax.load(folder / "run")
-    networks.save(tmp_path / "file.safetensors", networks.Weights(model, params))
+    networks.save(tmp_path / "file.safetensors", kinds.Weights(model, params))
     latents, how = np.zeros((1, 8, 8, 4), np.float32), dict(decoder_layers=1)
     with pytest.raises(UserError, match="to make pictures of them say"):
         mdt_jax.load(tmp_path / "file.safetensors", **how).to_images(latents)

@@ -14,7 +14,7 @@ from mdt_jax.diffusion.options import balanced_labels
 from mdt_jax.evaluation.evaluator import Evaluator, evaluate_samples
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.train import workdir
-from mdt_jax.weights import networks
+from mdt_jax.weights import kinds, networks
 from mdt_jax.weights.step_folders import steps_in
 from tests.conftest import train_here
 from tests.measuring import quick_inception
@@ -159,7 +159,7 @@ def test_samples_that_are_not_finite_do_not_end_a_run(trained, tmp_path):
     """Its grids and measurements are left out; its last samples are asked for, and an error."""
     model, params = mdt_jax.load(trained)
     broken = jax.tree.map(lambda leaf: np.full_like(leaf, 3e38), params)
-    networks.save(tmp_path / "broken", networks.Weights(model, broken))
+    networks.save(tmp_path / "broken", kinds.Weights(model, broken))
     flags = [flag for flag in MEASURING if "sample_every" not in flag]
     flags += ["--config.train.sample_every=2", "--config.train.steps=3"]
     flags += [f"--config.init.checkpoint={tmp_path}/broken", f"--workdir={tmp_path}/run"]

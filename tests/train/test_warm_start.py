@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from mdt_jax import main
-from mdt_jax.weights import networks
+from mdt_jax.weights import kinds, networks
 from tests.conftest import SMOKE, exits_with_one_line, train_here
 from tests.models.common import random_params
 
@@ -44,7 +44,7 @@ def test_parameters_and_ema_are_those_of_a_run(trained, tmp_path):
 
 def test_a_file_does_as_well_and_gives_both(trained, tmp_path):
     model, params, *_ = networks.load_weights(trained)
-    networks.save(tmp_path / "w.pt", networks.Weights(model, params))
+    networks.save(tmp_path / "w.pt", kinds.Weights(model, params))
     raw, ema, _ = started(tmp_path / "run", f"--config.init.checkpoint={tmp_path / 'w.pt'}")
     assert tree_equal(raw, params) and tree_equal(ema, params)
 
@@ -71,7 +71,7 @@ def test_another_number_of_classes_takes_all_but_the_label_table(trained, tmp_pa
 def test_a_run_that_goes_on_takes_its_own_checkpoints(trained, tmp_path):
     model, params, *_ = networks.load_weights(trained)
     file, workdir = tmp_path / "w.pt", tmp_path / "run"
-    networks.save(file, networks.Weights(model, params))
+    networks.save(file, kinds.Weights(model, params))
     start = [*SMOKE, f"--workdir={workdir}", f"--config.init.checkpoint={file}"]
     train_here(*start, "--config.train.steps=2")
     after = networks.load_weights(workdir, params="raw").params
@@ -86,7 +86,7 @@ def test_another_resolution_on_request(trained, tmp_path, capsys, monkeypatch, i
     """From weights for 4×6 tokens to the digits' 4×4."""
     model = networks.load_weights(trained).model.clone(input_size=(8, 12))
     source = tmp_path / "wide"
-    networks.save(source, networks.Weights(model, random_params(model)))
+    networks.save(source, kinds.Weights(model, random_params(model)))
     before = sorted(p.name for p in tmp_path.iterdir())
     argv = [*SMOKE, f"--workdir={tmp_path / 'run'}", f"--config.init.checkpoint={source}"]
     printed = exits_with_one_line(main.main, argv, capsys, monkeypatch)
@@ -110,7 +110,7 @@ BAD = {
 
 def test_a_file_of_the_other_version(trained, tmp_path, capsys, monkeypatch, in_root, keep_signals):
     model = networks.load_weights(trained).model.clone(version="v2")
-    networks.save(tmp_path / "v2.pt", networks.Weights(model, random_params(model)))
+    networks.save(tmp_path / "v2.pt", kinds.Weights(model, random_params(model)))
     start = f"--config.init.checkpoint={tmp_path / 'v2.pt'}"
     argv = [*SMOKE, f"--workdir={tmp_path / 'run'}", start]
     printed = exits_with_one_line(main.main, argv, capsys, monkeypatch)

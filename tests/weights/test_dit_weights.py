@@ -14,7 +14,7 @@ from mdt_jax.models.autoencoder import AutoencoderKL
 from mdt_jax.models.mdt import MDT
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.train import loop
-from mdt_jax.weights import diffusers_dit, mdt_names, networks, torch_files
+from mdt_jax.weights import diffusers_dit, kinds, mdt_names, networks, torch_files
 from tests.models.common import apply, random_params
 from tests.published import dit_numbers, dit_state, relative_error
 
@@ -184,7 +184,7 @@ def test_a_run_starts_from_a_file_and_leaves_as_one(tmp_path):
         input_size=(8, 8), in_channels=1, hidden_size=16, depth=3, num_heads=2, num_classes=10
     )
     first = tmp_path / "first.pt"
-    networks.save(first, networks.Weights(model, random_params(model)))
+    networks.save(first, kinds.Weights(model, random_params(model)))
     config = digits_dit()
     config.init.checkpoint = str(first)
     workdir = tmp_path / "run"
@@ -216,10 +216,10 @@ def pipe(tmp_path_factory):
     """A DiT's published file and a VAE, and the folder that `convert` makes of them."""
     place = tmp_path_factory.mktemp("pipe")
     model = mdt_names.dit(**SMALL)
-    networks.save(place / "dit.safetensors", networks.Weights(model, random_params(model)))
+    networks.save(place / "dit.safetensors", kinds.Weights(model, random_params(model)))
     vae = AutoencoderKL(channels=(32, 32), layers=1)
     params = jax.jit(vae.init)(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
-    networks.save(place / "vae.safetensors", networks.Weights(vae, params))
+    networks.save(place / "vae.safetensors", kinds.Weights(vae, params))
     convert.main(
         ["convert", f"--src={place}/dit.safetensors", f"--dst={place}/pipe", "--num_heads=2",
          "--format=diffusers", f"--vae={place}/vae.safetensors"]
@@ -291,7 +291,7 @@ def test_diffusers_own_folder_is_read(diffusers, tmp_path):
     x = np.random.RandomState(0).standard_normal((2, 4, 8, 8)).astype(np.float32)
     t, y = np.array([3, 700]), np.array([5, 1000])
     with torch.no_grad():
-        whole = transformer.float()
+        whole = diffusers.DiTTransformer2DModel.from_pretrained(tmp_path / "theirs" / "transformer")
         out = whole(torch.tensor(x), torch.tensor(t), torch.tensor(y)).sample.numpy()
     assert relative_error(apply(*pipeline, nhwc(x), t, y), nhwc(out)) < 2e-6
     # Out again: the same arrays under the same names.
@@ -361,7 +361,7 @@ def test_what_a_scheduler_says_of_sampling():
 
 def test_mdt_does_not_go_into_a_pipeline(tmp_path):
     model = MDT(**{**SMALL, "depth": 4})
-    networks.save(tmp_path / "mdt.pt", networks.Weights(model, random_params(model)))
+    networks.save(tmp_path / "mdt.pt", kinds.Weights(model, random_params(model)))
     with pytest.raises(UserError, match="no place for an MDT"):
         convert.main(["convert", f"--src={tmp_path}/mdt.pt", f"--dst={tmp_path}/pipe",
                       "--format=diffusers"])  # fmt: skip

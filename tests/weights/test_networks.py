@@ -13,7 +13,7 @@ import mdt_jax
 from mdt_jax import convert
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.sampling.pipeline import Pipeline
-from mdt_jax.weights import networks, torch_files
+from mdt_jax.weights import networks, published_files, torch_files
 from mdt_jax.weights.vae import Vae
 from tests.models.common import random_params
 from tests.published import MODELS, VERSIONS, dit_state, published_params, published_state
@@ -53,10 +53,10 @@ def test_a_training_checkpoint(version, tmp_path, capsys):
 @pytest.mark.parametrize(
     "flags, sampling",
     [
-        ({"model": "SiT-S/2"}, networks.SIT_SAMPLING),
-        ({"model": "own", "path_type": "Linear"}, networks.SIT_SAMPLING),
-        ({"model": "DiT-S/2"}, networks.DIT_SAMPLING),
-        ({}, networks.DIT_SAMPLING),
+        ({"model": "SiT-S/2"}, published_files.SIT_SAMPLING),
+        ({"model": "own", "path_type": "Linear"}, published_files.SIT_SAMPLING),
+        ({"model": "DiT-S/2"}, published_files.DIT_SAMPLING),
+        ({}, published_files.DIT_SAMPLING),
     ],
 )
 def test_the_flags_of_a_training_tell_sit_from_dit(flags, sampling, tmp_path):

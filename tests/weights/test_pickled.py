@@ -221,8 +221,9 @@ def test_a_wrapper_in_itself(tmp_path):
 def test_wrappers_in_wrappers(tmp_path):
     file = read({"ema": {"module": STATE}, "model": {"module": STATE}}, tmp_path / "w.pt")
     assert same(file.arrays, STATE) and (file.part, file.item) == ("ema.module", "ema")
-    file = read({"ema": None, "model": STATE, "module": {}}, tmp_path / "w.pt")
-    assert same(file.arrays, STATE) and file.part == "model"
+    file = read({"ema": None, "state_dict": STATE, "model": "DiT-S/2"}, tmp_path / "w.pt")
+    assert same(file.arrays, STATE) and file.part == "state_dict"
+    assert file.others == ("ema", "model") and not file.choice and file.item is None
     # A network whose own names are those of wrappers.
     file = read({"model": torch.ones(2, 2), "ema": torch.ones(3)}, tmp_path / "w.pt")
     assert set(file.arrays) == {"model", "ema"} and file.part is None
