@@ -8,6 +8,7 @@ from mdt_jax.data import sources
 from mdt_jax.data.crops import CROPS
 from mdt_jax.diffusion.losses import LOSS_WEIGHTS
 from mdt_jax.diffusion.options import CLIPPING, NOT_IN_SAMPLE, SampleOptions
+from mdt_jax.diffusion.samplers import SAMPLERS
 from mdt_jax.models.autoencoder import VAE_SCALE
 from mdt_jax.models.xla import ATTENTION, REMAT
 from mdt_jax.runtime import files, hub
@@ -49,7 +50,8 @@ def _sample_fields() -> dict[str, Field]:
         if option.name not in NOT_IN_SAMPLE
     }
     clipping = dataclasses.replace(fields["clip_denoised"], default="auto", bound=one_of(CLIPPING))
-    return fields | {"clip_denoised": clipping}
+    sampler = dataclasses.replace(fields["sampler"], bound=one_of(SAMPLERS))  # runs predict noise
+    return fields | {"clip_denoised": clipping, "sampler": sampler}
 
 
 FIELDS: dict[str, dict[str, Field]] = dict(
