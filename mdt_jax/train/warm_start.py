@@ -52,6 +52,8 @@ def read_weights(config: ConfigDict, workdir: Path, model: MDT, key: jax.Array) 
             trees[name] = {k: v for k, v in tree.items() if k != "label_embed"} | labels
         counts = f"{source.num_classes} classes there, {model.num_classes} here"
         changes.append(f"a new label table: {counts}")
+    if ema.sampling.get("objective") == "flow":
+        changes.append("they predict velocity at times from 0 to 1, but the run trains for noise")
     for line in [f"parameters and EMA are those of {path}", *changes]:
         log0(f"init.checkpoint: {line}")
     # A step donates its state, so that parameters and EMA must not share memory.

@@ -133,7 +133,7 @@ def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
         if isinstance(error, AttributeError):  # numpy.float8_e4m3fn
             raise UserError(f"{path} has tensors of {error.name}, which are not read") from None
         raise UserError(
-            f"{path} is damaged or no safetensors file that NumPy can hold: {reason(error)}"
+            f"{path} is damaged, cut short or no safetensors file: {reason(error)}; {foreign.AGAIN}"
         ) from None
 
 
@@ -196,7 +196,9 @@ def _arrays_of(path: pathlib.Path, tensors: Mapping) -> dict[str, np.ndarray]:
     arrays = {}
     for name, value in tensors.items():
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):
-            name = repr(name[:80]) if isinstance(name, str) else f"of a {type(name).__name__} there"
+            name = (
+                repr(name[:80]) if isinstance(name, str) else f"a key of type {type(name).__name__}"
+            )
             raise UserError(f"{path}: {name} is a {type(value).__name__}, not a tensor by name")
         try:
             arrays[name] = pickled.to_array(value)

@@ -218,6 +218,16 @@ def test_a_wrapper_in_itself(tmp_path):
         read(content, tmp_path / "round.pt")
 
 
+def test_what_pytorch_advises_is_not_repeated(tmp_path):
+    """Its errors for these two advise weights_only=False, which runs the code in a file."""
+    (tmp_path / "zeros.pt").write_bytes(bytes(1000))
+    with pytest.raises(UserError, match="or no file of weights; download or copy it once more$"):
+        torch_files.read_file(tmp_path / "zeros.pt")
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "jit.pt")
+    with pytest.raises(UserError, match="jit.pt is a program of TorchScript, .* save its state"):
+        torch_files.read_file(tmp_path / "jit.pt")
+
+
 def test_wrappers_in_wrappers(tmp_path):
     file = read({"ema": {"module": STATE}, "model": {"module": STATE}}, tmp_path / "w.pt")
     assert same(file.arrays, STATE) and (file.part, file.item) == ("ema.module", "ema")
