@@ -17,7 +17,7 @@ from mdt_jax.weights import foreign, pickled
 SUFFIXES = (*pickled.SUFFIXES, ".safetensors")
 INDEX = ".safetensors.index.json"  # the end of the name of an index of shards
 # Keys under which training programs keep weights beside the state of the optimiser.
-AVERAGES = ("ema", "model_ema", "ema_state_dict", "state_dict_ema")
+AVERAGES = ("ema", "model_ema", "ema_model", "ema_state_dict", "state_dict_ema")
 HOLDERS = (*AVERAGES, "state_dict", "model", "module")
 # Prefixes that DistributedDataParallel and Lightning put before every name.
 PREFIXES = ("module.", "model.")
@@ -181,12 +181,21 @@ def _read_pickled(path: pathlib.Path, raw: bool) -> File:
         chosen = next((name for name in held if raw and name not in AVERAGES), held[0])
         if not part:
             others = tuple(n for n in content if isinstance(n, str) and n != chosen)
-            file = file._replace(others=others, choice=len(held) > 1)
+            choice = len(held) > 1 or any(_has_tensors(content[name]) for name in others)
+            file = file._replace(others=others, choice=choice)
         part.append(chosen)
         content = content[chosen]
     if not isinstance(content, Mapping):
         raise UserError(f"{path} holds a {type(content).__name__}, not tensors by name")
     return file._replace(arrays=_arrays_of(path, content), part=".".join(part) or None)
+
+
+def _has_tensors(value: Any) -> bool:
+    """Whether a value is a dict of tensors by name, perhaps other weights."""
+    import torch
+
+    tensors = value.values() if isinstance(value, Mapping) else ()
+    return bool(tensors) and all(isinstance(tensor, torch.Tensor) for tensor in tensors)
 
 
 def _arrays_of(path: pathlib.Path, tensors: Mapping) -> dict[str, np.ndarray]:

@@ -145,6 +145,14 @@ def test_half_precision_keeps_the_fixed_positions(half):
     assert not model.learned_position and params["patch_embed"]["kernel"].dtype == np.float32
 
 
+def test_a_file_without_classes_is_sampled_without_guidance(tmp_path):
+    state = dit_state("sit")
+    del state["y_embedder.embedding_table.weight"]
+    torch_files.write_arrays(tmp_path / "SiT.pt", state)
+    options = mdt_jax.load(tmp_path / "SiT.pt", num_heads=2).options
+    assert options.objective == "flow" and not options.guided
+
+
 def test_trained_positions_are_kept():
     state = dit_state("dit")
     state["pos_embed"] = state["pos_embed"] + np.float32(0.1)
