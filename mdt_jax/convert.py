@@ -40,7 +40,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--params", choices=kinds.ITEMS, default="ema", help="which of a run's parameters")
     parser.add_unrecorded()
     add(
-        "--format", choices=FORMATS, default="orbax", help="of a new folder: diffusers: DiTPipeline"
+        "--format",
+        choices=FORMATS,
+        default="orbax",
+        help="of a new folder; diffusers: of a DiTPipeline",
     )
     add("--vae", type=cli.anywhere_or_hub, help="of --format=diffusers (default: that of --src)")
     add("--public", **cli.SWITCH, help="let everybody see a new repository on the hub")

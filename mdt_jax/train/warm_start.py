@@ -63,6 +63,11 @@ def read_weights(config: ConfigDict, workdir: Path, model: MDT, key: jax.Array) 
 def _check_fits(weights: Weights[MDT], config: ConfigDict, model: MDT) -> None:
     """Raise UserError where a model cannot start from the weights of another."""
     path, source, theirs = config.init.checkpoint, weights.model, weights.config
+    if source.timestep_shift:
+        raise UserError(
+            f"init.checkpoint {path} is a DiT of diffusers, which embeds timesteps otherwise than "
+            "a run does; convert it to a .pt and start from that"
+        )
     source_fields = fields_of(source)
     pairs = [(n, source_fields[n], ours) for n, ours in fields_of(model).items() if n not in _FREE]
     if theirs is not None:

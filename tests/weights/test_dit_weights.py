@@ -250,6 +250,13 @@ def test_a_run_from_a_sit_says_that_it_predicts_velocity(tmp_path, capsys):
     assert "they predict velocity at times from 0 to 1" in capsys.readouterr().err
 
 
+def test_a_run_does_not_start_from_a_folder_of_diffusers(pipe, tmp_path):
+    config = digits_dit()
+    config.init.checkpoint = str(pipe)
+    with pytest.raises(UserError, match="a DiT of diffusers, .* convert it to a .pt"):
+        warm_start.read_weights(config, tmp_path, MDT.from_config(config), jax.random.key(0))
+
+
 def digits_dit():
     from mdt_jax import config as configs
 

@@ -234,15 +234,15 @@ def test_wrappers_in_wrappers(tmp_path):
     file = read({"ema": None, "state_dict": STATE, "model": "DiT-S/2"}, tmp_path / "w.pt")
     assert same(file.arrays, STATE) and file.part == "state_dict"
     assert file.others == ("ema", "model") and not file.choice and file.item is None
+    # A network whose own names are those of wrappers.
+    file = read({"model": torch.ones(2, 2), "ema": torch.ones(3)}, tmp_path / "w.pt")
+    assert set(file.arrays) == {"model", "ema"} and file.part is None
 
 
 def test_weights_under_another_key_are_said_to_be_left_out(tmp_path):
     file = read({"model": STATE, "ema_of_mine": STATE, "opt": {"state": {}}}, tmp_path / "w.pt")
     assert file.choice and file.others == ("ema_of_mine", "opt")
     assert not read({"model": STATE, "opt": {"state": {}}}, tmp_path / "w.pt").choice
-    # A network whose own names are those of wrappers.
-    file = read({"model": torch.ones(2, 2), "ema": torch.ones(3)}, tmp_path / "w.pt")
-    assert set(file.arrays) == {"model", "ema"} and file.part is None
 
 
 def test_what_is_no_tensor_has_the_name_of_its_class(tmp_path):
