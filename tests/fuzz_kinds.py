@@ -29,7 +29,7 @@ from mdt_jax.train import workdir
 from mdt_jax.train.checkpoints import Checkpoints
 from mdt_jax.train.log import MetricsLog
 from mdt_jax.train.state import TrainState
-from mdt_jax.weights import kinds, mdt_names, networks, torch_files
+from mdt_jax.weights import kinds, mdt_names, networks, publishing, torch_files
 from mdt_jax.weights.picking import DIFFUSERS
 from mdt_jax.weights.vae import Vae, recorded_scale
 from tests.models.common import random_params
@@ -92,6 +92,18 @@ def read_weights(name: str):
 
 
 INDEX = "w.safetensors.index.json"
+
+
+def make_uploaded(folder: pathlib.Path) -> None:
+    """What `convert` uploads, without the model card."""
+    found = kinds.Weights(MODEL, random_params(MODEL, seed=0), classes=NAMES, step=3)
+    networks.save(folder / "model.safetensors", found)
+    (folder / "config.json").write_text(json.dumps(publishing.config_of(found)))
+
+
+def read_uploaded(folder: pathlib.Path):
+    found = networks.read_network(folder, kind="mdt")
+    return bits(found.params), found.classes, found.step, kinds.describe(found.model)
 
 
 def make_shards(folder: pathlib.Path) -> None:
@@ -456,6 +468,7 @@ locks.WATCH = 0.01  # another host's file is watched for seconds
 
 KINDS = [
     Kind("safetensors", write_weights("w.safetensors"), read_weights("w.safetensors")),
+    Kind("uploaded", make_uploaded, read_uploaded, told=True),
     Kind("shards", make_shards, read_weights(INDEX)),
     Kind("training checkpoint", make_training, read_weights("w.pt"), told=True),
     Kind("pt", write_weights("w.pt"), read_weights("w.pt"), told=True),

@@ -47,7 +47,7 @@ def serve(files: dict[str, bytes]) -> Iterator[Any]:
 
 def use_here(server: Any, monkeypatch, cache: pathlib.Path, token: str = "hf_writer") -> None:
     """Make the client of this process ask the server."""
-    from huggingface_hub import constants
+    from huggingface_hub import constants, file_download
 
     template = f"{server.endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
     for name, value in {
@@ -55,6 +55,8 @@ def use_here(server: Any, monkeypatch, cache: pathlib.Path, token: str = "hf_wri
         "HF_HUB_CACHE": str(cache), "HF_HUB_DISABLE_XET": True,
     }.items():  # fmt: skip
         monkeypatch.setattr(constants, name, value)
+    # Where older clients have it.
+    monkeypatch.setattr(file_download, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
     monkeypatch.setenv("HF_TOKEN", token)
 
 

@@ -17,7 +17,8 @@ from mdt_jax.runtime.errors import UserError
 from mdt_jax.runtime.progress import escape, log
 from mdt_jax.weights.kinds import Weights, describe, kind_of
 
-KINDS = {"vae": "autoencoder", "inception": "inception"}  # tags of other networks than MDT
+# Tags of other networks than MDT and DiT.
+KINDS = {"vae": "autoencoder", "inception": "inception", "dinov2": "dinov2"}
 ITEMS = {"ema": ", the EMA", "raw": ", the raw ones"}
 # What a card says of how samples were drawn → the name in the table.
 DRAWN = {
@@ -131,6 +132,7 @@ def _front_matter(weights: Weights) -> str:
     model, lines = weights.model, ["---", "library_name: mdt_jax"]
     tags = [KINDS.get(kind_of(model), "mdt"), "jax"]
     if isinstance(model, MDT):
+        tags[0] = "mdt" if model.decoder_layers else "dit"
         lines.append("pipeline_tag: unconditional-image-generation")
         tags += ["diffusion", "image-generation"]
         tags += ["class-conditional"] if model.num_classes else []

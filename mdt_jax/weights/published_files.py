@@ -70,7 +70,7 @@ def read(
         weights = weights._replace(stored=held.dtype, item=held.item or weights.item)
         del held
         _copy(weights.params)
-        classes = torch_files.read_classes(file)
+        classes = () if weights.classes else torch_files.read_classes(file)
         if isinstance(weights.model, MDT) and len(classes) == weights.model.num_classes:
             weights = weights._replace(classes=classes)
         return weights
@@ -179,16 +179,22 @@ def _in_pipeline(weights: Weights[MDT], folder: str) -> Weights[MDT]:
     return weights._replace(classes=classes, sampling=sampling, vae=vae)
 
 
+def different_fields(state: dict[str, np.ndarray], model: MDT) -> list[str]:
+    """The fields of an MDT that its published file tells otherwise. Raises UserError for a file
+    that is no MDT's."""
+    layers = model.decoder_layers if model.version == "v1" else None
+    found = fields_of(mdt_names.model_from_published(state, layers or None, model.num_heads))
+    own = fields_of(model)
+    return [name for name in config_files.TOLD if own[name] != found[name]]
+
+
 def _as_uploaded(
     state: dict[str, np.ndarray], meta: dict, told: dict[str, int | None]
 ) -> Weights[MDT]:
     """The MDT of a config.json of `convert`, whose parameters must be those it was written with."""
     model = cast(MDT, network_of(meta))
     _check_told(model, told)
-    layers = model.decoder_layers if model.version == "v1" else None
-    found = fields_of(mdt_names.model_from_published(state, layers or None, model.num_heads))
-    own = fields_of(model)
-    different = [name for name in config_files.TOLD if own[name] != found[name]]
+    different = different_fields(state, model)
     params = {} if different else mdt_names.params_from_published(state, model)
     if different or params_sha256(params) != meta.get(config_files.SUM):
         differs = f" ({', '.join(different)})" if different else ""

@@ -5,8 +5,10 @@ import pathlib
 import tempfile
 
 from mdt_jax.models.autoencoder import AutoencoderKL
+from mdt_jax.models.mdt import MDT
 from mdt_jax.runtime import hub
-from mdt_jax.weights import config_files, kinds, networks
+from mdt_jax.runtime.errors import UserError
+from mdt_jax.weights import config_files, kinds, mdt_names, networks, published_files
 from mdt_jax.weights.kinds import Weights
 from mdt_jax.weights.picking import CONFIG, OURS
 
@@ -17,11 +19,15 @@ def publish(path: str, weights: Weights, readme: str, public: bool) -> tuple[str
     path, public, and what is returned: as of `hub.upload`. readme: the model card. Raises
     UserError, before anything is uploaded where the published code cannot represent the model.
     """
+    if isinstance(weights.model, MDT):
+        state = mdt_names.to_published(weights.model, weights.params)
+        if different := published_files.different_fields(state, weights.model):
+            raise UserError(f"{', '.join(different)} could not be read back: nothing was uploaded")
+        del state
     with tempfile.TemporaryDirectory(prefix="mdt_jax-") as name:
         folder = pathlib.Path(name)
         networks.save(folder / OURS, weights)
         _write(folder / CONFIG, json.dumps(config_of(weights), indent=1) + "\n")
-        networks.read_network(folder)  # which compares the parameters
         _write(folder / "README.md", readme)
         summary = kinds.describe(weights.model)
         return hub.upload(path, folder, public, f"mdt_jax.convert: {summary}")
