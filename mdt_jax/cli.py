@@ -305,7 +305,7 @@ class Parser(argparse.ArgumentParser):
         add(
             "--vae",
             type=anywhere_or_hub,
-            help="file, folder or hf://OWNER/REPOSITORY (default: the run's)",
+            help="file, folder or hf://OWNER/REPOSITORY (default: the checkpoint's)",
         )
         add("--vae_scale", type=positive, help=f"of latents (default: the VAE's, or {VAE_SCALE})")
         self.add_unrecorded()

@@ -40,9 +40,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--params", choices=kinds.ITEMS, default="ema", help="which of a run's parameters")
     parser.add_unrecorded()
     add(
-        "--format", choices=FORMATS, default="orbax", help="of a new folder: diffusers: DiTPipeline"
+        "--format",
+        choices=FORMATS,
+        default="orbax",
+        help="of a new folder; diffusers: of a DiTPipeline",
     )
-    add("--vae", type=cli.anywhere_or_hub, help="of --format=diffusers (default: the run's)")
+    add("--vae", type=cli.anywhere_or_hub, help="of --format=diffusers (default: that of --src)")
     add("--public", **cli.SWITCH, help="let everybody see a new repository on the hub")
     add(
         "--card",
@@ -79,7 +82,11 @@ def check_destination(dst: files.Path) -> None:
 
 
 def find_vae(path: str | None, weights: kinds.Weights) -> Vae | None:
-    """The VAE at a path, or that of the run; None where none is known. Raises UserError."""
+    """The VAE at a path, or that of the folder or run; None where none is known.
+
+    Raises UserError.
+    """
+    path = path or weights.vae
     if path:
         return Vae.load(path)
     return None if weights.config is None else Vae.from_config(weights.config)

@@ -72,6 +72,8 @@ TAKEN = [
      "diffusion_pytorch_model.safetensors"),
     (["vae/diffusion_pytorch_model.bin", "transformer/diffusion_pytorch_model.bin"],
      "transformer/diffusion_pytorch_model.bin"),
+    (["vae/x.bin", "transformer/diffusion_pytorch_model.fp16.safetensors"],
+     "transformer/diffusion_pytorch_model.fp16.safetensors"),
     (["notes.txt", "net.pt", "old/net.pt"], "net.pt"),
 ]  # fmt: skip
 
@@ -92,6 +94,7 @@ def test_a_vae_is_looked_for_in_a_folder_of_its_own():
         (["a.pt", "b.pt", "x"], "but a.pt, b.pt; append one, as in hf://o/r/a.pt"),
         (["sub/a.pt"], "but sub/a.pt; append one, as in hf://o/r/sub/a.pt"),
         (["x.onnx"], "but x.onnx$"),
+        (["x-00001-of-00002.safetensors"], "but x-00001-of-00002.safetensors$"),
         ([], "but no file$"),
         ([f"{i}.pt" for i in range(30)], "9.pt and 20 more; append one"),
     ],

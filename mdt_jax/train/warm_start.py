@@ -52,6 +52,8 @@ def read_weights(config: ConfigDict, workdir: Path, model: MDT, key: jax.Array) 
             trees[name] = {k: v for k, v in tree.items() if k != "label_embed"} | labels
         counts = f"{source.num_classes} classes there, {model.num_classes} here"
         changes.append(f"a new label table: {counts}")
+    if ema.sampling.get("objective") == "flow":
+        changes.append("they predict velocity at times from 0 to 1, but the run trains for noise")
     for line in [f"parameters and EMA are those of {path}", *changes]:
         log0(f"init.checkpoint: {line}")
     # A step donates its state, so that parameters and EMA must not share memory.
@@ -61,6 +63,11 @@ def read_weights(config: ConfigDict, workdir: Path, model: MDT, key: jax.Array) 
 def _check_fits(weights: Weights[MDT], config: ConfigDict, model: MDT) -> None:
     """Raise UserError where a model cannot start from the weights of another."""
     path, source, theirs = config.init.checkpoint, weights.model, weights.config
+    if source.timestep_shift:
+        raise UserError(
+            f"init.checkpoint {path} is a DiT of diffusers, which embeds timesteps otherwise than "
+            "a run does; convert it to a .pt and start from that"
+        )
     source_fields = fields_of(source)
     pairs = [(n, source_fields[n], ours) for n, ours in fields_of(model).items() if n not in _FREE]
     if theirs is not None:

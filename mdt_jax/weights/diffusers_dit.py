@@ -217,11 +217,15 @@ def config_of(model: MDT) -> dict[str, Any]:
 
 
 def scheduler_of(options: SampleOptions) -> dict[str, Any]:
-    """scheduler/scheduler_config.json: a DDIM over the training schedule."""
+    """scheduler/scheduler_config.json over the training schedule.
+
+    It is a DDPM, with its fixed variance, for DDIM with η = 1; else a DDIM.
+    """
     total = options.diffusion_steps
+    is_ddpm = options.sampler == "ddim" and options.eta == 1
     return {
-        "_class_name": "DDIMScheduler",
-        **_SCHEDULE,
+        "_class_name": "DDPMScheduler" if is_ddpm else "DDIMScheduler",
+        **{n: value for n, value in _SCHEDULE.items() if not is_ddpm or n != "set_alpha_to_one"},
         "beta_start": 0.1 / total,
         "beta_end": 20 / total,
         "clip_sample": bool(options.clip_denoised),
@@ -249,7 +253,8 @@ def sampling_of(scheduler: Mapping[str, Any] | None) -> tuple[dict[str, Any], li
             )
     sampling: dict[str, Any] = {**SAMPLING, "diffusion_steps": total}
     kind = scheduler.get("_class_name", "DDIMScheduler")
-    lacks = [] if kind in ("DDIMScheduler", "DDPMScheduler") else [f"_class_name {kind}"]
+    is_known = kind in ("DDIMScheduler", "DDPMScheduler")
+    lacks = [] if is_known else [f"_class_name {kind}"]
     if kind == "DDPMScheduler":  # with its fixed variance, which is DDIM's for η = 1
         sampling["eta"] = 1.0
         if scheduler.get("variance_type", "fixed_small") != "fixed_small":
@@ -257,7 +262,8 @@ def sampling_of(scheduler: Mapping[str, Any] | None) -> tuple[dict[str, Any], li
     for name in _DETAILS:
         if scheduler.get(name, same[name]) != same[name]:
             lacks.append(f"{name} {str(scheduler[name])[:100]}")
-    sampling["clip_denoised"] = bool(scheduler.get("clip_sample", True))
+    # The others, as DPM-Solver, do not clip.
+    sampling["clip_denoised"] = bool(scheduler.get("clip_sample", is_known))
     return sampling, lacks
 
 

@@ -34,11 +34,14 @@ def save(path: files.Path, weights: Weights, vae: Vae | None) -> list[str]:
     options = SampleOptions(**{"clip_denoised": False, **weights.sampling})
     if weights.config is not None:
         options = SampleOptions.from_config(weights.config)
+    if options.objective != "epsilon":
+        raise UserError("diffusers' DiTPipeline has no place for a SiT, which predicts velocity")
     state = diffusers_dit.to_published(weights.model, weights.params)
+    scheduler = diffusers_dit.scheduler_of(options)
     index: dict[str, Any] = {
         "_class_name": "DiTPipeline",
         "id2label": {str(number): name for number, name in enumerate(_class_names(weights))},
-        "scheduler": ["diffusers", "DDIMScheduler"],
+        "scheduler": ["diffusers", scheduler["_class_name"]],
         "transformer": ["diffusers", "DiTTransformer2DModel"],
     }
     try:
@@ -48,7 +51,7 @@ def save(path: files.Path, weights: Weights, vae: Vae | None) -> list[str]:
     try:
         part = temporary / path.name
         _write(part / TRANSFORMER, diffusers_dit.config_of(weights.model), state)
-        _write_json(part / SCHEDULER, diffusers_dit.scheduler_of(options))
+        _write_json(part / SCHEDULER, scheduler)
         if vae is not None:
             index["vae"] = ["diffusers", "AutoencoderKL"]
             config = vae_names.config_of(vae.network, vae.scale)

@@ -8,11 +8,12 @@ from collections.abc import Mapping
 import numpy as np
 
 _PICKLED = (".pt", ".pth", ".bin", ".ckpt")
+AGAIN = "download or copy it once more"
 _TAKE = "take the .safetensors or .pt"
 # The first bytes of a file: what it is, what to do, and under which suffixes this is said (None:
 # under any).
 _BYTES: dict[bytes, tuple[str, tuple[str, ...] | None]] = {
-    rb"\Z": ("empty; download or copy it once more", (*_PICKLED, ".safetensors")),
+    rb"\Z": (f"empty; {AGAIN}", (*_PICKLED, ".safetensors")),
     rb"PK\x03\x04": ("a zip, as PyTorch writes it; rename it to .pt", (".safetensors",)),
     rb".{7}\x00\{": ("a safetensors file; rename it to .safetensors", _PICKLED),
     rb"GGUF": (f"a GGUF file, for llama.cpp; {_TAKE} that it was made from", None),

@@ -196,7 +196,8 @@ def _dit_from_published(state: Mapping[str, np.ndarray], num_heads: int | None) 
     _check_sizes(state, {"pos_embed": 3, "x_embedder.proj.weight": 4, _OUTPUT: 2})
     dim, channels, patch, _ = state["x_embedder.proj.weight"].shape
     heads = heads_of(dim) if num_heads is None else num_heads
-    if heads < 1 or dim % heads or dim % 4:
+    unknown = num_heads is None and dim not in _HEADS and dim % HEAD
+    if unknown or heads < 1 or dim % heads or dim % 4:
         raise UserError(
             "a DiT's file does not record its number of heads; "
             + ("say num_heads for" if num_heads is None else f"num_heads={heads} does not divide")

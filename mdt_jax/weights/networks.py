@@ -66,9 +66,13 @@ def load_weights(
 
 
 def describe_resize(old: MDT, new: MDT) -> str:
-    """What happens to the parameters that depend on the grid of tokens, in a line."""
+    """What happens to the arrays that depend on the grid of tokens, in a line."""
     sizes = (f"{rows}×{columns}" for rows, columns in (old.grid, new.grid))
-    return "position embeddings and bias tables resampled from {} to {} tokens".format(*sizes)
+    learned = new.learned_position or new.relative_bias
+    what = (
+        "position embeddings and bias tables resampled" if learned else "positions computed anew,"
+    )
+    return f"{what} from {{}} to {{}} tokens".format(*sizes)
 
 
 def read_network(
@@ -139,7 +143,7 @@ def unrecorded(weights: Weights) -> list[str]:
     lines, model = [], weights.model
     if isinstance(model, MDT):
         if not model.decoder_layers:
-            return _unrecorded_of_dit(model)
+            return _unrecorded_of_dit(weights)
         if model.version == "v1" and model.decoder_layers != mdt_names.DECODER_LAYERS:
             lines.append(f"it must be read with decoder_layers={model.decoder_layers}")
         for field in ("masked_shortcut", "asymmetric"):
@@ -154,10 +158,12 @@ def unrecorded(weights: Weights) -> list[str]:
     return lines
 
 
-def _unrecorded_of_dit(model: MDT) -> list[str]:
-    lines = []
+def _unrecorded_of_dit(weights: Weights[MDT]) -> list[str]:
+    lines, model = [], weights.model
     if model.num_heads != mdt_names.heads_of(model.hidden_size):
         lines.append(f"it must be read with num_heads={model.num_heads}")
     if model.timestep_shift or model.mlp_norm_eps != EPS:
         lines.append("it was a DiT of diffusers, which the published code computes otherwise")
+    if weights.sampling.get("objective") == "flow":
+        lines.append("it must be sampled with objective=flow, unless SiT is in the file's name")
     return lines

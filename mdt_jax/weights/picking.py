@@ -13,7 +13,7 @@ DIFFUSERS = "diffusion_pytorch_model"
 # The names that are looked for, in this order.
 NAMES = (
     OURS, f"model{torch_files.INDEX}", f"{DIFFUSERS}.safetensors",
-    f"{DIFFUSERS}{torch_files.INDEX}", f"{DIFFUSERS}.bin",
+    f"{DIFFUSERS}{torch_files.INDEX}", f"{DIFFUSERS}.bin", f"{DIFFUSERS}.fp16.safetensors",
 )  # fmt: skip
 SHOWN = 10  # files in a message
 
@@ -31,7 +31,7 @@ def pick(names: Sequence[str], kind: str | None, place: str) -> str:
     for name in (*NAMES, *(f"{subfolder}/{name}" for name in NAMES)):
         if name in names:
             return name
-    weights = [name for name in names if name.endswith(torch_files.SUFFIXES)]
+    weights = [n for n in names if n.endswith(torch_files.SUFFIXES) and "-of-" not in n]  # no shard
     top = [name for name in weights if "/" not in name]
     if len(top) == 1:
         return top[0]

@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import pathlib
-import pickle
 import re
 import types
 import warnings
@@ -133,8 +132,15 @@ def read(path: pathlib.Path) -> Any:
             ) from None
         if what := foreign.from_bytes(path, path.suffix):
             raise UserError(f"{path} is {what}") from None
-        why = "" if isinstance(error, pickle.UnpicklingError) else f": {reason(error)}"
-        raise UserError(f"{path} is damaged, cut short or no file of weights{why}") from None
+        if "TorchScript" in str(error):
+            raise UserError(
+                f"{path} is a program of TorchScript, which is not run; save its state_dict"
+            ) from None
+        # PyTorch's own words may advise to run the code in the file.
+        why = f": {reason(error)}" if isinstance(error, OSError) else ""
+        raise UserError(
+            f"{path} is damaged, cut short or no file of weights{why}; {foreign.AGAIN}"
+        ) from None
 
 
 def to_array(tensor: Any) -> np.ndarray:

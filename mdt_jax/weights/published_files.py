@@ -6,6 +6,7 @@ from typing import Any, cast
 import jax.numpy as jnp
 import numpy as np
 
+from mdt_jax.diffusion.options import UNGUIDED
 from mdt_jax.models.mdt import MDT
 from mdt_jax.runtime import files, hub
 from mdt_jax.runtime.errors import UserError
@@ -128,7 +129,8 @@ def _from_state_dict(
     else:
         weights = Weights(*mdt_names.from_published(state, **told))
         if mdt_names.is_dit(state):
-            weights = weights._replace(sampling=_sampling_of_dit(held, file))
+            unguided = {} if weights.model.num_classes else UNGUIDED
+            weights = weights._replace(sampling=_sampling_of_dit(held, file) | unguided)
         return weights
     _check_told(weights.model, told)
     return weights

@@ -17,7 +17,7 @@ from mdt_jax.weights import foreign, pickled
 SUFFIXES = (*pickled.SUFFIXES, ".safetensors")
 INDEX = ".safetensors.index.json"  # the end of the name of an index of shards
 # Keys under which training programs keep weights beside the state of the optimiser.
-AVERAGES = ("ema", "model_ema", "ema_state_dict", "state_dict_ema")
+AVERAGES = ("ema", "model_ema", "ema_model", "ema_state_dict", "state_dict_ema")
 HOLDERS = (*AVERAGES, "state_dict", "model", "module")
 # Prefixes that DistributedDataParallel and Lightning put before every name.
 PREFIXES = ("module.", "model.")
@@ -133,7 +133,7 @@ def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
         if isinstance(error, AttributeError):  # numpy.float8_e4m3fn
             raise UserError(f"{path} has tensors of {error.name}, which are not read") from None
         raise UserError(
-            f"{path} is damaged or no safetensors file that NumPy can hold: {reason(error)}"
+            f"{path} is damaged, cut short or no safetensors file: {reason(error)}; {foreign.AGAIN}"
         ) from None
 
 
@@ -181,12 +181,21 @@ def _read_pickled(path: pathlib.Path, raw: bool) -> File:
         chosen = next((name for name in held if raw and name not in AVERAGES), held[0])
         if not part:
             others = tuple(n for n in content if isinstance(n, str) and n != chosen)
-            file = file._replace(others=others, choice=len(held) > 1)
+            choice = len(held) > 1 or any(_has_tensors(content[name]) for name in others)
+            file = file._replace(others=others, choice=choice)
         part.append(chosen)
         content = content[chosen]
     if not isinstance(content, Mapping):
         raise UserError(f"{path} holds a {type(content).__name__}, not tensors by name")
     return file._replace(arrays=_arrays_of(path, content), part=".".join(part) or None)
+
+
+def _has_tensors(value: Any) -> bool:
+    """Whether a value is a dict of tensors by name, perhaps other weights."""
+    import torch
+
+    tensors = value.values() if isinstance(value, Mapping) else ()
+    return bool(tensors) and all(isinstance(tensor, torch.Tensor) for tensor in tensors)
 
 
 def _arrays_of(path: pathlib.Path, tensors: Mapping) -> dict[str, np.ndarray]:
@@ -196,7 +205,9 @@ def _arrays_of(path: pathlib.Path, tensors: Mapping) -> dict[str, np.ndarray]:
     arrays = {}
     for name, value in tensors.items():
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):
-            name = repr(name[:80]) if isinstance(name, str) else f"of a {type(name).__name__} there"
+            name = (
+                repr(name[:80]) if isinstance(name, str) else f"a key of type {type(name).__name__}"
+            )
             raise UserError(f"{path}: {name} is a {type(value).__name__}, not a tensor by name")
         try:
             arrays[name] = pickled.to_array(value)

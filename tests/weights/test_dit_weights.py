@@ -13,7 +13,7 @@ from mdt_jax.diffusion.guidance import guide
 from mdt_jax.models.autoencoder import AutoencoderKL
 from mdt_jax.models.mdt import MDT
 from mdt_jax.runtime.errors import UserError
-from mdt_jax.train import loop
+from mdt_jax.train import loop, warm_start
 from mdt_jax.weights import diffusers_dit, kinds, mdt_names, networks, torch_files
 from tests.models.common import apply, random_params
 from tests.published import dit_numbers, dit_state, relative_error
@@ -117,6 +117,18 @@ def test_what_a_dits_file_cannot_record(tmp_path, capsys):
     assert "a DiT of diffusers" in networks.unrecorded(kinds.Weights(theirs, {}))[0]
 
 
+def test_a_sit_that_leaves_is_said_to_predict_velocity(tmp_path, capsys):
+    torch_files.write_arrays(tmp_path / "SiT.pt", dit_state("sit"))
+    source = ["convert", f"--src={tmp_path}/SiT.pt", "--num_heads=2"]
+    convert.main([*source, f"--dst={tmp_path}/b.pt"])
+    assert "b.pt cannot record: it must be sampled with objective=flow" in capsys.readouterr().out
+    again = mdt_jax.load(tmp_path / "b.pt", num_heads=2, objective="flow")
+    assert again.options == mdt_jax.load(tmp_path / "SiT.pt", num_heads=2).options
+    with pytest.raises(UserError, match="no place for a SiT, which predicts velocity"):
+        convert.main([*source, f"--dst={tmp_path}/pipe", "--format=diffusers"])
+    assert not (tmp_path / "pipe").exists()
+
+
 def test_a_folder_keeps_how_to_sample(tmp_path):
     torch_files.write_arrays(tmp_path / "SiT.pt", dit_state("sit"))
     convert.main(["convert", f"--src={tmp_path}/SiT.pt", f"--dst={tmp_path}/sit", "--num_heads=2"])
@@ -131,6 +143,14 @@ def test_half_precision_keeps_the_fixed_positions(half):
     state = {name: array.astype(dtype) for name, array in dit_state("dit").items()}
     model, params = mdt_names.from_published(state, num_heads=2)
     assert not model.learned_position and params["patch_embed"]["kernel"].dtype == np.float32
+
+
+def test_a_file_without_classes_is_sampled_without_guidance(tmp_path):
+    state = dit_state("sit")
+    del state["y_embedder.embedding_table.weight"]
+    torch_files.write_arrays(tmp_path / "SiT.pt", state)
+    options = mdt_jax.load(tmp_path / "SiT.pt", num_heads=2).options
+    assert options.objective == "flow" and not options.guided
 
 
 def test_trained_positions_are_kept():
@@ -148,6 +168,20 @@ def test_heads_of_the_released_sizes(size):
     model = mdt_names.dit(input_size=(4, 4), in_channels=4, **{**SIZES[size], "depth": 1})
     zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), mdt_names.shapes(model))
     assert mdt_names.model_from_published(mdt_names.to_published(model, zeros)) == model
+
+
+def test_heads_are_not_guessed_where_64_channels_do_not_divide_the_width():
+    model = mdt_names.dit(**{**SMALL, "hidden_size": 96})
+    state = mdt_names.to_published(model, random_params(model))
+    with pytest.raises(UserError, match="say num_heads for its width of 96"):
+        mdt_names.model_from_published(state)
+    assert mdt_names.model_from_published(state, num_heads=2) == model
+
+
+def test_another_size_needs_no_resampling_of_fixed_positions(tmp_path, capsys):
+    torch_files.write_arrays(tmp_path / "a.pt", dit_state("dit"))
+    mdt_jax.load(tmp_path / "a.pt", num_heads=2, input_size=(16, 16))
+    assert "a.pt: positions computed anew, from 4×4 to 8×8 tokens" in capsys.readouterr().err
 
 
 BAD = {
@@ -205,6 +239,22 @@ def test_a_run_starts_from_a_file_and_leaves_as_one(tmp_path):
     assert run.model == file.model.clone(dtype=run.model.dtype, ops=run.model.ops)
     assert relative_error(file.params, run.params) == 0
     assert file.options.guidance == "constant"
+
+
+def test_a_run_from_a_sit_says_that_it_predicts_velocity(tmp_path, capsys):
+    config = digits_dit()
+    model = MDT.from_config(config)
+    config.init.checkpoint = str(tmp_path / "SiT.pt")
+    networks.save(config.init.checkpoint, kinds.Weights(model, random_params(model)))
+    assert warm_start.read_weights(config, tmp_path / "run", model, jax.random.key(0))
+    assert "they predict velocity at times from 0 to 1" in capsys.readouterr().err
+
+
+def test_a_run_does_not_start_from_a_folder_of_diffusers(pipe, tmp_path):
+    config = digits_dit()
+    config.init.checkpoint = str(pipe)
+    with pytest.raises(UserError, match="a DiT of diffusers, .* convert it to a .pt"):
+        warm_start.read_weights(config, tmp_path, MDT.from_config(config), jax.random.key(0))
 
 
 def digits_dit():
@@ -312,7 +362,28 @@ def test_diffusers_own_folder_is_read(diffusers, tmp_path):
     theirs, ours = (torch_files.read_arrays(name) for name in names)
     assert set(theirs) == set(ours)
     assert all(np.array_equal(theirs[name].astype("f4"), ours[name]) for name in ours)
-    assert not (tmp_path / "ours" / "vae").exists()
+    recorded = (json.loads((tmp_path / n / "vae" / "config.json").read_text())["scaling_factor"]
+                for n in ("theirs", "ours"))  # fmt: skip
+    assert len(set(recorded)) == 1
+    again = mdt_jax.load(tmp_path / "ours")
+    assert relative_error(again.vae.params, pipeline.vae.params) == 0
+
+
+def test_a_scheduler_and_a_variant_go_through(pipe, diffusers, tmp_path):
+    """DDPM stays DDPM; a folder that has only the float16 variant is read."""
+    whole = diffusers.DiTPipeline.from_pretrained(pipe)
+    whole.scheduler = diffusers.DDPMScheduler(clip_sample=False)
+    whole.save_pretrained(tmp_path / "theirs", variant="fp16")
+    assert not (tmp_path / "theirs" / "transformer" / PIPE).exists()
+    options = mdt_jax.load(tmp_path / "theirs").options
+    assert (options.sampler, options.eta, options.clip_denoised) == ("ddim", 1, False)
+    convert.main(["convert", f"--src={tmp_path}/theirs", f"--dst={tmp_path}/ours",
+                  "--format=diffusers"])  # fmt: skip
+    again = diffusers.DiTPipeline.from_pretrained(tmp_path / "ours")
+    assert isinstance(again.scheduler, diffusers.DDPMScheduler)
+    assert mdt_jax.load(tmp_path / "ours").options == options
+    ours, theirs = dict(again.scheduler.config), dict(whole.scheduler.config)
+    assert all(ours[name] == pytest.approx(theirs[name]) for name in theirs if name[0] != "_")
 
 
 CONFIGS = {
@@ -364,9 +435,10 @@ def test_what_a_scheduler_says_of_sampling():
     assert diffusers_dit.sampling_of(None) == (diffusers_dit.SAMPLING, [])
     sampling, lacks = diffusers_dit.sampling_of({"_class_name": "DDPMScheduler"})
     assert sampling["eta"] == 1 and sampling["clip_denoised"] and not lacks
-    _, lacks = diffusers_dit.sampling_of(
+    sampling, lacks = diffusers_dit.sampling_of(
         {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "trailing"}
     )
+    assert not sampling["clip_denoised"]  # it has no clip_sample
     assert lacks == ["_class_name EulerDiscreteScheduler", "timestep_spacing trailing"]
 
 

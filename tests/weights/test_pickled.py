@@ -218,6 +218,16 @@ def test_a_wrapper_in_itself(tmp_path):
         read(content, tmp_path / "round.pt")
 
 
+def test_what_pytorch_advises_is_not_repeated(tmp_path):
+    """Its errors for these two advise weights_only=False, which runs the code in a file."""
+    (tmp_path / "zeros.pt").write_bytes(bytes(1000))
+    with pytest.raises(UserError, match="or no file of weights; download or copy it once more$"):
+        torch_files.read_file(tmp_path / "zeros.pt")
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "jit.pt")
+    with pytest.raises(UserError, match="jit.pt is a program of TorchScript, .* save its state"):
+        torch_files.read_file(tmp_path / "jit.pt")
+
+
 def test_wrappers_in_wrappers(tmp_path):
     file = read({"ema": {"module": STATE}, "model": {"module": STATE}}, tmp_path / "w.pt")
     assert same(file.arrays, STATE) and (file.part, file.item) == ("ema.module", "ema")
@@ -227,6 +237,12 @@ def test_wrappers_in_wrappers(tmp_path):
     # A network whose own names are those of wrappers.
     file = read({"model": torch.ones(2, 2), "ema": torch.ones(3)}, tmp_path / "w.pt")
     assert set(file.arrays) == {"model", "ema"} and file.part is None
+
+
+def test_weights_under_another_key_are_said_to_be_left_out(tmp_path):
+    file = read({"model": STATE, "ema_of_mine": STATE, "opt": {"state": {}}}, tmp_path / "w.pt")
+    assert file.choice and file.others == ("ema_of_mine", "opt")
+    assert not read({"model": STATE, "opt": {"state": {}}}, tmp_path / "w.pt").choice
 
 
 def test_what_is_no_tensor_has_the_name_of_its_class(tmp_path):
