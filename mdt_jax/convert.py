@@ -118,6 +118,8 @@ def main(argv: list[str]) -> None:
         upload(args)
         return
     dst = files.as_path(args.dst)
+    if args.format == "diffusers" and files.in_bucket(dst):
+        raise UserError(f"--dst={dst}: a folder of diffusers is written to a disk; copy it there")
     if args.format == "diffusers" and dst.suffix:
         raise UserError(f"--format=diffusers writes a folder, but --dst={dst} has a suffix")
     if args.vae and args.format != "diffusers":

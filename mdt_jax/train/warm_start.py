@@ -12,6 +12,7 @@ from mdt_jax.runtime.files import Path
 from mdt_jax.runtime.hosts import log0
 from mdt_jax.weights import picking
 from mdt_jax.weights.kinds import Weights, fields_of
+from mdt_jax.weights.mdt_names import with_fixed_positions
 from mdt_jax.weights.networks import describe_resize, load_weights
 from mdt_jax.weights.step_folders import steps_in
 
@@ -41,6 +42,10 @@ def read_weights(config: ConfigDict, workdir: Path, model: MDT, key: jax.Array) 
     if unrecorded and 0 < model.decoder_layers != source.decoder_layers:
         ema = load_weights(path, decoder_layers=model.decoder_layers)
     params = ema.params if is_file else load_weights(path, params="raw").params
+    if not model.learned_position:
+        _, params = with_fixed_positions(source, params)
+        source, its_ema = with_fixed_positions(source, ema.params)
+        ema = ema._replace(model=source, params=its_ema)
     _check_fits(ema, config, model)
     trees, changes = {"params": params, "ema": ema.params}, []
     if source.grid != model.grid:

@@ -13,7 +13,7 @@ from mdt_jax.diffusion.options import SampleOptions
 from mdt_jax.models.mdt import MDT
 from mdt_jax.runtime import files
 from mdt_jax.runtime.errors import UserError
-from mdt_jax.weights import diffusers_dit, torch_files, vae_names
+from mdt_jax.weights import diffusers_dit, mdt_names, torch_files, vae_names
 from mdt_jax.weights.diffusers_dit import INDEX, SCHEDULER, TRANSFORMER, VAE
 from mdt_jax.weights.kinds import Weights
 from mdt_jax.weights.picking import CONFIG, DIFFUSERS
@@ -25,10 +25,8 @@ def save(path: files.Path, weights: Weights, vae: Vae | None) -> list[str]:
 
     vae: what decodes its latents; None leaves it out, so that from_pretrained must be given one.
     Returns what diffusers computes or records otherwise than this package, a line each. Raises
-    UserError where diffusers cannot represent the model, and for a folder in a bucket.
+    UserError where diffusers cannot represent the model.
     """
-    if files.in_bucket(path):
-        raise UserError(f"{path}: a folder of diffusers is written to a disk; copy it from there")
     if not isinstance(weights.model, MDT):
         raise UserError("DiTPipeline is for a DiT; a VAE goes into one with --vae")
     options = SampleOptions(**{"clip_denoised": False, **weights.sampling})
@@ -36,7 +34,8 @@ def save(path: files.Path, weights: Weights, vae: Vae | None) -> list[str]:
         options = SampleOptions.from_config(weights.config)
     if options.objective != "epsilon":
         raise UserError("diffusers' DiTPipeline has no place for a SiT, which predicts velocity")
-    state = diffusers_dit.to_published(weights.model, weights.params)
+    model, params = mdt_names.with_fixed_positions(weights.model, weights.params)
+    state = diffusers_dit.to_published(model, params)
     scheduler = diffusers_dit.scheduler_of(options)
     index: dict[str, Any] = {
         "_class_name": "DiTPipeline",

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
@@ -215,7 +216,8 @@ def _dit_from_published(state: Mapping[str, np.ndarray], num_heads: int | None) 
         learn_sigma=len(state[_OUTPUT]) != channels * patch**2,
     )
     fixed = sincos_positions(model.grid, dim)[None]
-    model = model.clone(learned_position=not _is_rounded(state["pos_embed"], fixed))
+    is_fixed = np.array_equal(state["pos_embed"].astype(np.float32), fixed)
+    model = model.clone(learned_position=not is_fixed)
     state_dicts.check(state, _expected(model), "a DiT")
     return model
 
@@ -234,9 +236,20 @@ def dit(**fields: Any) -> MDT:
     return MDT(**{"learned_position": False, **none, **fields})
 
 
-def _is_rounded(array: np.ndarray, exact: np.ndarray) -> bool:
-    """Whether an array is another, rounded to its own type."""
-    return array.shape == exact.shape and np.array_equal(array, exact.astype(array.dtype))
+def with_fixed_positions(model: MDT, params: dict) -> tuple[MDT, dict]:
+    """A DiT without its position embedding, where that is the fixed one, rounded to half precision.
+
+    A file in half precision has it so; it is kept to give the outputs of the published code, but a
+    network whose positions are fixed computes it exactly.
+    """
+    embed = params.get("pos_embed")
+    if model.decoder_layers or embed is None:
+        return model, params
+    fixed = sincos_positions(model.grid, model.hidden_size)[None]
+    if not any(np.array_equal(embed, fixed.astype(t)) for t in (np.float16, jnp.bfloat16)):
+        return model, params
+    rest = {name: leaf for name, leaf in params.items() if name != "pos_embed"}
+    return model.clone(learned_position=False), rest
 
 
 def _classes(state: Mapping[str, np.ndarray]) -> int:

@@ -57,9 +57,10 @@ def read(
         held = torch_files.read_file(
             file, lambda shard: hub.local_path(folder + shard), raw=params == "raw"
         )
-        if held.choice:
+        if held.part:
             left = ", ".join(name[:80] for name in held.others)
-            log(f"{path}: the weights are those under '{held.part}'; not used: {left}")
+            unused = f"; not used: {left}" if left else ""
+            log(f"{path}: the weights are those under '{held.part}'{unused}")
         meta = config_files.read(file)
         if meta is not None:
             weights = _as_uploaded(held.arrays, meta, told)

@@ -135,14 +135,19 @@ def test_a_folder_keeps_how_to_sample(tmp_path):
     assert mdt_jax.load(tmp_path / "sit").options.objective == "flow"
 
 
-@pytest.mark.parametrize("half", ["float16", "bfloat16"])
-def test_half_precision_keeps_the_fixed_positions(half):
-    import ml_dtypes
-
-    dtype = ml_dtypes.bfloat16 if half == "bfloat16" else np.float16
-    state = {name: array.astype(dtype) for name, array in dit_state("dit").items()}
+@pytest.mark.parametrize("half", [np.float16, jnp.bfloat16])
+def test_half_precision_rounds_the_positions_too(half, tmp_path):
+    """As the published code has them; a network of fixed positions takes the exact ones."""
+    state = {name: array.astype(half) for name, array in dit_state("dit").items()}
     model, params = mdt_names.from_published(state, num_heads=2)
-    assert not model.learned_position and params["patch_embed"]["kernel"].dtype == np.float32
+    assert np.array_equal(params["pos_embed"], state["pos_embed"].astype(np.float32))
+    fixed, rest = mdt_names.with_fixed_positions(model, params)
+    assert not fixed.learned_position and "pos_embed" not in rest
+    torch_files.write_arrays(tmp_path / "half.safetensors", state)
+    convert.main(["convert", f"--src={tmp_path}/half.safetensors", f"--dst={tmp_path}/pipe",
+                  "--num_heads=2", "--format=diffusers"])  # fmt: skip
+    moved = {**params, "pos_embed": params["pos_embed"] + np.float32(0.01)}
+    assert mdt_names.with_fixed_positions(model, moved)[0].learned_position
 
 
 def test_a_file_without_classes_is_sampled_without_guidance(tmp_path):
@@ -223,13 +228,17 @@ def test_what_a_dits_file_cannot_hold(fields, message):
             module.to_published(model, random_params(model))
 
 
-def test_a_run_starts_from_a_file_and_leaves_as_one(tmp_path):
+@pytest.mark.parametrize("half", [False, True])
+def test_a_run_starts_from_a_file_and_leaves_as_one(half, tmp_path):
     """A DiT on digits, trained from a DiT's file; its parameters leave and come back."""
     model = mdt_names.dit(
         input_size=(8, 8), in_channels=1, hidden_size=16, depth=3, num_heads=2, num_classes=10
     )
-    first = tmp_path / "first.pt"
-    networks.save(first, kinds.Weights(model, random_params(model)))
+    first = tmp_path / "first.safetensors"
+    state = mdt_names.to_published(model, random_params(model))
+    torch_files.write_arrays(
+        first, {n: array.astype(np.float16) if half else array for n, array in state.items()}
+    )
     config = digits_dit()
     config.init.checkpoint = str(first)
     workdir = tmp_path / "run"
