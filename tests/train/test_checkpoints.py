@@ -132,7 +132,7 @@ def test_a_folder_with_files_of_weights(tmp_path):
     """The file is read; a folder of a run is read as a run, whatever else is in it."""
     (tmp_path / "model.safetensors").touch()
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(UserError, match="model.safetensors is damaged"):
+    with pytest.raises(UserError, match="model.safetensors is empty"):
         load_weights(tmp_path)
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(UserError, match="holds no checkpoint"):
@@ -141,7 +141,7 @@ def test_a_folder_with_files_of_weights(tmp_path):
     for number in (1, 2):
         (tmp_path / f"net-0000{number}-of-00002.safetensors").touch()
     (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(UserError, match="but net-00001-of-00002.safetensors, net-00002"):
+    with pytest.raises(UserError, match="but config.json, net-00001-of-00002.safetensors, net"):
         load_weights(tmp_path)
 
 
