@@ -4,6 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mdt_jax.models.embeddings import sincos_positions
+from mdt_jax.models.mdt import MDT
+
 Grid = tuple[int, int]
 
 
@@ -49,3 +52,19 @@ def _table(array: jax.Array, old: Grid, new: Grid) -> jax.Array:
         below, above = (jnp.take(table, index + before - 1, axis=axis) for index in (low, high))
         table = below * (1 - fraction) + above * fraction
     return jnp.concatenate([table.reshape(layers, -1, heads), unused], axis=1)
+
+
+def with_fixed_positions(model: MDT, params: dict) -> tuple[MDT, dict]:
+    """A DiT without its position embedding, where that is the fixed one, rounded to half precision.
+
+    A file in half precision has it so; it is kept to give the outputs of the published code, but a
+    network whose positions are fixed computes it exactly.
+    """
+    embed = params.get("pos_embed")
+    if model.decoder_layers or embed is None:
+        return model, params
+    fixed = sincos_positions(model.grid, model.hidden_size)[None]
+    if not any(np.array_equal(embed, fixed.astype(t)) for t in (np.float16, jnp.bfloat16)):
+        return model, params
+    rest = {name: leaf for name, leaf in params.items() if name != "pos_embed"}
+    return model.clone(learned_position=False), rest

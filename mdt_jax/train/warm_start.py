@@ -5,14 +5,13 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from mdt_jax.models.mdt import MDT, init_params
-from mdt_jax.models.resize import resize_grid
+from mdt_jax.models.resize import resize_grid, with_fixed_positions
 from mdt_jax.runtime import files, hub
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.runtime.files import Path
 from mdt_jax.runtime.hosts import log0
 from mdt_jax.weights import picking
 from mdt_jax.weights.kinds import Weights, fields_of
-from mdt_jax.weights.mdt_names import with_fixed_positions
 from mdt_jax.weights.networks import describe_resize, load_weights
 from mdt_jax.weights.step_folders import steps_in
 

@@ -11,9 +11,10 @@ from typing import Any
 from mdt_jax.data.classes import hub_names, imagenet_among
 from mdt_jax.diffusion.options import SampleOptions
 from mdt_jax.models.mdt import MDT
+from mdt_jax.models.resize import with_fixed_positions
 from mdt_jax.runtime import files
 from mdt_jax.runtime.errors import UserError
-from mdt_jax.weights import diffusers_dit, mdt_names, torch_files, vae_names
+from mdt_jax.weights import diffusers_dit, torch_files, vae_names
 from mdt_jax.weights.diffusers_dit import INDEX, SCHEDULER, TRANSFORMER, VAE
 from mdt_jax.weights.kinds import Weights
 from mdt_jax.weights.picking import CONFIG, DIFFUSERS
@@ -34,7 +35,7 @@ def save(path: files.Path, weights: Weights, vae: Vae | None) -> list[str]:
         options = SampleOptions.from_config(weights.config)
     if options.objective != "epsilon":
         raise UserError("diffusers' DiTPipeline has no place for a SiT, which predicts velocity")
-    model, params = mdt_names.with_fixed_positions(weights.model, weights.params)
+    model, params = with_fixed_positions(weights.model, weights.params)
     state = diffusers_dit.to_published(model, params)
     scheduler = diffusers_dit.scheduler_of(options)
     index: dict[str, Any] = {

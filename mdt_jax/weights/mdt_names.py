@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
@@ -234,22 +233,6 @@ def dit(**fields: Any) -> MDT:
     """
     none = {"decoder_layers": 0, "side_layers": 0, "relative_bias": False}
     return MDT(**{"learned_position": False, **none, **fields})
-
-
-def with_fixed_positions(model: MDT, params: dict) -> tuple[MDT, dict]:
-    """A DiT without its position embedding, where that is the fixed one, rounded to half precision.
-
-    A file in half precision has it so; it is kept to give the outputs of the published code, but a
-    network whose positions are fixed computes it exactly.
-    """
-    embed = params.get("pos_embed")
-    if model.decoder_layers or embed is None:
-        return model, params
-    fixed = sincos_positions(model.grid, model.hidden_size)[None]
-    if not any(np.array_equal(embed, fixed.astype(t)) for t in (np.float16, jnp.bfloat16)):
-        return model, params
-    rest = {name: leaf for name, leaf in params.items() if name != "pos_embed"}
-    return model.clone(learned_position=False), rest
 
 
 def _classes(state: Mapping[str, np.ndarray]) -> int:

@@ -12,6 +12,7 @@ from mdt_jax import convert
 from mdt_jax.diffusion.guidance import guide
 from mdt_jax.models.autoencoder import AutoencoderKL
 from mdt_jax.models.mdt import MDT
+from mdt_jax.models.resize import with_fixed_positions
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.train import loop, warm_start
 from mdt_jax.weights import diffusers_dit, kinds, mdt_names, networks, torch_files
@@ -141,13 +142,13 @@ def test_half_precision_rounds_the_positions_too(half, tmp_path):
     state = {name: array.astype(half) for name, array in dit_state("dit").items()}
     model, params = mdt_names.from_published(state, num_heads=2)
     assert np.array_equal(params["pos_embed"], state["pos_embed"].astype(np.float32))
-    fixed, rest = mdt_names.with_fixed_positions(model, params)
+    fixed, rest = with_fixed_positions(model, params)
     assert not fixed.learned_position and "pos_embed" not in rest
     torch_files.write_arrays(tmp_path / "half.safetensors", state)
     convert.main(["convert", f"--src={tmp_path}/half.safetensors", f"--dst={tmp_path}/pipe",
                   "--num_heads=2", "--format=diffusers"])  # fmt: skip
     moved = {**params, "pos_embed": params["pos_embed"] + np.float32(0.01)}
-    assert mdt_names.with_fixed_positions(model, moved)[0].learned_position
+    assert with_fixed_positions(model, moved)[0].learned_position
 
 
 def test_a_file_without_classes_is_sampled_without_guidance(tmp_path):
