@@ -79,6 +79,11 @@ def load(name: str, split: str) -> TfdsFiles:
     no such split or no images, is damaged, or names features that are not TFDS's own: their modules
     would be imported.
     """
+    if not (files.in_bucket(name) or os.path.isdir(name)):
+        try:  # before TFDS is imported, which remembers the value
+            files.anywhere(os.environ.get("TFDS_DATA_DIR", ""))
+        except UserError as error:
+            raise UserError(f"TFDS_DATA_DIR: {error}") from None
     try:
         import tensorflow_datasets as tfds
     except ImportError:
@@ -174,10 +179,6 @@ def _builder(tfds, name: str) -> Any:
                 "set, e.g. gs://BUCKET/imagenet2012/5.1.0"
             )
         hint = f"; the folder {name} does not hold one version of a prepared set"
-    try:
-        files.anywhere(os.environ.get("TFDS_DATA_DIR", ""))
-    except UserError as error:
-        raise UserError(f"TFDS_DATA_DIR: {error}") from None
     try:
         builder = tfds.builder(name, file_format="array_record")
     except Exception as error:  # of many kinds, by what is missing
