@@ -109,6 +109,8 @@ def upload(args: argparse.Namespace) -> None:
     if is_public != args.public:
         print_result(f"{args.dst} existed: it stays {'public' if is_public else 'private'}")
     print_result(f"uploaded {kinds.describe(weights.model)}: {url}")
+    if weights.stored:
+        print_result(f"{args.src} stores {weights.stored}; the repository has float32")
 
 
 def main(argv: list[str]) -> None:

@@ -35,11 +35,18 @@ def serve(files: dict[str, bytes]) -> Iterator[Any]:
     server.repositories = {name: Repository(("someone",)) for name in contents}
     for name, repository in server.repositories.items():
         repository.commit(contents[name], oid=COMMIT)
+    with running(server):
+        yield server
+
+
+@contextlib.contextmanager
+def running(server: Any) -> Iterator[None]:
+    """A server that answers in the background; sets its `endpoint`."""
     server.daemon_threads = True
     server.endpoint = f"http://127.0.0.1:{server.server_port}"
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
-        yield server
+        yield
     finally:
         server.shutdown()
         server.server_close()

@@ -79,7 +79,8 @@ def load(name: str, split: str) -> TfdsFiles:
     no such split or no images, is damaged, or names features that are not TFDS's own: their modules
     would be imported.
     """
-    if not (files.in_bucket(name) or os.path.isdir(name)):
+    is_version = os.path.isfile(os.path.join(name, "dataset_info.json"))
+    if not (files.in_bucket(name) or is_version):  # TFDS looks in its own folder
         try:  # before TFDS is imported, which remembers the value
             files.anywhere(os.environ.get("TFDS_DATA_DIR", ""))
         except UserError as error:

@@ -1,4 +1,4 @@
-"""A model's parameters for another input size: resampled position embeddings and bias tables."""
+"""Parameters that depend on the grid of tokens: resampled for another one, or left out if fixed."""
 
 import jax
 import jax.numpy as jnp

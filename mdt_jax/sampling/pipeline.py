@@ -65,7 +65,9 @@ class Pipeline(tuple[MDT, dict]):
         if weights.config is not None:
             own = SampleOptions.from_config(weights.config)
             if options.get("objective", own.objective) != own.objective:
-                raise UserError(f"objective is flow, but {path} was trained to predict noise")
+                raise UserError(
+                    f"objective is {options['objective']}, but {path} was trained to predict noise"
+                )
         if options.get("objective", own.objective) != own.objective:
             samplers = SAMPLERS_OF.get(options["objective"], [own.sampler])
             own = changed(own, {"sampler": next(iter(samplers))})

@@ -31,16 +31,17 @@ def read_weights(config: ConfigDict, workdir: Path, model: MDT, key: jax.Array) 
     if not path or steps_in(workdir):
         return None
     is_file = files.is_file(hub.local_path(picking.resolve(path, "mdt")))
-    # Nor does a DiT's file record num_heads.
+    # What a file does not record is read as the config has it: num_heads of a DiT, decoder_layers
+    # of an MDT v1.
     heads = model.num_heads if is_file and not model.decoder_layers else None
     ema = load_weights(path, num_heads=heads)
-    source = ema.model
-    # A v1 file does not record decoder_layers: it is read as the config has it.
-    unrecorded = is_file and ema.config is None and source.version == "v1"
-    unrecorded = unrecorded and source.depth == model.depth
-    if unrecorded and 0 < model.decoder_layers != source.decoder_layers:
+    unrecorded = is_file and ema.config is None and ema.model.version == "v1"
+    unrecorded = unrecorded and ema.model.depth == model.depth
+    if unrecorded and 0 < model.decoder_layers != ema.model.decoder_layers:
         ema = load_weights(path, decoder_layers=model.decoder_layers)
-    params = ema.params if is_file else load_weights(path, params="raw").params
+    source, params = ema.model, ema.params
+    if not is_file:
+        params = load_weights(path, params="raw").params
     if not model.learned_position:
         _, params = with_fixed_positions(source, params)
         source, its_ema = with_fixed_positions(source, ema.params)

@@ -9,7 +9,6 @@ import os
 import re
 import subprocess
 import sys
-import threading
 import time
 
 import numpy as np
@@ -21,7 +20,7 @@ from mdt_jax.runtime.errors import UserError
 from mdt_jax.weights import kinds, networks, torch_files
 from mdt_jax.weights.mdt_names import dit
 from tests.conftest import ROOT, exits_with_one_line
-from tests.hub_server import released
+from tests.hub_server import released, running
 from tests.measuring import crops
 from tests.models.common import random_params
 
@@ -89,13 +88,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 def serving(files):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.files, server.starts, server.hangs_up = files, [], False
-    server.url = f"http://127.0.0.1:{server.server_port}"
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
+    with running(server):
         yield server
-    finally:
-        server.shutdown()
-        server.server_close()
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +122,7 @@ def server(tmp_path_factory):
 
 
 def start(server, workdir, *flags):
-    command = [sys.executable, "-c", SMALL, str(server.known), server.url, server.inception]
+    command = [sys.executable, "-c", SMALL, str(server.known), server.endpoint, server.inception]
     return subprocess.Popen(
         [*command, f"--workdir={workdir}", "--batch_size=2", *flags], cwd=ROOT, text=True,
         env=server.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -250,30 +244,32 @@ def test_an_interrupted_download_is_continued(tmp_path, capsys):
     with serving({f"/{name}": content}) as server:
         server.hangs_up = True
         with pytest.raises(UserError, match="rerun to continue"):
-            reproduce.download(f"{server.url}/{name}", tmp_path, "inception")
+            reproduce.download(f"{server.endpoint}/{name}", tmp_path, "inception")
         assert [path.name for path in tmp_path.iterdir()] == [f"{name}.part"]
         server.hangs_up = False
-        path = reproduce.download(f"{server.url}/{name}", tmp_path, "inception")
+        path = reproduce.download(f"{server.endpoint}/{name}", tmp_path, "inception")
         assert (tmp_path / name).read_bytes() == content and path == str(tmp_path / name)
         assert server.starts == [0, len(content) // 2]
-        reproduce.download(f"{server.url}/{name}", tmp_path, "inception")
+        reproduce.download(f"{server.endpoint}/{name}", tmp_path, "inception")
         assert len(server.starts) == 2
 
 
 def test_a_damaged_download_is_discarded(tmp_path):
     with serving({"/weights-0123abcd.pth": b"damaged"}) as server:
         with pytest.raises(UserError, match="SHA-256 is .*, not 0123abcd"):
-            reproduce.download(f"{server.url}/weights-0123abcd.pth", tmp_path, "inception")
+            reproduce.download(f"{server.endpoint}/weights-0123abcd.pth", tmp_path, "inception")
         assert not list(tmp_path.iterdir())
         (tmp_path / "weights-0123abcd.pth.part").write_bytes(b"longer than the file")
         with pytest.raises(UserError, match="416"):
-            reproduce.download(f"{server.url}/weights-0123abcd.pth", tmp_path, "inception")
+            reproduce.download(f"{server.endpoint}/weights-0123abcd.pth", tmp_path, "inception")
         assert not list(tmp_path.iterdir())
 
 
 def test_mistakes_are_one_line(server, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(reproduce, "INCEPTION", "http://127.0.0.1:9/inception.pth")
-    dit_row = dataclasses.replace(reproduce.ROWS["dit-xl2-g"], checkpoint=f"{server.url}/none.pt")
+    dit_row = dataclasses.replace(
+        reproduce.ROWS["dit-xl2-g"], checkpoint=f"{server.endpoint}/none.pt"
+    )
     monkeypatch.setitem(reproduce.ROWS, "dit-xl2-g", dit_row)
     small = tmp_path / "small.npz"
     small.write_bytes(server.files["/reference.npz"])

@@ -1,5 +1,6 @@
 """A set that TFDS itself prepared, in a process where TensorFlow cannot be imported."""
 
+import os
 import subprocess
 import sys
 
@@ -135,6 +136,25 @@ def test_it_is_read_without_tensorflow(tmp_path):
         },
     )
     assert done.returncode == 0 and done.stdout.endswith("done\n"), done.stdout + done.stderr
+
+
+REFUSED = """
+import sys
+from mdt_jax.data import tfds_sets
+from mdt_jax.runtime.errors import UserError
+try:
+    tfds_sets.load("mnist", "train")
+except UserError as error:
+    print(str(error)[:13], "tensorflow_datasets" in sys.modules)
+"""
+
+
+def test_a_refused_folder_is_not_remembered():
+    """TFDS reads the variable once, when it is imported."""
+    command = [sys.executable, "-c", REFUSED]
+    env = {**os.environ, "TFDS_DATA_DIR": "az://bucket/sets"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env)
+    assert done.stdout == "TFDS_DATA_DIR False\n", done.stderr
 
 
 def test_a_url_that_is_not_read_is_refused(monkeypatch):
