@@ -4,9 +4,9 @@ python benchmarks/emoji.py                     emoji/train/CATEGORY/NAME.png, em
 python benchmarks/emoji.py --archive=FILE.tgz  from a file that was downloaded before
 
 The images are Noto Emoji (Apache License 2.0) from npm's package emoji-datasource-google: 64×64
-pixels, on white. Skin tones are left out: with them 60 % of the images would be people, most of them
-copies in another colour. Of equal images, such as the flags of Norway and Svalbard, the first is
-kept. About one emoji in ten is held out, as a hash of its code points decides. The hash ignores
+pixels, on white. Skin tones are left out: with them 60 % of the images would be people, most of
+them copies in another colour. Of equal images, such as the flags of Norway and Svalbard, the first
+is kept. About one emoji in ten is held out, as a hash of its code points decides. The hash ignores
 gender and direction, so that a man and a woman who run are both held out or both not.
 """
 
