@@ -1,38 +1,86 @@
 """Which network learns faster? Train several on the same images, and look at them as they go.
 
-python benchmarks/convergence.py                    DiT, MDT and MDTv2 of equal size, 3 seeds
+python benchmarks/convergence.py --data=mnist       DiT, MDT and MDTv2 of equal size, 3 seeds
+python benchmarks/convergence.py --data=mnist --suite=parts      which part of MDT does it
+python benchmarks/convergence.py --data=mnist --suite=tuning     the same networks, three rates each
 python benchmarks/convergence.py --suite=ablations  MDT against each switch of section 5.3
 python benchmarks/convergence.py --suite=finetune   digits 5–9 from scratch, and from 0–4's weights
 
-All are configs/digits.py (finetune: configs/finetune_digits.py) but for the fields in SUITES,
-trained for the same number of steps. At six checkpoints (ablations: at the end) unguided EMA
-samples are measured: Fréchet distance in pixels to held-out digits, and the share that a classifier
-reads as the class asked for. Prints a table and leaves convergence.png and convergence.json in
---out. Stopped, it goes on with the same command.
+All are a recipe of configs/ but for the fields in SETS and SUITES, trained for the same number of
+steps at a constant rate. At each checkpoint unguided EMA samples are measured: Fréchet distance to
+held-out images in features of a small classifier (benchmarks/features.py) and in pixels, and the
+share that the classifier reads as the class asked for. So are the losses of held-out and of
+training images. Prints tables and leaves convergence.png and convergence.json in --out. Stopped, it
+goes on with the same command; with more --steps it trains the same runs further.
 """
 
 import contextlib
+import dataclasses
+import functools
 import json
 import pathlib
 import sys
 
+import curves
+import jax
 import numpy as np
+from features import Classifier, load_images
 from ml_collections import ConfigDict
 
 from mdt_jax import cli
 from mdt_jax import config as configs
-from mdt_jax.data import sources
 from mdt_jax.data.images import to_uint8
+from mdt_jax.data.sources import Images
 from mdt_jax.diffusion.options import SampleOptions, balanced_labels
-from mdt_jax.evaluation.evaluator import evaluate_samples
+from mdt_jax.evaluation import metrics, references
+from mdt_jax.evaluation.evaluator import Evaluator
+from mdt_jax.evaluation.image_sets import ArrayImages
+from mdt_jax.models.mdt import MDT
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.sampling.generation import generate
-from mdt_jax.train import loop
+from mdt_jax.train import costs, loop
 from mdt_jax.train.log import read_steps
+from mdt_jax.train.step import Objective, batch_latents, draw_step, sample_losses
 from mdt_jax.train.workdir import make, write_json
 from mdt_jax.weights.networks import load_weights
 
 ROOT = pathlib.Path(__file__).parents[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Set:
+    """Images to train on. recipe: of configs/; changes: to its fields; steps: of training.
+
+    rates: the learning rate of each network in the suite "models", chosen by the suite "tuning".
+    """
+
+    recipe: str
+    steps: int
+    changes: dict
+    rates: dict[str, float]
+
+
+SMALL = {
+    "model.hidden_size": 64,
+    "model.depth": 6,
+    "model.num_heads": 4,
+    "data.batch_size": 32,
+    "optim.schedule": "constant",
+    "optim.end_lr": 0.0,
+    "optim.warmup_steps": 100,
+    "optim.weight_decay": 0.0,
+    "optim.ema_decay": 0.995,
+}
+# For short runs on digits: a higher rate, and an EMA that does not lag behind by half of them.
+DIGITS = {"optim.lr": 4e-3, "optim.ema_decay": 0.99}
+SETS = {
+    "digits": Set("digits", 1500, DIGITS, {"DiT": 4e-3, "MDT": 4e-3, "MDTv2": 8e-3}),
+    "digits_5_9": Set("finetune_digits", 600, {}, {}),
+    "mnist": Set("mnist", 4000, SMALL, {"DiT": 6e-3, "MDT": 6e-3, "MDTv2": 12e-3}),
+    "mnist_2": Set("mnist", 1000, SMALL | {"model.patch_size": 2, "model.hidden_size": 48},
+                   {"DiT": 2e-3, "MDT": 2e-3, "MDTv2": 4e-3}),
+    "emoji": Set("emoji", 2000, SMALL, {"DiT": 2e-3, "MDT": 2e-3, "MDTv2": 4e-3}),
+}  # fmt: skip
 
 DIT = {
     "model.decoder_layers": 0,
@@ -45,11 +93,30 @@ MDTV2 = {
     "mask.ratio_max": 0.5,
     "diffusion.loss_weight": "min_snr_5",
     "optim.name": "adan",
-    "optim.lr": 8e-3,  # twice AdamW's, as one of Adan's authors advises
     "optim.clip_norm": 1.0,
 }
+MODELS: dict[str, dict] = {"DiT": DIT, "MDT": {}, "MDTv2": MDTV2}
+PLAIN = {
+    "model.relative_bias": False,
+    "model.learned_position": False,
+    "model.side_interpolater": False,
+}
 SUITES: dict[str, dict[str, dict]] = {
-    "models": {"DiT": DIT, "MDT": {}, "MDTv2": MDTV2},
+    "models": MODELS,
+    # From DiT to MDT. A step of MDT draws noise for each image twice; so does a doubled batch.
+    "parts": {
+        "DiT": DIT,
+        "DiT, images twice": DIT | {"data.batch_size": 64},
+        "bias and positions": {"mask.passes": "full"},
+        "masked pass": PLAIN,
+        "masked pass, bias and positions": {"model.side_interpolater": False},
+        "MDT": {},
+        "MDT, ratio 0.1": {"mask.ratio": 0.1},
+        "MDT, ratio 0.5": {"mask.ratio": 0.5},
+        "MDT by min-SNR": {"diffusion.loss_weight": "min_snr_5"},
+        "MDTv2 by AdamW": MDTV2 | {"optim.name": "adamw", "optim.lr": 2e-3},
+        "MDTv2": MDTV2,
+    },
     "ablations": {
         "MDT": {},
         "mask ratio 0.1": {"mask.ratio": 0.1},
@@ -67,155 +134,173 @@ SUITES: dict[str, dict[str, dict]] = {
         "no relative bias": {"model.relative_bias": False},
     },
     "finetune": {"from scratch": {"init.checkpoint": ""}, "from digits 0–4": {}},
-}
-BASE = {"models": "digits", "ablations": "digits", "finetune": "finetune_digits"}
+}  # fmt: skip
+TRIALS = (0.5, 1.0, 2.0)  # of the suite "tuning": times the set's rates
 # The run whose weights are fine-tuned.
 SOURCE = {"data.name": "digits_0_4", "model.num_classes": 5}
-# The ablations end while differences still show.
-STEPS = {"models": 1200, "ablations": 500, "finetune": 600}
-MEASURES = ("frechet_distance", "class_agreement")
+POINTS = 12  # checkpoints of a run that are measured
+LOSS_DRAWS = 2  # timesteps for each image of a loss
+
+
+def suite_of(name: str, data: str) -> dict[str, dict]:
+    """The networks of a suite on a set, by name: changes to its config."""
+    rates = SETS[data].rates
+    if name == "tuning":
+        return {
+            f"{network}, {trial * rates[network]:g}": {
+                **changes, "optim.lr": trial * rates[network]
+            }
+            for network, changes in MODELS.items()
+            for trial in TRIALS
+        }  # fmt: skip
+
+    def rate(network):
+        return {"optim.lr": rates[network.partition(",")[0].partition(" ")[0]]}
+
+    named = {
+        network: network if network.startswith(tuple(rates)) else "MDT" for network in SUITES[name]
+    }
+    return {
+        network: ({} if name == "finetune" else rate(named[network])) | changes
+        for network, changes in SUITES[name].items()
+    }
 
 
 def recipe(
-    changes: dict, seed: int, steps: int, samples: int, variant: str, curves: bool, name="digits"
-) -> ConfigDict:
-    """configs/NAME.py for a short run, with `changes` to it; `curves`: six checkpoints."""
-    config = configs.load(str(ROOT / "configs" / f"{name}.py"), variant)
-    every = max(1, steps // 6) if curves else steps
-    if name == "digits":
-        # For a short run: a higher rate, and an EMA that does not lag behind by half of it.
-        config.optim.update(lr=4e-3, ema_decay=0.99)
-    config.train.update(steps=steps, seed=seed, log_every=1, checkpoint_every=every, keep=100)
-    config.train.sample_every = 0
+    data: str, changes: dict, seed: int, steps: int, samples: int, variant: str, points: int,
+    path: str = "",
+) -> ConfigDict:  # fmt: skip
+    """The config of a run on a set, with `changes` to it, and `points` checkpoints."""
+    config = configs.load(str(ROOT / "configs" / f"{SETS[data].recipe}.py"), variant)
+    every = max(1, steps // points)
+    config.train.update(steps=steps, seed=seed, log_every=max(1, every // 4))
+    config.train.update(checkpoint_every=every, keep=1000, sample_every=0)
     config.sample.update(guidance_scale=1.0, num_samples=0, batch_size=min(samples, 100))
-    config.sample.num_steps = min(config.sample.num_steps, 50)
-    config.update_from_flattened_dict(changes)
+    config.sample.update(sampler="dpmpp_2m_sde", num_steps=min(config.sample.num_steps, 20))
+    config.evaluation.reference = ""
+    if path:
+        config.data.path = f"{path}/train"
+    fields = SETS[data].changes | changes
+    if variant:  # its size is the variant's
+        fields = {
+            name: value for name, value in fields.items() if name not in SMALL or name in changes
+        }
+    config.update_from_flattened_dict(fields)
+    config.optim.warmup_steps = min(config.optim.warmup_steps, steps - 1)
     return config
 
 
-def run(config: ConfigDict, workdir: pathlib.Path, samples: int) -> dict:
+class Measures:
+    """Measures checkpoints against the real images of a set."""
+
+    def __init__(self, data: str, path: str, samples: int):
+        self.train, self.held_out = load_images(data, path)
+        self.samples, self.classifier = samples, Classifier(data)
+        self.known = {"samples": samples, "classifier": self.classifier.sha256}
+        self._pixels = None
+        if self.held_out.images[0].size < 1000:  # else a covariance takes longer than training
+            reference = references.of_split("the held-out images", self.train, self.held_out)
+            self._pixels = Evaluator(reference, ("pixels",))
+        self._real = metrics.gaussian(self.classifier(self.held_out.images)[0])
+
+    def real(self) -> dict[str, float]:
+        """The measures of training images, as if they were samples: what a perfect model has."""
+        chosen = np.random.RandomState(0).permutation(len(self.train))[: self.samples]
+        return self._of(self.train.images[chosen], self.train.labels[chosen])
+
+    def _of(self, images: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        features, classes = self.classifier(images)
+        measured = {
+            "distance": metrics.frechet(metrics.gaussian(features), self._real),
+            "class_agreement": float(np.mean(classes == labels)),
+        }
+        if self._pixels:
+            of_pixels = self._pixels.measure(ArrayImages("the samples", images, labels))
+            measured["pixel_distance"] = of_pixels["frechet_distance"]
+        return measured
+
+    def of(self, folder: pathlib.Path, config: ConfigDict) -> dict[str, float]:
+        """The measures of a checkpoint."""
+        model, params, *_ = load_weights(folder)
+        labels = balanced_labels(self.samples, model.num_classes)
+        options, size = SampleOptions.from_config(config), config.sample.batch_size
+        drawn = generate(model, params, labels, batch_size=size, options=options)
+        losses = {
+            name: held_loss(model, params, images)
+            for name, images in (("held_out_loss", self.held_out), ("training_loss", self.train))
+        }
+        return self._of(to_uint8(drawn), labels) | losses
+
+
+@functools.cache
+def _loss(model: MDT, steps: int):
+    objective = Objective(passes="full", steps=steps)
+
+    def loss(params, batch, draws):
+        batch = {**batch, "latents": batch_latents(batch, None, 1.0)}
+        return sample_losses(model, objective, params, batch, draws)[1]["mse/full"].mean()
+
+    return jax.jit(loss)
+
+
+def held_loss(
+    model: MDT, params: dict, images: Images, steps: int = 1000, size: int = 100
+) -> float:
+    """The squared error of a full pass over at most 1,000 images, each at LOSS_DRAWS timesteps.
+
+    The timesteps are spread evenly, and they and the noise are the same for every network.
+    """
+    count = min(len(images), 1000) // size * size or len(images)
+    chosen = np.random.RandomState(0).permutation(len(images))[:count]
+    size, values = min(size, count), []
+    for number in range(LOSS_DRAWS * count // size):
+        rows = chosen[np.arange(number * size, (number + 1) * size) % count]
+        draws = draw_step(jax.random.key(0), number, model, size, steps)
+        t = (np.arange(size) + np.random.RandomState(number).rand(size)) * steps // size
+        draws = draws._replace(t=t.astype(np.int32), drop_full=np.zeros(size, bool))
+        batch = {"images": images.images[rows], "labels": images.labels[rows].astype(np.int32)}
+        values.append(float(_loss(model, steps)(params, batch, draws)))
+    return float(np.mean(values))
+
+
+def run(config: ConfigDict, workdir: pathlib.Path, measures: Measures) -> dict:
     """Train one and measure each of its checkpoints, unless that was done before."""
-    path = workdir / "curve.json"
-    wanted = {"config": config.to_dict(), "samples": samples}
+    path, groups = workdir / "curve.json", config.to_dict()
+    steps = groups["train"].pop("steps")
+    wanted = {"config": groups, **measures.known}
+    points: list[dict] = []
     if path.is_file():
         curve = json.loads(path.read_text())
         if {name: curve[name] for name in wanted} == wanted:
-            return curve
+            points = curve["points"]
+    if points and points[-1]["step"] >= steps:
+        return curve | {"points": [point for point in points if point["step"] <= steps]}
     with contextlib.redirect_stdout(sys.stderr):
         ended = loop.train(config, workdir)
     if not ended:
         raise UserError("stopped; the same command goes on")
-    train, held_out = sources.load(config.data.name)
-    lines = read_steps(workdir / "metrics.jsonl")
-    seconds = {step: json.loads(line)["seconds"] for step, line in lines}
-    points = []
+    done = {point["step"] for point in points}
     for step in sorted(int(folder.name) for folder in (workdir / "checkpoints").iterdir()):
-        model, params, *_ = load_weights(workdir / "checkpoints" / str(step))
-        labels = balanced_labels(samples, model.num_classes)
-        options = SampleOptions.from_config(config)
-        size = config.sample.batch_size
-        drawn = generate(model, params, labels, batch_size=size, options=options)
-        measured = evaluate_samples(to_uint8(drawn), labels, train, held_out)
-        points.append({"step": step, "seconds": seconds[step], **measured})
-    curve = {**wanted, "points": points}
-    write_json(path, curve)
+        if step and step not in done:
+            print(f"measuring step {step}", file=sys.stderr)
+            measured = measures.of(workdir / "checkpoints" / str(step), config)
+            points.append({"step": step, **measured})
+            curve = {**wanted, **cost(config, workdir), "points": sorted(points, key=by_step)}
+            write_json(path, curve)
     return curve
 
 
-def summarise(curves: dict[str, list[dict]]) -> list[dict]:
-    """A row for each network: mean and standard deviation over the seeds after the last step.
-
-    `difference`: of the Fréchet distance to the first network's with the same seed.
-    """
-    rows, first = [], None
-    for name, of_name in curves.items():
-        last = [curve["points"][-1] for curve in of_name]
-        row = {"name": name, "seeds": len(last), "steps": last[0]["step"]}
-        first = first or last
-        values = {m: [point[m] for point in last] for m in (*MEASURES, "seconds")}
-        values["difference"] = [
-            a[MEASURES[0]] - b[MEASURES[0]] for a, b in zip(last, first, strict=True)
-        ]
-        for measure, of_seeds in values.items():
-            row[measure] = float(np.mean(of_seeds))
-            row[f"{measure}_deviation"] = float(np.std(of_seeds, ddof=len(of_seeds) > 1))
-        rows.append(row)
-    return rows
+def by_step(point: dict) -> int:
+    return point["step"]
 
 
-def table(rows: list[dict], real: float) -> str:
-    """Markdown."""
-    lines = [
-        f"| | Fréchet distance | less {rows[0]['name']}'s | class agreement | training seconds |",
-        "| --- | --- | --- | --- | --- |",
-    ]
-    for row in rows:
-        distance, gap, agreement, seconds = (
-            f"{row[name]:{form}} ± {row[f'{name}_deviation']:{form.lstrip('+')}}"
-            for name, form in (
-                (MEASURES[0], ".2f"),
-                ("difference", "+.2f"),
-                (MEASURES[1], ".3f"),
-                ("seconds", ".0f"),
-            )
-        )
-        gap = "" if row is rows[0] else gap
-        lines.append(f"| {row['name']} | {distance} | {gap} | {agreement} | {seconds} |")
-    lines.append(f"| *real training images* | {real:.2f} | | | |")
-    return "\n".join(lines)
-
-
-def draw_curves(path: pathlib.Path, curves: dict[str, list[dict]], real: float) -> None:
-    """Both measures against steps and against seconds: mean over the seeds, and their range."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator
-
-    figure = Figure(figsize=(10, 7), layout="constrained")
-    axes = figure.subplots(2, 2, sharex="col", sharey="row")
-    for row, (measure, label) in enumerate(
-        zip(MEASURES, ("Fréchet distance (log scale)", "class agreement"), strict=True)
-    ):
-        for axis, unit in zip(axes[row], ("step", "seconds"), strict=True):
-            for name, of_name in curves.items():
-                x, y = (
-                    np.array([[point[key] for point in curve["points"]] for curve in of_name])
-                    for key in (unit, measure)
-                )
-                (line,) = axis.plot(x.mean(0), y.mean(0), marker="o", label=name)
-                axis.fill_between(
-                    x.mean(0), y.min(0), y.max(0), color=line.get_color(), alpha=0.2, linewidth=0
-                )
-            axis.grid(alpha=0.3)
-        axes[row][0].set_ylabel(label)
-    for axis in axes[0]:
-        axis.set_yscale("log")
-        axis.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
-        for ticks in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
-            ticks("{x:g}")
-        axis.axhline(real, color="grey", linestyle=":", label="real images")
-    axes[1][0].set_xlabel("training steps")
-    axes[1][1].set_xlabel("seconds of training")
-    axes[0][0].legend()
-    figure.savefig(path, dpi=110, format="png")
-
-
-def draw_dots(path: pathlib.Path, curves: dict[str, list[dict]]) -> None:
-    """The Fréchet distance after the last step: a dot for each seed, a bar for their mean."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 0.4 * len(curves) + 1), layout="constrained")
-    axis = figure.subplots()
-    for place, of_name in enumerate(curves.values()):
-        values = [curve["points"][-1][MEASURES[0]] for curve in of_name]
-        axis.plot(values, [place] * len(values), "o", color="C0", alpha=0.6)
-        axis.plot(np.mean(values), place, "|", color="C3", markersize=14, markeredgewidth=2)
-        if place == 0:
-            axis.axvline(np.mean(values), color="grey", linestyle=":")
-    axis.set_yticks(range(len(curves)), list(curves))
-    axis.invert_yaxis()
-    axis.set_xlabel("Fréchet distance (dots: seeds, red: mean, dotted: the first row's mean)")
-    axis.grid(axis="x", alpha=0.3)
-    figure.savefig(path, dpi=110, format="png")
+def cost(config: ConfigDict, workdir: pathlib.Path) -> dict[str, float]:
+    """What a step costs: images, operations, and seconds (the median over the log's lines)."""
+    lines = [json.loads(line) for _, line in read_steps(workdir / "metrics.jsonl")]
+    size = config.data.batch_size
+    seconds = float(np.median([size / line["images_per_second"] for line in lines]))
+    operations = size * costs.training_flops(config, MDT.from_config(config))
+    return {"images": size, "operations": operations, "seconds": seconds}
 
 
 def whole_number(text: str) -> int:
@@ -231,43 +316,46 @@ def seeds(text: str) -> list[int]:
 def bench(argv: list[str]) -> None:
     """Read the flags, run, write and print."""
     parser = cli.Parser(prog="python benchmarks/convergence.py", description=__doc__.split("\n")[0])
-    parser.add_argument("--suite", choices=list(SUITES), default="models")
+    parser.add_argument("--data", choices=list(SETS), default="digits")
+    parser.add_argument("--suite", choices=[*SUITES, "tuning"], default="models")
     parser.add_argument("--seeds", type=seeds, default=[0, 1, 2], help="such as 0,1,2")
-    parser.add_argument("--steps", type=whole_number, help=f"of training; default: {STEPS}")
+    parser.add_argument("--steps", type=whole_number, help="of training; default: of the set")
     parser.add_argument("--samples", type=whole_number, default=500, help="of each checkpoint")
+    parser.add_argument("--only", default="", help="networks of the suite, separated by ;")
     parser.add_argument("--variant", default="", choices=["", "smoke"], help="of the recipe")
-    parser.add_argument("--out", default="", help="folder; default: runs/convergence-SUITE")
+    parser.add_argument("--path", default="", help="the folder that benchmarks/emoji.py made")
+    parser.add_argument("--out", default="", help="folder; default: runs/convergence-DATA-SUITE")
     flags = parser.parse_args(argv[1:])
-    suite, steps = SUITES[flags.suite], flags.steps or STEPS[flags.suite]
-    curved = flags.suite != "ablations"  # which are too many: their ends are compared
-    out = pathlib.Path(flags.out or f"runs/convergence-{flags.suite}")
+    data = "digits_5_9" if flags.suite == "finetune" else flags.data
+    suite, steps = suite_of(flags.suite, data), flags.steps or SETS[data].steps
+    if unknown := {*filter(None, flags.only.split(";"))} - {*suite}:
+        raise UserError(f"--only: {min(unknown)!r} is none of {'; '.join(suite)}")
+    suite = {name: suite[name] for name in suite if not flags.only or name in flags.only.split(";")}
+    points = POINTS if flags.suite in ("models", "parts") else 6 if flags.suite == "finetune" else 1
+    measures = Measures(data, flags.path, flags.samples)
+    out = pathlib.Path(flags.out or f"runs/convergence-{data}-{flags.suite}")
     make(out)
     common = {}
     if flags.suite == "finetune":
         print("the run to start from: digits 0–4", file=sys.stderr)
-        config = recipe(SOURCE, 0, 2 * steps, flags.samples, flags.variant, False)
-        run(config, out / "source", flags.samples)
+        config = recipe("digits", SOURCE, 0, 2 * steps, flags.samples, flags.variant, 1)
+        with contextlib.redirect_stdout(sys.stderr):
+            loop.train(config, out / "source")
         common = {"init.checkpoint": str(out / "source")}
-    curves = {name: [] for name in suite}
+    runs: dict[str, list[dict]] = {name: [] for name in suite}
     jobs = [(name, seed) for seed in flags.seeds for name in suite]
     for number, (name, seed) in enumerate(jobs, start=1):
         print(f"run {number} of {len(jobs)}: {name}, seed {seed}", file=sys.stderr)
         changes = common | suite[name]
-        config = recipe(
-            changes, seed, steps, flags.samples, flags.variant, curved, BASE[flags.suite]
-        )
-        workdir = out / name.replace(" ", "-") / str(seed)
-        curves[name].append(run(config, workdir, flags.samples))
+        options = (steps, flags.samples, flags.variant, points, flags.path)
+        config = recipe(data, changes, seed, *options)
+        workdir = out / name.replace(",", "").replace(" ", "-") / str(seed)
+        runs[name].append(run(config, workdir, measures))
 
-    rows = summarise(curves)
-    real = curves[name][0]["points"][-1]["frechet_distance_real"]
-    if curved:
-        draw_curves(out / "convergence.png", curves, real)
-    else:
-        draw_dots(out / "convergence.png", curves)
-    report = {"summary": rows, "frechet_distance_real": real, "runs": curves}
-    write_json(out / "convergence.json", report)
-    print(table(rows, real))
+    report = curves.report(runs, measures.real())
+    curves.draw(out / "convergence.png", runs, report["real"])
+    write_json(out / "convergence.json", {**report, "runs": runs})
+    print(curves.tables(report))
 
 
 if __name__ == "__main__":

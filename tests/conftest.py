@@ -92,6 +92,8 @@ def compiled_once(compile_step):
         for group in ("sample", "evaluation", "init"):
             del told[group]
         for group, fields in NOT_IN_THE_STEP.items():
+            if told["optim"]["schedule"] != "constant":  # which falls over the run's steps
+                fields = [name for name in fields if name not in ("lr", "steps")]
             told[group] = {n: v for n, v in told[group].items() if n not in fields}
         key = repr(told), model, mesh, options
         if key not in STEPS:

@@ -5,6 +5,7 @@ import shutil
 
 import jax
 import numpy as np
+import optax
 import pytest
 from PIL import Image
 
@@ -129,6 +130,31 @@ def test_a_line_has_the_means_since_the_line_before_however_often_it_stopped(tra
     config = json.loads((trained / "config.json").read_text())
     assert each[7]["learning_rate"] == config["optim"]["lr"]
     assert each[7]["epoch"] == pytest.approx(7 * config["data"]["batch_size"] / 1438, abs=1e-6)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_run_goes_on_within_its_warm_up(tmp_path, accumulate, monkeypatch):
+    """Bit-identical, and the log has the rates of Optax's schedule."""
+    flags = [
+        *SMOKE, "--config.train.steps=6", "--config.optim.schedule=cosine",
+        "--config.optim.warmup_steps=4", "--config.optim.end_lr=1e-4",
+        "--config.optim.weight_decay=0.1", f"--config.train.accumulate={accumulate}",
+        "--config.train.sample_every=0", "--config.sample.num_samples=0",
+    ]  # fmt: skip
+    train_here(*flags, f"--workdir={tmp_path / 'whole'}")
+    with monkeypatch.context() as patch:
+        patch.setattr(StopSignal, "requested", lambda self, step: step == 3)
+        train_here(*flags, f"--workdir={tmp_path / 'stopped'}")
+    assert steps_of(tmp_path / "stopped") == [1, 2, 3]
+    train_here(*flags, f"--workdir={tmp_path / 'stopped'}")
+    lines = [[json.loads(x) for x in lines_of(tmp_path / run)] for run in ("whole", "stopped")]
+    schedule = optax.warmup_cosine_decay_schedule(0.0, 2e-3, 4, 6, 1e-4)
+    for step, (whole, stopped) in enumerate(zip(*lines, strict=True)):
+        assert whole["learning_rate"] == pytest.approx(float(schedule(step)), rel=1e-6)
+        for name in ("loss", "grad_norm", "learning_rate"):
+            assert whole[name] == stopped[name], (step, name)
+    states = [mdt_jax.load(tmp_path / run, params="raw").params for run in ("whole", "stopped")]
+    assert all(map(np.array_equal, *map(jax.tree.leaves, states)))
 
 
 def test_a_run_from_before_a_field_existed_goes_on(copy):

@@ -93,6 +93,20 @@ BAD_CONFIGS = {
         [*SMOKE, "--config.diffusion.loss_weight=snr"], "must be one of uniform, min_snr_5"
     ),
     "optimiser": ([*SMOKE, "--config.optim.name=sgd"], "must be one of adamw, adan"),
+    "schedule": (
+        [*SMOKE, "--config.optim.schedule=step"], "must be one of constant, cosine, linear"
+    ),
+    "warm-up": (
+        [*SMOKE, "--config.optim.warmup_steps=4"], "warmup_steps is 4; it must be below train.steps"
+    ),
+    "rising rate": (
+        [*SMOKE, "--config.optim.schedule=linear", "--config.optim.end_lr=1"],
+        "optim.end_lr is 1.0; it must be at most optim.lr 0.002",
+    ),
+    "end of a constant": (
+        [*SMOKE, "--config.optim.end_lr=1e-5"],
+        "optim.end_lr=1e-05 has no effect with optim.schedule=constant",
+    ),
     "ImageNet": (["--config=configs/xl2.py"], "tfds build imagenet2012 --file_format=array_record"),
     "on the hub": (
         ["--config=configs/xl2.py", "--config.data.path=hf://datasets/ILSVRC/imagenet-1k"],
@@ -156,6 +170,11 @@ BAD_CONFIGS = {
             ("train.log_every", -1, "-1; it must be at least 1"),
             ("train.keep", 10**30, "a number of "),
             ("optim.ema_decay", "nan", "nan; it must be a finite number"),
+            ("optim.warmup_steps", -1, "-1; it must be at least 0"),
+            ("optim.end_lr", -1, "-1.0; it must be at least 0"),
+            ("optim.weight_decay", -0.1, "-0.1; it must be at least 0"),
+            ("optim.b1", 1, "1.0; it must be in [0, 1), or -1"),
+            ("optim.b2", -0.5, "-0.5; it must be in [0, 1), or -1"),
             ("mask.ratio_max", "inf", "inf; it must be a finite number"),
             ("sample.guidance_scale", "1e39", "1e+39; it must be a finite number"),
         )

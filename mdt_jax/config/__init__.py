@@ -39,6 +39,7 @@ def variant(config: ConfigDict, name: str) -> ConfigDict:
             config.evaluation.update(reference="", inception="")
             config.data.update(name="digits", path="", image_size=8, channels=1)
             config.model.num_classes = min(config.model.num_classes, 10)
+        config.optim.warmup_steps = min(config.optim.warmup_steps, 1)
         config.train.update(steps=2, log_every=1, sample_every=1, checkpoint_every=1)
         config.sample.update(num_steps=3, num_samples=20, batch_size=10)
         config.evaluation.num_samples = 20

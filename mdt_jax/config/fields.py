@@ -16,6 +16,8 @@ from mdt_jax.runtime.backend import HIGHEST, PRECISIONS
 from mdt_jax.runtime.bounds import ANY, Bound, above, at_least, half_open, one_of
 
 OPTIMIZERS = ("adamw", "adan")
+SCHEDULES = ("constant", "cosine", "linear")
+BETA = Bound(lambda value: value == -1 or 0 <= value < 1, "in [0, 1), or -1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +112,15 @@ FIELDS: dict[str, dict[str, Field]] = dict(
     ),
     optim=dict(
         name=Field("adamw", "optimizer", one_of(OPTIMIZERS)),
-        lr=Field(3e-4, "constant learning rate", above(0)),
+        lr=Field(3e-4, "highest learning rate", above(0)),
+        schedule=Field("constant", "course of the learning rate after the warm-up",
+                       one_of(SCHEDULES)),
+        warmup_steps=Field(0, "steps in which the learning rate rises from 0", at_least(0)),
+        end_lr=Field(0.0, "learning rate to which cosine and linear fall", at_least(0)),
+        weight_decay=Field(0.0, "decoupled decay of the kernels; not of biases and embeddings",
+                           at_least(0)),
+        b1=Field(-1.0, "first decay rate of the optimizer; -1: as published", BETA),
+        b2=Field(-1.0, "second decay rate of the optimizer; -1: as published", BETA),
         clip_norm=Field(0.0, "largest global gradient norm; 0: no clipping", at_least(0)),
         ema_decay=Field(0.9999, "decay of the average of the parameters", half_open(0, 1)),
     ),

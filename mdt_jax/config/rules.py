@@ -23,6 +23,7 @@ WITHOUT_EFFECT = {
         "model.side_layers",
     ),
     ("model.side_interpolater", False): ("model.side_layers", "model.masked_shortcut"),
+    ("optim.schedule", "constant"): ("optim.end_lr",),
 }  # fmt: skip
 
 # The message for a config that breaks a rule, and the rule. Both take the groups of the config and
@@ -64,6 +65,10 @@ RULES: dict[str, Callable[[Any], bool]] = {
     "mask.loss_on=masked requires a higher mask.ratio than {mask.ratio}: none of the {tokens} "
     "tokens is masked":
         lambda c: not c.masked_loss or keep_length(c.tokens, c.mask.ratio) < c.tokens,
+    "optim.warmup_steps is {optim.warmup_steps}; it must be below train.steps {train.steps}":
+        lambda c: c.optim.warmup_steps < c.train.steps,
+    "optim.end_lr is {optim.end_lr}; it must be at most optim.lr {optim.lr}":
+        lambda c: c.optim.end_lr <= c.optim.lr,
     "sample.num_samples is 1; it must be 0, or at least 2 to be measured":
         lambda c: c.sample.num_samples != 1,
     "evaluation.reference is empty, and {data.name} has no held-out images: set it to a folder or "

@@ -23,7 +23,7 @@ from mdt_jax.train.trackers import Tracker, on_terminal
 if TYPE_CHECKING:
     from mdt_jax.train.run import Run
 
-LATEST = ("skipped", "skipped_in_row")  # counts, of which the last value is logged
+LATEST = ("learning_rate", "skipped", "skipped_in_row")  # the last value is logged, not the mean
 
 
 class Log:
@@ -102,7 +102,6 @@ class Log:
     def _line(self, step: int) -> dict[str, float]:
         return self._run.means.take() | {
             "epoch": round(step * self._config.data.batch_size / self._epoch_images, 6),
-            "learning_rate": self._config.optim.lr,
             **self._speed.since(step, self._config.train.steps),
             "compile_seconds": self._run.compile_seconds,
         }
@@ -172,6 +171,8 @@ class Means:
         """Add the metrics of the next step, scalars of `train.step`."""
         values = {name: value.item() for name, value in metrics.items()}
         self._latest = {name: values.pop(name) for name in LATEST}
+        # The number that was set, not the float32 nearest to it.
+        self._latest["learning_rate"] = float(str(metrics["learning_rate"]))
         applied = self._latest["skipped_in_row"] == 0
         for name, value in values.items():
             each = self._sums.setdefault(name, [0.0, 0])
@@ -180,7 +181,7 @@ class Means:
                 each[1] += 1
 
     def take(self) -> dict[str, float]:
-        """Return the means (NaN where no step counts) and the latest counts, and start over."""
+        """Return the means (NaN where no step counts) and the latest values, and start over."""
         means = {
             name: total / count if count else math.nan
             for name, (total, count) in self._sums.items()

@@ -57,22 +57,62 @@ def scale_by_adan(
 
 
 def make_optimizer(optim: ConfigDict) -> optax.GradientTransformation:
-    """The optimiser of a config's `optim` fields, for a learning rate of 1 and no weight decay.
+    """The optimiser of a config's `optim` fields, for a learning rate of 1.
 
     The training step multiplies the updates by the learning rate.
 
     adamw: betas (0.9, 0.999), eps 1e-8, as published for MDT. adan: betas (0.98, 0.92, 0.99), eps
-    1e-8, as published for MDTv2. optim.clip_norm > 0 first clips the gradient's global norm.
+    1e-8, as published for MDTv2. optim.b1 and optim.b2 replace the first two unless they are −1.
+    optim.clip_norm > 0 first clips the gradient's global norm. optim.weight_decay is decoupled:
+    see `descend`.
     """
+    betas = {name: optim[name] for name in ("b1", "b2") if optim[name] >= 0}
+    # The state is the same with and without clipping or decay, so that a resumed run may change
+    # them; `identity` stands where the states of earlier versions had another transformation.
+    clip = optax.clip_by_global_norm(optim.clip_norm) if optim.clip_norm > 0 else optax.identity()
+    descent = descend(optim.weight_decay)
     if optim.name == "adan":
-        optimizer = optax.chain(scale_by_adan(), optax.scale(-1.0))
+        optimizer = optax.chain(scale_by_adan(**betas), descent)
     elif optim.name == "adamw":
-        optimizer = optax.adamw(1.0, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0)
+        optimizer = optax.chain(optax.scale_by_adam(**betas), optax.identity(), descent)
     else:
         raise ValueError(f"unknown optimizer {optim.name!r}")
-    # The state is the same with and without clipping, so that a resumed run may change it.
-    clip = optax.clip_by_global_norm(optim.clip_norm) if optim.clip_norm > 0 else optax.identity()
     return optax.chain(clip, optimizer)
+
+
+def descend(weight_decay: float) -> optax.GradientTransformation:
+    """−(update + weight_decay·parameter) for the kernels of linear layers, −update for the rest.
+
+    Decoupled weight decay (Loshchilov & Hutter 2019, arXiv 1711.05101). Biases, embeddings, the
+    mask token and the tables of the relative position bias do not decay.
+    """
+
+    def step(updates, params):
+        def of_leaf(path, update, parameter):
+            decays = weight_decay and path[-1].key == "kernel"
+            return -(update + weight_decay * parameter) if decays else -update
+
+        return jax.tree.map_with_path(of_leaf, updates, params)
+
+    return optax.stateless(step)
+
+
+def rate_schedule(optim: ConfigDict, steps: int) -> optax.Schedule:
+    """The learning rate of each step of a run, as a factor of optim.lr: steps taken → factor.
+
+    The rate rises linearly from 0 over the first optim.warmup_steps. It then stays at optim.lr
+    (constant) or falls to optim.end_lr at the last step, linearly or along half a cosine.
+    """
+    warmup, end = optim.warmup_steps, optim.end_lr / optim.lr
+    if optim.schedule == "constant":
+        falling = optax.constant_schedule(1.0)
+    elif optim.schedule == "linear":
+        falling = optax.linear_schedule(1.0, end, steps - warmup)
+    else:
+        falling = optax.cosine_decay_schedule(1.0, steps - warmup, alpha=end)
+    if not warmup:
+        return falling
+    return optax.join_schedules([optax.linear_schedule(0.0, 1.0, warmup), falling], [warmup])
 
 
 def learning_rate(optim: ConfigDict, mesh: Mesh) -> jax.Array:

@@ -20,6 +20,7 @@ from mdt_jax.diffusion.schedule import extract, linear_schedule
 from mdt_jax.models import masking, xla
 from mdt_jax.models.mdt import MDT
 from mdt_jax.runtime import keys, parallel, progress
+from mdt_jax.train.optimizers import rate_schedule
 from mdt_jax.train.state import TrainState
 from mdt_jax.weights.vae import from_uint8
 
@@ -239,11 +240,13 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     ema_decay: float,
     accumulate: int = 1,
+    schedule: optax.Schedule = lambda step: 1.0,
 ) -> Callable[[TrainState, dict, Draws, jax.Array], tuple[TrainState, dict]]:
     """The function (state, batch, draws, learning rate) → (state, metrics), for the caller to jit.
 
     optimizer: as `make_optimizer` returns it, for a learning rate of 1.
     accumulate: the number of microbatches; the step is that of the whole batch.
+    schedule: the factor of the learning rate, as of `rate_schedule`.
     A step whose loss or gradient norm is not finite leaves parameters, optimiser and EMA unchanged
     and is counted.
     """
@@ -255,12 +258,13 @@ def make_train_step(
         grads, terms = _accumulate(gradient, state.params, batch, draws, accumulate)
         metrics = summary(model, objective, terms, draws)
         metrics["grad_norm"] = optax.tree.norm(grads)
+        metrics["learning_rate"] = rate = learning_rate * schedule(state.step)
         finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
 
         old = state.params, state.ema, state.opt_state
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-            updates = jax.tree.map(lambda update: learning_rate * update, updates)
+            updates = jax.tree.map(lambda update: rate * update, updates)
             params = cast(dict, optax.apply_updates(state.params, updates))
             ema = jax.tree.map(lambda e, p: ema_decay * e + (1 - ema_decay) * p, state.ema, params)
             # Not by a condition, for whose branches XLA would copy the state.
@@ -300,8 +304,9 @@ def trace_step(
     model = xla.for_devices(model, platform, mesh.size, mesh)
     if mesh.shape["fsdp"] > 1:
         model = model.clone(gather=functools.partial(parallel.gathered, mesh))
+    schedule = rate_schedule(config.optim, config.train.steps)
     train_step = make_train_step(
-        model, objective, optimizer, config.optim.ema_decay, config.train.accumulate
+        model, objective, optimizer, config.optim.ema_decay, config.train.accumulate, schedule
     )
 
     def step_with_draws(state, batch, key, learning_rate):

@@ -76,11 +76,9 @@ def test_smoke_has_the_structure_of_the_recipe(name):
     for field, value in whole.model.items():
         assert field in shrunk or small.model[field] == value
     assert bool(small.model.decoder_layers) == bool(whole.model.decoder_layers)
-    assert (small.mask, small.diffusion, small.optim) == (
-        whole.mask,
-        whole.diffusion,
-        whole.optim,
-    )
+    assert (small.mask, small.diffusion) == (whole.mask, whole.diffusion)
+    warmup = min(whole.optim.warmup_steps, 1)
+    assert small.optim.to_dict() == {**whole.optim, "warmup_steps": warmup}
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
