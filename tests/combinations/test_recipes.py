@@ -10,7 +10,7 @@ from tests.conftest import ROOT, train_here
 
 RECIPES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
 # Ours throughout; the others follow a paper.
-OWN = {"digits", "mnist", "finetune_digits", "pictures64"}
+OWN = {"digits", "mnist", "finetune_digits", "pictures64", "emoji"}
 PARAMETERS = {
     "s2": 35_797_208,
     "b2": 141_488_528,

@@ -56,6 +56,10 @@ def smoke(command: str) -> str:
     if "pictures64" in command:  # the smoke variant is of digits
         command += " --config.data.name=folder --config.data.image_size=64"
         command += " --config.data.channels=3 --config.data.batch_size=8"
+    if "configs/emoji" in command:
+        command += " --config.data.name=folder --config.data.path=emoji/train"
+        command += " --config.data.image_size=32 --config.data.channels=3"
+        command += " --config.evaluation.reference=emoji/test"
     if "evaluate" in command:
         command = command.replace("image_size=256", "image_size=32")
     if "inpaint" in command:

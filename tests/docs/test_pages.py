@@ -38,6 +38,8 @@ def folder(tmp_path_factory):
     write_pictures(folder / "imagenet" / "train")
     write_pictures(folder / "imagenet" / "val", count=6)
     write_pictures(folder / "photos")
+    write_pictures(folder / "emoji" / "train")
+    write_pictures(folder / "emoji" / "test", count=6, seed=1)
     (folder / "imagenet-1k").mkdir()
     write_parquet(folder / "imagenet" / "train", folder / "imagenet-1k" / "data")
     from tests import dinov2, fid_packages
@@ -58,8 +60,8 @@ def test_no_command_is_left_out():
     elsewhere |= {"python3 -m venv .venv", "source .venv/bin/activate"}
     # test_benchmarks.py and test_performance.py run these.
     elsewhere |= {"python benchmarks/convergence.py", "python benchmarks/run.py --suite=cpu"}
-    # test_reproduce.py runs it with small networks.
-    elsewhere |= {"python benchmarks/reproduce.py --row=mdtv2-xl2-g"}
+    # test_reproduce.py runs it with small networks, test_emoji.py on a small package.
+    elsewhere |= {"python benchmarks/reproduce.py --row=mdtv2-xl2-g", "python benchmarks/emoji.py"}
     # test_aot.py compiles a smaller network, where the compiler is installed.
     elsewhere |= {
         "python benchmarks/aot.py --target=h100 --config=configs/xl2.py --batch_size=32",
