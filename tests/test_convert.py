@@ -22,7 +22,7 @@ from mdt_jax.sampling.pipeline import Pipeline
 from mdt_jax.weights import kinds, networks, torch_files
 from mdt_jax.weights.picking import DIFFUSERS
 from mdt_jax.weights.vae import Vae, _decode
-from tests.conftest import FULL_COMPILE, exits_with_one_line
+from tests.conftest import FULL_COMPILE, SMOKE, exits_with_one_line, train_here
 from tests.models.common import random_params
 from tests.published import (
     MODELS,
@@ -108,6 +108,37 @@ def test_a_run_is_exported_ema_or_raw(trained, tmp_path, monkeypatch, capsys):
     for file in ("ema.pt", "raw.pt"):
         state = torch.load(tmp_path / file, weights_only=True)
         assert state["blocks.0.attn.rel_pos_bias.relative_position_index"].dtype == torch.int64
+
+
+def test_a_network_with_qk_norm_is_a_run_or_a_folder_only(tmp_path, monkeypatch, capsys):
+    workdir, folder = tmp_path / "run", tmp_path / "folder"
+    off = ["--config.sample.num_samples=0", "--config.train.sample_every=0"]
+    train_here(*SMOKE, *off, "--config.model.qk_norm=True", f"--workdir={workdir}")
+    model, params = mdt_jax.load(workdir, params="raw")
+    assert model.qk_norm
+    scales = params["encoder"]["attention"]["query_norm"]["scale"]
+    assert not (np.asarray(scales) == 1).any()  # they were trained
+    run(convert, monkeypatch, f"--src={workdir}", f"--dst={folder}", "--params=raw")
+    found = mdt_jax.load(folder)
+    assert found.model == model and same(found.params, params)
+    # Without the config of a run.
+    networks.save(tmp_path / "alone", kinds.Weights(model, params))
+    found = mdt_jax.load(tmp_path / "alone")
+    assert found.model == model and same(found.params, params)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    capsys.readouterr()
+    for place in (["a.pt"], ["a.safetensors"], ["a", "--format=diffusers"]):
+        argv = [f"--src={folder}", f"--dst={tmp_path}/{place[0]}", *place[1:]]
+        printed = exits_with_one_line(convert.main, argv, capsys, monkeypatch)
+        assert "has no place for" in printed
+        assert ("queries and keys" in printed) == (len(place) == 1)  # diffusers has no MDT either
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_a_folder_written_before_qk_norm_has_none():
+    meta = kinds.meta_of(kinds.Weights(MODELS["v1"], {}))
+    del meta["model"]["qk_norm"]
+    assert kinds.network_of(meta) == MODELS["v1"]
 
 
 BAD = {

@@ -69,6 +69,7 @@ FIELDS: dict[str, dict[str, Field]] = dict(
                           at_least(1, "; for none, set model.side_interpolater=False")),
         num_classes=Field(10, "0: unconditional; -1: as many as the data has", at_least(-1)),
         relative_bias=Field(True, "the attention has a relative position bias"),
+        qk_norm=Field(False, "the attention normalises queries and keys"),
         learned_position=Field(True, "if False, both position embeddings stay sine-cosine"),
         side_interpolater=Field(True, "if False, mask tokens go straight to the decoder"),
         masked_shortcut=Field(True, "only masked tokens take the side-interpolater's prediction"),

@@ -74,13 +74,18 @@ def _differences(size: int) -> np.ndarray:
 class Attention(nn.Module):
     """Multi-head self-attention; the bias is added to the logits before the softmax.
 
-    grid: (H, W) in tokens, the size of the bias table. relative_bias: False: no bias.
+    grid: (H, W) in tokens, the size of the bias table. relative_bias: False: no bias. qk_norm: each
+    head's queries and keys are normalised, x / √(mean(x²) + 1e-6) · scale with scales [head size]
+    that the heads share and that start at 1 (RMSNorm, Zhang & Sennrich 2019, as in Stable Diffusion
+    3, arXiv 2403.03206). The norm is computed in float32. At scales of 1 a logit without its bias
+    is at most √(head size).
     """
 
     num_heads: int
     grid: tuple[int, int]
     relative_bias: bool = True
     ops: Ops = Ops()
+    qk_norm: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array, kept: Kept | None = None) -> jax.Array:
@@ -94,6 +99,11 @@ class Attention(nn.Module):
             einops.rearrange(each, "b n (h d) -> b n h d", h=self.num_heads)
             for each in jnp.split(qkv, 3, axis=-1)
         )
+        if self.qk_norm:
+            # Without remat the backward pass keeps six float32 arrays of the size of x.
+            norm = nn.remat(nn.RMSNorm) if self.ops.recompute else nn.RMSNorm
+            q = norm(dtype=q.dtype, name="query_norm")(q)
+            k = norm(dtype=k.dtype, name="key_norm")(k)
         if self.relative_bias:
             table = self.param(
                 "relative_bias",

@@ -84,6 +84,7 @@ class Block(nn.Module):
     relative_bias: bool = True
     ops: Ops = Ops()
     mlp_norm_eps: float = EPS
+    qk_norm: bool = False
 
     @nn.compact
     def __call__(
@@ -107,7 +108,12 @@ class Block(nn.Module):
         x = xla.gradient_barrier(x)
         h = modulated_norm(x, shift_attn, scale_attn, self.ops)
         attention = Attention(
-            self.num_heads, self.grid, self.relative_bias, self.ops, name="attention"
+            self.num_heads,
+            self.grid,
+            self.relative_bias,
+            self.ops,
+            self.qk_norm,
+            name="attention",
         )
         x = add_gated(x, gate_attn, attention(h, kept))
 
@@ -143,7 +149,7 @@ class MDT(nn.Module):
         blocks, and every decoder block has a skip from the unmasked input.
     side_layers: blocks of the side-interpolater; 0: the decoder gets the mask tokens themselves.
     masked_shortcut: the side-interpolater replaces masked tokens only.
-    relative_bias: attention has a relative position bias.
+    relative_bias: attention has a relative position bias. qk_norm: it normalises queries and keys.
     learned_position: the two position embeddings are trained.
     asymmetric: False: in the masked pass the decoder sees the kept tokens only, and the
         side-interpolater follows the decoder.
@@ -176,6 +182,7 @@ class MDT(nn.Module):
     side_layers: int = 1
     masked_shortcut: bool = True
     relative_bias: bool = True
+    qk_norm: bool = False
     learned_position: bool = True
     asymmetric: bool = True
     learn_sigma: bool = True
@@ -254,7 +261,9 @@ class MDT(nn.Module):
         """
         blocks = xla.stack_blocks(Block, count, skip_axis, self.remat, self.gather, self.unroll)
         ops = self.ops._replace(dtype=self.dtype)
-        return blocks(self.num_heads, self.grid, self.relative_bias, ops, self.mlp_norm_eps)
+        return blocks(
+            self.num_heads, self.grid, self.relative_bias, ops, self.mlp_norm_eps, self.qk_norm
+        )
 
     def __call__(
         self,

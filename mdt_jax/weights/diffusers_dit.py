@@ -184,6 +184,7 @@ def to_published(model: MDT, params: dict) -> dict[str, np.ndarray]:
         (model.relative_bias, "a DiT with a relative position bias"),
         (not model.num_classes, "an unconditional model"),
         (model.grid[0] != model.grid[1], "a DiT for images that are not square"),
+        (model.qk_norm, "a DiT that normalises queries and keys (qk_norm)"),
     ):
         if lacks:
             raise UserError(f"diffusers' DiTPipeline has no place for {kind}")

@@ -365,6 +365,7 @@ def to_published(model: MDT, params: dict) -> dict[str, np.ndarray]:
         (not is_mdt and model.version == "v2", "a DiT with long skips"),
         (not is_mdt and model.grid[0] != model.grid[1], "a DiT for images that are not square"),
         (not model.num_classes, "an unconditional model"),
+        (model.qk_norm, "a model that normalises queries and keys (qk_norm)"),
     ):
         if lacks:
             raise UserError(f"the published code has no place for {kind}")

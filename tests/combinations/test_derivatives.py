@@ -12,7 +12,7 @@ SMALL = dict(hidden_size=16, depth=4, num_heads=2, num_classes=3)
 
 
 @pytest.mark.parametrize("changes", [
-    {"depth": 3, "remat": "full"},
+    {"depth": 3, "remat": "full", "qk_norm": True},
     {"version": "v2", "depth": 3, "decoder_layers": 1, "remat": "dots", "relative_bias": False},
 ], ids=str)  # fmt: skip
 def test_the_network_is_differentiated_forward_and_twice(changes):

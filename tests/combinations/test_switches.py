@@ -41,6 +41,7 @@ VALUES = {
     "model.side_layers": (1, 2),
     "model.num_classes": (3, 1, 0),
     "model.relative_bias": (True, False),
+    "model.qk_norm": (False, True),
     "model.learned_position": (True, False),
     "model.side_interpolater": (True, False),
     "model.masked_shortcut": (True, False),

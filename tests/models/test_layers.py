@@ -199,6 +199,7 @@ def row_major_attention(q, k, v, bias=None, visible=None):
     return attend.plain(q, k, v, bias, visible, transpose=xla.row_major_transpose)
 
 
+NORMS = ("query_norm", "key_norm")
 CASES = [  # tokens, of which visible, and channels of a head
     (7, None, 16), (8, 5, 16), (80, None, 64), (64, 45, 64), (81, 60, 72), (256, 179, 72),
     (256, 128, 64),
@@ -235,12 +236,13 @@ def test_attention_and_its_gradients_are_those_of_the_library(form, tokens, kept
 
 @pytest.mark.parametrize("form", [attend.plain, cudnn_in_xla])
 @pytest.mark.parametrize("relative_bias", [True, False])
-def test_kept_tokens_attend_as_if_there_were_no_others(form, relative_bias):
+@pytest.mark.parametrize("qk_norm", [True, False])
+def test_kept_tokens_attend_as_if_there_were_no_others(form, relative_bias, qk_norm):
     """Attention over the grid with hidden tokens against attention over the kept ones alone."""
     grid, heads = (4, 6), 2
     noise = jax.random.uniform(KEY, (3, 24))
     ids = jnp.argsort(noise, axis=-1)[:, :17].astype(jnp.int32)
-    module = Attention(heads, grid, relative_bias, xla.Ops(attend=form))
+    module = Attention(heads, grid, relative_bias, xla.Ops(attend=form), qk_norm)
     x, kept = normal(3, 17, 16), kept_tokens(ids, None, 24)
     params = module.init(KEY, x, kept)["params"]
 
@@ -250,6 +252,11 @@ def test_kept_tokens_attend_as_if_there_were_no_others(form, relative_bias):
     def alone(params, x):
         qkv = x @ params["qkv"]["kernel"] + params["qkv"]["bias"]
         q, k, v = jnp.moveaxis(qkv.reshape(3, 17, 3, heads, -1), 2, 0)
+        if qk_norm:
+            q, k = (
+                x / jnp.sqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-6) * params[name]["scale"]
+                for x, name in ((q, "query_norm"), (k, "key_norm"))
+            )
         bias = None
         if relative_bias:
             index = relative_index(grid)[ids[:, :, None], ids[:, None, :]]
@@ -268,6 +275,56 @@ def test_kept_tokens_attend_as_if_there_were_no_others(form, relative_bias):
     )
     for a, b in zip(got, expected, strict=True):  # of all parameters together, and of x
         assert relative_error(a, b) < 2e-6
+
+
+@pytest.mark.parametrize("recompute", [True, False])
+def test_attention_with_normalised_queries_and_keys_written_out(recompute):
+    """In NumPy and float64, among all tokens and among kept ones."""
+    grid, heads, depth = (3, 4), 2, 8
+    module = Attention(heads, grid, True, xla.Ops(recompute=recompute), qk_norm=True)
+    x = normal(2, 12, heads * depth)
+    params = module.init(KEY, x)["params"]
+    assert all((params[name]["scale"] == np.ones(depth)).all() for name in NORMS)
+    params |= {name: {"scale": 1 + 0.5 * normal(depth, key=i)} for i, name in enumerate(NORMS)}
+    exact = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
+    ids = np.array([[7, 0, 3, 11, 4], [1, 2, 10, 5, 9]], np.int32)
+    index = relative_index(grid)
+    every = np.broadcast_to(np.arange(12), (2, 12))
+    for tokens, kept, at in ((x, None, every), (x[:, :5], kept_tokens(ids, None, 12), ids)):
+        out = module.apply({"params": params}, tokens, kept)
+        qkv = np.asarray(tokens, np.float64) @ exact["qkv"]["kernel"] + exact["qkv"]["bias"]
+        q, k, v = np.moveaxis(qkv.reshape(2, -1, 3, heads, depth), (2, 3), (0, 2))
+        q, k = (
+            each / np.sqrt((each**2).mean(-1, keepdims=True) + 1e-6) * exact[name]["scale"]
+            for each, name in zip((q, k), NORMS, strict=True)
+        )
+        bias = exact["relative_bias"][index[at[:, :, None], at[:, None, :]]]
+        logits = q @ k.swapaxes(-1, -2) / np.sqrt(depth) + np.moveaxis(bias, -1, 1)
+        weights = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+        expected = np.moveaxis(weights @ v, 1, 2).reshape(2, -1, heads * depth)
+        expected = expected @ exact["proj"]["kernel"] + exact["proj"]["bias"]
+        assert relative_error(out, expected) < 2e-6
+
+
+def test_in_bfloat16_queries_and_keys_are_normalised_in_float32():
+    """They are what float64 gives, rounded once, and of length √(head size)."""
+    seen = []
+
+    def record(q, k, v, bias, visible):
+        seen.append((q, k))
+        return v
+
+    x = 1000 * normal(2, 12, 144, dtype=jnp.bfloat16)
+    for qk_norm in (False, True):
+        ops = xla.Ops(jnp.dtype(jnp.bfloat16), attend=record)
+        module = Attention(2, (3, 4), False, ops, qk_norm)
+        module.apply(module.init(KEY, x), x)
+    for plain, normalised in zip(seen[0], seen[-1], strict=True):
+        assert plain.dtype == normalised.dtype == jnp.bfloat16
+        plain, normalised = (np.asarray(each, np.float64) for each in (plain, normalised))
+        expected = plain / np.sqrt((plain**2).mean(-1, keepdims=True) + 1e-6)
+        np.testing.assert_allclose(normalised, expected, rtol=2**-8 * 1.01)
+        np.testing.assert_allclose(np.linalg.norm(normalised, axis=-1), 72**0.5, rtol=2**-8)
 
 
 def test_why_a_fused_form_is_not_taken():

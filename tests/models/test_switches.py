@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mdt_jax.models.masking import kept_tokens
-from mdt_jax.models.mdt import MDT, init_params, patchify, unpatchify
+from mdt_jax.models.mdt import MDT, STACKS, init_params, patchify, unpatchify
 from tests.models.common import random_params
 from tests.published import relative_error
 
@@ -164,6 +164,25 @@ def test_without_relative_bias_it_is_zero():
     for run in (full_pass, masked_pass):
         assert relative_error(run(off, bare), run(MODEL, scaled(0))) < 2e-6
         assert relative_error(run(off, bare), run(MODEL, scaled(100))) > 1e-2
+
+
+def test_qk_norm_adds_scales_to_every_attention_and_nothing_else():
+    on, key = V2.clone(qk_norm=True), jax.random.key(0)
+    params, bare = init_params(on, key), init_params(V2, key)
+    stacks = [name for name in bare if name in STACKS]
+    for name in stacks:
+        for norm in ("query_norm", "key_norm"):
+            scale = params[name]["attention"].pop(norm)["scale"]
+            np.testing.assert_array_equal(scale, np.ones((len(scale), 8)))
+            assert len(scale) == len(bare[name]["attention"]["relative_bias"])
+    assert jax.tree.structure(params) == jax.tree.structure(bare)
+    jax.tree.map(np.testing.assert_array_equal, params, bare)
+
+    params = random_params(on)
+    slopes = jax.jit(jax.grad(lambda p: jnp.square(masked_pass(on, p)).sum()))(params)
+    for name in stacks:
+        for norm in ("query_norm", "key_norm"):
+            assert (np.abs(slopes[name]["attention"][norm]["scale"]) > 0).all(), (name, norm)
 
 
 def test_a_model_without_decoder_is_a_dit():

@@ -103,6 +103,7 @@ BAD = {
     "nothing": (["--config.init.checkpoint=nothing"], "checkpoint 'nothing' does not exist"),
     "size": (["--config.model.hidden_size=32"], "hidden_size is 16 there and 32 here"),
     "version": (["--config.model.version=v2"], "version is v1 there and v2 here"),
+    "norm": (["--config.model.qk_norm=True"], "qk_norm is False there and True here"),
     "schedule": (["--config.diffusion.steps=500"], "diffusion.steps is 1000 there and 500 here"),
     "scale": (["--config.vae.scale=0.5"], "vae.scale is 0.18215 there and 0.5 here"),
 }

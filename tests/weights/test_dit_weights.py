@@ -220,6 +220,7 @@ def test_what_is_no_dit(told, changes, message):
         (dict(version="v2"), "a DiT with long skips"),
         (dict(input_size=(8, 4)), "images that are not square"),
         (dict(num_classes=0), "an unconditional model"),
+        (dict(qk_norm=True), "a model that normalises queries and keys"),
     ],
 )
 def test_what_a_dits_file_cannot_hold(fields, message):

@@ -73,6 +73,7 @@ def test_fixed_positions_and_no_bias_are_written_out():
         (dict(learn_sigma=False), "no place for an MDT that predicts no variance"),
         (dict(side_layers=0), "no place for a model without a side-interpolater"),
         (dict(num_classes=0), "no place for an unconditional model"),
+        (dict(qk_norm=True), "no place for a model that normalises queries and keys"),
     ],
 )
 def test_what_the_published_code_cannot_hold(fields, message):
