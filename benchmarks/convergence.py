@@ -49,18 +49,27 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 @dataclasses.dataclass(frozen=True)
 class Set:
-    """Images to train on. recipe: of configs/; changes: to its fields; steps: of training.
+    """Images to train on.
 
-    rates: the learning rate of each network in the suite "models", chosen by the suite "tuning".
+    recipe: of configs/; changes: to its fields; steps: of training; every: steps between points of
+    a curve; rates: the learning rate of each of MODELS, which the suite "tuning" compares.
     """
 
     recipe: str
     steps: int
+    every: int
     changes: dict
     rates: dict[str, float]
 
 
+# Recipes of MDTv2 are made MDT; MODELS makes it what they were. The rate is constant, so that a run
+# may go on.
 SMALL = {
+    "model.version": "v1",
+    "mask.ratio_max": 0.0,
+    "diffusion.loss_weight": "uniform",
+    "optim.name": "adamw",
+    "optim.clip_norm": 0.0,
     "model.hidden_size": 64,
     "model.depth": 6,
     "model.num_heads": 4,
@@ -70,16 +79,18 @@ SMALL = {
     "optim.warmup_steps": 100,
     "optim.weight_decay": 0.0,
     "optim.ema_decay": 0.995,
+    "sample.sampler": "dpmpp_2m_sde",
+    "sample.num_steps": 20,
 }
-# For short runs on digits: a higher rate, and an EMA that does not lag behind by half of them.
-DIGITS = {"optim.lr": 4e-3, "optim.ema_decay": 0.99}
+# For short runs on digits: an EMA that does not lag behind by half of them.
+DIGITS = {"data.batch_size": 64, "optim.ema_decay": 0.99}
 SETS = {
-    "digits": Set("digits", 1500, DIGITS, {"DiT": 4e-3, "MDT": 4e-3, "MDTv2": 8e-3}),
-    "digits_5_9": Set("finetune_digits", 600, {}, {}),
-    "mnist": Set("mnist", 4000, SMALL, {"DiT": 6e-3, "MDT": 6e-3, "MDTv2": 12e-3}),
-    "mnist_2": Set("mnist", 1000, SMALL | {"model.patch_size": 2, "model.hidden_size": 48},
-                   {"DiT": 2e-3, "MDT": 2e-3, "MDTv2": 4e-3}),
-    "emoji": Set("emoji", 2000, SMALL, {"DiT": 2e-3, "MDT": 2e-3, "MDTv2": 4e-3}),
+    "digits": Set("digits", 1500, 250, DIGITS, {"DiT": 4e-3, "MDT": 4e-3, "MDTv2": 8e-3}),
+    "digits_5_9": Set("finetune_digits", 600, 100, {}, {"MDT": 2e-3}),
+    "mnist": Set("mnist", 6000, 500, SMALL, {"DiT": 6e-3, "MDT": 6e-3, "MDTv2": 12e-3}),
+    "mnist_2": Set("mnist", 2000, 250, SMALL | {"model.patch_size": 2},
+                   {"DiT": 6e-3, "MDT": 6e-3, "MDTv2": 12e-3}),
+    "emoji": Set("emoji", 4000, 500, SMALL, {"DiT": 6e-3, "MDT": 6e-3, "MDTv2": 12e-3}),
 }  # fmt: skip
 
 DIT = {
@@ -103,10 +114,10 @@ PLAIN = {
 }
 SUITES: dict[str, dict[str, dict]] = {
     "models": MODELS,
-    # From DiT to MDT. A step of MDT draws noise for each image twice; so does a doubled batch.
+    # From DiT to MDTv2. A step of MDT has two passes, of other noise; so has a doubled batch.
     "parts": {
         "DiT": DIT,
-        "DiT, images twice": DIT | {"data.batch_size": 64},
+        "DiT, batch doubled": DIT,
         "bias and positions": {"mask.passes": "full"},
         "masked pass": PLAIN,
         "masked pass, bias and positions": {"model.side_interpolater": False},
@@ -114,7 +125,7 @@ SUITES: dict[str, dict[str, dict]] = {
         "MDT, ratio 0.1": {"mask.ratio": 0.1},
         "MDT, ratio 0.5": {"mask.ratio": 0.5},
         "MDT by min-SNR": {"diffusion.loss_weight": "min_snr_5"},
-        "MDTv2 by AdamW": MDTV2 | {"optim.name": "adamw", "optim.lr": 2e-3},
+        "MDTv2 by AdamW": MDTV2 | {"optim.name": "adamw"},
         "MDTv2": MDTV2,
     },
     "ablations": {
@@ -138,55 +149,50 @@ SUITES: dict[str, dict[str, dict]] = {
 TRIALS = (0.5, 1.0, 2.0)  # of the suite "tuning": times the set's rates
 # The run whose weights are fine-tuned.
 SOURCE = {"data.name": "digits_0_4", "model.num_classes": 5}
-POINTS = 12  # checkpoints of a run that are measured
+CURVES = ("models", "parts", "finetune")  # other suites are measured after the last step alone
 LOSS_DRAWS = 2  # timesteps for each image of a loss
 
 
 def suite_of(name: str, data: str) -> dict[str, dict]:
-    """The networks of a suite on a set, by name: changes to its config."""
+    """The networks of a suite on a set, by name: changes to the set's recipe."""
     rates = SETS[data].rates
     if name == "tuning":
+        trials = [(network, trial * rates[network]) for network in MODELS for trial in TRIALS]
         return {
-            f"{network}, {trial * rates[network]:g}": {
-                **changes, "optim.lr": trial * rates[network]
-            }
-            for network, changes in MODELS.items()
-            for trial in TRIALS
-        }  # fmt: skip
-
-    def rate(network):
-        return {"optim.lr": rates[network.partition(",")[0].partition(" ")[0]]}
-
-    named = {
-        network: network if network.startswith(tuple(rates)) else "MDT" for network in SUITES[name]
-    }
-    return {
-        network: ({} if name == "finetune" else rate(named[network])) | changes
+            f"{network}, {rate:g}": MODELS[network] | {"optim.lr": rate} for network, rate in trials
+        }
+    suite = {
+        network: {"optim.lr": rates[_nearest(changes)]} | changes
         for network, changes in SUITES[name].items()
     }
+    if name == "parts":
+        suite["DiT, batch doubled"]["data.batch_size"] = 2 * SETS[data].changes["data.batch_size"]
+    return suite
+
+
+def _nearest(changes: dict) -> str:
+    """Which of MODELS a network has its learning rate from."""
+    if changes.get("model.decoder_layers") == 0:
+        return "DiT"
+    return "MDTv2" if changes.get("optim.name") == "adan" else "MDT"
 
 
 def recipe(
-    data: str, changes: dict, seed: int, steps: int, samples: int, variant: str, points: int,
+    data: str, changes: dict, seed: int, steps: int, every: int, samples: int, variant: str = "",
     path: str = "",
 ) -> ConfigDict:  # fmt: skip
-    """The config of a run on a set, with `changes` to it, and `points` checkpoints."""
-    config = configs.load(str(ROOT / "configs" / f"{SETS[data].recipe}.py"), variant)
-    every = max(1, steps // points)
+    """The config of a run on a set, with `changes` to it."""
+    config = configs.load(str(ROOT / "configs" / f"{SETS[data].recipe}.py"))
+    config.update_from_flattened_dict(SETS[data].changes | changes)
+    config = configs.variant(config, variant)
+    config.optim.warmup_steps = min(config.optim.warmup_steps, steps - 1)
     config.train.update(steps=steps, seed=seed, log_every=max(1, every // 4))
     config.train.update(checkpoint_every=every, keep=1000, sample_every=0)
     config.sample.update(guidance_scale=1.0, num_samples=0, batch_size=min(samples, 100))
-    config.sample.update(sampler="dpmpp_2m_sde", num_steps=min(config.sample.num_steps, 20))
+    config.sample.num_steps = min(config.sample.num_steps, 50)
     config.evaluation.reference = ""
     if path:
         config.data.path = f"{path}/train"
-    fields = SETS[data].changes | changes
-    if variant:  # its size is the variant's
-        fields = {
-            name: value for name, value in fields.items() if name not in SMALL or name in changes
-        }
-    config.update_from_flattened_dict(fields)
-    config.optim.warmup_steps = min(config.optim.warmup_steps, steps - 1)
     return config
 
 
@@ -331,14 +337,17 @@ def bench(argv: list[str]) -> None:
     if unknown := {*filter(None, flags.only.split(";"))} - {*suite}:
         raise UserError(f"--only: {min(unknown)!r} is none of {'; '.join(suite)}")
     suite = {name: suite[name] for name in suite if not flags.only or name in flags.only.split(";")}
-    points = POINTS if flags.suite in ("models", "parts") else 6 if flags.suite == "finetune" else 1
+    every = min(SETS[data].every, max(1, steps // 2)) if flags.suite in CURVES else steps
     measures = Measures(data, flags.path, flags.samples)
     out = pathlib.Path(flags.out or f"runs/convergence-{data}-{flags.suite}")
     make(out)
     common = {}
     if flags.suite == "finetune":
         print("the run to start from: digits 0–4", file=sys.stderr)
-        config = recipe("digits", SOURCE, 0, 2 * steps, flags.samples, flags.variant, 1)
+        rate = {"optim.lr": SETS["digits"].rates["MDT"]}
+        config = recipe(
+            "digits", SOURCE | rate, 0, 2 * steps, 2 * steps, flags.samples, flags.variant
+        )
         with contextlib.redirect_stdout(sys.stderr):
             loop.train(config, out / "source")
         common = {"init.checkpoint": str(out / "source")}
@@ -346,9 +355,8 @@ def bench(argv: list[str]) -> None:
     jobs = [(name, seed) for seed in flags.seeds for name in suite]
     for number, (name, seed) in enumerate(jobs, start=1):
         print(f"run {number} of {len(jobs)}: {name}, seed {seed}", file=sys.stderr)
-        changes = common | suite[name]
-        options = (steps, flags.samples, flags.variant, points, flags.path)
-        config = recipe(data, changes, seed, *options)
+        options = (steps, every, flags.samples, flags.variant, flags.path)
+        config = recipe(data, common | suite[name], seed, *options)
         workdir = out / name.replace(",", "").replace(" ", "-") / str(seed)
         runs[name].append(run(config, workdir, measures))
 

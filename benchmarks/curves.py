@@ -24,12 +24,14 @@ LEVELS = (0.25, 0.5, 0.75, 1.0)  # of the first network's steps
 def report(runs: dict[str, list[dict]], real: dict[str, float]) -> dict:
     """The means and deviations after the last step, the factors, and how flat the curves are."""
     first = next(iter(runs.values()))
-    steps = first[0]["points"][-1]["step"]
+    measured = [point["step"] for point in first[0]["points"]]
+    steps = measured[-1]
+    levels = {max(s for s in measured if s <= max(at * steps, measured[0])) for at in LEVELS}
     return {
         "real": real,
         "steps": steps,
         "networks": {name: _last(of_name, first) for name, of_name in runs.items()},
-        "factors": [_level(runs, first, round(level * steps)) for level in LEVELS],
+        "factors": [_level(runs, first, step) for step in sorted(levels)],
         "change": _change(first),
         "rank_correlation": _correlation(runs),
     }

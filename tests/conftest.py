@@ -41,7 +41,7 @@ SLOW_FIRST = (
     "data/test_sources.py", "train/test_evaluation_in_training.py", "test_main.py",
     "test_convert.py", "train/test_objective.py", "test_commands.py", "models/test_mdt.py",
     "processes/test_distributed.py", "docs/test_pages.py", "processes/test_pod.py",
-    "benches/test_benchmarks.py",
+    "benches/test_benchmarks.py", "benches/test_convergence.py",
     "combinations/test_switches.py", "processes/test_devices.py", "processes/test_main.py",
     "processes/test_evaluate.py", "processes/test_sample.py", "docs/test_notebooks.py",
 )  # fmt: skip

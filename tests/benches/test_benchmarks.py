@@ -4,54 +4,9 @@ import runpy
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 
-from tests.conftest import ROOT, exits_with_one_line, run_here
-
-SCRIPT = ROOT / "benchmarks" / "convergence.py"
-
-
-@pytest.fixture(scope="module")
-def bench():
-    return runpy.run_path(str(SCRIPT))
-
-
-def convergence(*arguments, expect=0):
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), *arguments], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == expect, done.stdout + done.stderr
-    return done.stdout, done.stderr
-
-
-def test_convergence(bench, tmp_path):
-    """Two steps of each network, really trained and measured; and again from what is there."""
-    from PIL import Image
-
-    small = ["--variant=smoke", "--steps=2", "--seeds=0", "--samples=20", f"--out={tmp_path}"]
-    printed, _ = convergence(*small)
-    assert [line.split("|")[1].strip() for line in printed.splitlines()[2:]] == [
-        "DiT", "MDT", "MDTv2", "*real training images*",
-    ]  # fmt: skip
-    report = json.loads((tmp_path / "convergence.json").read_text())
-    assert [row["name"] for row in report["summary"]] == ["DiT", "MDT", "MDTv2"]
-    assert all(np.isfinite(row["frechet_distance"]) for row in report["summary"])
-    points = report["runs"]["MDTv2"][0]["points"]
-    assert [point["step"] for point in points] == [1, 2]
-    assert points[0]["seconds"] < points[1]["seconds"]
-    assert Image.open(tmp_path / "convergence.png").size[0] > 500
-
-    again = run_here(bench["bench"], *small)
-    assert printed in again and "training" not in again.replace(printed, "")
-
-
-def test_fine_tuning_starts_from_the_source(bench, tmp_path):
-    small = ["--variant=smoke", "--steps=2", "--seeds=0", "--samples=20", f"--out={tmp_path}"]
-    printed = run_here(bench["bench"], "--suite=finetune", *small)
-    names = re.findall(r"^\| (from [^|]*) \|", printed, re.M)
-    assert names == ["from scratch", "from digits 0–4"]
-    assert f"parameters and EMA are those of {tmp_path / 'source'}" in printed
+from tests.conftest import ROOT, exits_with_one_line
 
 
 def test_converting_there_and_back(monkeypatch, capsys):
@@ -61,47 +16,6 @@ def test_converting_there_and_back(monkeypatch, capsys):
     bench["bench"](["convert.py", "--size=S"])
     rows = [line for line in capsys.readouterr().out.splitlines() if "× the file" in line]
     assert [row.partition(" |")[0] for row in rows] == ["| MDTv2-S/2", "| DiT-S/2"]
-
-
-def test_all_networks_of_a_suite_are_valid_and_differ(bench):
-    from mdt_jax import config as configs
-
-    for name, suite in bench["SUITES"].items():
-        seen = []
-        for changes in suite.values():
-            config = bench["recipe"](changes, 0, 100, 50, "", True, bench["BASE"][name])
-            configs.validate(config)
-            assert config.to_dict() not in seen
-            seen.append(config.to_dict())
-
-
-def test_dots_are_drawn_and_deviations_are_over_seeds(bench, tmp_path):
-    def curve(distance):
-        point = {"step": 7, "frechet_distance": distance, "class_agreement": 0.5, "seconds": 1.0}
-        return {"points": [point]}
-
-    curves = {"MDT": [curve(1.0), curve(3.0)], "other": [curve(2.0), curve(4.5)]}
-    bench["draw_dots"](tmp_path / "dots.png", curves)
-    assert (tmp_path / "dots.png").stat().st_size > 1000
-    one, other = bench["summarise"](curves)
-    assert (one["frechet_distance"], one["seeds"], one["steps"]) == (2.0, 2, 7)
-    assert one["frechet_distance_deviation"] == pytest.approx(np.sqrt(2))
-    assert other["difference"] == pytest.approx(1.25)
-    assert other["difference_deviation"] == pytest.approx(np.std([1.0, 1.5], ddof=1))
-    printed = bench["table"]([one, other], 0.5).splitlines()
-    assert printed[2] == "| MDT | 2.00 ± 1.41 |  | 0.500 ± 0.000 | 1 ± 0 |"
-    assert printed[3] == "| other | 3.25 ± 1.77 | +1.25 ± 0.35 | 0.500 ± 0.000 | 1 ± 0 |"
-
-
-def test_mistakes_are_one_line(bench, tmp_path, capsys, monkeypatch):
-    for argument, message in (
-        ("--suite=all", "invalid choice"),
-        ("--seeds=a", "--seeds"),
-        ("--steps=0", "--steps"),
-    ):
-        argv = [argument, f"--out={tmp_path / 'out'}"]
-        assert message in exits_with_one_line(bench["bench"], argv, capsys, monkeypatch)
-    assert not (tmp_path / "out").exists()
 
 
 def test_what_the_pipeline_reads(tmp_path, capsys):
