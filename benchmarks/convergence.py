@@ -11,38 +11,28 @@ steps at a constant rate. At each checkpoint unguided EMA samples are measured: 
 held-out images in features of a small classifier (benchmarks/features.py) and in pixels, and the
 share that the classifier reads as the class asked for. So are the losses of held-out and of
 training images. Prints tables and leaves convergence.png and convergence.json in --out. Stopped, it
-goes on with the same command; with more --steps it trains the same runs further.
+goes on with the same command; with more --steps it trains the same runs further (not those of
+finetune, whose source is another one then).
 """
 
 import contextlib
 import dataclasses
-import functools
 import json
 import pathlib
 import sys
 
 import curves
-import jax
 import numpy as np
-from features import Classifier, load_images
+from measures import Measures
 from ml_collections import ConfigDict
 
 from mdt_jax import cli
 from mdt_jax import config as configs
-from mdt_jax.data.images import to_uint8
-from mdt_jax.data.sources import Images
-from mdt_jax.diffusion.options import SampleOptions, balanced_labels
-from mdt_jax.evaluation import metrics, references
-from mdt_jax.evaluation.evaluator import Evaluator
-from mdt_jax.evaluation.image_sets import ArrayImages
 from mdt_jax.models.mdt import MDT
 from mdt_jax.runtime.errors import UserError
-from mdt_jax.sampling.generation import generate
 from mdt_jax.train import costs, loop
 from mdt_jax.train.log import read_steps
-from mdt_jax.train.step import Objective, batch_latents, draw_step, sample_losses
 from mdt_jax.train.workdir import make, write_json
-from mdt_jax.weights.networks import load_weights
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -51,10 +41,12 @@ ROOT = pathlib.Path(__file__).parents[1]
 class Set:
     """Images to train on.
 
-    recipe: of configs/; changes: to its fields; steps: of training; every: steps between points of
-    a curve; rates: the learning rate of each of MODELS, which the suite "tuning" compares.
+    images: their name in features.py; recipe: of configs/; changes: to its fields; steps: of
+    training; every: steps between checkpoints; rates: the learning rate of each of MODELS, which
+    the suite "tuning" compares.
     """
 
+    images: str
     recipe: str
     steps: int
     every: int
@@ -62,8 +54,8 @@ class Set:
     rates: dict[str, float]
 
 
-# Recipes of MDTv2 are made MDT; MODELS makes it what they were. The rate is constant, so that a run
-# may go on.
+# The recipes of MNIST and emoji are of MDTv2; this makes them MDT's. The rate is constant, so that
+# a run may go on.
 SMALL = {
     "model.version": "v1",
     "mask.ratio_max": 0.0,
@@ -84,14 +76,14 @@ SMALL = {
 }
 # For short runs on digits: an EMA that does not lag behind by half of them.
 DIGITS = {"data.batch_size": 64, "optim.ema_decay": 0.99}
+RATES = {"DiT": 6e-3, "MDT": 6e-3, "MDTv2": 12e-3}
 SETS = {
-    "digits": Set("digits", 1500, 250, DIGITS, {"DiT": 4e-3, "MDT": 4e-3, "MDTv2": 8e-3}),
-    "digits_5_9": Set("finetune_digits", 600, 100, {}, {"MDT": 2e-3}),
-    "mnist": Set("mnist", 6000, 500, SMALL, {"DiT": 6e-3, "MDT": 6e-3, "MDTv2": 12e-3}),
-    "mnist_2": Set("mnist", 2000, 250, SMALL | {"model.patch_size": 2},
-                   {"DiT": 6e-3, "MDT": 6e-3, "MDTv2": 12e-3}),
-    "emoji": Set("emoji", 4000, 500, SMALL, {"DiT": 6e-3, "MDT": 6e-3, "MDTv2": 12e-3}),
-}  # fmt: skip
+    "digits": Set("digits", "digits", 1500, 25, DIGITS, {"DiT": 4e-3, "MDT": 4e-3, "MDTv2": 8e-3}),
+    "mnist": Set("mnist", "mnist", 6000, 125, SMALL, RATES),
+    "mnist_2": Set("mnist", "mnist", 2000, 50, SMALL | {"model.patch_size": 2}, RATES),
+    "emoji": Set("emoji", "emoji", 4000, 100, SMALL, RATES),
+}
+FINETUNE = Set("digits_5_9", "finetune_digits", 600, 100, {}, {"MDT": 2e-3})
 
 DIT = {
     "model.decoder_layers": 0,
@@ -150,12 +142,11 @@ TRIALS = (0.5, 1.0, 2.0)  # of the suite "tuning": times the set's rates
 # The run whose weights are fine-tuned.
 SOURCE = {"data.name": "digits_0_4", "model.num_classes": 5}
 CURVES = ("models", "parts", "finetune")  # other suites are measured after the last step alone
-LOSS_DRAWS = 2  # timesteps for each image of a loss
 
 
-def suite_of(name: str, data: str) -> dict[str, dict]:
+def suite_of(name: str, data: Set) -> dict[str, dict]:
     """The networks of a suite on a set, by name: changes to the set's recipe."""
-    rates = SETS[data].rates
+    rates = data.rates
     if name == "tuning":
         trials = [(network, trial * rates[network]) for network in MODELS for trial in TRIALS]
         return {
@@ -166,7 +157,7 @@ def suite_of(name: str, data: str) -> dict[str, dict]:
         for network, changes in SUITES[name].items()
     }
     if name == "parts":
-        suite["DiT, batch doubled"]["data.batch_size"] = 2 * SETS[data].changes["data.batch_size"]
+        suite["DiT, batch doubled"]["data.batch_size"] = 2 * data.changes["data.batch_size"]
     return suite
 
 
@@ -178,16 +169,15 @@ def _nearest(changes: dict) -> str:
 
 
 def recipe(
-    data: str, changes: dict, seed: int, steps: int, every: int, samples: int, variant: str = "",
+    data: Set, changes: dict, seed: int, steps: int, every: int, samples: int, variant: str = "",
     path: str = "",
 ) -> ConfigDict:  # fmt: skip
-    """The config of a run on a set, with `changes` to it."""
-    config = configs.load(str(ROOT / "configs" / f"{SETS[data].recipe}.py"))
-    config.update_from_flattened_dict(SETS[data].changes | changes)
+    """The config of a run on a set, with `changes` to it. every: steps between checkpoints."""
+    config = configs.load(str(ROOT / "configs" / f"{data.recipe}.py"))
+    config.update_from_flattened_dict(data.changes | changes)
     config = configs.variant(config, variant)
-    config.optim.warmup_steps = min(config.optim.warmup_steps, steps - 1)
     config.train.update(steps=steps, seed=seed, log_every=max(1, every // 4))
-    config.train.update(checkpoint_every=every, keep=1000, sample_every=0)
+    config.train.update(checkpoint_every=every, keep=100_000, sample_every=0)
     config.sample.update(guidance_scale=1.0, num_samples=0, batch_size=min(samples, 100))
     config.sample.num_steps = min(config.sample.num_steps, 50)
     config.evaluation.reference = ""
@@ -196,104 +186,44 @@ def recipe(
     return config
 
 
-class Measures:
-    """Measures checkpoints against the real images of a set."""
-
-    def __init__(self, data: str, path: str, samples: int):
-        self.train, self.held_out = load_images(data, path)
-        self.samples, self.classifier = samples, Classifier(data)
-        self.known = {"samples": samples, "classifier": self.classifier.sha256}
-        self._pixels = None
-        if self.held_out.images[0].size < 1000:  # else a covariance takes longer than training
-            reference = references.of_split("the held-out images", self.train, self.held_out)
-            self._pixels = Evaluator(reference, ("pixels",))
-        self._real = metrics.gaussian(self.classifier(self.held_out.images)[0])
-
-    def real(self) -> dict[str, float]:
-        """The measures of training images, as if they were samples: what a perfect model has."""
-        chosen = np.random.RandomState(0).permutation(len(self.train))[: self.samples]
-        return self._of(self.train.images[chosen], self.train.labels[chosen])
-
-    def _of(self, images: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-        features, classes = self.classifier(images)
-        measured = {
-            "distance": metrics.frechet(metrics.gaussian(features), self._real),
-            "class_agreement": float(np.mean(classes == labels)),
-        }
-        if self._pixels:
-            of_pixels = self._pixels.measure(ArrayImages("the samples", images, labels))
-            measured["pixel_distance"] = of_pixels["frechet_distance"]
-        return measured
-
-    def of(self, folder: pathlib.Path, config: ConfigDict) -> dict[str, float]:
-        """The measures of a checkpoint."""
-        model, params, *_ = load_weights(folder)
-        labels = balanced_labels(self.samples, model.num_classes)
-        options, size = SampleOptions.from_config(config), config.sample.batch_size
-        drawn = generate(model, params, labels, batch_size=size, options=options)
-        losses = {
-            name: held_loss(model, params, images)
-            for name, images in (("held_out_loss", self.held_out), ("training_loss", self.train))
-        }
-        return self._of(to_uint8(drawn), labels) | losses
-
-
-@functools.cache
-def _loss(model: MDT, steps: int):
-    objective = Objective(passes="full", steps=steps)
-
-    def loss(params, batch, draws):
-        batch = {**batch, "latents": batch_latents(batch, None, 1.0)}
-        return sample_losses(model, objective, params, batch, draws)[1]["mse/full"].mean()
-
-    return jax.jit(loss)
-
-
-def held_loss(
-    model: MDT, params: dict, images: Images, steps: int = 1000, size: int = 100
-) -> float:
-    """The squared error of a full pass over at most 1,000 images, each at LOSS_DRAWS timesteps.
-
-    The timesteps are spread evenly, and they and the noise are the same for every network.
-    """
-    count = min(len(images), 1000) // size * size or len(images)
-    chosen = np.random.RandomState(0).permutation(len(images))[:count]
-    size, values = min(size, count), []
-    for number in range(LOSS_DRAWS * count // size):
-        rows = chosen[np.arange(number * size, (number + 1) * size) % count]
-        draws = draw_step(jax.random.key(0), number, model, size, steps)
-        t = (np.arange(size) + np.random.RandomState(number).rand(size)) * steps // size
-        draws = draws._replace(t=t.astype(np.int32), drop_full=np.zeros(size, bool))
-        batch = {"images": images.images[rows], "labels": images.labels[rows].astype(np.int32)}
-        values.append(float(_loss(model, steps)(params, batch, draws)))
-    return float(np.mean(values))
+def is_measured(step: int, config: ConfigDict) -> bool:
+    """Whether a checkpoint is a point of the curve: four in each doubling of the steps."""
+    number, rest = divmod(step, config.train.checkpoint_every)
+    lowest_bit = number & -number
+    return step == config.train.steps or (rest == 0 and 0 < number < 8 * lowest_bit)
 
 
 def run(config: ConfigDict, workdir: pathlib.Path, measures: Measures) -> dict:
-    """Train one and measure each of its checkpoints, unless that was done before."""
+    """Train one and measure its checkpoints, unless that was done before.
+
+    Raises UserError where the workdir has another run, and where the run is stopped.
+    """
     path, groups = workdir / "curve.json", config.to_dict()
-    steps = groups["train"].pop("steps")
-    wanted = {"config": groups, **measures.known}
-    points: list[dict] = []
-    if path.is_file():
-        curve = json.loads(path.read_text())
-        if {name: curve[name] for name in wanted} == wanted:
-            points = curve["points"]
-    if points and points[-1]["step"] >= steps:
-        return curve | {"points": [point for point in points if point["step"] <= steps]}
-    with contextlib.redirect_stdout(sys.stderr):
-        ended = loop.train(config, workdir)
-    if not ended:
-        raise UserError("stopped; the same command goes on")
-    done = {point["step"] for point in points}
+    for name in ("steps", "checkpoint_every", "log_every"):  # a run may go on with others
+        del groups["train"][name]
+    curve = json.loads(path.read_text()) if path.is_file() else {"config": groups, "points": []}
+    if curve["config"] != groups:
+        raise UserError(f"{path} is of a run with another config; remove its folder")
+    if {name: curve.get(name) for name in measures.known} != measures.known:
+        curve = {"config": groups, **measures.known, "points": []}
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_json(path, curve)
+    done = {point["step"]: point for point in curve["points"]}
+    if config.train.steps not in done:
+        with contextlib.redirect_stdout(sys.stderr):
+            ended = loop.train(config, workdir)
+        if not ended:
+            raise UserError("stopped; the same command goes on")
+        curve |= cost(config, workdir)
     for step in sorted(int(folder.name) for folder in (workdir / "checkpoints").iterdir()):
-        if step and step not in done:
+        if step not in done and is_measured(step, config):
             print(f"measuring step {step}", file=sys.stderr)
             measured = measures.of(workdir / "checkpoints" / str(step), config)
-            points.append({"step": step, **measured})
-            curve = {**wanted, **cost(config, workdir), "points": sorted(points, key=by_step)}
+            done[step] = {"step": step, **measured}
+            curve["points"] = sorted(done.values(), key=by_step)
             write_json(path, curve)
-    return curve
+    points = [point for point in curve["points"] if point["step"] <= config.train.steps]
+    return curve | {"points": [point for point in points if is_measured(point["step"], config)]}
 
 
 def by_step(point: dict) -> int:
@@ -332,25 +262,31 @@ def bench(argv: list[str]) -> None:
     parser.add_argument("--path", default="", help="the folder that benchmarks/emoji.py made")
     parser.add_argument("--out", default="", help="folder; default: runs/convergence-DATA-SUITE")
     flags = parser.parse_args(argv[1:])
-    data = "digits_5_9" if flags.suite == "finetune" else flags.data
-    suite, steps = suite_of(flags.suite, data), flags.steps or SETS[data].steps
+    finetune = flags.suite == "finetune"
+    if finetune and flags.data != "digits":
+        raise UserError(f"--suite=finetune is of digits, not of {flags.data}")
+    if flags.variant and flags.data == "emoji":
+        raise UserError("--variant=smoke replaces the images of emoji by digits; leave one of them")
+    data = FINETUNE if finetune else SETS[flags.data]
+    suite, steps = suite_of(flags.suite, data), flags.steps or data.steps
     if unknown := {*filter(None, flags.only.split(";"))} - {*suite}:
         raise UserError(f"--only: {min(unknown)!r} is none of {'; '.join(suite)}")
     suite = {name: suite[name] for name in suite if not flags.only or name in flags.only.split(";")}
-    every = min(SETS[data].every, max(1, steps // 2)) if flags.suite in CURVES else steps
-    measures = Measures(data, flags.path, flags.samples)
-    out = pathlib.Path(flags.out or f"runs/convergence-{data}-{flags.suite}")
+    every = min(data.every, max(1, steps // 2)) if flags.suite in CURVES else steps
+    measures = Measures(data.images, flags.path, flags.samples)
+    out = pathlib.Path(flags.out or f"runs/convergence-{flags.data}-{flags.suite}")
     make(out)
     common = {}
-    if flags.suite == "finetune":
+    if finetune:
         print("the run to start from: digits 0–4", file=sys.stderr)
-        rate = {"optim.lr": SETS["digits"].rates["MDT"]}
-        config = recipe(
-            "digits", SOURCE | rate, 0, 2 * steps, 2 * steps, flags.samples, flags.variant
-        )
+        source, length = out / f"source-{2 * steps}", 2 * steps
+        changes = SOURCE | {"optim.lr": SETS["digits"].rates["MDT"]}
+        config = recipe(SETS["digits"], changes, 0, length, length, flags.samples, flags.variant)
         with contextlib.redirect_stdout(sys.stderr):
-            loop.train(config, out / "source")
-        common = {"init.checkpoint": str(out / "source")}
+            ended = loop.train(config, source)
+        if not ended:
+            raise UserError("stopped; the same command goes on")
+        common = {"init.checkpoint": str(source)}
     runs: dict[str, list[dict]] = {name: [] for name in suite}
     jobs = [(name, seed) for seed in flags.seeds for name in suite]
     for number, (name, seed) in enumerate(jobs, start=1):

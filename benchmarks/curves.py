@@ -31,7 +31,7 @@ def report(runs: dict[str, list[dict]], real: dict[str, float]) -> dict:
         "real": real,
         "steps": steps,
         "networks": {name: _last(of_name, first) for name, of_name in runs.items()},
-        "factors": [_level(runs, first, step) for step in sorted(levels)],
+        "factors": [_level(runs, first, step) for step in sorted(levels) if len(measured) > 1],
         "change": _change(first),
         "rank_correlation": _correlation(runs),
     }
@@ -79,21 +79,21 @@ def _level(runs: dict[str, list[dict]], first: list[dict], step: int) -> dict:
     """How many times fewer steps and so on the networks need for the first's distance at a step.
 
     Each run is compared with the first network's of the same seed. None: a run does not get there.
+    at_least: a run is there at its first checkpoint, and may have been earlier.
     """
-    seeds = [(run, *_at(run, step)) for run in first]
-    row: dict = {"step": step, "distance": _mean([level for _, _, level in seeds]), "networks": {}}
-    per_step = {name: _cost(of_name) for name, of_name in runs.items()}
+    seeds = [_at(run, step) for run in first]
+    row: dict = {"step": step, "distance": _mean([level for _, level in seeds]), "networks": {}}
     base = _cost(first)
     for name, of_name in list(runs.items())[1:]:
-        ratios = [
-            reached / steps_to(run, level)
-            for run, (_, reached, level) in zip(of_name, seeds, strict=True)
-        ]
-        if np.isnan(ratios).any():
+        arrived = [steps_to(run, level) for run, (_, level) in zip(of_name, seeds, strict=True)]
+        if np.isnan(arrived).any():
             row["networks"][name] = None
             continue
+        ratios = [reached / mine for (reached, _), mine in zip(seeds, arrived, strict=True)]
+        cost = _cost(of_name)
         row["networks"][name] = {
-            unit: _mean(np.array(ratios) * base[unit] / per_step[name][unit]) for unit in UNITS
+            "at_least": min(arrived) == of_name[0]["points"][0]["step"],
+            **{unit: _mean(np.array(ratios) * base[unit] / cost[unit]) for unit in UNITS},
         }
     return row
 
@@ -114,13 +114,14 @@ def _cost(of_name: list[dict]) -> dict[str, float]:
     }
 
 
-def _change(of_name: list[dict]) -> list[float]:
-    """By which share the best distance fell in the last quarter of the steps."""
-    shares = []
-    for run in of_name:
-        steps, best = _best_so_far(run)
-        shares.append(1 - best[-1] / best[steps <= 0.75 * steps[-1]][-1] if len(steps) > 3 else 1.0)
-    return _mean(shares)
+def _change(of_name: list[dict]) -> dict | None:
+    """By which share the best distance fell from three quarters of the steps to their end."""
+    steps = [point["step"] for point in of_name[0]["points"]]
+    since = max((step for step in steps if step <= 0.75 * steps[-1]), default=None)
+    if since is None:
+        return None
+    best = [_best_so_far(run) for run in of_name]
+    return {"since": since, "fell": _mean([1 - b[-1] / b[s <= since][-1] for s, b in best])}
 
 
 def _correlation(runs: dict[str, list[dict]]) -> float | None:
@@ -157,35 +158,36 @@ def tables(report: dict) -> str:
     cells = [f"{real[name]:{MEASURES[name][1]}}" if name in real else "" for name in columns]
     lines.append(_row(["*real training images*", *cells, "", "", ""]))
     others = list(networks)[1:]
-    if not others:
-        return "\n".join(lines)
-    lines += [
-        "",
-        _row([f"{first}'s steps", "its distance", *others]),
-        _row(["---"] * (2 + len(others))),
-    ]
-    for level in report["factors"]:
-        cells = [
-            "not reached"
-            if each is None
-            else " · ".join(_cell(each[unit], ".2f") for unit in ("steps", "seconds", "operations"))
-            for each in level["networks"].values()
-        ]
-        lines.append(_row([f"{level['step']:,}", _cell(level["distance"], ".3f"), *cells]))
-    lines += ["", "*Times fewer steps · seconds · operations.* " + _remarks(report, first)]
-    return "\n".join(lines)
+    if others and report["factors"]:
+        lines += ["", _row([f"{first}'s steps", "its distance", *others])]
+        lines.append(_row(["---"] * (2 + len(others))))
+        for level in report["factors"]:
+            cells = map(_factors, level["networks"].values())
+            lines.append(_row([f"{level['step']:,}", _cell(level["distance"], ".3f"), *cells]))
+        lines += ["", "*Times fewer steps · seconds · operations.*"]
+    return "\n".join([*lines, *_remarks(report, first)])
 
 
-def _remarks(report: dict, first: str) -> str:
-    text = (
-        f"In the last quarter of the steps, {first}'s distance fell by {report['change'][0]:.1%}."
-    )
+def _factors(network: dict | None) -> str:
+    if network is None:
+        return "not reached"
+    cell = " · ".join(_cell(network[unit], ".2f") for unit in ("steps", "seconds", "operations"))
+    return f"at least {cell}" if network["at_least"] else cell
+
+
+def _remarks(report: dict, first: str) -> list[str]:
+    lines = []
+    if change := report["change"]:
+        lines.append(
+            f"Between the steps {change['since']:,} and {report['steps']:,}, {first}'s distance "
+            f"fell by {change['fell'][0]:.1%}."
+        )
     if report["rank_correlation"] is not None:
-        text += (
-            " Spearman's correlation of the distances in features and in pixels over all "
+        lines.append(
+            "Spearman's correlation of the distances in features and in pixels over all "
             f"checkpoints is {report['rank_correlation']:.3f}."
         )
-    return text
+    return ["", *lines] if lines else []
 
 
 def _row(cells: list[str]) -> str:

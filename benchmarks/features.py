@@ -24,7 +24,7 @@ from mdt_jax.data import sources
 from mdt_jax.data.sources import Images
 from mdt_jax.evaluation.image_sets import open_images
 from mdt_jax.runtime.errors import UserError
-from mdt_jax.runtime.files import file_sha256
+from mdt_jax.runtime.files import atomic_write, file_sha256
 
 FOLDER = pathlib.Path(__file__).with_name("classifiers")
 EMOJI_SIZE = 32  # of configs/emoji.py
@@ -77,6 +77,8 @@ def load_images(data: str, path: str) -> tuple[Images, Images]:
         Images(part.take(np.arange(len(part))), np.asarray(part.labels), [*part.classes])
         for part in parts
     )
+    if train.classes != held_out.classes:
+        raise UserError(f"{path}/train and {path}/test have other classes; make the folder anew")
     return train, held_out
 
 
@@ -116,18 +118,25 @@ def _shifted(images: np.ndarray, random: np.random.Generator) -> np.ndarray:
     return images[:, y : y + height, x : x + width]
 
 
+def epochs(text: str) -> int:
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
 def bench(argv: list[str]) -> None:
     """Read the flags, train, write and print."""
     parser = cli.Parser(prog="python benchmarks/features.py", description=__doc__.split("\n")[0])
     parser.add_argument("--data", choices=["digits", "digits_5_9", "mnist", "emoji"], required=True)
     parser.add_argument("--path", default="", help="for emoji: the folder of benchmarks/emoji.py")
-    parser.add_argument("--epochs", type=int, default=EPOCHS)
+    parser.add_argument("--epochs", type=epochs, default=EPOCHS)
     flags = parser.parse_args(argv[1:])
     train, held_out = load_images(flags.data, flags.path)
     params = train_classifier(train, flags.epochs)
     FOLDER.mkdir(exist_ok=True)
     path = FOLDER / f"{flags.data}.safetensors"
-    save_file(flax.traverse_util.flatten_dict(params, sep="."), path)
+    with atomic_write(path) as temporary:
+        save_file(flax.traverse_util.flatten_dict(params, sep="."), temporary)
     network = Classifier(flags.data)
     shares = [float(np.mean(network(each.images)[1] == each.labels)) for each in (train, held_out)]
     print(f"{path.name}: {shares[1]:.3f} of {len(held_out)} held-out images, ", end="")

@@ -100,8 +100,8 @@ def descend(weight_decay: float) -> optax.GradientTransformation:
 def rate_schedule(optim: ConfigDict, steps: int) -> optax.Schedule:
     """The learning rate of each step of a run, as a factor of optim.lr: steps taken → factor.
 
-    The rate rises linearly from 0 over the first optim.warmup_steps. It then stays at optim.lr
-    (constant) or falls to optim.end_lr at the last step, linearly or along half a cosine.
+    The rate rises linearly from 0, of the first step, over optim.warmup_steps. It then stays at
+    optim.lr (constant) or falls, linearly or along half a cosine, to optim.end_lr after `steps`.
     """
     warmup, end = optim.warmup_steps, optim.end_lr / optim.lr
     if optim.schedule == "constant":

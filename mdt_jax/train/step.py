@@ -297,6 +297,7 @@ def trace_step(
 
     state: shapes with their shardings; the state is donated. key: the run's key for training, see
     `draw_step`. The learning rate is a [] float32 argument: changing it does not recompile.
+    The schedule is a part of the program, and with it the ratio of optim.end_lr to the rate.
     """
     objective, size = Objective.from_config(config), config.data.batch_size
     platform = mesh.devices.flat[0].platform

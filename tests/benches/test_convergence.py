@@ -1,4 +1,4 @@
-"""benchmarks/convergence.py, curves.py and features.py."""
+"""benchmarks/convergence.py, and its measures.py, curves.py and features.py."""
 
 import json
 import re
@@ -12,6 +12,9 @@ from mdt_jax.data import sources
 from mdt_jax.evaluation import metrics
 from mdt_jax.models.mdt import MDT, init_params
 from mdt_jax.runtime import keys
+from mdt_jax.runtime.errors import UserError
+from mdt_jax.train.stopping import StopSignal
+from tests import small_data
 from tests.conftest import ROOT, exits_with_one_line, run_here
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -19,6 +22,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import convergence  # noqa: E402
 import curves  # noqa: E402
 import features  # noqa: E402
+import measures  # noqa: E402
 
 SMALL = ["--data=digits", "--variant=smoke", "--seeds=0", "--samples=20"]
 
@@ -29,17 +33,8 @@ def test_networks_are_trained_measured_and_trained_further(tmp_path):
     flags = [*SMALL, "--only=DiT;MDTv2", f"--out={tmp_path}"]
     printed = run_here(convergence.bench, *flags, "--steps=2")
     rows = [line.split("|")[1].strip() for line in printed.splitlines() if line.startswith("| ")]
-    assert rows == [
-        "",
-        "---",
-        "DiT",
-        "MDTv2",
-        "*real training images*",
-        "DiT's steps",
-        "---",
-        "1",
-        "2",
-    ]
+    assert rows == ["", "---", "DiT", "MDTv2", "*real training images*", "DiT's steps", "---",
+                    "1", "2"]  # fmt: skip
     report = json.loads((tmp_path / "convergence.json").read_text())
     before = report["runs"]["MDTv2"][0]
     assert [point["step"] for point in before["points"]] == [1, 2]
@@ -58,35 +53,53 @@ def test_networks_are_trained_measured_and_trained_further(tmp_path):
     assert json.loads(path.read_text())["points"] == curve["points"]
 
 
-def test_a_run_with_more_steps_goes_on(tmp_path):
-    flags = [*SMALL, "--only=DiT", f"--out={tmp_path}"]
-    run_here(convergence.bench, *flags, "--steps=2", "--suite=tuning", "--only=DiT, 0.002")
-    first = json.loads((tmp_path / "convergence.json").read_text())["runs"]
-    measures = convergence.Measures("digits", "", 20)
-    config = convergence.recipe("digits", convergence.DIT, 0, 2, 1, 20, "smoke")
-    two = convergence.run(config, tmp_path / "run", measures)["points"]
-    config.train.steps = 3
-    three = convergence.run(config, tmp_path / "run", measures)["points"]
-    assert [point["step"] for point in three] == [1, 2, 3] and three[:2] == two
-    assert list(first) == ["DiT, 0.002"] and len(first["DiT, 0.002"][0]["points"]) == 1
+def small_run(**changes):
+    """A config on digits, of DiT."""
+    set_ = convergence.SETS["digits"]
+    return convergence.recipe(set_, convergence.DIT | changes, 0, 2, 1, 20, "smoke")
+
+
+@pytest.fixture(scope="module")
+def of_digits():
+    return measures.Measures("digits", "", 20)
+
+
+def test_a_run_with_more_steps_goes_on(tmp_path, of_digits, monkeypatch):
+    """Points lie where an undisturbed run has them, and the ones there are stay as they are."""
+    config = small_run()
+    two = convergence.run(config, tmp_path, of_digits)["points"]
+    config.train.steps = 11
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="stopped; the same"):
+        patch.setattr(StopSignal, "requested", lambda self, step: step == 9)
+        convergence.run(config, tmp_path, of_digits)
+    assert (tmp_path / "checkpoints" / "9").is_dir()
+    eleven = convergence.run(config, tmp_path, of_digits)["points"]
+    assert [point["step"] for point in eleven] == [1, 2, 3, 4, 5, 6, 7, 8, 10, 11]
+    assert eleven[:2] == two
+    config.train.steps = 10
+    assert convergence.run(config, tmp_path, of_digits)["points"] == eleven[:-1]
+    config.train.steps = 9
+    with pytest.raises(UserError, match="is trained to step 11 already"):
+        convergence.run(config, tmp_path, of_digits)
+    with pytest.raises(UserError, match="of a run with another config; remove its folder"):
+        convergence.run(small_run(**{"optim.lr": 1e-5}), tmp_path, of_digits)
 
 
 def test_fine_tuning_starts_from_the_source(tmp_path):
     flags = ["--variant=smoke", "--seeds=0", "--samples=20", "--steps=2", f"--out={tmp_path}"]
     printed = run_here(convergence.bench, "--suite=finetune", *flags)
-    names = re.findall(r"^\| (from [^|]*) \|.*GFLOP|^\| (from [^|]*) \|", printed, re.M)
-    assert [a or b for a, b in names][:2] == ["from scratch", "from digits 0–4"]
-    assert f"parameters and EMA are those of {tmp_path / 'source'}" in printed
+    names = re.findall(r"^\| (from [^|]*) \|", printed, re.M)
+    assert names == ["from scratch", "from digits 0–4"]
+    assert f"parameters and EMA are those of {tmp_path / 'source-4'}" in printed
 
 
-@pytest.mark.parametrize("data", ["digits", "mnist", "mnist_2", "emoji"])
+@pytest.mark.parametrize("data", convergence.SETS)
 def test_all_networks_of_a_suite_are_valid_and_differ(data):
     for name in [*convergence.SUITES, "tuning"]:
-        seen, set_ = [], "digits_5_9" if name == "finetune" else data
+        seen = []
+        set_ = convergence.FINETUNE if name == "finetune" else convergence.SETS[data]
         for changes in convergence.suite_of(name, set_).values():
-            config = convergence.recipe(set_, changes, 0, 200, 100, 50, path="emoji")
-            if set_ != "emoji":
-                config.data.path = ""
+            config = convergence.recipe(set_, changes, 0, 200, 100, 50)
             config.model.num_classes = 10
             configs.validate(config)
             assert config.to_dict() not in seen
@@ -94,27 +107,52 @@ def test_all_networks_of_a_suite_are_valid_and_differ(data):
 
 
 def test_networks_of_a_set_have_its_size_and_rates():
-    suite = convergence.suite_of("parts", "mnist")
+    mnist = convergence.SETS["mnist"]
     config = {
-        name: convergence.recipe("mnist", each, 0, 200, 100, 50) for name, each in suite.items()
+        name: convergence.recipe(mnist, changes, 0, 200, 100, 50)
+        for name, changes in convergence.suite_of("parts", mnist).items()
     }
     assert (config["MDTv2"].optim.lr, config["MDTv2"].optim.name) == (0.012, "adan")
     assert (config["MDTv2 by AdamW"].optim.lr, config["MDT"].optim.lr) == (0.006, 0.006)
     assert (config["MDT"].model.version, config["MDT"].diffusion.loss_weight) == ("v1", "uniform")
     assert MDT.from_config(config["MDT"]).num_tokens == 49
     assert config["DiT, batch doubled"].data.batch_size == 2 * config["MDT"].data.batch_size
+    patches = convergence.recipe(convergence.SETS["mnist_2"], {}, 0, 200, 100, 50)
+    assert MDT.from_config(patches).num_tokens == 196
+
+
+@pytest.mark.parametrize("name", ["mnist_2", "emoji"])
+def test_sets_are_measured(name, tmp_path):
+    """Real images against real images, and a network that has learnt nothing."""
+    path = ""
+    if name == "emoji":
+        path = str(tmp_path / "emoji")
+        for part in ("train", "test"):
+            for category in range(9):
+                small_data.write_pictures(tmp_path / "emoji" / part / str(category), count=3)
+    found = measures.Measures(convergence.SETS[name].images, path, 20)
+    config = convergence.recipe(convergence.SETS[name], {}, 0, 2, 1, 20, path=path)
+    assert found.real()["distance"] >= 0
+    assert ("pixel_distance" in found.real()) == (name != "emoji")
+    shape = found.train.images.shape
+    assert shape[1:] == (config.data.image_size, config.data.image_size, config.data.channels)
 
 
 def test_mistakes_are_one_line(tmp_path, capsys, monkeypatch):
-    for argument, message in (
-        ("--suite=all", "invalid choice"),
-        ("--seeds=a", "--seeds"),
-        ("--steps=0", "--steps"),
-        ("--only=MDT;MDT3", "--only: 'MDT3' is none of DiT; MDT; MDTv2"),
-        ("--data=emoji", "--data=emoji needs --path=FOLDER"),
+    for arguments, message in (
+        (["--suite=all"], "invalid choice"),
+        (["--data=digits_5_9"], "invalid choice"),
+        (["--seeds=a"], "--seeds"),
+        (["--steps=0"], "--steps"),
+        (["--only=MDT;MDT3"], "--only: 'MDT3' is none of DiT; MDT; MDTv2"),
+        (["--data=emoji"], "--data=emoji needs --path=FOLDER"),
+        (["--data=mnist", "--suite=finetune"], "finetune is of digits, not of mnist"),
+        (["--data=emoji", "--variant=smoke"], "replaces the images of emoji by digits"),
     ):
-        argv = [argument, f"--out={tmp_path / 'out'}"]
+        argv = [*arguments, f"--out={tmp_path / 'out'}"]
         assert message in exits_with_one_line(convergence.bench, argv, capsys, monkeypatch)
+    argv = ["--data=digits", "--epochs=0"]
+    assert "--epochs" in exits_with_one_line(features.bench, argv, capsys, monkeypatch)
     assert not (tmp_path / "out").exists()
 
 
@@ -156,14 +194,25 @@ def test_factors_are_those_of_each_seed():
     assert last["networks"]["MDT"]["operations"][0] == pytest.approx(1.375 / 3)
     assert last["networks"]["MDT"]["images"][0] == pytest.approx(1.375 / 2)
     assert last["networks"]["none"] is None
-    assert report["change"][0] == pytest.approx(np.mean([0.5, 0.0]))
+    assert report["change"] == {"since": 300, "fell": [0.25, pytest.approx(np.sqrt(0.125))]}
     assert report["rank_correlation"] is None
     assert report["networks"]["MDT"]["difference"] == [-0.5, pytest.approx(np.sqrt(0.5))]
     printed = curves.tables(report)
     assert (
         "| 400 | 2.000 ± 0.000 | 1.38 ± 0.88 · 0.46 ± 0.29 · 0.46 ± 0.29 | not reached |" in printed
     )
-    assert "DiT's distance fell by 25.0%" in printed
+    assert "Between the steps 300 and 400, DiT's distance fell by 25.0%." in printed
+    # At 200 steps the second network of seed 0 is there at its first checkpoint.
+    assert (
+        "| 200 | 6.000 ± 2.828 | at least 1.50 ± 0.71 · 0.50 ± 0.24 · 0.50 ± 0.24 | not" in printed
+    )
+
+
+def test_runs_measured_once_have_no_factors():
+    report = curves.report({"MDT": [run_of([2.0])], "DiT": [run_of([3.0])]}, {"distance": 0.5})
+    assert report["factors"] == [] and report["change"] is None
+    printed = curves.tables(report)
+    assert "| DiT | 3.000 ± 0.000 | 0.500 ± 0.000 |" in printed and "fell" not in printed
 
 
 def test_the_rank_correlation_is_spearmans():
@@ -216,11 +265,17 @@ def test_a_classifier_is_trained(tmp_path, monkeypatch):
     assert share > 0.8 and features.Classifier("digits").sha256 in printed
 
 
-def test_the_loss_of_a_network_that_predicts_nothing_is_that_of_the_noise():
-    config = convergence.recipe("digits", {}, 0, 2, 1, 20, "smoke")
-    model = MDT.from_config(config)
+def test_the_loss_of_a_network_that_predicts_nothing_is_that_of_the_noise(of_digits):
+    model = MDT.from_config(small_run())
     params = init_params(model, keys.key(0))  # its last layer is 0
-    held_out = sources.load("digits")[1]
-    loss = convergence.held_loss(model, params, held_out)
+    loss = measures.held_loss(model, params, of_digits.held_out)
     assert loss == pytest.approx(1.0, abs=0.01)
-    assert loss == convergence.held_loss(model, params, held_out)
+    assert loss == measures.held_loss(model, params, of_digits.held_out)
+
+
+def test_the_classes_of_both_parts_of_a_folder_agree(tmp_path):
+    for part, names in (("train", "ab"), ("test", "ac")):
+        for name in names:
+            small_data.write_pictures(tmp_path / part / name, count=2)
+    with pytest.raises(UserError, match="have other classes; make the folder anew"):
+        features.load_images("emoji", str(tmp_path))

@@ -58,7 +58,7 @@ def folder(tmp_path_factory):
 def test_no_command_is_left_out():
     elsewhere = {"make demo", "make docs", "make lint", "make test", "make test-all"}
     elsewhere |= {"python3 -m venv .venv", "source .venv/bin/activate"}
-    # test_benchmarks.py and test_performance.py run these.
+    # test_convergence.py and test_performance.py run these.
     elsewhere |= {"python benchmarks/convergence.py", "python benchmarks/run.py --suite=cpu"}
     # test_reproduce.py runs it with small networks, test_emoji.py on a small package.
     elsewhere |= {"python benchmarks/reproduce.py --row=mdtv2-xl2-g", "python benchmarks/emoji.py"}

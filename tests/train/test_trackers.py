@@ -12,7 +12,7 @@ import pytest
 
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.train import costs
-from mdt_jax.train.log import Means
+from mdt_jax.train.log import LATEST, Means
 from mdt_jax.train.speed import Clock, Profile, Speed
 from mdt_jax.train.trackers import open_trackers
 
@@ -40,14 +40,16 @@ def test_speed_is_since_the_step_logged_before(monkeypatch):
 def test_means_are_of_the_steps_that_changed_something():
     nan, means = np.float32(np.nan), Means()
     steps = (1, 4, 0, 0), (nan, 2, 1, 1), (9, 2, 2, 2), (2, nan, 2, 0)
-    for loss, quarter, skipped, in_row in steps:
+    for step, (loss, quarter, skipped, in_row) in enumerate(steps):
         values = {"loss": loss, "mse/q1": quarter, "skipped": skipped, "skipped_in_row": in_row}
+        values["learning_rate"] = 1e-4 * step
         means.add({name: np.asarray(value, np.float32) for name, value in values.items()})
     again = Means(json.loads(json.dumps(means.sums)))
     found = means.take()
-    assert found == {"loss": 1.5, "mse/q1": 4, "skipped": 2, "skipped_in_row": 0}
+    latest = {"learning_rate": 3e-4, "skipped": 2, "skipped_in_row": 0}
+    assert found == {"loss": 1.5, "mse/q1": 4, **latest}
     assert again.take() == {"loss": 1.5, "mse/q1": 4} and means.sums == {}
-    means.add({name: np.asarray(nan) for name in ("loss", "skipped", "skipped_in_row")})
+    means.add({name: np.asarray(nan) for name in ("loss", *LATEST)})
     assert np.isnan(means.take()["loss"])
 
 
