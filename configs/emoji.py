@@ -14,9 +14,9 @@ def get_config(variant=""):
     config.mask.ratio_max = 0.5
     config.diffusion.loss_weight = "min_snr_5"
     config.data.update(name="folder", path="emoji/train", image_size=32, channels=3, batch_size=32)
-    config.optim.update(name="adan", lr=8e-3, schedule="cosine", warmup_steps=200)
+    config.optim.update(name="adan", lr=1e-2, schedule="cosine", warmup_steps=200)
     config.optim.update(clip_norm=1.0, ema_decay=0.998)
-    config.train.update(steps=10_000, log_every=50, sample_every=1000, checkpoint_every=500)
+    config.train.update(steps=8000, log_every=50, sample_every=1000, checkpoint_every=500)
     config.sample.update(num_steps=100, guidance_scale=2.0, num_samples=1000)
     config.evaluation.reference = "emoji/test"
     return configs.variant(config, variant)

@@ -15,5 +15,5 @@ def get_config(variant=""):
     config.optim.update(name="adan", lr=1.2e-2, schedule="cosine", warmup_steps=200)
     config.optim.update(clip_norm=1.0, ema_decay=0.998)
     config.train.update(steps=9000, log_every=50, sample_every=1500, checkpoint_every=500)
-    config.sample.update(num_steps=50, guidance_scale=2.0, num_samples=1000)
+    config.sample.update(num_steps=50, guidance_scale=3.0, guidance_power=2.0, num_samples=1000)
     return configs.variant(config, variant)
