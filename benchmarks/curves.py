@@ -148,7 +148,7 @@ def tables(report: dict) -> str:
     networks, real = report["networks"], report["real"]
     first = next(iter(networks))
     columns = [name for name in MEASURES if name in networks[first]]
-    titles = ["", *(MEASURES[name][0] for name in columns), f"distance less {first}'s"]
+    titles = ["", *(MEASURES[name][0] for name in columns), f"distance less that of {first}"]
     lines = [_row([*titles, "ms a step", "GFLOP a step"]), _row(["---"] * (len(titles) + 2))]
     for name, row in networks.items():
         cells = [_cell(row[column], MEASURES[column][1]) for column in columns]
@@ -159,7 +159,7 @@ def tables(report: dict) -> str:
     lines.append(_row(["*real training images*", *cells, "", "", ""]))
     others = list(networks)[1:]
     if others and report["factors"]:
-        lines += ["", _row([f"{first}'s steps", "its distance", *others])]
+        lines += ["", _row([f"steps of {first}", "its distance", *others])]
         lines.append(_row(["---"] * (2 + len(others))))
         for level in report["factors"]:
             cells = map(_factors, level["networks"].values())
@@ -179,8 +179,8 @@ def _remarks(report: dict, first: str) -> list[str]:
     lines = []
     if change := report["change"]:
         lines.append(
-            f"Between the steps {change['since']:,} and {report['steps']:,}, {first}'s distance "
-            f"fell by {change['fell'][0]:.1%}."
+            f"Between the steps {change['since']:,} and {report['steps']:,} the distance of "
+            f"{first} fell by {change['fell'][0]:.1%}."
         )
     if report["rank_correlation"] is not None:
         lines.append(

@@ -33,7 +33,7 @@ def test_networks_are_trained_measured_and_trained_further(tmp_path):
     flags = [*SMALL, "--only=DiT;MDTv2", f"--out={tmp_path}"]
     printed = run_here(convergence.bench, *flags, "--steps=2")
     rows = [line.split("|")[1].strip() for line in printed.splitlines() if line.startswith("| ")]
-    assert rows == ["", "---", "DiT", "MDTv2", "*real training images*", "DiT's steps", "---",
+    assert rows == ["", "---", "DiT", "MDTv2", "*real training images*", "steps of DiT", "---",
                     "1", "2"]  # fmt: skip
     report = json.loads((tmp_path / "convergence.json").read_text())
     before = report["runs"]["MDTv2"][0]
@@ -201,7 +201,7 @@ def test_factors_are_those_of_each_seed():
     assert (
         "| 400 | 2.000 ± 0.000 | 1.38 ± 0.88 · 0.46 ± 0.29 · 0.46 ± 0.29 | not reached |" in printed
     )
-    assert "Between the steps 300 and 400, DiT's distance fell by 25.0%." in printed
+    assert "Between the steps 300 and 400 the distance of DiT fell by 25.0%." in printed
     # At 200 steps the second network of seed 0 is there at its first checkpoint.
     assert (
         "| 200 | 6.000 ± 2.828 | at least 1.50 ± 0.71 · 0.50 ± 0.24 · 0.50 ± 0.24 | not" in printed
