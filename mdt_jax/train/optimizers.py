@@ -115,6 +115,18 @@ def rate_schedule(optim: ConfigDict, steps: int) -> optax.Schedule:
     return optax.join_schedules([optax.linear_schedule(0.0, 1.0, warmup), falling], [warmup])
 
 
+def ema_schedule(optim: ConfigDict) -> optax.ScalarOrSchedule:
+    """The decay of the parameters' average: optim.ema_decay, or a function of the steps taken.
+
+    With optim.ema_warmup it is at most (1 + step) / (10 + step), as in TensorFlow's
+    ExponentialMovingAverage: the average covers about the last ninth of the steps so far, and
+    forgets the initial parameters.
+    """
+    if not optim.ema_warmup:
+        return optim.ema_decay
+    return lambda step: jnp.minimum(optim.ema_decay, (1.0 + step) / (10.0 + step))
+
+
 def learning_rate(optim: ConfigDict, mesh: Mesh) -> jax.Array:
     """optim.lr as float32, on every device of a mesh: an input of the step, not a constant."""
     return parallel.put(np.float32(optim.lr), parallel.replicated(mesh))

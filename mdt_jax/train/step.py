@@ -20,7 +20,7 @@ from mdt_jax.diffusion.schedule import extract, linear_schedule
 from mdt_jax.models import masking, xla
 from mdt_jax.models.mdt import MDT
 from mdt_jax.runtime import keys, parallel, progress
-from mdt_jax.train.optimizers import rate_schedule
+from mdt_jax.train.optimizers import ema_schedule, rate_schedule
 from mdt_jax.train.state import TrainState
 from mdt_jax.weights.vae import from_uint8
 
@@ -238,13 +238,14 @@ def make_train_step(
     model: MDT,
     objective: Objective,
     optimizer: optax.GradientTransformation,
-    ema_decay: float,
+    ema_decay: optax.ScalarOrSchedule,
     accumulate: int = 1,
     schedule: optax.Schedule = lambda step: 1.0,
 ) -> Callable[[TrainState, dict, Draws, jax.Array], tuple[TrainState, dict]]:
     """The function (state, batch, draws, learning rate) → (state, metrics), for the caller to jit.
 
     optimizer: as `make_optimizer` returns it, for a learning rate of 1.
+    ema_decay: a number, or a function of the steps taken.
     accumulate: the number of microbatches; the step is that of the whole batch.
     schedule: the factor of the learning rate, as of `rate_schedule`.
     A step whose loss or gradient norm is not finite leaves parameters, optimiser and EMA unchanged
@@ -266,7 +267,8 @@ def make_train_step(
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             updates = jax.tree.map(lambda update: rate * update, updates)
             params = cast(dict, optax.apply_updates(state.params, updates))
-            ema = jax.tree.map(lambda e, p: ema_decay * e + (1 - ema_decay) * p, state.ema, params)
+            decay = ema_decay(state.step) if callable(ema_decay) else ema_decay
+            ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema, params)
             # Not by a condition, for whose branches XLA would copy the state.
             new = params, ema, opt_state
             select = functools.partial(jnp.where, finite)
@@ -307,7 +309,7 @@ def trace_step(
         model = model.clone(gather=functools.partial(parallel.gathered, mesh))
     schedule = rate_schedule(config.optim, config.train.steps)
     train_step = make_train_step(
-        model, objective, optimizer, config.optim.ema_decay, config.train.accumulate, schedule
+        model, objective, optimizer, ema_schedule(config.optim), config.train.accumulate, schedule
     )
 
     def step_with_draws(state, batch, key, learning_rate):

@@ -62,6 +62,7 @@ VALUES = {
     "optim.b2": (-1.0, 0.5),
     "optim.clip_norm": (0.0, 1.0),
     "optim.ema_decay": (0.9999, 0.0),
+    "optim.ema_warmup": (False, True),
     "train.dtype": ("float32", "bfloat16"),
     "train.precision": ("highest", "high", "default"),
     "train.remat": ("none", "dots", "full"),

@@ -6,7 +6,7 @@ import pytest
 
 from mdt_jax import config as configs
 from mdt_jax.models.mdt import MDT, init_params
-from mdt_jax.train.optimizers import make_optimizer, rate_schedule, scale_by_adan
+from mdt_jax.train.optimizers import ema_schedule, make_optimizer, rate_schedule, scale_by_adan
 
 # Five gradients of two parameters; the steps below are worked out in float64.
 GRADIENTS = np.random.default_rng(0).normal(size=(5, 2))
@@ -154,3 +154,13 @@ def test_adan_takes_the_first_two_decay_rates():
         updates, state = optimizer.update({"kernel": jnp.float32(gradient)}, state, params)
         steps.append(-updates["kernel"])
     np.testing.assert_allclose(steps, adan_by_hand(GRADIENTS, b1=0.9, b2=0.5), rtol=1e-5)
+
+
+def test_the_average_of_a_short_run_forgets_its_start():
+    assert ema_schedule(optim(ema_decay=0.99)) == 0.99
+    decay = ema_schedule(optim(ema_decay=0.99, ema_warmup=True))
+    steps = [0, 1, 90, 890, 891, 5000]
+    expected = [0.1, 2 / 11, 0.91, 891 / 900, 0.99, 0.99]
+    np.testing.assert_allclose([decay(jnp.int32(step)) for step in steps], expected, rtol=1e-6)
+    weight = np.prod([float(decay(step)) for step in range(500)])
+    assert weight < 1e-12  # of the initial parameters; 0.95 with the published decay of 0.9999
