@@ -106,7 +106,8 @@ PLAIN = {
 }
 SUITES: dict[str, dict[str, dict]] = {
     "models": MODELS,
-    # From DiT to MDTv2. A step of MDT has two passes, of other noise; so has a doubled batch.
+    # From DiT to MDTv2. A step of MDT sees each image twice, with different noise; a doubled batch
+    # has as many passes, of twice as many images.
     "parts": {
         "DiT": DIT,
         "DiT, batch doubled": DIT,

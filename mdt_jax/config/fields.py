@@ -124,7 +124,7 @@ FIELDS: dict[str, dict[str, Field]] = dict(
         b2=Field(-1.0, "second decay rate of the optimizer; -1: as published", BETA),
         clip_norm=Field(0.0, "largest global gradient norm; 0: no clipping", at_least(0)),
         ema_decay=Field(0.9999, "decay of the average of the parameters", half_open(0, 1)),
-        ema_warmup=Field(False, "the average covers a ninth of the steps so far, at most"),
+        ema_warmup=Field(False, "the average covers at most a ninth of the steps so far"),
     ),
     train=dict(
         steps=Field(400_000, "training steps", at_least(1)),

@@ -100,8 +100,7 @@ class Attention(nn.Module):
             for each in jnp.split(qkv, 3, axis=-1)
         )
         if self.qk_norm:
-            # Unless the norms are recomputed, the backward pass keeps six
-            # float32 arrays of the size of x.
+            # Without recomputation the backward pass keeps six float32 arrays of the size of x.
             norm = nn.remat(nn.RMSNorm) if self.ops.recompute else nn.RMSNorm
             q = norm(dtype=q.dtype, name="query_norm")(q)
             k = norm(dtype=k.dtype, name="key_norm")(k)
