@@ -44,11 +44,16 @@ def _mean(values) -> list[float]:
 
 
 def _last(of_name: list[dict], first: list[dict]) -> dict:
-    """A network's measures after its last step; difference: of its distance to the first's."""
+    """A network's measures after its last step; difference: of its distance to the first's.
+
+    There is no difference between networks that were trained for different numbers of steps.
+    """
     last, base = ([run["points"][-1] for run in each] for each in (of_name, first))
     row = {name: _mean([point[name] for point in last]) for name in MEASURES if name in last[0]}
-    pairs = zip(last, base, strict=True)
-    row["difference"] = _mean([one["distance"] - other["distance"] for one, other in pairs])
+    row["steps"] = last[0]["step"]
+    if row["steps"] == base[0]["step"]:
+        pairs = zip(last, base, strict=True)
+        row["difference"] = _mean([one["distance"] - other["distance"] for one, other in pairs])
     # Other programs slow some runs down: the quickest is nearest to the cost.
     row["seconds"] = min(run["seconds"] for run in of_name)
     return row | {"seeds": len(last), "operations": of_name[0]["operations"]}
@@ -148,15 +153,20 @@ def tables(report: dict) -> str:
     networks, real = report["networks"], report["real"]
     first = next(iter(networks))
     columns = [name for name in MEASURES if name in networks[first]]
-    titles = ["", *(MEASURES[name][0] for name in columns), f"distance less that of {first}"]
-    lines = [_row([*titles, "ms a step", "GFLOP a step"]), _row(["---"] * (len(titles) + 2))]
+    titles = ["", "steps", *(MEASURES[name][0] for name in columns)]
+    titles += [f"distance less that of {first}", "ms a step", "GFLOP a step"]
+    lines = [_row(titles), _row(["---"] * len(titles))]
     for name, row in networks.items():
-        cells = [_cell(row[column], MEASURES[column][1]) for column in columns]
-        gap = "" if name == first else _cell(row["difference"], "+.3f")
+        cells = [
+            f"{row['steps']:,}",
+            *(_cell(row[column], MEASURES[column][1]) for column in columns),
+        ]
+        compared = name != first and "difference" in row
+        cells.append(_cell(row["difference"], "+.3f") if compared else "")
         cost = [f"{1000 * row['seconds']:.0f}", f"{row['operations'] / 1e9:.2f}"]
-        lines.append(_row([name, *cells, gap, *cost]))
+        lines.append(_row([name, *cells, *cost]))
     cells = [f"{real[name]:{MEASURES[name][1]}}" if name in real else "" for name in columns]
-    lines.append(_row(["*real training images*", *cells, "", "", ""]))
+    lines.append(_row(["*real training images*", "", *cells, "", "", ""]))
     others = list(networks)[1:]
     if others and report["factors"]:
         lines += ["", _row([f"steps of {first}", "its distance", *others])]

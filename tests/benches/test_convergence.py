@@ -113,10 +113,13 @@ def test_networks_of_a_set_have_its_size_and_rates():
         for name, changes in convergence.suite_of("parts", mnist).items()
     }
     assert (config["MDTv2"].optim.lr, config["MDTv2"].optim.name) == (0.012, "adan")
-    assert (config["MDTv2 by AdamW"].optim.lr, config["MDT"].optim.lr) == (0.006, 0.006)
+    assert config["DiT by Adan and min-SNR"].optim.lr == 0.012
+    assert (config["MDTv2 by AdamW"].optim.lr, config["MDT"].optim.lr) == (0.003, 0.003)
     assert (config["MDT"].model.version, config["MDT"].diffusion.loss_weight) == ("v1", "uniform")
     assert MDT.from_config(config["MDT"]).num_tokens == 49
     assert config["DiT, batch doubled"].data.batch_size == 2 * config["MDT"].data.batch_size
+    assert mnist.steps_of("MDTv2", "models") < mnist.steps_of("MDT", "models") < mnist.steps
+    assert {mnist.steps_of(name, "parts") for name in config} == {mnist.fewer["MDTv2"]}
     patches = convergence.recipe(convergence.SETS["mnist_2"], {}, 0, 200, 100, 50)
     assert MDT.from_config(patches).num_tokens == 196
 
@@ -212,7 +215,19 @@ def test_runs_measured_once_have_no_factors():
     report = curves.report({"MDT": [run_of([2.0])], "DiT": [run_of([3.0])]}, {"distance": 0.5})
     assert report["factors"] == [] and report["change"] is None
     printed = curves.tables(report)
-    assert "| DiT | 3.000 ± 0.000 | 0.500 ± 0.000 |" in printed and "fell" not in printed
+    assert "| DiT | 100 | 3.000 ± 0.000 | 0.500 ± 0.000 |" in printed and "fell" not in printed
+
+
+def test_networks_of_different_lengths_are_compared_by_their_curves(tmp_path):
+    """The shorter one has no difference at its last step, but a factor."""
+    runs = {"DiT": [run_of([8, 4, 2, 1])], "MDTv2": [run_of([2, 0.5])]}
+    report = curves.report(runs, {"distance": 0.5})
+    assert [row["steps"] for row in report["networks"].values()] == [400, 200]
+    assert report["factors"][-1]["networks"]["MDTv2"]["steps"][0] == pytest.approx(400 / 150)
+    printed = curves.tables(report)
+    assert "| MDTv2 | 200 | 0.500 ± 0.000 | 0.500 ± 0.000 |" in printed
+    assert re.search(r"\| MDTv2 .* \|  \| 100 \| 0.00 \|", printed)
+    curves.draw(tmp_path / "curves.png", runs, {"distance": 0.5})
 
 
 def test_the_rank_correlation_is_spearmans():
