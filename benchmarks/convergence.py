@@ -56,7 +56,7 @@ class Set:
     fewer: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def steps_of(self, network: str, suite: str) -> int:
-        """How long a network is trained; those of other suites than MODELS equally long."""
+        """For how many steps a network is trained. In a suite other than MODELS all are equal."""
         if suite == "models":
             return self.fewer.get(network, self.steps)
         return min([self.steps, *self.fewer.values()])
@@ -84,7 +84,7 @@ SMALL = {
 }
 # For short runs on digits: an EMA that does not lag behind by half of them.
 DIGITS = {"data.batch_size": 64, "optim.ema_decay": 0.99}
-# Rates that are twice as high do better at first, but the loss of DiT and MDTv2 jumps later.
+# On MNIST, twice the rates do better at first, but then the loss of DiT and of MDTv2 jumps.
 RATES = {"DiT": 3e-3, "MDT": 3e-3, "MDTv2": 12e-3}
 SETS = {
     "digits": Set("digits", "digits", 1500, 25, DIGITS, {"DiT": 4e-3, "MDT": 4e-3, "MDTv2": 8e-3}),
