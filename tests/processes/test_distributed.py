@@ -90,8 +90,11 @@ def test_two_processes_unpack_parquet_shards_and_train_as_one_on_the_folder(tmp_
     def data(name):
         return [f"--config.data.name={name}", f"--config.data.path={tmp_path / name}"]
 
-    printed = all_well(start_run(2, tmp_path / "two", *flags, *data("parquet")))
-    assert "40 images of 3 classes" in printed and "unpacking the images of" in printed
+    ended = ends(start_run(2, tmp_path / "two", *flags, *data("parquet")))
+    assert [code for code, _ in ended] == [0, 0], ended
+    assert "40 images of 3 classes" in ended[0][1]
+    # One that comes late finds the files there.
+    assert any("unpacking the images of" in printed for _, printed in ended)
     train_here(*RUN, *flags, *data("folder"), f"--workdir={tmp_path / 'one'}")
     same_losses(tmp_path / "two", tmp_path / "one")
     names = sorted(path.name for path in (tmp_path / "parquet").iterdir())
