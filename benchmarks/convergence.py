@@ -82,6 +82,8 @@ SMALL = {
     "sample.sampler": "dpmpp_2m_sde",
     "sample.num_steps": 20,
 }
+# 16 and 196 tokens; the recipe's patches of 4×4 are 49.
+PATCH_7, PATCH_2 = SMALL | {"model.patch_size": 7}, SMALL | {"model.patch_size": 2}
 # For short runs on digits: an EMA that does not lag behind by half of them.
 DIGITS = {"data.batch_size": 64, "optim.ema_decay": 0.99}
 # On MNIST, twice the rates do better at first, but then the loss of DiT and of MDTv2 jumps.
@@ -89,8 +91,9 @@ RATES = {"DiT": 3e-3, "MDT": 3e-3, "MDTv2": 12e-3}
 SETS = {
     "digits": Set("digits", "digits", 1500, 25, DIGITS, {"DiT": 4e-3, "MDT": 4e-3, "MDTv2": 8e-3}),
     "mnist": Set("mnist", "mnist", 12_000, 250, SMALL, RATES, {"MDT": 5000, "MDTv2": 4000}),
-    "mnist_2": Set("mnist", "mnist", 2000, 50, SMALL | {"model.patch_size": 2}, RATES),
-    "emoji": Set("emoji", "emoji", 4000, 100, SMALL, RATES),
+    "mnist_7": Set("mnist", "mnist", 6000, 250, PATCH_7, RATES, {"MDT": 3000, "MDTv2": 3000}),
+    "mnist_2": Set("mnist", "mnist", 3000, 125, PATCH_2, RATES, {"MDT": 1250, "MDTv2": 1000}),
+    "emoji": Set("emoji", "emoji", 4000, 125, SMALL, RATES, {"MDT": 2000, "MDTv2": 2000}),
 }
 FINETUNE = Set("digits_5_9", "finetune_digits", 600, 100, {}, {"MDT": 2e-3})
 

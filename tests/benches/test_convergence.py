@@ -120,8 +120,9 @@ def test_networks_of_a_set_have_its_size_and_rates():
     assert config["DiT, batch doubled"].data.batch_size == 2 * config["MDT"].data.batch_size
     assert mnist.steps_of("MDTv2", "models") < mnist.steps_of("MDT", "models") < mnist.steps
     assert {mnist.steps_of(name, "parts") for name in config} == {mnist.fewer["MDTv2"]}
-    patches = convergence.recipe(convergence.SETS["mnist_2"], {}, 0, 200, 100, 50)
-    assert MDT.from_config(patches).num_tokens == 196
+    for name, tokens in (("mnist_7", 16), ("mnist_2", 196), ("emoji", 64)):
+        other = convergence.recipe(convergence.SETS[name], {}, 0, 200, 100, 50)
+        assert MDT.from_config(other).num_tokens == tokens
 
 
 @pytest.mark.parametrize("name", ["mnist_2", "emoji"])
