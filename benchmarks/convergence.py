@@ -90,9 +90,9 @@ DIGITS = {"data.batch_size": 64, "optim.ema_decay": 0.99}
 RATES = {"DiT": 3e-3, "MDT": 3e-3, "MDTv2": 12e-3}
 SETS = {
     "digits": Set("digits", "digits", 1500, 25, DIGITS, {"DiT": 4e-3, "MDT": 4e-3, "MDTv2": 8e-3}),
-    "mnist": Set("mnist", "mnist", 12_000, 250, SMALL, RATES, {"MDT": 5000, "MDTv2": 4000}),
+    "mnist": Set("mnist", "mnist", 24_000, 250, SMALL, RATES, {"MDT": 5000, "MDTv2": 6000}),
     "mnist_7": Set("mnist", "mnist", 6000, 250, PATCH_7, RATES, {"MDT": 3000, "MDTv2": 3000}),
-    "mnist_2": Set("mnist", "mnist", 3000, 125, PATCH_2, RATES, {"MDT": 1250, "MDTv2": 1000}),
+    "mnist_2": Set("mnist", "mnist", 2000, 125, PATCH_2, RATES, {"MDT": 1000, "MDTv2": 750}),
     "emoji": Set("emoji", "emoji", 4000, 125, SMALL, RATES, {"MDT": 2000, "MDTv2": 2000}),
 }
 FINETUNE = Set("digits_5_9", "finetune_digits", 600, 100, {}, {"MDT": 2e-3})
