@@ -43,8 +43,8 @@ class Set:
 
     images: their name in features.py; recipe: of configs/; changes: to its fields; steps: of
     training; every: steps between checkpoints; rates: the learning rate of each of MODELS, which
-    the suite "tuning" compares; fewer: the steps of those of MODELS that get to the distance of
-    DiT's last step in fewer.
+    the suite "tuning" compares; fewer: the steps of those of MODELS that are trained for fewer
+    than DiT.
     """
 
     images: str
@@ -82,7 +82,7 @@ SMALL = {
     "sample.sampler": "dpmpp_2m_sde",
     "sample.num_steps": 20,
 }
-# 16 and 196 tokens; the recipe's patches of 4×4 are 49.
+# Patches of 7×7 and 2×2 are 16 and 196 tokens; the recipe's of 4×4 are 49.
 PATCH_7, PATCH_2 = SMALL | {"model.patch_size": 7}, SMALL | {"model.patch_size": 2}
 # For short runs on digits: an EMA that does not lag behind by half of them.
 DIGITS = {"data.batch_size": 64, "optim.ema_decay": 0.99}
