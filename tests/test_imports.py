@@ -13,7 +13,7 @@ from tests.conftest import ROOT
 PACKAGE = ROOT / "mdt_jax"
 MODULES = sorted(p.relative_to(ROOT) for p in PACKAGE.rglob("*.py"))
 
-COMMANDS = {"main", "sample", "inpaint", "encode", "evaluate", "convert", "info"}
+COMMANDS = {"main", "sample", "inpaint", "encode", "evaluate", "convert", "info", "report"}
 # A room imports from itself and from rooms on lower levels.
 LEVELS = {
     "runtime": 0,
@@ -141,7 +141,7 @@ sys.meta_path.insert(0, Block())
 import mdt_jax
 for module in pkgutil.walk_packages(mdt_jax.__path__, "mdt_jax."):
     if module.name.split(".")[1] not in (
-        "main", "sample", "inpaint", "info", "convert", "encode", "evaluate"
+        "main", "sample", "inpaint", "info", "convert", "encode", "evaluate", "report"
     ):
         importlib.import_module(module.name)
 for name in mdt_jax.__all__:

@@ -35,8 +35,8 @@ def test_a_finished_run(trained):
     assert sorted(p.name for p in (trained / "checkpoints").iterdir()) == ["2", "4"]
     assert sorted(p.name for p in (trained / "samples").iterdir()) == ["0000002.png", "0000004.png"]
     assert {p.name for p in trained.iterdir()} == {
-        "checkpoints", "classes.json", "config.json", "metrics.jsonl", "report.json", "samples",
-        "samples.npz", "samples.png",
+        "checkpoints", "classes.json", "config.json", "curves.png", "metrics.jsonl", "report.html",
+        "report.json", "samples", "samples.npz", "samples.png",
     }  # fmt: skip
     assert json.loads((trained / "classes.json").read_text()) == list("0123456789")
     report = json.loads((trained / "report.json").read_text())
@@ -65,7 +65,8 @@ def test_what_a_run_says_of_itself(tmp_path):
     for line in (
         "data: 1,438 images of digits, 10 classes; 4 steps of 16 are 0.04451 epochs",
         "compiling the training step …",
-        f"{tmp_path} has report.json, metrics.jsonl, checkpoints/4, samples.npz, samples.png",
+        f"{tmp_path} has report.html, report.json, metrics.jsonl, checkpoints/4, "
+        "samples.npz, samples.png",
     ):
         assert line in lines, lines
     assert any(re.fullmatch(r"network: [\d,]+ parameters; matmuls .* highest", x) for x in lines)
@@ -74,7 +75,7 @@ def test_what_a_run_says_of_itself(tmp_path):
     # Samples are of the step that the report is of: none is left of an earlier one.
     lines = run("--config.train.steps=5", "--config.sample.num_samples=0")
     assert not (tmp_path / "samples.npz").exists() and not (tmp_path / "samples.png").exists()
-    assert f"{tmp_path} has report.json, metrics.jsonl, checkpoints/5" in lines
+    assert f"{tmp_path} has report.html, report.json, metrics.jsonl, checkpoints/5" in lines
 
 
 def test_training_does_not_depend_on_jaxs_default_generator(trained, tmp_path):

@@ -81,7 +81,8 @@ def draw(series: Series) -> "Figure":
 
     drawn = panels(series)
     rows = max(1, -(-len(drawn) // 2))
-    figure = Figure(figsize=(9.6, HEIGHT * rows), layout="constrained")
+    figure = Figure(figsize=(9.6, HEIGHT * rows))
+    figure.subplots_adjust(0.07, 0.5 / HEIGHT / rows, 0.98, 1 - 0.25 / HEIGHT / rows, 0.2, 0.35)
     for number, (title, curves) in enumerate(drawn.items(), start=1):
         _draw(figure.add_subplot(rows, 2, number), title, curves)
     return figure
@@ -91,7 +92,8 @@ def draw_panel(title: str, curves: Series) -> "Figure":
     """One of `panels`."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4.8, HEIGHT), layout="constrained")
+    figure = Figure(figsize=(4.8, HEIGHT))
+    figure.subplots_adjust(0.13, 0.17, 0.97, 0.9)
     _draw(figure.add_subplot(), title, curves)
     return figure
 

@@ -11,6 +11,7 @@ from mdt_jax.train import curves
 from mdt_jax.train.record import Record
 
 CURVES, PAGE = "curves.png", "report.html"
+NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 GRIDS = 20  # the most sample grids of a page
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 0 auto; padding: 1rem;
@@ -108,7 +109,7 @@ def _plots(series: curves.Series) -> str:
     for title, lines in curves.panels(series).items():
         file = io.StringIO()
         with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):
-            curves.draw_panel(title, lines).savefig(file, format="svg", metadata={"Date": None})
+            curves.draw_panel(title, lines).savefig(file, format="svg", metadata=NO_METADATA)
         svg = file.getvalue()
         parts.append(f'<svg role="img" aria-label="{escape(title)}"' + svg[svg.index("<svg") + 4 :])
     return f'<div class="plots">{"".join(parts)}</div>'

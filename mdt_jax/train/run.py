@@ -15,7 +15,7 @@ from mdt_jax.runtime.errors import NotFiniteError
 from mdt_jax.runtime.files import Path, exists, in_bucket
 from mdt_jax.runtime.hosts import log0
 from mdt_jax.runtime.progress import print_result
-from mdt_jax.train import inputs, workdir
+from mdt_jax.train import inputs, page, record, workdir
 from mdt_jax.train.checkpoints import BestCheckpoint, Checkpoints
 from mdt_jax.train.inputs import Inputs
 from mdt_jax.train.log import Log, Means, MetricsLog
@@ -230,7 +230,7 @@ class Run:
             log0(f"step {step}: {text}{'; the best so far' if better else ''}")
 
     def report(self, state: TrainState, sampler: RunSampler) -> bool:
-        """Draw and measure the final samples, and write report.json. Returns True."""
+        """Draw and measure the final samples, write report.json and its page. Returns True."""
         config, seconds = self.config, self.clock.seconds()
         self.checkpoints.close()
         self.best.close()
@@ -243,7 +243,7 @@ class Run:
             "images_per_second": round(config.train.steps * config.data.batch_size / seconds, 1),
             "skipped": int(state.skipped),
         }
-        files = f"report.json, metrics.jsonl, checkpoints/{config.train.steps}"
+        files = f"report.html, report.json, metrics.jsonl, checkpoints/{config.train.steps}"
         if config.sample.num_samples:
             classes = self.identity["classes"]
             report |= sample_and_measure(self.folder, sampler, state, classes, self.evaluator)
@@ -252,6 +252,7 @@ class Run:
             self.mirror.push()
             self.mirror.put_log(self.mirror.log())
             workdir.write_json(self.folder / "report.json", report)
+            page.write(record.read(self.folder))
             print_result(json.dumps(report, indent=1))
             log0(f"{self.folder} has {files}")
         return True
