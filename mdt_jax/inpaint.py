@@ -23,7 +23,7 @@ from mdt_jax.data.masks import read_pair
 from mdt_jax.data.sample_notes import written
 from mdt_jax.diffusion.options import check_seed
 from mdt_jax.runtime.errors import UserError
-from mdt_jax.runtime.files import as_path
+from mdt_jax.runtime.files import Path, as_path
 from mdt_jax.runtime.hosts import is_first
 from mdt_jax.runtime.progress import print_result
 from mdt_jax.sampling.inpainting import (
@@ -94,18 +94,28 @@ def read_label(text: str | None, pipeline: Pipeline) -> int:
     return parse_label(text.strip(), count, pipeline.classes, f"--label={text}")
 
 
-def main(argv: list[str]) -> None:
-    """Parse the flags, read image and mask, draw, put the known pixels back, write."""
-    args = parse(argv)
+def check(args: argparse.Namespace) -> Path:
+    """The path of --out. Raises UserError for flags that cannot be used together."""
     out = as_path(args.out)
     if out.suffix != ".png":
         raise UserError(f"--out={out}: unknown suffix {out.suffix!r}; use .png")
     if args.guidance_skip_tolerance:
         raise UserError("--guidance_skip_tolerance saves nothing here; it is for mdt_jax.sample")
     check_seed(args.seed)
+    return out
+
+
+def main(argv: list[str]) -> None:
+    """Parse the flags, load the checkpoint and draw."""
+    args = parse(argv)
+    out = check(args)
     cli.start(args, keep_memory=True)
     check_writable(out)
-    pipeline = Pipeline.from_flags(vars(args))
+    draw(Pipeline.from_flags(vars(args)), args, out)
+
+
+def draw(pipeline: Pipeline, args: argparse.Namespace, out: Path) -> None:
+    """Read image and mask, draw, put the known pixels back, write. Raises UserError."""
     how = inpaint_options(args)
     how.check(pipeline.model, pipeline.options)
     label, shape = read_label(args.label, pipeline), pipeline.image_shape

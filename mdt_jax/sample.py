@@ -110,19 +110,31 @@ def check_out(out: str, show: str | None) -> tuple[files.Path, str]:
     return path, suffix
 
 
-def main(argv: list[str]) -> None:
-    """Draw samples of a checkpoint, decode them and write their images."""
-    args = parse(argv)
-    out, suffix = check_out(args.out, args.show)
+def check(args: argparse.Namespace) -> tuple[files.Path, str]:
+    """(path, suffix) of --out. Raises UserError for flags that cannot be used together."""
     if args.frames is not None and not args.show:
         raise UserError(f"--frames={args.frames} is for --show")
     check_seed(args.seed)
+    return check_out(args.out, args.show)
+
+
+def main(argv: list[str]) -> None:
+    """Parse the flags, load the checkpoint and draw."""
+    args = parse(argv)
+    out, suffix = check(args)
     cli.start(args, keep_memory=True)
     if suffix:
         check_writable(out)
     elif is_first():
         files.check_writable(out, f"--out={out}")
-    pipeline = Pipeline.from_flags(vars(args))
+    draw(Pipeline.from_flags(vars(args)), args, out, suffix)
+
+
+def draw(pipeline: Pipeline, args: argparse.Namespace, out: files.Path, suffix: str) -> None:
+    """Draw the samples that the flags ask for, decode them and write their images.
+
+    out, suffix: as of `check_out`. Raises UserError.
+    """
     labels = parse_labels(
         args.labels, args.num_samples, pipeline.model.num_classes, pipeline.classes, args.seed
     )

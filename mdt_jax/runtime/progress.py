@@ -5,12 +5,17 @@ import functools
 import os
 import re
 import sys
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import TextIO
 
 TERMINAL_SECONDS, FILE_SECONDS = 0.5, 10.0
 # Characters that a terminal obeys or cannot show. Names of files and classes may contain them.
 CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+# Called with what is done, how many of its units, and of how many.
+Listener = Callable[[str, int, int], None]
 _stdout_errors: list[OSError] = []
+_listener: ContextVar[Listener | None] = ContextVar("listener", default=None)
 
 
 def escape(text: str, keep: str = "") -> str:
@@ -70,10 +75,22 @@ class _NoBar:
     """Takes a bar's updates and shows nothing."""
 
     def update(self, count: int) -> None:
-        pass
+        """Take `count` units that are done."""
 
     def set_postfix_str(self, text: str, refresh: bool = True) -> None:
         pass
+
+
+class _Listened(_NoBar):
+    """Tells the listener of this thread."""
+
+    def __init__(self, listener: "Listener", what: str, total: int, done: int):
+        self._listener, self._what, self._total, self._done = listener, what, total, done
+        self.update(0)
+
+    def update(self, count: int) -> None:
+        self._done += count
+        self._listener(self._what, self._done, self._total)
 
 
 class _Lines:
@@ -88,12 +105,28 @@ class _Lines:
         pass
 
 
+@contextlib.contextmanager
+def listening(listener: Listener) -> Iterator[None]:
+    """Within it, the progress of this thread goes to a listener instead of to bars.
+
+    An error that the listener raises ends the work.
+    """
+    token = _listener.set(listener)
+    try:
+        yield
+    finally:
+        _listener.reset(token)
+
+
 def progress_bar(total: int, show: bool, what: str, unit: str, initial: int = 0):
     """A context manager of a tqdm bar on stderr, or of an object that ignores its updates.
 
     On a terminal the bar moves every half second. A file, for example the log of a batch job, gets
     a line at the beginning, every ten seconds and at the end.
     """
+    listener = _listener.get()
+    if show and listener is not None:
+        return contextlib.nullcontext(_Listened(listener, what, total, initial))
     if not show or sys.stderr is None:
         return contextlib.nullcontext(_NoBar())
     from tqdm import tqdm

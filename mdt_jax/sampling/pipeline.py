@@ -120,10 +120,21 @@ class Pipeline(tuple[MDT, dict]):
     @classmethod
     def from_flags(cls, flags: Mapping[str, Any]) -> "Pipeline":
         """Load the --checkpoint of a command as its other flags say; those not given are None."""
-        names = {"decoder_layers", "num_heads", "dtype", "vae", "vae_scale"}
-        names |= {field.name for field in dataclasses.fields(SampleOptions)}
-        given = {name: flags[name] for name in names & flags.keys() if flags[name] is not None}
-        return cls.load(flags["checkpoint"], **given)
+        names = ("decoder_layers", "num_heads", "dtype", "vae", "vae_scale")
+        given = {name: flags[name] for name in names if flags.get(name) is not None}
+        return cls.load(flags["checkpoint"], **given, **_options(flags))
+
+    def with_flags(self, flags: Mapping[str, Any]) -> "Pipeline":
+        """The same network and VAE, with the sampling options of a command's flags.
+
+        Flags that are not given are None. Raises UserError.
+        """
+        vae = self.vae
+        loaded = {"vae": self._vae} if vae is None else {"vae": vae}
+        pipeline = type(self)(self.path, self.weights, **loaded, **_options(flags))
+        pipeline.options.check(self.model.num_classes)
+        pipeline.__dict__["params_sha256"] = self.params_sha256
+        return pipeline
 
     def __repr__(self) -> str:
         return f"Pipeline({self.path!r})"
@@ -147,6 +158,11 @@ class Pipeline(tuple[MDT, dict]):
     def classes(self) -> tuple[str, ...]:
         """The names of class 0, 1, … in the run's data; empty if they are not known."""
         return self.weights.classes
+
+    @functools.cached_property
+    def params_sha256(self) -> str:
+        """The hash of the parameters that notes of samples have."""
+        return params_sha256(self.params)
 
     @functools.cached_property
     def vae(self) -> Vae | None:
@@ -280,7 +296,7 @@ class Pipeline(tuple[MDT, dict]):
             "checkpoint": self.path,
             "step": self.weights.step,
             "parameters": self.weights.item or "those of the file",
-            "parameters_sha256": params_sha256(self.params),
+            "parameters_sha256": self.params_sha256,
             "network": describe(model),
             "num_classes": model.num_classes,
         }
@@ -298,6 +314,12 @@ class Pipeline(tuple[MDT, dict]):
             note |= describe_labels(request.labels, text)
             note |= {"seed": request.seed, "batch_size": request.batch_size}
         return note
+
+
+def _options(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of SampleOptions among flags that are given."""
+    names = (field.name for field in dataclasses.fields(SampleOptions))
+    return {name: flags[name] for name in names if flags.get(name) is not None}
 
 
 def _is_pixels(model: MDT, vae: Vae | str | None) -> bool:
