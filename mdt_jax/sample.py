@@ -8,6 +8,8 @@ samples. A model of latents needs a VAE: --vae=hf://OWNER/REPOSITORY.
 
 import argparse
 
+import numpy as np
+
 from mdt_jax import cli
 from mdt_jax.data.images import check_grid, save_animation, save_grid
 from mdt_jax.data.sample_files import Folder, Grid, Npz
@@ -70,26 +72,24 @@ def _file_or_classes(text: str) -> str:
     return cli.anywhere(text) if text.endswith((".txt", ".npy")) else text
 
 
-def show(pipeline: Pipeline, request: Request, note: dict, out: files.Path) -> None:
-    """Draw the rows of frames that --show asks for; write a grid, or to a .gif an animation."""
-    kind, frames, shape = note["show"], note["frames"], pipeline.image_shape
+def draw_rows(pipeline: Pipeline, request: Request, note: dict) -> np.ndarray:
+    """The rows of frames that --show asks for, as images [rows, frames, H, W, C] uint8."""
     if pipeline.scales:
         raise UserError("--show takes one --guidance_scale")
-    check_grid(out, len(request.labels) * frames, shape)
-    with hosts.alone(locks.beside(out), str(out)):
-        rows = ROWS[kind](
-            *pipeline, request.labels, frames=frames, progress=True, options=pipeline.options,
-            seed=request.seed, batch_size=request.batch_size,
-        )  # fmt: skip
-        images = pipeline.to_images(rows.reshape(-1, *rows.shape[2:]), request.batch_size)
-        if not is_first():
-            return
-        if out.suffix == ".gif":
-            moments = images.reshape(len(rows), frames, *shape).swapaxes(0, 1)
-            save_animation(str(out), moments, note=written(note))
-        else:
-            save_grid(str(out), images, frames, written(note))
-        print_result(f"wrote {len(rows)} rows of {frames} frames to {out}")
+    rows = ROWS[note["show"]](
+        *pipeline, request.labels, frames=note["frames"], progress=True, options=pipeline.options,
+        seed=request.seed, batch_size=request.batch_size,
+    )  # fmt: skip
+    images = pipeline.to_images(rows.reshape(-1, *rows.shape[2:]), request.batch_size)
+    return images.reshape(*rows.shape[:2], *pipeline.image_shape)
+
+
+def write_rows(out: files.Path, images: np.ndarray, note: dict) -> None:
+    """Write rows of `draw_rows` as a grid, or to a .gif as an animation."""
+    if out.suffix == ".gif":
+        save_animation(str(out), images.swapaxes(0, 1), note=written(note))
+    else:
+        save_grid(str(out), images.reshape(-1, *images.shape[2:]), images.shape[1], written(note))
 
 
 def check_out(out: str, show: str | None) -> tuple[files.Path, str]:
@@ -142,7 +142,13 @@ def draw(pipeline: Pipeline, args: argparse.Namespace, out: files.Path, suffix: 
     note = pipeline.note(request, args.labels)
     if args.show:
         note |= {"show": args.show, "frames": args.frames or 10}
-        show(pipeline, request, note, out)
+        check_grid(out, len(labels) * note["frames"], pipeline.image_shape)
+        with hosts.alone(locks.beside(out), str(out)):
+            rows = draw_rows(pipeline, request, note)
+            if is_first():
+                write_rows(out, rows, note)
+                count, frames = rows.shape[:2]
+                print_result(f"wrote {count} rows of {frames} frames to {out}")
         return
     sink = WRITERS[suffix](out, labels, pipeline.image_shape, note)
     hosts.agree({"samples": note})

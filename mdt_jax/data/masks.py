@@ -8,15 +8,18 @@ from mdt_jax.runtime.errors import UserError
 from mdt_jax.runtime.files import reason
 
 
-def open_picture(path: str, flag: str):
-    """A decoded PIL.Image, rotated as its EXIF says. Raises UserError for a file that is none."""
+def open_picture(path: str, name: str):
+    """A decoded PIL.Image, rotated as its EXIF says.
+
+    name: what messages call it. Raises UserError for a file that is none.
+    """
     from PIL import ImageOps
 
     try:
         with open_image(path) as image:
             return ImageOps.exif_transpose(image)
     except Exception as error:  # Pillow raises errors of many types for damaged files
-        raise UserError(f"{flag}={path} could not be read: {reason(error)}") from None
+        raise UserError(f"{name} could not be read: {reason(error)}") from None
 
 
 def read_pair(
@@ -29,7 +32,8 @@ def read_pair(
     UserError for files that cannot be read, and for other sizes.
     """
     height, width, channels = shape
-    image, mask = open_picture(image_path, "--image"), open_picture(mask_path, "--mask")
+    image = open_picture(image_path, f"--image={image_path}")
+    mask = open_picture(mask_path, f"--mask={mask_path}")
     try:
         image, mask = to_rgb(image), to_rgb(over_black(mask)).convert("L")
     except ValueError as error:

@@ -1,7 +1,9 @@
 """The curves of a run: the series of metrics.jsonl, in panels, and their plots."""
 
+import io
 import json
 import os
+from html import escape
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -117,3 +119,15 @@ def _draw(axes: Any, title: str, curves: Series) -> None:
     axes.grid(alpha=0.3)
     if len(curves) > 1:
         axes.legend(fontsize=7, loc="upper right")
+
+
+def svg(figure: "Figure", label: str) -> str:
+    """A figure as an SVG element of a page, with its text as text; label: for screen readers."""
+    from matplotlib import rc_context
+
+    file = io.StringIO()
+    no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": label}):
+        figure.savefig(file, format="svg", metadata=no_metadata)
+    text = file.getvalue()
+    return f'<svg role="img" aria-label="{escape(label)}"' + text[text.index("<svg") + 4 :]

@@ -1,7 +1,6 @@
 """The record of a run as one HTML file, which needs no other file, and its curves as a PNG."""
 
 import base64
-import io
 import json
 from html import escape
 
@@ -11,7 +10,6 @@ from mdt_jax.train import curves
 from mdt_jax.train.record import Record
 
 CURVES, PAGE = "curves.png", "report.html"
-NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 GRIDS = 20  # the most sample grids of a page
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 0 auto; padding: 1rem;
@@ -51,23 +49,16 @@ def write(record: Record) -> tuple[Path, Path]:
 def html(record: Record) -> str:
     """The page. Names and values of the run are escaped."""
     name = escape(str(record.workdir))
-    parts = [f"<h1>{name}</h1>", f"<p>{escape(record.state.capitalize())}.</p>"]
-    if record.report:
-        parts.append(_section("Result", _table(_titled(record.report))))
-    if record.best is not None:
-        rows = {"step": record.best, **_titled(record.measured(record.best))}
-        parts.append(_section("Best checkpoint", _table(rows)))
+    parts = [f"<h1>{name}</h1>", f"<p>{escape(record.state.capitalize())}.</p>", results(record)]
     if record.series:
-        parts.append(_section("Curves", _plots(record.series)))
+        parts.append(_section("Curves", plots(record.series)))
     if record.grids:
         parts.append(_section("Samples by step", _grids(record.grids)))
     final = record.workdir / "samples.png"
     if record.report and is_file(final):
         picture = _image(final, "samples after the last step")
         parts.append(_section("Samples after the last step", picture))
-    fields = {f"{g}.{n}": value for g, group in record.config.items() for n, value in group.items()}
-    config = f"<details><summary>All fields</summary>{_table(fields)}</details>"
-    parts.append(_section("Config", config))
+    parts.append(config(record))
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -75,6 +66,23 @@ def html(record: Record) -> str:
         + "\n".join(parts)
         + "\n</body></html>\n"
     )
+
+
+def results(record: Record) -> str:
+    """What report.json says, and which checkpoint is in best/."""
+    parts = []
+    if record.report:
+        parts.append(_section("Result", _table(_titled(record.report))))
+    if record.best is not None:
+        rows = {"Step": record.best, **_titled(record.measured(record.best))}
+        parts.append(_section("Best checkpoint", _table(rows)))
+    return "\n".join(parts)
+
+
+def config(record: Record) -> str:
+    """All fields of the config, folded up."""
+    fields = {f"{g}.{n}": value for g, group in record.config.items() for n, value in group.items()}
+    return _section("Config", f"<details><summary>All fields</summary>{_table(fields)}</details>")
 
 
 def _section(title: str, content: str) -> str:
@@ -101,17 +109,12 @@ def _text(value: object) -> str:
     return f"{value:,}" if type(value) is int else json.dumps(value) if value != "" else "–"
 
 
-def _plots(series: curves.Series) -> str:
-    """An SVG element for each panel, with its text as text."""
-    import matplotlib
-
-    parts = []
-    for title, lines in curves.panels(series).items():
-        file = io.StringIO()
-        with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):
-            curves.draw_panel(title, lines).savefig(file, format="svg", metadata=NO_METADATA)
-        svg = file.getvalue()
-        parts.append(f'<svg role="img" aria-label="{escape(title)}"' + svg[svg.index("<svg") + 4 :])
+def plots(series: curves.Series) -> str:
+    """An SVG element for each panel."""
+    parts = [
+        curves.svg(curves.draw_panel(title, lines), title)
+        for title, lines in curves.panels(series).items()
+    ]
     return f'<div class="plots">{"".join(parts)}</div>'
 
 

@@ -1,0 +1,229 @@
+"""What the page's fields mean: flags of the commands, which run with weights that are loaded."""
+
+import dataclasses
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mdt_jax import inpaint, sample
+from mdt_jax.data.classes import imagenet_among, imagenet_names, parse_label
+from mdt_jax.data.images import open_image, save_image, to_rgb
+from mdt_jax.data.masks import fitted, open_picture
+from mdt_jax.data.sample_notes import written
+from mdt_jax.diffusion.options import SampleOptions
+from mdt_jax.runtime.errors import UserError
+from mdt_jax.runtime.files import reason
+from mdt_jax.sampling.generation import Request
+from mdt_jax.sampling.labels import parse_labels
+from mdt_jax.sampling.pipeline import Pipeline
+from mdt_jax.train import curves
+
+MAX_COUNT, MAX_ROWS, MAX_FRAMES = 100, 10, 50
+SHOWN_SIDE = 384  # pixels; smaller pictures are enlarged to about this to be painted on
+
+
+def class_names(pipeline: Pipeline) -> list[str]:
+    """A name for each class: the run's own, or ImageNet's, or its number."""
+    names, count = pipeline.classes, pipeline.model.num_classes
+    among = imagenet_among(count, names)
+    if among is not None:
+        return [imagenet_names()[label][0] for label in among]
+    return list(names) or [str(number) for number in range(count)]
+
+
+def label_text(pipeline: Pipeline, number: int) -> str:
+    """How --labels names a class."""
+    try:
+        same = parse_label(str(number), pipeline.model.num_classes, pipeline.classes, "") == number
+    except UserError:
+        same = False
+    return str(number) if same else f"number:{number}"
+
+
+def options_of(pipeline: Pipeline, values: Mapping[str, Any]) -> list[str]:
+    """Flags for the sampling options that differ from the checkpoint's own."""
+    own = dataclasses.asdict(pipeline.options)
+    return [f"--{name}={whole(value)}" for name, value in values.items() if value != own[name]]
+
+
+def whole(value: Any) -> Any:
+    """A field's value; a whole number may come from the page as a float."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def sample_flags(
+    pipeline: Pipeline, classes: Sequence[int], count: int, seed: int, values: Mapping[str, Any]
+) -> list[str]:
+    """The flags of `mdt_jax.sample` for a form. Raises UserError for too many samples."""
+    if not count or not 1 <= count <= MAX_COUNT:
+        raise UserError(f"count is {whole(count)}; the page draws 1 to {MAX_COUNT} at a time")
+    labels = [f"--labels={','.join(label_text(pipeline, n) for n in classes)}"] if classes else []
+    return [*labels, f"--num_samples={whole(count)}", f"--seed={whole(seed)}"] + options_of(
+        pipeline, values
+    )
+
+
+def command(name: str, pipeline: Pipeline, flags: Sequence[str], out: str) -> str:
+    """The command that does the same, to be copied to a shell."""
+    words = ["python", "-m", f"mdt_jax.{name}", f"--checkpoint={pipeline.path}", *flags]
+    return shlex.join([*words, f"--out={out}"])
+
+
+def draw(pipeline: Pipeline, flags: Sequence[str], out: Path) -> Path:
+    """Run `mdt_jax.sample` with the flags; returns `out`, a PNG. Raises UserError."""
+    args = sample.parse(["", f"--checkpoint={pipeline.path}", *flags, f"--out={out}"])
+    path, suffix = sample.check(args)
+    sample.draw(pipeline.with_flags(vars(args)), args, path, suffix)
+    return out
+
+
+def check_frames(frames: int) -> None:
+    """Raise UserError for a number of frames that the page does not show."""
+    if not frames or not 2 <= frames <= MAX_FRAMES:
+        raise UserError(f"frames is {whole(frames)}; the page shows 2 to {MAX_FRAMES}")
+
+
+def _request(pipeline: Pipeline, flags: Sequence[str], out: Path) -> tuple[Pipeline, Request, dict]:
+    """The samples that flags of `mdt_jax.sample` ask for: pipeline, request, note."""
+    args = sample.parse(["", f"--checkpoint={pipeline.path}", *flags, f"--out={out}"])
+    sample.check(args)
+    pipeline = pipeline.with_flags(vars(args))
+    labels = parse_labels(
+        args.labels, args.num_samples, pipeline.model.num_classes, pipeline.classes, args.seed
+    )
+    request = pipeline.request(labels, seed=args.seed, batch_size=args.batch_size)
+    note = pipeline.note(request, args.labels)
+    return (
+        pipeline,
+        request,
+        note | ({"show": args.show, "frames": args.frames} if args.show else {}),
+    )
+
+
+def draw_rows(pipeline: Pipeline, flags: Sequence[str], folder: Path) -> tuple[Path, Path]:
+    """Draw the rows of `mdt_jax.sample --show` once; returns a PNG and a GIF. Raises UserError."""
+    strip, moving = folder / "frames.png", folder / "frames.gif"
+    pipeline, request, note = _request(pipeline, flags, strip)
+    if len(request.labels) > MAX_ROWS:
+        raise UserError(f"count is {len(request.labels)}; the page shows 1 to {MAX_ROWS} rows")
+    rows = sample.draw_rows(pipeline, request, note)
+    for path in (strip, moving):
+        sample.write_rows(path, rows, note)
+    return strip, moving
+
+
+def draw_one(pipeline: Pipeline, flags: Sequence[str], out: Path) -> np.ndarray:
+    """Write one sample in its own size; returns it enlarged, to be painted on."""
+    pipeline, request, note = _request(pipeline, flags, out)
+    (image,) = pipeline.to_images(request.draw(progress=True))
+    save_image(out, image, written(note))
+    return enlarged(pipeline, image)
+
+
+def fit(pipeline: Pipeline, upload: str, out: Path) -> np.ndarray:
+    """Write an uploaded picture in the model's size; returns it enlarged, to be painted on.
+
+    Raises UserError for a file that is no picture.
+    """
+    height, width, channels = pipeline.image_shape
+    picture = open_picture(upload, "the picture")
+    try:
+        picture = to_rgb(picture)
+    except ValueError as error:
+        raise UserError(f"the picture could not be read: {reason(error)}") from None
+    picture = picture.convert("L") if channels == 1 else picture
+    pixels = fitted(picture, (height, width), True, "the picture")
+    save_image(out, pixels.reshape(height, width, channels))
+    return enlarged(pipeline, pixels.reshape(height, width, channels))
+
+
+def shown_size(pipeline: Pipeline) -> tuple[int, int]:
+    """(width, height) of `enlarged`."""
+    height, width = pipeline.image_shape[:2]
+    return width * _scale(pipeline), height * _scale(pipeline)
+
+
+def _scale(pipeline: Pipeline) -> int:
+    return max(1, SHOWN_SIDE // max(pipeline.image_shape[:2]))
+
+
+def enlarged(pipeline: Pipeline, image: np.ndarray) -> np.ndarray:
+    """An image [H, W, C] or mask [H, W] with each pixel repeated, so that it can be painted on."""
+    shown = image.repeat(_scale(pipeline), 0).repeat(_scale(pipeline), 1)
+    return shown if image.ndim == 2 else np.broadcast_to(shown, (*shown.shape[:2], 3))
+
+
+def painted(pipeline: Pipeline, layers: Sequence[np.ndarray]) -> np.ndarray:
+    """The pixels [H, W] of which at least half is painted. Raises UserError.
+
+    layers: [h, w, 4] uint8 each, of the size of `enlarged`.
+    """
+    height, width = pipeline.image_shape[:2]
+    scale = _scale(pipeline)
+    wanted = (height * scale, width * scale)
+    covered = np.zeros(wanted, bool)
+    for layer in layers:
+        if layer is None:
+            continue
+        if layer.shape[:2] != wanted:
+            raise UserError(
+                f"the mask is {layer.shape[0]}×{layer.shape[1]}, but the picture is shown as "
+                f"{wanted[0]}×{wanted[1]}; choose the picture again"
+            )
+        covered |= layer[:, :, 3] > 127
+    return covered.reshape(height, scale, width, scale).mean((1, 3)) >= 0.5
+
+
+def as_seen(pipeline: Pipeline, image: Path, hidden: np.ndarray) -> np.ndarray:
+    """The picture, enlarged, with what the model does not see in red: pixels, or latents.
+
+    A latent is a block of pixels, which is hidden if one of them is.
+    """
+    height, width, channels = pipeline.image_shape
+    with open_image(image) as opened:
+        pixels = np.asarray(opened).reshape(height, width, channels)
+    if pipeline.vae is not None:
+        side = pipeline.vae.network.factor
+        blocks = hidden.reshape(height // side, side, width // side, side).any((1, 3))
+        hidden = blocks.repeat(side, 0).repeat(side, 1)
+    shown = enlarged(pipeline, pixels).copy()
+    shown[enlarged(pipeline, hidden)] = (200, 40, 40)
+    return shown
+
+
+def complete(
+    pipeline: Pipeline, image: Path, hidden: np.ndarray, flags: Sequence[str], folder: Path
+) -> Path:
+    """Run `mdt_jax.inpaint` on a picture and a mask [H, W] bool; returns the PNG."""
+    mask, out = folder / "mask.png", folder / "inpainted.png"
+    save_image(mask, (hidden * np.uint8(255))[:, :, None])
+    own = [f"--checkpoint={pipeline.path}", f"--image={image}", f"--mask={mask}", f"--out={out}"]
+    args = inpaint.parse(["", *own, *flags])
+    inpaint.draw(pipeline.with_flags(vars(args)), args, inpaint.check(args))
+    return out
+
+
+def weight_plot(options: SampleOptions) -> str:
+    """The guidance weight over the timesteps, as an SVG element.
+
+    Raises UserError for options that cannot be used.
+    """
+    from matplotlib.figure import Figure
+
+    t = np.arange(options.diffusion_steps)
+    if options.objective == "flow":
+        t = 1 - t / options.diffusion_steps
+    weight = np.asarray(options.weight(t, options.guidance_scale))
+    figure = Figure(figsize=(4.8, 2.0))
+    figure.subplots_adjust(0.11, 0.24, 0.98, 0.96)
+    axes = figure.add_subplot()
+    axes.plot(np.arange(options.diffusion_steps)[::-1], weight[::-1])
+    axes.set_xlim(options.diffusion_steps, 0)
+    axes.set_xlabel("timestep, from noise to sample", fontsize=9)
+    axes.set_ylabel("weight", fontsize=9)
+    axes.grid(alpha=0.3)
+    label = f"Guidance weight, from {weight[-1]:.3g} at the noise to {weight[0]:.3g} at the sample"
+    return curves.svg(figure, label)

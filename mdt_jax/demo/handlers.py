@@ -1,0 +1,204 @@
+"""What the page does when somebody presses a button; without gradio, so that Python can call it."""
+
+import contextlib
+import pathlib
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from html import escape
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from mdt_jax.demo import forms
+from mdt_jax.demo.jobs import Jobs, Stopped
+from mdt_jax.runtime.errors import UserError
+from mdt_jax.sampling.generation import changed
+from mdt_jax.sampling.inpainting import InpaintOptions
+from mdt_jax.sampling.pipeline import Pipeline
+
+# The sampling options that the page has fields for, in their order.
+OPTIONS = (
+    "sampler", "num_steps", "spacing", "guidance_scale", "guidance_power", "guidance_low",
+    "guidance_high",
+)  # fmt: skip
+THREE = (0.5, 1.0, 2.0)  # "three scales": 1 + so many times what the scale is above 1
+
+
+class Update(NamedTuple):
+    """What a job has to show. result: None until it is done; state: HTML; command: for a shell."""
+
+    result: Any
+    state: str
+    command: str
+
+
+# What a job does, and the command that does the same.
+Plan = tuple[Callable[[], Any], str]
+
+
+def said(text: str, error: bool = False) -> str:
+    """A line of HTML; a mistake is red. Screen readers speak both."""
+    kind = 'class="error" role="alert"' if error else 'role="status"'
+    return f"<p {kind}>{escape(text)}</p>"
+
+
+class Handlers:
+    """Draw with a checkpoint. folder: for pictures.
+
+    A user's mistake is a red line. owner: the session, for `stop`. options: values of OPTIONS.
+    """
+
+    def __init__(self, pipeline: Pipeline, folder: str):
+        self.pipeline, self.folder, self.jobs = pipeline, folder, Jobs()
+
+    def weight(self, *options: Any) -> str:
+        """The curve of the guidance weight, as HTML."""
+        try:
+            chosen = changed(self.pipeline.options, _named(options))
+            chosen.check(self.pipeline.model.num_classes)
+            return forms.weight_plot(chosen)
+        except UserError as error:
+            return said(str(error), error=True)
+
+    def draw(
+        self, owner: str, classes: Sequence[int], count: int, seed: int, three: bool, *options: Any
+    ) -> Iterator[Update]:
+        """Draw samples; the result is [(path, caption)], one picture, or one for each of THREE.
+
+        classes: numbers, none for all classes in turn.
+        """
+
+        def plan() -> Plan:
+            values, pictures, commands = _named(options), [], []
+            scale = values["guidance_scale"]
+            scales = [1 + part * (scale - 1) for part in THREE] if three else [scale]
+            for each in scales:
+                one = values | {"guidance_scale": each}
+                flags = forms.sample_flags(self.pipeline, classes, count, seed, one)
+                name = f"scale-{each:g}.png" if three else "samples.png"
+                commands.append(forms.command("sample", self.pipeline, flags, name))
+                pictures.append((flags, name, f"guidance scale {each:g}"))
+
+            def work() -> list[tuple[str, str]]:
+                folder = self._new_folder()
+                return [
+                    (str(forms.draw(self.pipeline, flags, folder / name)), caption)
+                    for flags, name, caption in pictures
+                ]
+
+            return work, "\n".join(commands)
+
+        return self._run(owner, plan)
+
+    def watch(
+        self, owner: str, show: str, classes: Sequence[int], count: int, seed: int, frames: int,
+        *options: Any,
+    ) -> Iterator[Update]:  # fmt: skip
+        """Draw rows of frames, as `mdt_jax.sample --show`; the result is (PNG, GIF)."""
+
+        def plan() -> Plan:
+            values = _named(options)
+            flags = forms.sample_flags(self.pipeline, classes, count, seed, values)
+            flags += [f"--show={show}", f"--frames={forms.whole(frames)}"]
+            forms.check_frames(frames)
+
+            def work() -> tuple[str, str]:
+                strip, moving = forms.draw_rows(self.pipeline, flags, self._new_folder())
+                return str(strip), str(moving)
+
+            return work, forms.command("sample", self.pipeline, flags, "frames.gif")
+
+        return self._run(owner, plan)
+
+    def picture(self, upload: str | None) -> tuple[str | None, np.ndarray | None, str]:
+        """(path, what to paint on, state) of an uploaded picture, cropped to the model's size."""
+        if not upload:
+            return None, None, said("Choose a picture first.", error=True)
+        try:
+            path = self._new_folder() / "image.png"
+            shown = forms.fit(self.pipeline, upload, path)
+        except UserError as error:
+            return None, None, said(str(error), error=True)
+        return str(path), shown, said("Paint over what is to be drawn anew.")
+
+    def sample_picture(
+        self, owner: str, label: int | None, seed: int, *options: Any
+    ) -> Iterator[Update]:
+        """Draw one sample to be painted on; the result is (path, what to paint on)."""
+
+        def plan() -> Plan:
+            classes = [] if label is None else [label]
+            flags = forms.sample_flags(self.pipeline, classes, 1, seed, _named(options))
+
+            def work() -> tuple[str, np.ndarray]:
+                path = self._new_folder() / "image.png"
+                return str(path), forms.draw_one(self.pipeline, flags, path)
+
+            return work, ""
+
+        return self._run(owner, plan)
+
+    def inpaint(
+        self, owner: str, image: str | None, layers: Sequence[np.ndarray], label: int | None,
+        seed: int, mode: str, jump_length: int, num_resamples: int, masked_share: float,
+        *options: Any,
+    ) -> Iterator[Update]:  # fmt: skip
+        """Draw what is painted over anew; the result is (PNG, mask as the model sees it).
+
+        image: of `picture`; layers: as of `forms.painted`; the numbers: of `InpaintOptions`.
+        """
+
+        def plan() -> Plan:
+            if image is None:
+                raise UserError("there is no picture yet: upload one, or draw a sample")
+            hidden, folder = forms.painted(self.pipeline, layers), self._new_folder()
+            how = {"jump_length": jump_length, "num_resamples": num_resamples}
+            if mode == "side_interpolater":
+                how = {"masked_share": masked_share}
+            flags = [f"--seed={forms.whole(seed)}", f"--mode={mode}"]
+            flags += [] if label is None else [f"--label={forms.label_text(self.pipeline, label)}"]
+            own = InpaintOptions()
+            flags += [
+                f"--{name}={forms.whole(value)}"
+                for name, value in how.items()
+                if value != getattr(own, name)
+            ]
+            flags += forms.options_of(self.pipeline, _named(options))
+
+            def work() -> tuple[str, np.ndarray]:
+                path = pathlib.Path(image)
+                out = forms.complete(self.pipeline, path, hidden, flags, folder)
+                return str(out), forms.as_seen(self.pipeline, path, hidden)
+
+            files = ["--image=image.png", "--mask=mask.png"]
+            return work, forms.command("inpaint", self.pipeline, [*files, *flags], "inpainted.png")
+
+        return self._run(owner, plan)
+
+    def stop(self, owner: str) -> str:
+        """Stop the job of a session between two steps."""
+        return said("Stopping …" if self.jobs.stop(owner) else "Nothing is being drawn.")
+
+    def _run(self, owner: str, plan: Callable[[], Plan]) -> Iterator[Update]:
+        command = ""
+        try:
+            work, command = plan()
+            with contextlib.closing(self.jobs.run(owner, work)) as job:
+                while True:
+                    try:
+                        text = next(job)
+                    except StopIteration as done:
+                        yield Update(done.value, said("Done."), command)
+                        return
+                    yield Update(None, said(text), command)
+        except UserError as error:
+            yield Update(None, said(str(error), error=True), command)
+        except Stopped:
+            yield Update(None, said("Stopped."), command)
+
+    def _new_folder(self) -> pathlib.Path:
+        return pathlib.Path(tempfile.mkdtemp(dir=self.folder))
+
+
+def _named(options: Sequence[Any]) -> dict[str, Any]:
+    return {name: forms.whole(value) for name, value in zip(OPTIONS, options, strict=True)}

@@ -1,0 +1,257 @@
+"""The page: tabs with fields, and which handler each button calls.
+
+The names of the interface for gradio_client, which stay: weight, draw, watch, picture,
+sample_picture, inpaint, stop, run, grid.
+"""
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+# gradio reads these when it is imported. No request leaves this machine.
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+
+import gradio as gr
+
+from mdt_jax.demo import forms
+from mdt_jax.demo.handlers import OPTIONS, Handlers, Update
+from mdt_jax.demo.runs import Runs
+from mdt_jax.diffusion.options import SAMPLERS_OF, SampleOptions
+from mdt_jax.diffusion.schedule import SPACINGS
+from mdt_jax.sampling.inpainting import MODES, InpaintOptions
+
+KEPT = 3600  # seconds for which pictures can be downloaded
+REFRESH = 5  # seconds between looks at a run
+WAITING = 64  # the most jobs that wait
+CSS = """
+.error { color: #b00020; font-weight: 600 } .dark .error { color: #ff8a80 }
+.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(24rem, 100%), 1fr)) }
+.plots svg, .weight svg { max-width: 100%; height: auto; background: #fff }
+.pixels img { image-rendering: pixelated }
+th { text-align: left; font-weight: normal; padding-right: 1rem }
+"""
+DEVICE: dict[str, Any] = {"concurrency_id": "device", "concurrency_limit": 1}
+
+
+def build(title: str, handlers: Handlers | None, runs: Runs | None) -> gr.Blocks:
+    """The page of a checkpoint, of runs, or of both."""
+    with gr.Blocks(title="mdt_jax", analytics_enabled=False, delete_cache=(60, KEPT)) as page:
+        gr.Markdown(f"# mdt_jax\n`{title}`")
+        options = [] if handlers is None else _options(handlers)
+        with gr.Tabs():
+            if handlers is not None:
+                _draw(handlers, options)
+                _watch(handlers, options)
+                _inpaint(handlers, options)
+            if runs is not None:
+                _run(runs)
+    page.queue(max_size=WAITING, default_concurrency_limit=8)
+    return page
+
+
+def _options(handlers: Handlers) -> list[gr.components.Component]:
+    """Fields for OPTIONS, with the curve of the guidance weight."""
+    own, guided = handlers.pipeline.options, handlers.pipeline.model.num_classes > 0
+    help_of = {f.name: f.metadata["help"] for f in dataclasses.fields(SampleOptions)}
+
+    def about(name: str, label: str) -> dict[str, Any]:
+        return {"value": getattr(own, name), "label": label, "info": help_of[name]}
+
+    with gr.Accordion("How to sample", open=False):
+        with gr.Row():
+            fields: list[Any] = [
+                gr.Dropdown(list(SAMPLERS_OF[own.objective]), **about("sampler", "Sampler")),
+                gr.Number(**about("num_steps", "Steps"), precision=0),
+                gr.Dropdown(list(SPACINGS), **about("spacing", "Spacing")),
+            ]
+        with gr.Row(visible=guided):
+            with gr.Column():
+                for name, label, high in (
+                    ("guidance_scale", "Guidance scale", 10.0),
+                    ("guidance_power", "Guidance power", 10.0),
+                    ("guidance_low", "Guided from", 1.0),
+                    ("guidance_high", "Guided up to", 1.0),
+                ):
+                    fields.append(gr.Slider(0, high, **about(name, label), step=0.01))
+            curve = gr.HTML(
+                handlers.weight(*(getattr(own, n) for n in OPTIONS)), elem_classes="weight"
+            )
+    gr.on(
+        [field.change for field in fields], handlers.weight, fields, curve, api_name="weight",
+        show_progress="hidden", trigger_mode="always_last",
+    )  # fmt: skip
+    return fields
+
+
+def _streamed(handler: Callable[..., Iterator[Update]], count: int) -> Callable:
+    """A handler for gradio: outputs (results…, state, command); results stay until there are new
+    ones. count: of results.
+    """
+
+    def stream(request: gr.Request, *values):
+        for result, state, command in handler(request.session_hash, *values):
+            results = [gr.skip()] * count if result is None else [result] if count == 1 else result
+            yield *results, state, command
+
+    return stream
+
+
+def _classes(handlers: Handlers, many: bool) -> gr.Dropdown:
+    """A field for one class or several, with type-ahead; hidden where there are none."""
+    names = forms.class_names(handlers.pipeline)
+    choices = [(name if name == str(n) else f"{name} ({n})", n) for n, name in enumerate(names)]
+    return gr.Dropdown(
+        choices, value=[] if many or not names else 0, multiselect=many, filterable=True,
+        label="Classes" if many else "Class", visible=bool(names),
+        info="Type to search; none: all in turn" if many else "Type to search",
+    )  # fmt: skip
+
+
+def _seed() -> gr.Number:
+    return gr.Number(0, label="Seed", precision=None, info="The same seed draws the same picture")
+
+
+def _buttons(name: str) -> tuple[gr.Button, gr.Button]:
+    with gr.Row():
+        return gr.Button(name, variant="primary"), gr.Button("Stop")
+
+
+def _answers() -> tuple[gr.HTML, gr.Code]:
+    """Fields for the state and the command of an `Update`."""
+    return gr.HTML(label="State"), gr.Code(label="The same as a command", language="shell", lines=1)
+
+
+def _on(
+    button: gr.Button, stop: gr.Button, handlers: Handlers,
+    handler: Callable[..., Iterator[Update]], inputs: list, results: list, answers: tuple,
+) -> None:  # fmt: skip
+    """Let one button start a handler of a job, and another one stop it."""
+    button.click(
+        _streamed(handler, len(results)), inputs, [*results, *answers], **DEVICE,
+        api_name=handler.__name__, show_progress_on=answers[0], show_progress="minimal",
+    )  # fmt: skip
+
+    def on_stop(request: gr.Request):
+        return handlers.stop(request.session_hash)
+
+    stop.click(
+        on_stop, None, answers[0], api_name="stop" if handler == handlers.draw else None,
+        api_visibility="public" if handler == handlers.draw else "private", queue=False,
+    )  # fmt: skip
+
+
+def _draw(handlers: Handlers, options: list) -> None:
+    with gr.Tab("Draw"):
+        with gr.Row():
+            classes = _classes(handlers, many=True)
+            count = gr.Number(16, label="Pictures", info=f"1 to {forms.MAX_COUNT}")
+            seed = _seed()
+        three = gr.Checkbox(False, label="The same noise at three guidance scales")
+        three.visible = handlers.pipeline.model.num_classes > 0
+        button, stop = _buttons("Draw")
+        state, command = _answers()
+        pictures = gr.Gallery(
+            label="Pictures", columns=3, object_fit="contain", height="auto", format="png",
+            elem_classes="pixels", interactive=False,
+        )  # fmt: skip
+    inputs = [classes, count, seed, three, *options]
+    _on(button, stop, handlers, handlers.draw, inputs, [pictures], (state, command))
+
+
+def _watch(handlers: Handlers, options: list) -> None:
+    shows = [("From noise to sample (x̂₀)", "trajectory"), ("Between noises", "noise")]
+    if handlers.pipeline.model.num_classes:
+        shows.append(("Between classes", "classes"))
+    with gr.Tab("On the way"):
+        with gr.Row():
+            show = gr.Radio(shows, value="trajectory", label="Show")
+            classes = _classes(handlers, many=True)
+        with gr.Row():
+            count = gr.Number(4, label="Rows", info=f"1 to {forms.MAX_ROWS}")
+            frames = gr.Number(10, label="Frames", info=f"2 to {forms.MAX_FRAMES}")
+            seed = _seed()
+        button, stop = _buttons("Show")
+        answers = _answers()
+        with gr.Row(elem_classes="pixels"):
+            strip = gr.Image(label="Frames", type="filepath", format="png", interactive=False)
+            moving = gr.Image(label="Moving", type="filepath", format="gif", interactive=False)
+    inputs = [show, classes, count, seed, frames, *options]
+    _on(button, stop, handlers, handlers.watch, inputs, [strip, moving], answers)
+
+
+def _inpaint(handlers: Handlers, options: list) -> None:
+    own, side = InpaintOptions(), forms.shown_size(handlers.pipeline)
+    with gr.Tab("Inpaint"):
+        image = gr.State(None)
+        with gr.Row():
+            label = _classes(handlers, many=False)
+            seed = _seed()
+        with gr.Row():
+            upload = gr.UploadButton("Upload a picture", file_types=["image"], type="filepath")
+            sample = gr.Button("Draw a sample to paint on")
+        editor = gr.ImageEditor(
+            label="Paint over what is to be drawn anew", sources=(), layers=False, transforms=(),
+            type="numpy", format="png", canvas_size=side, fixed_canvas=True,
+            brush=gr.Brush(default_size=24, colors=["#c82828"], color_mode="fixed"),
+        )  # fmt: skip
+        with gr.Accordion("How to inpaint", open=False):
+            mode = gr.Radio(list(MODES), value=own.mode, label="Mode")
+            length = gr.Number(own.jump_length, label="Jump length", info="steps, of repaint")
+            passes = gr.Number(
+                own.num_resamples, label="Passes", info="of each stretch, of repaint"
+            )
+            share = gr.Slider(
+                0, 1, own.masked_share, label="Masked share", info="of side_interpolater"
+            )
+        button, stop = _buttons("Inpaint")
+        state, command = _answers()
+        with gr.Row(elem_classes="pixels"):
+            out = gr.Image(label="Inpainted", type="filepath", format="png", interactive=False)
+            seen = gr.Image(label="What the model does not see", format="png", interactive=False)
+    upload.upload(handlers.picture, upload, [image, editor, state], api_name="picture")
+    drawn = (state, gr.State())
+    _on(
+        sample, stop, handlers, handlers.sample_picture, [label, seed, *options], [image, editor],
+        drawn,
+    )  # fmt: skip
+
+    def inpaint(owner, image, painted, *values):
+        layers = (painted or {}).get("layers", [])
+        return handlers.inpaint(owner, image, layers, *values)
+
+    inputs = [image, editor, label, seed, mode, length, passes, share, *options]
+    _on(button, stop, handlers, inpaint, inputs, [out, seen], (state, command))
+
+
+def _run(runs: Runs) -> None:
+    with gr.Tab("Run"):
+        names = runs.names()
+        name = gr.Dropdown(names, value=names[0], label="Workdir", visible=names != ["."])
+        state = gr.HTML()
+        curves = gr.HTML(label="Curves")
+        with gr.Row():
+            number = gr.Slider(0, 1, 0, step=1, label="Sample grid", visible=False)
+        grid = gr.Image(
+            label="Samples", type="filepath", format="png", interactive=False, elem_classes="pixels"
+        )
+        results, config = gr.HTML(), gr.HTML()
+        seen = gr.State(0)  # how many grids there were
+
+    def show(name: str, at: int, count: int):
+        """A run now. The slider follows the newest grid unless it was moved away from it."""
+        shown = runs.show(name)
+        last = len(shown.steps) - 1
+        at = last if at >= count - 1 or at > last else at
+        label = f"Samples at step {shown.steps[int(at)]:,}" if last >= 0 else "Samples"
+        slider = gr.Slider(0, max(last, 1), at, step=1, label=label, visible=last > 0)
+        path = runs.grid(name, at) if last >= 0 else None
+        return shown.state, shown.curves, shown.results, shown.config, slider, path, last + 1
+
+    outputs = [state, curves, results, config, number, grid, seen]
+    gr.on(
+        [gr.Timer(REFRESH).tick, name.change], show, [name, number, seen], outputs, api_name="run",
+        show_progress="hidden",
+    )  # fmt: skip
+    number.release(runs.grid, [name, number], grid, api_name="grid", show_progress="hidden")

@@ -1,0 +1,62 @@
+"""The runs that the page follows: a workdir, or the workdirs in a folder. Nothing is written."""
+
+from typing import NamedTuple
+
+from mdt_jax.demo.handlers import said
+from mdt_jax.runtime.errors import UserError
+from mdt_jax.runtime.files import Path, fetched, is_file, names_in
+from mdt_jax.train import page, record
+
+
+class Shown(NamedTuple):
+    """What the page shows of a run. state, curves, results, config: HTML; steps: of the grids."""
+
+    state: str
+    curves: str
+    results: str
+    config: str
+    steps: list[int]
+
+
+class Runs:
+    """The runs of a folder. Raises UserError where it has none."""
+
+    def __init__(self, root: Path):
+        self.root = root
+        if not self.names():
+            raise UserError(f"--workdir={root} is no run, and holds none: there is no config.json")
+        self._shown: dict[str, tuple[object, Shown]] = {}
+
+    def names(self) -> list[str]:
+        """The workdirs by their name in the folder; "." is the folder itself."""
+        if is_file(self.root / "config.json"):
+            return ["."]
+        return [n for n in sorted(names_in(self.root)) if is_file(self.root / n / "config.json")]
+
+    def show(self, name: str) -> Shown:
+        """What there is of a run now; a mistake is its state."""
+        try:
+            found = self._record(name)
+        except UserError as error:
+            return Shown(said(str(error), error=True), "", "", "", [])
+        key = found.step, len(found.grids), found.best, bool(found.report)
+        if self._shown.get(name, (None,))[0] != key:  # plots take a second
+            shown = Shown(
+                said(found.state.capitalize() + "."), page.plots(found.series),
+                page.results(found), page.config(found), list(found.grids),
+            )  # fmt: skip
+            self._shown[name] = key, shown
+        return self._shown[name][1]
+
+    def grid(self, name: str, number: int) -> str | None:
+        """The path of a sample grid by its place among them; None where there is none."""
+        try:
+            grids = list(self._record(name).grids.values())
+        except UserError:
+            return None
+        return str(fetched(grids[min(int(number), len(grids) - 1)])) if grids else None
+
+    def _record(self, name: str) -> record.Record:
+        if name not in self.names():
+            raise UserError(f"there is no run {name!r} in {self.root}")
+        return record.read(self.root / name)
