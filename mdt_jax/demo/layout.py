@@ -118,9 +118,19 @@ def _buttons(name: str) -> tuple[gr.Button, gr.Button]:
         return gr.Button(name, variant="primary"), gr.Button("Stop")
 
 
-def _answers() -> tuple[gr.HTML, gr.Code]:
+def _answers() -> tuple[gr.HTML, gr.Textbox]:
     """Fields for the state and the command of an `Update`."""
-    return gr.HTML(label="State"), gr.Code(label="The same as a command", language="shell", lines=1)
+    command = gr.Textbox(
+        label="The same as a command", lines=2, interactive=False, buttons=["copy"]
+    )
+    return gr.HTML(label="State"), command
+
+
+def _image(label: str, kind: str = "png") -> gr.Image:
+    return gr.Image(
+        label=label, type="filepath", format=kind, interactive=False, elem_classes="pixels",
+        buttons=["download", "fullscreen"],
+    )  # fmt: skip
 
 
 def _on(
@@ -154,7 +164,7 @@ def _draw(handlers: Handlers, options: list) -> None:
         state, command = _answers()
         pictures = gr.Gallery(
             label="Pictures", columns=3, object_fit="contain", height="auto", format="png",
-            elem_classes="pixels", interactive=False,
+            elem_classes="pixels", interactive=False, buttons=["download", "fullscreen"],
         )  # fmt: skip
     inputs = [classes, count, seed, three, *options]
     _on(button, stop, handlers, handlers.draw, inputs, [pictures], (state, command))
@@ -174,9 +184,8 @@ def _watch(handlers: Handlers, options: list) -> None:
             seed = _seed()
         button, stop = _buttons("Show")
         answers = _answers()
-        with gr.Row(elem_classes="pixels"):
-            strip = gr.Image(label="Frames", type="filepath", format="png", interactive=False)
-            moving = gr.Image(label="Moving", type="filepath", format="gif", interactive=False)
+        with gr.Row():
+            strip, moving = _image("Frames"), _image("Moving", "gif")
     inputs = [show, classes, count, seed, frames, *options]
     _on(button, stop, handlers, handlers.watch, inputs, [strip, moving], answers)
 
@@ -207,9 +216,8 @@ def _inpaint(handlers: Handlers, options: list) -> None:
             )
         button, stop = _buttons("Inpaint")
         state, command = _answers()
-        with gr.Row(elem_classes="pixels"):
-            out = gr.Image(label="Inpainted", type="filepath", format="png", interactive=False)
-            seen = gr.Image(label="What the model does not see", format="png", interactive=False)
+        with gr.Row():
+            out, seen = _image("Inpainted"), _image("What the model does not see")
     upload.upload(handlers.picture, upload, [image, editor, state], api_name="picture")
     drawn = (state, gr.State())
     _on(
