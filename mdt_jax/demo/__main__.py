@@ -5,16 +5,10 @@ this machine alone; the link is printed. It needs gradio: pip install "mdt_jax[d
 """
 
 import argparse
-import os
-import tempfile
 
 from mdt_jax import cli
+from mdt_jax.demo.server import serve
 from mdt_jax.runtime.errors import UserError
-from mdt_jax.runtime.files import as_path
-from mdt_jax.runtime.progress import log, print_result
-from mdt_jax.sampling.pipeline import Pipeline
-
-UPLOAD = "20mb"  # the largest picture
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -40,42 +34,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str]) -> None:
     """Load the checkpoint, and serve the page until Ctrl-C."""
     args = parse(argv)
-    with tempfile.TemporaryDirectory(prefix="mdt_jax-demo-") as folder:
-        launch(args, folder).block_thread()
-
-
-def launch(args: argparse.Namespace, folder: str):
-    """Start the server; returns gradio's page. folder: for pictures. Raises UserError."""
-    os.environ["GRADIO_TEMP_DIR"] = os.path.join(folder, "served")
-    try:
-        from mdt_jax.demo import layout
-    except ImportError as error:
-        raise UserError(f"{error}; install gradio: pip install 'mdt_jax[demo]'") from None
-    from mdt_jax.demo.handlers import Handlers
-    from mdt_jax.demo.runs import Runs
-
     cli.start(args, keep_memory=True)
-    runs = Runs(as_path(args.workdir)) if args.workdir else None
-    handlers, title = None, args.checkpoint or args.workdir
-    try:
-        pipeline = Pipeline.from_flags({**vars(args), "checkpoint": title})
-        pipeline.image_shape  # noqa: B018 (reads the VAE)
-        handlers = Handlers(pipeline, folder)
-    except UserError as error:
-        if args.checkpoint:
-            raise
-        log(f"the page only follows the run: {error}")
-    page = layout.build(title, handlers, runs)
-    try:
-        _, link, _ = page.launch(
-            server_name="127.0.0.1", server_port=args.port or None, share=False, quiet=True,
-            prevent_thread_lock=True, max_file_size=UPLOAD, css=layout.CSS, footer_links=[],
-            enable_monitoring=False, ssr_mode=False, show_error=False,
-        )  # fmt: skip
-    except OSError as error:
-        raise UserError(f"--port={args.port} cannot be used: {error}") from None
-    print_result(f"the page is at {link}")
-    return page
+    loaded = {"dtype": args.dtype, "vae": args.vae, "vae_scale": args.vae_scale}
+    serve(args.checkpoint, args.workdir, port=args.port, **loaded).wait()
 
 
 if __name__ == "__main__":

@@ -218,7 +218,7 @@ def weight_plot(options: SampleOptions) -> str:
         t = 1 - t / options.diffusion_steps
     weight = np.asarray(options.weight(t, options.guidance_scale))
     figure = Figure(figsize=(4.8, 2.0))
-    figure.subplots_adjust(0.11, 0.24, 0.98, 0.96)
+    figure.subplots_adjust(0.14, 0.24, 0.97, 0.96)
     axes = figure.add_subplot()
     axes.plot(np.arange(options.diffusion_steps)[::-1], weight[::-1])
     axes.set_xlim(options.diffusion_steps, 0)

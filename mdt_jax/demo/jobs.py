@@ -24,6 +24,7 @@ class Jobs:
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, "job")
         self._stops: dict[str, threading.Event] = {}
+        self._closed = False
 
     def run(self, owner: str, work: Callable[[], Any]) -> Generator[str, None, Any]:
         """Yields what a job is doing, and returns what it returns.
@@ -31,6 +32,8 @@ class Jobs:
         owner: whose job it is, for `stop`. A generator that is closed stops its job. Raises
         UserError for a user's mistake, and Stopped.
         """
+        if self._closed:
+            raise Stopped
         stop, reports = threading.Event(), queue.SimpleQueue[str]()
         self._stops[owner] = stop
 
@@ -74,3 +77,10 @@ class Jobs:
         if stop is not None:
             stop.set()
         return stop is not None
+
+    def close(self) -> None:
+        """Stop all jobs, also those that come later, and wait until they have ended."""
+        self._closed = True
+        for stop in list(self._stops.values()):
+            stop.set()
+        self._thread.shutdown()

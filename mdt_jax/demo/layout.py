@@ -17,7 +17,7 @@ import gradio as gr
 
 from mdt_jax.demo import forms
 from mdt_jax.demo.handlers import OPTIONS, Handlers, Update
-from mdt_jax.demo.runs import Runs
+from mdt_jax.demo.runs import Runs, Shown
 from mdt_jax.diffusion.options import SAMPLERS_OF, SampleOptions
 from mdt_jax.diffusion.schedule import SPACINGS
 from mdt_jax.sampling.inpainting import MODES, InpaintOptions
@@ -40,13 +40,25 @@ def build(title: str, handlers: Handlers | None, runs: Runs | None) -> gr.Blocks
     with gr.Blocks(title="mdt_jax", analytics_enabled=False, delete_cache=(60, KEPT)) as page:
         gr.Markdown(f"# mdt_jax\n`{title}`")
         options = [] if handlers is None else _options(handlers)
-        with gr.Tabs():
+        timer = gr.Timer(REFRESH, active=handlers is None)
+        with gr.Tabs() as tabs:
             if handlers is not None:
                 _draw(handlers, options)
                 _watch(handlers, options)
                 _inpaint(handlers, options)
             if runs is not None:
-                _run(runs)
+                _run(runs, page, timer)
+
+        def refresh(tab: gr.SelectData) -> gr.Timer:
+            return gr.Timer(active=tab.value == "Run")
+
+        tabs.select(refresh, None, timer, api_visibility="private", show_progress="hidden")
+        if handlers is not None:
+
+            def leave(request: gr.Request) -> None:
+                handlers.stop(request.session_hash or "")
+
+            page.unload(leave)
     page.queue(max_size=WAITING, default_concurrency_limit=8)
     return page
 
@@ -118,12 +130,15 @@ def _buttons(name: str) -> tuple[gr.Button, gr.Button]:
         return gr.Button(name, variant="primary"), gr.Button("Stop")
 
 
-def _answers() -> tuple[gr.HTML, gr.Textbox]:
-    """Fields for the state and the command of an `Update`."""
-    command = gr.Textbox(
-        label="The same as a command", lines=2, interactive=False, buttons=["copy"]
-    )
-    return gr.HTML(label="State"), command
+def _command() -> gr.Textbox:
+    """A field for the command of an `Update`, with a button that copies it."""
+    command = gr.Textbox(label="The same as a command", lines=2, interactive=False, buttons=[])
+    copy = gr.Button("Copy the command", size="sm")
+    copy.click(
+        None, command, None, js="text => navigator.clipboard.writeText(text)",
+        api_visibility="private",
+    )  # fmt: skip
+    return command
 
 
 def _image(label: str, kind: str = "png") -> gr.Image:
@@ -134,22 +149,23 @@ def _image(label: str, kind: str = "png") -> gr.Image:
 
 
 def _on(
-    button: gr.Button, stop: gr.Button, handlers: Handlers,
-    handler: Callable[..., Iterator[Update]], inputs: list, results: list, answers: tuple,
+    button: gr.Button, handler: Callable[..., Iterator[Update]], inputs: list, results: list,
+    answers: tuple,
 ) -> None:  # fmt: skip
-    """Let one button start a handler of a job, and another one stop it."""
+    """Let a button start a handler of a job."""
     button.click(
         _streamed(handler, len(results)), inputs, [*results, *answers], **DEVICE,
         api_name=handler.__name__, show_progress_on=answers[0], show_progress="minimal",
     )  # fmt: skip
 
-    def on_stop(request: gr.Request):
+
+def _on_stop(button: gr.Button, handlers: Handlers, state: gr.HTML, **named: Any) -> None:
+    """Let a button stop the session's job. named: how the interface calls it."""
+
+    def stop(request: gr.Request):
         return handlers.stop(request.session_hash)
 
-    stop.click(
-        on_stop, None, answers[0], api_name="stop" if handler == handlers.draw else None,
-        api_visibility="public" if handler == handlers.draw else "private", queue=False,
-    )  # fmt: skip
+    button.click(stop, None, state, queue=False, **named)
 
 
 def _draw(handlers: Handlers, options: list) -> None:
@@ -161,13 +177,15 @@ def _draw(handlers: Handlers, options: list) -> None:
         three = gr.Checkbox(False, label="The same noise at three guidance scales")
         three.visible = handlers.pipeline.model.num_classes > 0
         button, stop = _buttons("Draw")
-        state, command = _answers()
+        state = gr.HTML()
         pictures = gr.Gallery(
             label="Pictures", columns=3, object_fit="contain", height="auto", format="png",
             elem_classes="pixels", interactive=False, buttons=["download", "fullscreen"],
         )  # fmt: skip
+        answers = state, _command()
     inputs = [classes, count, seed, three, *options]
-    _on(button, stop, handlers, handlers.draw, inputs, [pictures], (state, command))
+    _on(button, handlers.draw, inputs, [pictures], answers)
+    _on_stop(stop, handlers, state, api_name="stop")
 
 
 def _watch(handlers: Handlers, options: list) -> None:
@@ -183,11 +201,13 @@ def _watch(handlers: Handlers, options: list) -> None:
             frames = gr.Number(10, label="Frames", info=f"2 to {forms.MAX_FRAMES}")
             seed = _seed()
         button, stop = _buttons("Show")
-        answers = _answers()
+        state = gr.HTML()
         with gr.Row():
             strip, moving = _image("Frames"), _image("Moving", "gif")
+        answers = state, _command()
     inputs = [show, classes, count, seed, frames, *options]
-    _on(button, stop, handlers, handlers.watch, inputs, [strip, moving], answers)
+    _on(button, handlers.watch, inputs, [strip, moving], answers)
+    _on_stop(stop, handlers, state, api_visibility="private")
 
 
 def _inpaint(handlers: Handlers, options: list) -> None:
@@ -215,35 +235,32 @@ def _inpaint(handlers: Handlers, options: list) -> None:
                 0, 1, own.masked_share, label="Masked share", info="of side_interpolater"
             )
         button, stop = _buttons("Inpaint")
-        state, command = _answers()
+        state = gr.HTML()
         with gr.Row():
             out, seen = _image("Inpainted"), _image("What the model does not see")
+        command = _command()
     upload.upload(handlers.picture, upload, [image, editor, state], api_name="picture")
     drawn = (state, gr.State())
-    _on(
-        sample, stop, handlers, handlers.sample_picture, [label, seed, *options], [image, editor],
-        drawn,
-    )  # fmt: skip
+    _on(sample, handlers.sample_picture, [label, seed, *options], [image, editor], drawn)
 
     def inpaint(owner, image, painted, *values):
         layers = (painted or {}).get("layers", [])
         return handlers.inpaint(owner, image, layers, *values)
 
     inputs = [image, editor, label, seed, mode, length, passes, share, *options]
-    _on(button, stop, handlers, inpaint, inputs, [out, seen], (state, command))
+    _on(button, inpaint, inputs, [out, seen], (state, command))
+    _on_stop(stop, handlers, state, api_visibility="private")
 
 
-def _run(runs: Runs) -> None:
-    with gr.Tab("Run"):
+def _run(runs: Runs, page: gr.Blocks, timer: gr.Timer) -> None:
+    with gr.Tab("Run") as tab:
         names = runs.names()
         name = gr.Dropdown(names, value=names[0], label="Workdir", visible=names != ["."])
         state = gr.HTML()
         curves = gr.HTML(label="Curves")
         with gr.Row():
             number = gr.Slider(0, 1, 0, step=1, label="Sample grid", visible=False)
-        grid = gr.Image(
-            label="Samples", type="filepath", format="png", interactive=False, elem_classes="pixels"
-        )
+        grid = _image("Samples")
         results, config = gr.HTML(), gr.HTML()
         seen = gr.State(0)  # how many grids there were
 
@@ -252,14 +269,23 @@ def _run(runs: Runs) -> None:
         shown = runs.show(name)
         last = len(shown.steps) - 1
         at = last if at >= count - 1 or at > last else at
-        label = f"Samples at step {shown.steps[int(at)]:,}" if last >= 0 else "Samples"
-        slider = gr.Slider(0, max(last, 1), at, step=1, label=label, visible=last > 0)
+        slider = gr.Slider(0, max(last, 1), at, step=1, label=label(shown, at), visible=last > 0)
         path = runs.grid(name, at) if last >= 0 else None
         return shown.state, shown.curves, shown.results, shown.config, slider, path, last + 1
 
+    def label(shown: Shown, at: int) -> str:
+        return f"Samples at step {shown.steps[int(at)]:,}" if shown.steps else "Samples"
+
     outputs = [state, curves, results, config, number, grid, seen]
     gr.on(
-        [gr.Timer(REFRESH).tick, name.change], show, [name, number, seen], outputs, api_name="run",
-        show_progress="hidden",
+        [page.load, tab.select, timer.tick, name.change], show, [name, number, seen], outputs,
+        api_name="run", show_progress="hidden",
     )  # fmt: skip
-    number.release(runs.grid, [name, number], grid, api_name="grid", show_progress="hidden")
+    quiet: dict[str, Any] = {"show_progress": "hidden", "trigger_mode": "always_last"}
+    number.change(runs.grid, [name, number], grid, api_name="grid", **quiet)
+    hidden: dict[str, Any] = quiet | {"api_visibility": "private"}
+    number.change(
+        lambda name, at: gr.Slider(label=label(runs.show(name), at)), [name, number], number,
+        **hidden,
+    )  # fmt: skip
+    timer.tick(lambda: gr.Dropdown(runs.names()), None, name, **hidden)
