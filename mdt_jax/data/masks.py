@@ -1,5 +1,7 @@
 """An image and the mask that says which part of it to draw anew."""
 
+from collections.abc import Callable
+
 import numpy as np
 
 from mdt_jax.data.crops import center_crop
@@ -8,18 +10,24 @@ from mdt_jax.runtime.errors import UserError
 from mdt_jax.runtime.files import reason
 
 
-def open_picture(path: str, name: str):
-    """A decoded PIL.Image, rotated as its EXIF says.
+def open_picture(path: str, name: str, over: Callable = lambda image: image):
+    """A PIL.Image in RGB, rotated as its EXIF says.
 
-    name: what messages call it. Raises UserError for a file that is none.
+    name: what messages call it. over: applied before the alpha channel is dropped. Raises UserError
+    for a file that is no picture.
     """
     from PIL import ImageOps
 
     try:
         with open_image(path) as image:
-            return ImageOps.exif_transpose(image)
+            return to_rgb(over(ImageOps.exif_transpose(image)))
     except Exception as error:  # Pillow raises errors of many types for damaged files
         raise UserError(f"{name} could not be read: {reason(error)}") from None
+
+
+def open_mask(path: str, name: str):
+    """A PIL.Image of brightness; transparent parts are black. As `open_picture` otherwise."""
+    return open_picture(path, name, over_black).convert("L")
 
 
 def read_pair(
@@ -33,11 +41,7 @@ def read_pair(
     """
     height, width, channels = shape
     image = open_picture(image_path, f"--image={image_path}")
-    mask = open_picture(mask_path, f"--mask={mask_path}")
-    try:
-        image, mask = to_rgb(image), to_rgb(over_black(mask)).convert("L")
-    except ValueError as error:
-        raise UserError(f"--image={image_path}, --mask={mask_path}: {reason(error)}") from None
+    mask = open_mask(mask_path, f"--mask={mask_path}")
     if mask.size != image.size:
         fits = scaled_alike(mask.size, image.size)
         if not (resize and fits):

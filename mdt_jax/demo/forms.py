@@ -6,22 +6,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from mdt_jax import inpaint, sample
 from mdt_jax.data.classes import imagenet_among, imagenet_names, parse_label
-from mdt_jax.data.images import open_image, save_image, to_rgb
-from mdt_jax.data.masks import fitted, open_picture
+from mdt_jax.data.images import open_image, save_image
+from mdt_jax.data.masks import fitted, open_mask, open_picture, scaled_alike
 from mdt_jax.data.sample_notes import written
 from mdt_jax.diffusion.options import SampleOptions
 from mdt_jax.runtime.errors import UserError
-from mdt_jax.runtime.files import reason
 from mdt_jax.sampling.generation import Request
 from mdt_jax.sampling.labels import parse_labels
 from mdt_jax.sampling.pipeline import Pipeline
 from mdt_jax.train import curves
 
 MAX_COUNT, MAX_ROWS, MAX_FRAMES = 100, 10, 50
+RED = (200, 40, 40, 255)  # what is hidden
 SHOWN_SIDE = 384  # pixels; smaller pictures are enlarged to about this to be painted on
 
 
@@ -130,14 +131,31 @@ def fit(pipeline: Pipeline, upload: str, out: Path) -> np.ndarray:
     """
     height, width, channels = pipeline.image_shape
     picture = open_picture(upload, "the picture")
-    try:
-        picture = to_rgb(picture)
-    except ValueError as error:
-        raise UserError(f"the picture could not be read: {reason(error)}") from None
+    if height != width and picture.size != (width, height):
+        raise UserError(
+            f"the picture is {picture.height}×{picture.width}, but the model draws "
+            f"{height}×{width}; only squares are resized"
+        )
     picture = picture.convert("L") if channels == 1 else picture
     pixels = fitted(picture, (height, width), True, "the picture")
     save_image(out, pixels.reshape(height, width, channels))
-    return enlarged(pipeline, pixels.reshape(height, width, channels))
+    return shown(pipeline, out)
+
+
+def mask_layer(pipeline: Pipeline, upload: str) -> np.ndarray:
+    """A mask from a file, as a layer of `painted`. White is hidden.
+
+    Raises UserError for a file that is no picture, and for other proportions than the model's.
+    """
+    height, width = pipeline.image_shape[:2]
+    mask = open_mask(upload, "the mask")
+    if not scaled_alike(mask.size, (width, height)):
+        raise UserError(
+            f"the mask is {mask.height}×{mask.width}, but the picture is {height}×{width}; the "
+            "mask must have its proportions"
+        )
+    hidden = enlarged(pipeline, np.asarray(mask.resize((width, height))) > 127)
+    return hidden[:, :, None] * np.array(RED, np.uint8)
 
 
 def shown_size(pipeline: Pipeline) -> tuple[int, int]:
@@ -150,10 +168,16 @@ def _scale(pipeline: Pipeline) -> int:
     return max(1, SHOWN_SIDE // max(pipeline.image_shape[:2]))
 
 
+def shown(pipeline: Pipeline, image: Path) -> np.ndarray:
+    """A picture of `fit` or `draw_one`, enlarged."""
+    with open_image(image) as opened:
+        return enlarged(pipeline, np.asarray(opened).reshape(pipeline.image_shape))
+
+
 def enlarged(pipeline: Pipeline, image: np.ndarray) -> np.ndarray:
     """An image [H, W, C] or mask [H, W] with each pixel repeated, so that it can be painted on."""
-    shown = image.repeat(_scale(pipeline), 0).repeat(_scale(pipeline), 1)
-    return shown if image.ndim == 2 else np.broadcast_to(shown, (*shown.shape[:2], 3))
+    large = image.repeat(_scale(pipeline), 0).repeat(_scale(pipeline), 1)
+    return large if image.ndim == 2 else np.broadcast_to(large, (*large.shape[:2], 3))
 
 
 def painted(pipeline: Pipeline, layers: Sequence[np.ndarray]) -> np.ndarray:
@@ -182,16 +206,14 @@ def as_seen(pipeline: Pipeline, image: Path, hidden: np.ndarray) -> np.ndarray:
 
     A latent is a block of pixels, which is hidden if one of them is.
     """
-    height, width, channels = pipeline.image_shape
-    with open_image(image) as opened:
-        pixels = np.asarray(opened).reshape(height, width, channels)
+    height, width = pipeline.image_shape[:2]
     if pipeline.vae is not None:
         side = pipeline.vae.network.factor
         blocks = hidden.reshape(height // side, side, width // side, side).any((1, 3))
         hidden = blocks.repeat(side, 0).repeat(side, 1)
-    shown = enlarged(pipeline, pixels).copy()
-    shown[enlarged(pipeline, hidden)] = (200, 40, 40)
-    return shown
+    seen = shown(pipeline, image).copy()
+    seen[enlarged(pipeline, hidden)] = RED[:3]
+    return seen
 
 
 def complete(
@@ -213,7 +235,7 @@ def weight_plot(options: SampleOptions) -> str:
     """
     from matplotlib.figure import Figure
 
-    t = np.arange(options.diffusion_steps)
+    t = jnp.arange(options.diffusion_steps)
     if options.objective == "flow":
         t = 1 - t / options.diffusion_steps
     weight = np.asarray(options.weight(t, options.guidance_scale))

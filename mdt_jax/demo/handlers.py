@@ -77,9 +77,9 @@ class Handlers:
                 flags = forms.sample_flags(self.pipeline, classes, count, seed, one)
                 name = f"scale-{each:g}.png" if three else "samples.png"
                 commands.append(forms.command("sample", self.pipeline, flags, name))
-                pictures.append((flags, name, f"guidance scale {each:g}"))
+                pictures.append((flags, name, f"guidance scale {each:g}" if three else None))
 
-            def work() -> list[tuple[str, str]]:
+            def work() -> list[tuple[str, str | None]]:
                 folder = self._new_folder()
                 return [
                     (str(forms.draw(self.pipeline, flags, folder / name)), caption)
@@ -121,6 +121,19 @@ class Handlers:
             return None, None, said(str(error), error=True)
         return str(path), shown, said("Paint over what is to be drawn anew.")
 
+    def mask(self, image: str | None, upload: str | None) -> tuple[dict | None, str]:
+        """(what to paint on and the paint, state) of an uploaded mask for a picture."""
+        if not (image and upload):
+            return None, said("Choose a picture first, then a mask.", error=True)
+        try:
+            layer = forms.mask_layer(self.pipeline, upload)
+        except UserError as error:
+            return None, said(str(error), error=True)
+        shown = forms.shown(self.pipeline, pathlib.Path(image))
+        return {"background": shown, "layers": [layer], "composite": None}, said(
+            "Paint, or inpaint."
+        )
+
     def sample_picture(
         self, owner: str, label: int | None, seed: int, *options: Any
     ) -> Iterator[Update]:
@@ -151,7 +164,8 @@ class Handlers:
         def plan() -> Plan:
             if image is None:
                 raise UserError("there is no picture yet: upload one, or draw a sample")
-            hidden, folder = forms.painted(self.pipeline, layers), self._new_folder()
+            path, folder = pathlib.Path(image), self._new_folder()
+            hidden = forms.painted(self.pipeline, layers)
             how = {"jump_length": jump_length, "num_resamples": num_resamples}
             if mode == "side_interpolater":
                 how = {"masked_share": masked_share}
@@ -166,7 +180,6 @@ class Handlers:
             flags += forms.options_of(self.pipeline, _named(options))
 
             def work() -> tuple[str, np.ndarray]:
-                path = pathlib.Path(image)
                 out = forms.complete(self.pipeline, path, hidden, flags, folder)
                 return str(out), forms.as_seen(self.pipeline, path, hidden)
 
@@ -177,7 +190,7 @@ class Handlers:
 
     def stop(self, owner: str) -> str:
         """Stop the job of a session between two steps."""
-        return said("Stopping …" if self.jobs.stop(owner) else "Nothing is being drawn.")
+        return said("Stopped." if self.jobs.stop(owner) else "Nothing is drawn now.")
 
     def _run(self, owner: str, plan: Callable[[], Plan]) -> Iterator[Update]:
         command = ""

@@ -1,6 +1,6 @@
 """The page: tabs with fields, and which handler each button calls.
 
-The names of the interface for gradio_client, which stay: weight, draw, watch, picture,
+The names of the interface for gradio_client, which stay: weight, draw, watch, picture, mask,
 sample_picture, inpaint, stop, run, grid.
 """
 
@@ -27,9 +27,17 @@ REFRESH = 5  # seconds between looks at a run
 WAITING = 64  # the most jobs that wait
 CSS = """
 .error { color: #b00020; font-weight: 600 } .dark .error { color: #ff8a80 }
+.state { min-height: 2rem }
+[data-testid="status-tracker"].minimal { overflow: visible !important }
 .plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(24rem, 100%), 1fr)) }
 .plots svg, .weight svg { max-width: 100%; height: auto; background: #fff }
-.pixels img { image-rendering: pixelated }
+.pixels .image-container, .pixels .gallery-container { padding-top: 2rem }
+.pixels .caption-label { position: static; max-width: none }
+.pixels .image-frame { width: 100% }
+.pixels img { image-rendering: pixelated; width: 100%; max-height: 28rem; object-fit: contain }
+.pixels .grid-wrap { height: auto; min-height: 0; max-height: none; overflow: visible }
+.pixels .grid-container { grid-template-columns: repeat(auto-fit, minmax(min(24rem, 100%), 1fr)) }
+.pixels .gallery-item, .pixels .thumbnail-item { aspect-ratio: auto; height: auto }
 th { text-align: left; font-weight: normal; padding-right: 1rem }
 """
 DEVICE: dict[str, Any] = {"concurrency_id": "device", "concurrency_limit": 1}
@@ -63,7 +71,7 @@ def build(title: str, handlers: Handlers | None, runs: Runs | None) -> gr.Blocks
     return page
 
 
-def _options(handlers: Handlers) -> list[gr.components.Component]:
+def _options(handlers: Handlers) -> list[Any]:
     """Fields for OPTIONS, with the curve of the guidance weight."""
     own, guided = handlers.pipeline.options, handlers.pipeline.model.num_classes > 0
     help_of = {f.name: f.metadata["help"] for f in dataclasses.fields(SampleOptions)}
@@ -130,6 +138,11 @@ def _buttons(name: str) -> tuple[gr.Button, gr.Button]:
         return gr.Button(name, variant="primary"), gr.Button("Stop")
 
 
+def _state() -> gr.HTML:
+    """A field for the state of an `Update`, as high as a line: there gradio shows the queue."""
+    return gr.HTML(elem_classes="state")
+
+
 def _command() -> gr.Textbox:
     """A field for the command of an `Update`, with a button that copies it."""
     command = gr.Textbox(label="The same as a command", lines=2, interactive=False, buttons=[])
@@ -144,28 +157,33 @@ def _command() -> gr.Textbox:
 def _image(label: str, kind: str = "png") -> gr.Image:
     return gr.Image(
         label=label, type="filepath", format=kind, interactive=False, elem_classes="pixels",
-        buttons=["download", "fullscreen"],
+        min_width=300, buttons=["download", "fullscreen"],
     )  # fmt: skip
 
 
 def _on(
     button: gr.Button, handler: Callable[..., Iterator[Update]], inputs: list, results: list,
     answers: tuple,
-) -> None:  # fmt: skip
-    """Let a button start a handler of a job."""
-    button.click(
+) -> Any:  # fmt: skip
+    """Let a button start a handler of a job; returns gradio's event."""
+    return button.click(
         _streamed(handler, len(results)), inputs, [*results, *answers], **DEVICE,
         api_name=handler.__name__, show_progress_on=answers[0], show_progress="minimal",
     )  # fmt: skip
 
 
-def _on_stop(button: gr.Button, handlers: Handlers, state: gr.HTML, **named: Any) -> None:
-    """Let a button stop the session's job. named: how the interface calls it."""
+def _on_stop(
+    button: gr.Button, handlers: Handlers, state: gr.HTML, events: list, **named: Any
+) -> None:  # fmt: skip
+    """Let a button stop the session's job, or take it from the queue.
 
-    def stop(request: gr.Request):
-        return handlers.stop(request.session_hash)
+    events: of `_on`; named: how the interface calls it.
+    """
 
-    button.click(stop, None, state, queue=False, **named)
+    def stop(request: gr.Request) -> str:
+        return handlers.stop(request.session_hash or "")
+
+    button.click(stop, None, state, queue=False, cancels=events, **named)
 
 
 def _draw(handlers: Handlers, options: list) -> None:
@@ -177,15 +195,15 @@ def _draw(handlers: Handlers, options: list) -> None:
         three = gr.Checkbox(False, label="The same noise at three guidance scales")
         three.visible = handlers.pipeline.model.num_classes > 0
         button, stop = _buttons("Draw")
-        state = gr.HTML()
+        state = _state()
         pictures = gr.Gallery(
             label="Pictures", columns=3, object_fit="contain", height="auto", format="png",
             elem_classes="pixels", interactive=False, buttons=["download", "fullscreen"],
         )  # fmt: skip
         answers = state, _command()
     inputs = [classes, count, seed, three, *options]
-    _on(button, handlers.draw, inputs, [pictures], answers)
-    _on_stop(stop, handlers, state, api_name="stop")
+    event = _on(button, handlers.draw, inputs, [pictures], answers)
+    _on_stop(stop, handlers, state, [event], api_name="stop")
 
 
 def _watch(handlers: Handlers, options: list) -> None:
@@ -201,24 +219,27 @@ def _watch(handlers: Handlers, options: list) -> None:
             frames = gr.Number(10, label="Frames", info=f"2 to {forms.MAX_FRAMES}")
             seed = _seed()
         button, stop = _buttons("Show")
-        state = gr.HTML()
+        state = _state()
         with gr.Row():
             strip, moving = _image("Frames"), _image("Moving", "gif")
         answers = state, _command()
     inputs = [show, classes, count, seed, frames, *options]
-    _on(button, handlers.watch, inputs, [strip, moving], answers)
-    _on_stop(stop, handlers, state, api_visibility="private")
+    event = _on(button, handlers.watch, inputs, [strip, moving], answers)
+    _on_stop(stop, handlers, state, [event], api_visibility="private")
 
 
 def _inpaint(handlers: Handlers, options: list) -> None:
     own, side = InpaintOptions(), forms.shown_size(handlers.pipeline)
     with gr.Tab("Inpaint"):
-        image = gr.State(None)
+        image, unused = gr.State(None), gr.State(None)  # unused: in place of a command
         with gr.Row():
             label = _classes(handlers, many=False)
             seed = _seed()
         with gr.Row():
-            upload = gr.UploadButton("Upload a picture", file_types=["image"], type="filepath")
+            upload, mask = (
+                gr.UploadButton(text, file_types=["image"], type="filepath")
+                for text in ("Upload a picture", "Upload a mask")
+            )
             sample = gr.Button("Draw a sample to paint on")
         editor = gr.ImageEditor(
             label="Paint over what is to be drawn anew", sources=(), layers=False, transforms=(),
@@ -235,21 +256,23 @@ def _inpaint(handlers: Handlers, options: list) -> None:
                 0, 1, own.masked_share, label="Masked share", info="of side_interpolater"
             )
         button, stop = _buttons("Inpaint")
-        state = gr.HTML()
+        state = _state()
         with gr.Row():
             out, seen = _image("Inpainted"), _image("What the model does not see")
         command = _command()
     upload.upload(handlers.picture, upload, [image, editor, state], api_name="picture")
-    drawn = (state, gr.State())
-    _on(sample, handlers.sample_picture, [label, seed, *options], [image, editor], drawn)
+    mask.upload(handlers.mask, [image, mask], [editor, state], api_name="mask")
+    drawn = [image, editor]
+    of_sample = [label, seed, *options]
+    events = [_on(sample, handlers.sample_picture, of_sample, drawn, (state, unused))]
 
     def inpaint(owner, image, painted, *values):
         layers = (painted or {}).get("layers", [])
         return handlers.inpaint(owner, image, layers, *values)
 
     inputs = [image, editor, label, seed, mode, length, passes, share, *options]
-    _on(button, inpaint, inputs, [out, seen], (state, command))
-    _on_stop(stop, handlers, state, api_visibility="private")
+    events.append(_on(button, inpaint, inputs, [out, seen], (state, command)))
+    _on_stop(stop, handlers, state, events, api_visibility="private")
 
 
 def _run(runs: Runs, page: gr.Blocks, timer: gr.Timer) -> None:

@@ -91,8 +91,11 @@ def _section(title: str, content: str) -> str:
 
 def _titled(values: dict) -> dict:
     """The values with the titles of metrics for their names."""
-    titles = {name: TITLES.get(name, name.replace("_", " ")) for name in values}
-    return {f"{titles[name][0].upper()}{titles[name][1:]}": values[name] for name in values}
+    titles = [str(TITLES.get(name, name.replace("_", " "))) for name in values]
+    return {
+        title[:1].upper() + title[1:]: value
+        for title, value in zip(titles, values.values(), strict=True)
+    }
 
 
 def _table(rows: dict[str, object]) -> str:

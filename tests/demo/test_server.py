@@ -20,8 +20,8 @@ gradio_client = pytest.importorskip("gradio_client")
 pytestmark = pytest.mark.processes
 
 NAMES = {
-    "/weight", "/draw", "/watch", "/picture", "/sample_picture", "/inpaint", "/stop", "/run",
-    "/grid",
+    "/weight", "/draw", "/watch", "/picture", "/mask", "/sample_picture", "/inpaint", "/stop",
+    "/run", "/grid",
 }  # fmt: skip
 # The fields of "How to sample": sampler, steps, spacing, scale, power, from, up to.
 OPTIONS = ["ddim", 4, "even", 2, 4, 0, 1]
@@ -154,7 +154,7 @@ def test_stop(client):
     job = client.submit([], 20, 0, False, *slow, api_name="/draw")
     while not job.outputs() or " of 1,000" not in job.outputs()[-1][1]:
         time.sleep(0.1)
-    assert "Stopping" in client.predict(api_name="/stop")
+    assert "Stopped" in client.predict(api_name="/stop")
     assert "Stopped." in last(job)[1]
 
 
