@@ -26,6 +26,7 @@ KEPT = 3600  # seconds for which pictures can be downloaded
 REFRESH = 5  # seconds between looks at a run
 WAITING = 64  # the most jobs that wait
 CSS = """
+:root { --block-info-text-color: #5b5b66 } .dark { --block-info-text-color: #b4b4bc }
 .error { color: #b00020; font-weight: 600 } .dark .error { color: #ff8a80 }
 .state { min-height: 2rem }
 [data-testid="status-tracker"].minimal { overflow: visible !important }
@@ -278,7 +279,9 @@ def _inpaint(handlers: Handlers, options: list) -> None:
 def _run(runs: Runs, page: gr.Blocks, timer: gr.Timer) -> None:
     with gr.Tab("Run") as tab:
         names = runs.names()
-        name = gr.Dropdown(names, value=names[0], label="Workdir", visible=names != ["."])
+        name = gr.Dropdown(  # a run that is gone is refused by `runs`
+            names, value=names[0], label="Workdir", visible=names != ["."], allow_custom_value=True
+        )
         state = gr.HTML()
         curves = gr.HTML(label="Curves")
         with gr.Row():

@@ -179,6 +179,33 @@ def test_draw(link, tmp_path):
         assert red > 100 and green < 50 and "Traceback" not in page.driver.page_source
 
 
+def test_by_keyboard(link):
+    """Tab reaches every field and button of a tab; the arrows move a slider, Enter draws."""
+    with opened(link) as page:
+
+        def go_to(name: str, key=Keys.TAB):
+            for _ in range(60):
+                here = page.driver.switch_to.active_element
+                if name in (here.accessible_name or "") or here.text.split("\n")[0] == name:
+                    return here
+                here.send_keys(key)
+            raise AssertionError(f"no {name!r}")
+
+        go_to("How to sample").send_keys(Keys.ENTER)
+        page.until(lambda: page.shown(".weight svg"))
+        go_to("range slider for Guidance scale").send_keys(Keys.ARROW_RIGHT)
+        page.until(
+            lambda: (
+                "to 1.51 at the sample" in page.shown(".weight svg")[0].get_attribute("aria-label")
+            )
+        )
+        go_to("Steps", Keys.SHIFT + Keys.TAB).send_keys(Keys.CONTROL + "a", "3")
+        go_to("Draw").send_keys(Keys.ENTER)  # the tab
+        go_to("Pictures").send_keys(Keys.CONTROL + "a", "2", Keys.TAB)
+        go_to("Draw").send_keys(Keys.ENTER)
+        page.until(lambda: "Done." in page.state())
+
+
 def test_stop(link):
     with opened(link) as page:
         page.press("How to sample")
@@ -187,6 +214,25 @@ def test_stop(link):
         page.until(lambda: " of 1,000 steps" in page.state())
         page.press("Stop")
         page.until(lambda: "Stopped." in page.state())
+
+
+def test_the_queue(link):
+    """One job at a time; the other sees its place, and Stop takes it from the queue."""
+    with opened(link) as one, opened(link) as other:
+        one.press("How to sample")
+        one.write("Steps", "1000")
+        one.write("Pictures", "100")
+        one.press("Draw")
+        one.until(lambda: " of 1,000 steps" in one.state())
+        other.press("Draw")
+        (place,) = other.until(lambda: other.shown(".progress-text"))
+        assert "queue: 1/1" in place.text
+        other.press("Stop")
+        other.until(lambda: not other.shown(".progress-text"))
+        other.press("Draw")
+        one.press("Stop")
+        one.until(lambda: "Stopped." in one.state())
+        other.until(lambda: "Done." in other.state())
 
 
 def test_inpaint(link):

@@ -151,6 +151,27 @@ def test_a_sample_may_be_painted_on(handlers):
     last(handlers.inpaint("a", path, mask_of(handlers, slice(2, 6)), 4, 0, *side, *chosen))
 
 
+def test_a_mask_from_a_file(handlers, tmp_path):
+    """White is hidden; its layer is what painting the same would be."""
+    image, shown, _ = handlers.picture(str(ROOT / "docs" / "three.png"))
+    hidden = np.zeros((16, 16), np.uint8)
+    hidden[4:12] = 255
+    Image.fromarray(hidden).save(tmp_path / "mask.png")
+    editor, state = handlers.mask(image, str(tmp_path / "mask.png"))
+    assert "error" not in state and (editor["background"] == shown).all()
+    painted = forms.painted(handlers.pipeline, editor["layers"])
+    assert (
+        painted == forms.painted(handlers.pipeline, mask_of(handlers, slice(2, 6)))
+    ).all() and painted.sum() == 32
+
+    assert "picture first" in handlers.mask(None, str(tmp_path / "mask.png"))[1]
+    Image.new("L", (30, 20)).save(tmp_path / "wide.png")
+    editor, state = handlers.mask(image, str(tmp_path / "wide.png"))
+    assert editor is None and "the mask is 20×30, but the picture is 8×8" in state
+    (tmp_path / "text.png").write_text("no picture")
+    assert "the mask could not be read" in handlers.mask(image, str(tmp_path / "text.png"))[1]
+
+
 def test_latents_are_hidden_in_blocks(handlers, tmp_path, monkeypatch):
     """A mask of one pixel hides the block of the latent that it is of."""
     from types import SimpleNamespace

@@ -2,9 +2,13 @@
 
 import contextlib
 import http.client
+import os
+import pathlib
 import re
 import shlex
+import signal
 import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -14,6 +18,7 @@ from PIL import Image
 
 from mdt_jax import sample
 from tests.conftest import ROOT, run_here, start_command
+from tests.docs.pages import PAGE_COMMANDS
 from tests.runs import DIGITS
 
 gradio_client = pytest.importorskip("gradio_client")
@@ -25,28 +30,52 @@ NAMES = {
 }  # fmt: skip
 # The fields of "How to sample": sampler, steps, spacing, scale, power, from, up to.
 OPTIONS = ["ddim", 4, "even", 2, 4, 0, 1]
+SLOW = ["ddpm", 1000, *OPTIONS[2:]]
+
+
+def served(*flags: str, cwd=ROOT):
+    """(process, link) of a page on a free port."""
+    return page_of(start_command("mdt_jax.demo", "--port=0", *flags, cwd=cwd, PYTHONPATH=str(ROOT)))
 
 
 @contextlib.contextmanager
-def served(*flags: str):
-    """(process, link) of a page on a free port."""
-    process = start_command("mdt_jax.demo", "--port=0", *flags)
+def page_of(process):
+    """(process, link) of a page that is being started."""
     try:
         link = ""
         while not link:
             line = process.stdout.readline()
             assert line, process.communicate()
-            link = "".join(re.findall(r"the page is at (http://127\.0\.0\.1:\d+/)", line))
+            link = "".join(re.findall(r"the page is at (http://\S+:\d+/)", line))
         yield process, link
     finally:
         process.terminate()
-        process.wait(60)
+        _, printed = process.communicate(timeout=60)
+        assert "Traceback" not in printed, printed
 
 
 @pytest.fixture(scope="module")
 def server(trained):
     with served(f"--checkpoint={DIGITS}", f"--workdir={trained}") as both:
         yield both
+
+
+@pytest.mark.parametrize("command", PAGE_COMMANDS)
+def test_commands_of_the_pages(command, trained, tmp_path):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "digits").symlink_to(trained)
+    with served(*shlex.split(command)[3:], cwd=tmp_path) as (_, link):
+        assert get(link, "/") == 200
+
+
+def test_the_space():
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "launch" / "space" / "app.py"],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "CHECKPOINT": DIGITS},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    with page_of(process) as (_, link):
+        assert get(link, "/") == 200
 
 
 @pytest.fixture
@@ -84,8 +113,9 @@ def test_the_run(client):
     assert "Finished after 4 steps." in state and "<svg" in curves
     grid = client.predict(".", 1, api_name="/grid")
     assert Image.open(grid).size[0] > 100
-    with pytest.raises(Exception, match="not in the list of choices"):
-        client.predict("../..", 0, api_name="/run")
+    state, curves, *_ = client.predict("../..", 0, api_name="/run")
+    assert 'class="error"' in state and "there is no run" in state and not curves
+    assert client.predict("../..", 0, api_name="/grid") is None
 
 
 def get(link: str, path: str, **headers) -> int:
@@ -101,13 +131,19 @@ def test_nothing_else_is_served(server, trained):
     for path in ("/etc/passwd", DIGITS, trained / "config.json", ROOT / "setup.py", "../setup.py"):
         for route in ("/gradio_api/file=", "/file="):
             assert get(link, f"{route}{path}") in (403, 404)
-    listening = subprocess.run(
-        ["ss", "-ltnH"], capture_output=True, text=True, check=False
-    ).stdout  # fmt: skip
-    port = link.split(":")[2].strip("/")
-    for line in listening.splitlines():
-        if line.split()[3].endswith(f":{port}"):
-            assert line.split()[3] == f"127.0.0.1:{port}"
+    assert listening(int(link.split(":")[2].strip("/"))) == {"0100007F"}  # 127.0.0.1
+
+
+def listening(port: int) -> set[str]:
+    """The addresses, in hexadecimal, on which this machine listens on a port."""
+    found = set()
+    for name in ("tcp", "tcp6"):
+        for line in pathlib.Path("/proc/net", name).read_text().splitlines()[1:]:
+            local, _, state = line.split()[1:4]
+            address, number = local.split(":")
+            if state == "0A" and int(number, 16) == port:
+                found.add(address)
+    return found
 
 
 def rss(process) -> int:
@@ -150,17 +186,39 @@ def test_uploads(client, server, tmp_path):
 
 
 def test_stop(client):
-    slow = ["ddpm", 1000, "even", 2, 4, 0, 1]
-    job = client.submit([], 20, 0, False, *slow, api_name="/draw")
+    job = client.submit([], 20, 0, False, *SLOW, api_name="/draw")
     while not job.outputs() or " of 1,000" not in job.outputs()[-1][1]:
         time.sleep(0.1)
     assert "Stopped" in client.predict(api_name="/stop")
     assert "Stopped." in last(job)[1]
 
 
-def test_a_port_that_is_taken(server):
-    port = server[1].split(":")[2].strip("/")
-    process = start_command("mdt_jax.demo", f"--checkpoint={DIGITS}", f"--port={port}")
+def refused(*flags: str) -> str:
+    process = start_command("mdt_jax.demo", *flags)
     _, printed = process.communicate(timeout=300)
     assert process.returncode == 2 and printed.count("error: ") == 1, printed
-    assert f"--port={port} cannot be used" in printed
+    return printed
+
+
+def test_starts_that_are_refused(server, tmp_path):
+    port = server[1].split(":")[2].strip("/")
+    of_it = f"--checkpoint={DIGITS}"
+    assert f"port {port} of 127.0.0.1 cannot be used" in refused(of_it, f"--port={port}")
+    assert "port is 70000" in refused(of_it, "--port=70000")
+    assert "is no run" in refused(of_it, f"--workdir={tmp_path}")
+    assert "--checkpoint=PATH to draw" in refused()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_end_in_the_middle(number, tmp_path, monkeypatch):
+    """Ctrl-C ends a job, and deletes the pictures."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    with served(f"--checkpoint={DIGITS}") as (process, link):
+        client = gradio_client.Client(link, verbose=False, download_files=False)
+        job = client.submit([], 100, 0, False, *SLOW, api_name="/draw")
+        while not job.outputs() or " of 1,000" not in job.outputs()[-1][1]:
+            time.sleep(0.1)
+        assert list(tmp_path.glob("mdt_jax-demo-*"))
+        process.send_signal(number)
+        assert process.wait(30) == 0
+    assert not list(tmp_path.glob("mdt_jax-demo-*"))

@@ -11,7 +11,7 @@ from tests.conftest import ROOT
 PAGE = ROOT / "docs" / "architecture.md"
 LIST = re.compile(r"(?<=<!-- modules -->\n).*(?=<!-- end of modules -->)", re.S)
 # From the top level of imports to the bottom.
-FOLDERS = ["", "train", "sampling", "evaluation", "weights", "config"]
+FOLDERS = ["", "demo", "train", "sampling", "evaluation", "weights", "config"]
 FOLDERS += ["data", "diffusion", "models", "runtime"]
 
 

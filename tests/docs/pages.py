@@ -32,7 +32,10 @@ def commands(page: pathlib.Path) -> list[str]:
 
 
 ALL_COMMANDS = list(dict.fromkeys(line for page in PAGES for line in commands(page)))
-MODULE_COMMANDS = [line for line in ALL_COMMANDS if MODULE_COMMAND.match(line)]
+PAGE_COMMANDS = [line for line in ALL_COMMANDS if "mdt_jax.demo" in line]  # run until Ctrl-C
+MODULE_COMMANDS = [
+    line for line in ALL_COMMANDS if MODULE_COMMAND.match(line) and line not in PAGE_COMMANDS
+]
 
 REPLACED = {
     "train.steps=4000": "train.steps=4",

@@ -13,6 +13,7 @@ from tests.conftest import ROOT
 from tests.docs.pages import (
     ALL_COMMANDS,
     MODULE_COMMANDS,
+    PAGE_COMMANDS,
     PAGES,
     blocks,
     commands,
@@ -66,6 +67,7 @@ def test_no_command_is_left_out():
     elsewhere |= {
         "python benchmarks/aot.py --target=h100 --config=configs/xl2.py --batch_size=32",
     }
+    elsewhere |= {*PAGE_COMMANDS}  # tests/demo/test_server.py runs these.
     # tests/processes/test_launch.py runs these.
     elsewhere |= set(commands(ROOT / "docs" / "tpu-pods.md"))
     rest = [c for c in ALL_COMMANDS if c not in elsewhere and c not in MODULE_COMMANDS]

@@ -295,7 +295,13 @@ def test_every_way_has_a_command():
 
 
 def test_links_lead_somewhere():
-    assert {guide.parent.name for guide in GUIDES} == {"launch", "slurm", "tpu", "kubernetes"}
+    assert {guide.parent.name for guide in GUIDES} == {
+        "launch",
+        "slurm",
+        "tpu",
+        "kubernetes",
+        "space",
+    }
     for guide in GUIDES:
         for target in re.findall(r"\]\((?!http)([^)#]+)\)", guide.read_text()):
             assert (guide.parent / target).exists(), f"{guide}: {target}"
@@ -353,7 +359,7 @@ def test_what_is_installed_is_pinned():
 
 
 def test_that_ports_belong_on_a_private_network_is_said():
-    for guide in GUIDES:
+    for guide in (guide for guide in GUIDES if guide.parent.name != "space"):
         assert "belong on a private network" in " ".join(guide.read_text().split()), guide
 
 
