@@ -192,13 +192,10 @@ def test_by_keyboard(link):
             raise AssertionError(f"no {name!r}")
 
         go_to("How to sample").send_keys(Keys.ENTER)
-        page.until(lambda: page.shown(".weight svg"))
+        (curve,) = page.until(lambda: page.shown(".weight svg"))
+        assert "to 3.8 at the sample" in curve.get_attribute("aria-label")
         go_to("range slider for Guidance scale").send_keys(Keys.ARROW_RIGHT)
-        page.until(
-            lambda: (
-                "to 1.51 at the sample" in page.shown(".weight svg")[0].get_attribute("aria-label")
-            )
-        )
+        page.until(lambda: page.shown('.weight svg[aria-label$="to 3.81 at the sample"]'))
         go_to("Steps", Keys.SHIFT + Keys.TAB).send_keys(Keys.CONTROL + "a", "3")
         go_to("Draw").send_keys(Keys.ENTER)  # the tab
         go_to("Pictures").send_keys(Keys.CONTROL + "a", "2", Keys.TAB)
