@@ -1,5 +1,6 @@
 """The runs that the page follows: a workdir, or the workdirs in a folder. Nothing is written."""
 
+import shutil
 from typing import NamedTuple
 
 from mdt_jax.demo.handlers import said
@@ -19,10 +20,13 @@ class Shown(NamedTuple):
 
 
 class Runs:
-    """The runs of a folder. Raises UserError where it has none."""
+    """The runs of a folder. Raises UserError where it has none.
 
-    def __init__(self, root: Path):
-        self.root = root
+    folder: for copies of sample grids. gradio serves files of the temporary folder alone.
+    """
+
+    def __init__(self, root: Path, folder: str):
+        self.root, self.folder = root, folder
         if not self.names():
             raise UserError(f"--workdir={root} is no run, and holds none: there is no config.json")
         self._shown: dict[str, tuple[object, Shown]] = {}
@@ -49,12 +53,15 @@ class Runs:
         return self._shown[name][1]
 
     def grid(self, name: str, number: int) -> str | None:
-        """The path of a sample grid by its place among them; None where there is none."""
+        """The path of a copy of a sample grid, by its place; None where there is none."""
         try:
             grids = list(self._record(name).grids.values())
         except UserError:
             return None
-        return str(fetched(grids[min(int(number), len(grids) - 1)])) if grids else None
+        if not grids:
+            return None
+        grid = fetched(grids[min(int(number), len(grids) - 1)])
+        return shutil.copyfile(grid, f"{self.folder}/run-{name}-{grid.name}")
 
     def _record(self, name: str) -> record.Record:
         if name not in self.names():

@@ -68,7 +68,7 @@ def serve(
     except ImportError as error:
         raise UserError(f"{error}; install gradio: pip install 'mdt_jax[demo]'") from None
 
-    runs = None if workdir is None else Runs(as_path(workdir))
+    runs = None if workdir is None else Runs(as_path(workdir), temporary.name)
     handlers, title = None, str(checkpoint or workdir or "")
     loaded = {"dtype": dtype, "vae": vae, "vae_scale": vae_scale}
     try:

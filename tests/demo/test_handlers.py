@@ -283,16 +283,20 @@ def test_runs(trained, tmp_path):
     shutil.copytree(trained, tmp_path / "one")
     shutil.copytree(trained, tmp_path / "two")
     (tmp_path / "other").mkdir()
-    runs = Runs(tmp_path)
-    assert runs.names() == ["one", "two"] and Runs(trained).names() == ["."]
+    (copies := tmp_path / "copies").mkdir()
+    runs = Runs(tmp_path, str(copies))
+    assert runs.names() == ["one", "two"] and Runs(trained, str(copies)).names() == ["."]
     shown = runs.show("one")
     assert "Finished after 4 steps." in shown.state and "Learning rate" in shown.curves
     assert "Fréchet distance" in shown.results and "optim.lr" in shown.config
     assert shown.steps == [2, 4] and runs.grid("one", 0).endswith("0000002.png")
+    assert (copies / "run-one-0000002.png").read_bytes() == (
+        trained / "samples" / "0000002.png"
+    ).read_bytes()
     for name in ("..", "../runs", "/etc", "other", "three"):
         assert "there is no run" in runs.show(name).state and runs.grid(name, 0) is None
     with pytest.raises(UserError, match="is no run, and holds none"):
-        Runs(tmp_path / "other")
+        Runs(tmp_path / "other", str(copies))
 
 
 def test_class_names(handlers):

@@ -61,11 +61,15 @@ def server(trained):
 
 
 @pytest.mark.parametrize("command", PAGE_COMMANDS)
-def test_commands_of_the_pages(command, trained, tmp_path):
+def test_commands_of_the_pages(command, trained, tmp_path, monkeypatch):
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "digits").symlink_to(trained)
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))  # the run lies elsewhere
     with served(*shlex.split(command)[3:], cwd=tmp_path) as (_, link):
         assert get(link, "/") == 200
+        client = gradio_client.Client(link, verbose=False, download_files=str(tmp_path / "got"))
+        assert Image.open(client.predict("digits", 1, api_name="/grid")).size[0] > 100
 
 
 def test_the_space():
