@@ -86,11 +86,7 @@ def to_uint8(x: np.ndarray) -> np.ndarray:
 
 
 def grid(images: np.ndarray, columns: int, scale: int = 1) -> np.ndarray:
-    """Tile [N, H, W, C] uint8, enlarged `scale` times, to one image [rows·H', columns·W', C].
-
-    A grid of fewer images than columns is as wide as its images.
-    """
-    columns = min(columns, len(images))
+    """Tile [N, H, W, C] uint8, enlarged `scale` times, to one image [rows·H', columns·W', C]."""
     images = np.repeat(np.repeat(images, scale, axis=1), scale, axis=2)
     rows = -(-len(images) // columns)
     missing = rows * columns - len(images)
