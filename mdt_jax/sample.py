@@ -72,6 +72,19 @@ def _file_or_classes(text: str) -> str:
     return cli.anywhere(text) if text.endswith((".txt", ".npy")) else text
 
 
+def asked(pipeline: Pipeline, args: argparse.Namespace) -> tuple[Request, dict]:
+    """The request for what the flags ask for, and its note. Raises UserError."""
+    labels = parse_labels(
+        args.labels, args.num_samples, pipeline.model.num_classes, pipeline.classes, args.seed
+    )
+    request = pipeline.request(labels, seed=args.seed, batch_size=args.batch_size)
+    note = pipeline.note(request, args.labels)
+    if args.show:
+        note |= {"show": args.show, "frames": args.frames or 10}
+        check_grid(args.out, len(labels) * note["frames"], pipeline.image_shape)
+    return request, note
+
+
 def draw_rows(pipeline: Pipeline, request: Request, note: dict) -> np.ndarray:
     """The rows of frames that --show asks for, as images [rows, frames, H, W, C] uint8."""
     if pipeline.scales:
@@ -135,14 +148,8 @@ def draw(pipeline: Pipeline, args: argparse.Namespace, out: files.Path, suffix: 
 
     out, suffix: as of `check_out`. Raises UserError.
     """
-    labels = parse_labels(
-        args.labels, args.num_samples, pipeline.model.num_classes, pipeline.classes, args.seed
-    )
-    request = pipeline.request(labels, seed=args.seed, batch_size=args.batch_size)
-    note = pipeline.note(request, args.labels)
+    request, note = asked(pipeline, args)
     if args.show:
-        note |= {"show": args.show, "frames": args.frames or 10}
-        check_grid(out, len(labels) * note["frames"], pipeline.image_shape)
         with hosts.alone(locks.beside(out), str(out)):
             rows = draw_rows(pipeline, request, note)
             if is_first():
@@ -150,12 +157,12 @@ def draw(pipeline: Pipeline, args: argparse.Namespace, out: files.Path, suffix: 
                 count, frames = rows.shape[:2]
                 print_result(f"wrote {count} rows of {frames} frames to {out}")
         return
-    sink = WRITERS[suffix](out, labels, pipeline.image_shape, note)
+    sink = WRITERS[suffix](out, request.labels, pipeline.image_shape, note)
     hosts.agree({"samples": note})
     if not write_samples(pipeline, request, sink):
         log0(f"{out} is finished already")
     elif is_first():
-        print_result(f"wrote {len(labels)} samples to {out}")
+        print_result(f"wrote {len(request.labels)} samples to {out}")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,12 @@
 import os
 
 from mdt_jax.demo.server import serve
+from mdt_jax.runtime.errors import UserError
 
 if "CHECKPOINT" not in os.environ:
     raise SystemExit("set the variable CHECKPOINT, for example hf://OWNER/REPOSITORY/FILE")
-serve(os.environ["CHECKPOINT"], host="0.0.0.0", vae=os.environ.get("VAE")).wait()
+try:
+    page = serve(os.environ["CHECKPOINT"], host="0.0.0.0", vae=os.environ.get("VAE"))
+except UserError as error:
+    raise SystemExit(f"error: {error}") from None
+page.wait()

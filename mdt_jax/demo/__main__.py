@@ -7,7 +7,7 @@ this machine alone; the link is printed. It needs gradio: pip install "mdt_jax[d
 import argparse
 
 from mdt_jax import cli
-from mdt_jax.demo.server import serve
+from mdt_jax.demo.server import LOADED, serve
 from mdt_jax.runtime.errors import UserError
 
 
@@ -35,7 +35,7 @@ def main(argv: list[str]) -> None:
     """Load the checkpoint, and serve the page until Ctrl-C."""
     args = parse(argv)
     cli.start(args, keep_memory=True)
-    loaded = {"dtype": args.dtype, "vae": args.vae, "vae_scale": args.vae_scale}
+    loaded = {name: getattr(args, name) for name in LOADED}
     serve(args.checkpoint, args.workdir, port=args.port, **loaded).wait()
 
 

@@ -17,11 +17,11 @@ from mdt_jax.data.sample_notes import written
 from mdt_jax.diffusion.options import SampleOptions
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.sampling.generation import Request
-from mdt_jax.sampling.labels import parse_labels
+from mdt_jax.sampling.inpainting import check_hidden
 from mdt_jax.sampling.pipeline import Pipeline
 from mdt_jax.train import curves
 
-MAX_COUNT, MAX_ROWS, MAX_FRAMES = 100, 10, 50
+MAX_COUNT, MAX_ROWS, MAX_FRAMES, MAX_EVALUATIONS = 100, 10, 50, 20_000
 RED = (200, 40, 40, 255)  # what is hidden
 SHOWN_SIDE = 384  # pixels; smaller pictures are enlarged to about this to be painted on
 
@@ -45,30 +45,53 @@ def label_text(pipeline: Pipeline, number: int) -> str:
 
 
 def options_of(pipeline: Pipeline, values: Mapping[str, Any]) -> list[str]:
-    """Flags for the sampling options that differ from the checkpoint's own."""
+    """Flags for the sampling options that differ from the checkpoint's own. Raises UserError."""
     own = dataclasses.asdict(pipeline.options)
-    return [f"--{name}={whole(value)}" for name, value in values.items() if value != own[name]]
+    chosen = read_options(pipeline, values).items()
+    return [f"--{name}={value}" for name, value in chosen if value != own[name]]
 
 
-def whole(value: Any) -> Any:
-    """A field's value; a whole number may come from the page as a float."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
+def read_options(pipeline: Pipeline, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The sampling options in fields, of their types. Raises UserError."""
+    types = {name: type(getattr(pipeline.options, name)) for name in values}
+    return {
+        name: value if types[name] is str else number(name, value, types[name])
+        for name, value in values.items()
+    }
+
+
+def number(name: str, value: Any, kind: type = int) -> float:
+    """The number in a field. The page sends whole numbers as int or as float.
+
+    Raises UserError for a field that is empty or holds no number of the kind.
+    """
+    if value is None or value == "":
+        raise UserError(f"{name} is empty; it must be a number")
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise UserError(f"{name} is {value!r}; it must be a number")
+    if float(value).is_integer():
+        return int(value)
+    if kind is int:
+        raise UserError(f"{name} is {value}; it must be a whole number")
+    return value
 
 
 def sample_flags(
     pipeline: Pipeline, classes: Sequence[int], count: int, seed: int, values: Mapping[str, Any]
 ) -> list[str]:
     """The flags of `mdt_jax.sample` for a form. Raises UserError for too many samples."""
-    if not count or not 1 <= count <= MAX_COUNT:
-        raise UserError(f"count is {whole(count)}; the page draws 1 to {MAX_COUNT} at a time")
+    if not 1 <= number("count", count) <= MAX_COUNT:
+        raise UserError(f"count is {count}; the page draws 1 to {MAX_COUNT} at a time")
     labels = [f"--labels={','.join(label_text(pipeline, n) for n in classes)}"] if classes else []
-    return [*labels, f"--num_samples={whole(count)}", f"--seed={whole(seed)}"] + options_of(
-        pipeline, values
-    )
+    own = [f"--num_samples={number('count', count)}", f"--seed={number('seed', seed)}"]
+    return [*labels, *own, *options_of(pipeline, values)]
 
 
 def command(name: str, pipeline: Pipeline, flags: Sequence[str], out: str) -> str:
-    """The command that does the same, to be copied to a shell."""
+    """The command that does the same, to be copied to a shell.
+
+    flags: with those that the checkpoint was loaded with.
+    """
     words = ["python", "-m", f"mdt_jax.{name}", f"--checkpoint={pipeline.path}", *flags]
     return shlex.join([*words, f"--out={out}"])
 
@@ -83,31 +106,22 @@ def draw(pipeline: Pipeline, flags: Sequence[str], out: Path) -> Path:
 
 def check_frames(frames: int) -> None:
     """Raise UserError for a number of frames that the page does not show."""
-    if not frames or not 2 <= frames <= MAX_FRAMES:
-        raise UserError(f"frames is {whole(frames)}; the page shows 2 to {MAX_FRAMES}")
+    if not 2 <= number("frames", frames) <= MAX_FRAMES:
+        raise UserError(f"frames is {frames}; the page shows 2 to {MAX_FRAMES}")
 
 
-def _request(pipeline: Pipeline, flags: Sequence[str], out: Path) -> tuple[Pipeline, Request, dict]:
-    """The samples that flags of `mdt_jax.sample` ask for: pipeline, request, note."""
+def _asked(pipeline: Pipeline, flags: Sequence[str], out: Path) -> tuple[Pipeline, Request, dict]:
+    """What flags of `mdt_jax.sample` ask for: pipeline, request, note."""
     args = sample.parse(["", f"--checkpoint={pipeline.path}", *flags, f"--out={out}"])
     sample.check(args)
     pipeline = pipeline.with_flags(vars(args))
-    labels = parse_labels(
-        args.labels, args.num_samples, pipeline.model.num_classes, pipeline.classes, args.seed
-    )
-    request = pipeline.request(labels, seed=args.seed, batch_size=args.batch_size)
-    note = pipeline.note(request, args.labels)
-    return (
-        pipeline,
-        request,
-        note | ({"show": args.show, "frames": args.frames} if args.show else {}),
-    )
+    return pipeline, *sample.asked(pipeline, args)
 
 
 def draw_rows(pipeline: Pipeline, flags: Sequence[str], folder: Path) -> tuple[Path, Path]:
     """Draw the rows of `mdt_jax.sample --show` once; returns a PNG and a GIF. Raises UserError."""
     strip, moving = folder / "frames.png", folder / "frames.gif"
-    pipeline, request, note = _request(pipeline, flags, strip)
+    pipeline, request, note = _asked(pipeline, flags, strip)
     if len(request.labels) > MAX_ROWS:
         raise UserError(f"count is {len(request.labels)}; the page shows 1 to {MAX_ROWS} rows")
     rows = sample.draw_rows(pipeline, request, note)
@@ -118,7 +132,7 @@ def draw_rows(pipeline: Pipeline, flags: Sequence[str], folder: Path) -> tuple[P
 
 def draw_one(pipeline: Pipeline, flags: Sequence[str], out: Path) -> np.ndarray:
     """Write one sample in its own size; returns it enlarged, to be painted on."""
-    pipeline, request, note = _request(pipeline, flags, out)
+    pipeline, request, note = _asked(pipeline, flags, out)
     (image,) = pipeline.to_images(request.draw(progress=True))
     save_image(out, image, written(note))
     return enlarged(pipeline, image)
@@ -134,7 +148,7 @@ def fit(pipeline: Pipeline, upload: str, out: Path) -> np.ndarray:
     if height != width and picture.size != (width, height):
         raise UserError(
             f"the picture is {picture.height}×{picture.width}, but the model draws "
-            f"{height}×{width}; only squares are resized"
+            f"{height}×{width}; only models of squares resize pictures"
         )
     picture = picture.convert("L") if channels == 1 else picture
     pixels = fitted(picture, (height, width), True, "the picture")
@@ -219,12 +233,24 @@ def as_seen(pipeline: Pipeline, image: Path, hidden: np.ndarray) -> np.ndarray:
 def complete(
     pipeline: Pipeline, image: Path, hidden: np.ndarray, flags: Sequence[str], folder: Path
 ) -> Path:
-    """Run `mdt_jax.inpaint` on a picture and a mask [H, W] bool; returns the PNG."""
+    """Run `mdt_jax.inpaint` on a picture and a mask [H, W] bool; returns the PNG.
+
+    Raises UserError, also for more than MAX_EVALUATIONS.
+    """
+    check_hidden(hidden, pipeline.image_shape[:2])
     mask, out = folder / "mask.png", folder / "inpainted.png"
     save_image(mask, (hidden * np.uint8(255))[:, :, None])
     own = [f"--checkpoint={pipeline.path}", f"--image={image}", f"--mask={mask}", f"--out={out}"]
     args = inpaint.parse(["", *own, *flags])
-    inpaint.draw(pipeline.with_flags(vars(args)), args, inpaint.check(args))
+    path, how = inpaint.check(args), inpaint.inpaint_options(args)
+    pipeline = pipeline.with_flags(vars(args))
+    passes = how.num_resamples if how.mode == "repaint" else 1
+    if pipeline.options.num_steps * passes > MAX_EVALUATIONS:
+        raise UserError(
+            f"{pipeline.options.num_steps} steps of {passes} passes are too many for the page; "
+            f"their product may be {MAX_EVALUATIONS:,}"
+        )
+    inpaint.draw(pipeline, args, path)
     return out
 
 

@@ -2,7 +2,9 @@
 
 import contextlib
 import pathlib
+import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from html import escape
 from typing import Any, NamedTuple
@@ -21,6 +23,8 @@ OPTIONS = (
     "sampler", "num_steps", "spacing", "guidance_scale", "guidance_power", "guidance_low",
     "guidance_high",
 )  # fmt: skip
+PICTURES = "pictures-"  # the beginning of folders' names
+KEPT = 3600  # seconds for which pictures can be downloaded
 THREE = (0.5, 1.0, 2.0)  # "three scales": 1 + so many times what the scale is above 1
 
 
@@ -43,18 +47,21 @@ def said(text: str, error: bool = False) -> str:
 
 
 class Handlers:
-    """Draw with a checkpoint. folder: for pictures.
+    """Draw with a checkpoint.
 
-    A user's mistake is a red line. owner: the session, for `stop`. options: values of OPTIONS.
+    folder: for pictures, which are deleted after KEPT seconds. loaded: the flags with which the
+    checkpoint was loaded, for commands. A user's mistake is a red line. owner: whose job it is, for
+    `stop`. options: values of OPTIONS.
     """
 
-    def __init__(self, pipeline: Pipeline, folder: str):
-        self.pipeline, self.folder, self.jobs = pipeline, folder, Jobs()
+    def __init__(self, pipeline: Pipeline, folder: str, loaded: Sequence[str] = ()):
+        self.pipeline, self.folder, self.loaded, self.jobs = pipeline, folder, loaded, Jobs()
 
     def weight(self, *options: Any) -> str:
         """The curve of the guidance weight, as HTML."""
         try:
-            chosen = changed(self.pipeline.options, _named(options))
+            values = forms.read_options(self.pipeline, _named(options))
+            chosen = changed(self.pipeline.options, values)
             chosen.check(self.pipeline.model.num_classes)
             return forms.weight_plot(chosen)
         except UserError as error:
@@ -70,13 +77,15 @@ class Handlers:
 
         def plan() -> Plan:
             values, pictures, commands = _named(options), [], []
-            scale = values["guidance_scale"]
-            scales = [1 + part * (scale - 1) for part in THREE] if three else [scale]
+            scale = forms.number("guidance_scale", values["guidance_scale"], float)
+            if three and scale <= 1:
+                raise UserError(f"guidance_scale is {scale}; for three scales it must be above 1")
+            scales = [round(1 + part * (scale - 1), 6) for part in THREE] if three else [scale]
             for each in scales:
                 one = values | {"guidance_scale": each}
                 flags = forms.sample_flags(self.pipeline, classes, count, seed, one)
                 name = f"scale-{each:g}.png" if three else "samples.png"
-                commands.append(forms.command("sample", self.pipeline, flags, name))
+                commands.append(self._command("sample", flags, name))
                 pictures.append((flags, name, f"guidance scale {each:g}" if three else None))
 
             def work() -> list[tuple[str, str | None]]:
@@ -99,14 +108,14 @@ class Handlers:
         def plan() -> Plan:
             values = _named(options)
             flags = forms.sample_flags(self.pipeline, classes, count, seed, values)
-            flags += [f"--show={show}", f"--frames={forms.whole(frames)}"]
             forms.check_frames(frames)
+            flags += [f"--show={show}", f"--frames={forms.number('frames', frames)}"]
 
             def work() -> tuple[str, str]:
                 strip, moving = forms.draw_rows(self.pipeline, flags, self._new_folder())
                 return str(strip), str(moving)
 
-            return work, forms.command("sample", self.pipeline, flags, "frames.gif")
+            return work, self._command("sample", flags, "frames.gif")
 
         return self._run(owner, plan)
 
@@ -169,14 +178,11 @@ class Handlers:
             how = {"jump_length": jump_length, "num_resamples": num_resamples}
             if mode == "side_interpolater":
                 how = {"masked_share": masked_share}
-            flags = [f"--seed={forms.whole(seed)}", f"--mode={mode}"]
+            flags = [f"--seed={forms.number('seed', seed)}", f"--mode={mode}"]
             flags += [] if label is None else [f"--label={forms.label_text(self.pipeline, label)}"]
             own = InpaintOptions()
-            flags += [
-                f"--{name}={forms.whole(value)}"
-                for name, value in how.items()
-                if value != getattr(own, name)
-            ]
+            read = {n: forms.number(n, v, type(getattr(own, n))) for n, v in how.items()}
+            flags += [f"--{n}={value}" for n, value in read.items() if value != getattr(own, n)]
             flags += forms.options_of(self.pipeline, _named(options))
 
             def work() -> tuple[str, np.ndarray]:
@@ -184,13 +190,16 @@ class Handlers:
                 return str(out), forms.as_seen(self.pipeline, path, hidden)
 
             files = ["--image=image.png", "--mask=mask.png"]
-            return work, forms.command("inpaint", self.pipeline, [*files, *flags], "inpainted.png")
+            return work, self._command("inpaint", [*files, *flags], "inpainted.png")
 
         return self._run(owner, plan)
 
     def stop(self, owner: str) -> str:
-        """Stop the job of a session between two steps."""
-        return said("Stopped." if self.jobs.stop(owner) else "Nothing is drawn now.")
+        """Stop jobs between two steps: those of owners that begin with `owner`."""
+        return said("Stopped." if self.jobs.stop(owner) else "Nothing is being drawn.")
+
+    def _command(self, name: str, flags: Sequence[str], out: str) -> str:
+        return forms.command(name, self.pipeline, [*self.loaded, *flags], out)
 
     def _run(self, owner: str, plan: Callable[[], Plan]) -> Iterator[Update]:
         command = ""
@@ -210,8 +219,13 @@ class Handlers:
             yield Update(None, said("Stopped."), command)
 
     def _new_folder(self) -> pathlib.Path:
-        return pathlib.Path(tempfile.mkdtemp(dir=self.folder))
+        """A new folder for pictures; those that are too old are deleted."""
+        new = pathlib.Path(tempfile.mkdtemp(prefix=PICTURES, dir=self.folder))
+        for folder in pathlib.Path(self.folder).glob(f"{PICTURES}*"):
+            if folder.stat().st_mtime < time.time() - KEPT:
+                shutil.rmtree(folder, ignore_errors=True)
+        return new
 
 
 def _named(options: Sequence[Any]) -> dict[str, Any]:
-    return {name: forms.whole(value) for name, value in zip(OPTIONS, options, strict=True)}
+    return dict(zip(OPTIONS, options, strict=True))

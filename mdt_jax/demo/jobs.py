@@ -72,11 +72,11 @@ class Jobs:
                 del self._stops[owner]
 
     def stop(self, owner: str) -> bool:
-        """Stop a job between two steps; returns whether there was one."""
-        stop = self._stops.get(owner)
-        if stop is not None:
+        """Stop jobs of owners that begin with `owner`; returns whether there were any."""
+        stops = [stop for name, stop in list(self._stops.items()) if name.startswith(owner)]
+        for stop in stops:
             stop.set()
-        return stop is not None
+        return bool(stops)
 
     def close(self) -> None:
         """Stop all jobs, also those that come later, and wait until they have ended."""

@@ -16,13 +16,12 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 import gradio as gr
 
 from mdt_jax.demo import forms
-from mdt_jax.demo.handlers import OPTIONS, Handlers, Update
-from mdt_jax.demo.runs import Runs, Shown
+from mdt_jax.demo.handlers import KEPT, OPTIONS, Handlers, Update, said
+from mdt_jax.demo.runs import Runs, Shown, clamped
 from mdt_jax.diffusion.options import SAMPLERS_OF, SampleOptions
 from mdt_jax.diffusion.schedule import SPACINGS
 from mdt_jax.sampling.inpainting import MODES, InpaintOptions
 
-KEPT = 3600  # seconds for which pictures can be downloaded
 REFRESH = 5  # seconds between looks at a run
 WAITING = 64  # the most jobs that wait
 CSS = """
@@ -42,6 +41,36 @@ CSS = """
 th { text-align: left; font-weight: normal; padding-right: 1rem }
 """
 DEVICE: dict[str, Any] = {"concurrency_id": "device", "concurrency_limit": 1}
+
+
+class _Slider(gr.Slider):
+    """A slider whose bounds are not checked: what the value is for has a sentence of its own."""
+
+    is_template = True  # for gradio it is a Slider
+
+    def preprocess(self, payload: Any) -> Any:
+        return payload
+
+
+def _local(path: Any) -> Any:
+    """A path that was uploaded. A program may send a URL instead, which gradio would fetch."""
+    if str(path).lower().startswith(("http:", "https:")):
+        raise gr.Error("send the picture itself, not its URL", print_exception=False)
+    return path
+
+
+class _UploadButton(gr.UploadButton):
+    is_template = True
+
+    async def async_move_resource_to_block_cache(self, url_or_file_path: Any) -> str | None:
+        return await super().async_move_resource_to_block_cache(_local(url_or_file_path))
+
+
+class _ImageEditor(gr.ImageEditor):
+    is_template = True
+
+    async def async_move_resource_to_block_cache(self, url_or_file_path: Any) -> str | None:
+        return await super().async_move_resource_to_block_cache(_local(url_or_file_path))
 
 
 def build(title: str, handlers: Handlers | None, runs: Runs | None) -> gr.Blocks:
@@ -64,10 +93,11 @@ def build(title: str, handlers: Handlers | None, runs: Runs | None) -> gr.Blocks
         tabs.select(refresh, None, timer, api_visibility="private", show_progress="hidden")
         if handlers is not None:
 
-            def leave(request: gr.Request) -> None:
-                handlers.stop(request.session_hash or "")
+            def stop(request: gr.Request) -> str:
+                return handlers.stop(f"{request.session_hash}/")
 
-            page.unload(leave)
+            gr.api(stop, api_name="stop", queue=False)  # pyright: ignore[reportPrivateImportUsage]
+            page.unload(stop)
     page.queue(max_size=WAITING, default_concurrency_limit=8)
     return page
 
@@ -95,7 +125,9 @@ def _options(handlers: Handlers) -> list[Any]:
                     ("guidance_low", "Guided from", 1.0),
                     ("guidance_high", "Guided up to", 1.0),
                 ):
-                    fields.append(gr.Slider(0, high, **about(name, label), step=0.01))
+                    fields.append(
+                        _Slider(0, max(high, getattr(own, name)), **about(name, label), step=0.01)
+                    )
             curve = gr.HTML(
                 handlers.weight(*(getattr(own, n) for n in OPTIONS)), elem_classes="weight"
             )
@@ -112,7 +144,8 @@ def _streamed(handler: Callable[..., Iterator[Update]], count: int) -> Callable:
     """
 
     def stream(request: gr.Request, *values):
-        for result, state, command in handler(request.session_hash, *values):
+        owner = f"{request.session_hash}/{handler.__name__}"
+        for result, state, command in handler(owner, *values):
             results = [gr.skip()] * count if result is None else [result] if count == 1 else result
             yield *results, state, command
 
@@ -124,7 +157,7 @@ def _classes(handlers: Handlers, many: bool) -> gr.Dropdown:
     names = forms.class_names(handlers.pipeline)
     choices = [(name if name == str(n) else f"{name} ({n})", n) for n, name in enumerate(names)]
     return gr.Dropdown(
-        choices, value=[] if many or not names else 0, multiselect=many, filterable=True,
+        choices, value=[] if many else 0 if names else None, multiselect=many, filterable=True,
         label="Classes" if many else "Class", visible=bool(names),
         info="Type to search; none: all in turn" if many else "Type to search",
     )  # fmt: skip
@@ -174,17 +207,19 @@ def _on(
 
 
 def _on_stop(
-    button: gr.Button, handlers: Handlers, state: gr.HTML, events: list, **named: Any
+    button: gr.Button, handlers: Handlers, state: gr.HTML, events: list, names: tuple[str, ...]
 ) -> None:  # fmt: skip
-    """Let a button stop the session's job, or take it from the queue.
+    """Let a button stop jobs of the session, or take them from the queue.
 
-    events: of `_on`; named: how the interface calls it.
+    events: of `_on`; names: of their handlers.
     """
 
     def stop(request: gr.Request) -> str:
-        return handlers.stop(request.session_hash or "")
+        for name in names:
+            handlers.stop(f"{request.session_hash}/{name}")
+        return said("Stopped.")
 
-    button.click(stop, None, state, queue=False, cancels=events, **named)
+    button.click(stop, None, state, queue=False, cancels=events, api_visibility="private")
 
 
 def _draw(handlers: Handlers, options: list) -> None:
@@ -204,7 +239,7 @@ def _draw(handlers: Handlers, options: list) -> None:
         answers = state, _command()
     inputs = [classes, count, seed, three, *options]
     event = _on(button, handlers.draw, inputs, [pictures], answers)
-    _on_stop(stop, handlers, state, [event], api_name="stop")
+    _on_stop(stop, handlers, state, [event], ("draw",))
 
 
 def _watch(handlers: Handlers, options: list) -> None:
@@ -226,7 +261,7 @@ def _watch(handlers: Handlers, options: list) -> None:
         answers = state, _command()
     inputs = [show, classes, count, seed, frames, *options]
     event = _on(button, handlers.watch, inputs, [strip, moving], answers)
-    _on_stop(stop, handlers, state, [event], api_visibility="private")
+    _on_stop(stop, handlers, state, [event], ("watch",))
 
 
 def _inpaint(handlers: Handlers, options: list) -> None:
@@ -238,31 +273,48 @@ def _inpaint(handlers: Handlers, options: list) -> None:
             seed = _seed()
         with gr.Row():
             upload, mask = (
-                gr.UploadButton(text, file_types=["image"], type="filepath")
+                _UploadButton(text, file_types=["image"], type="filepath")
                 for text in ("Upload a picture", "Upload a mask")
             )
             sample = gr.Button("Draw a sample to paint on")
-        editor = gr.ImageEditor(
+        editor = _ImageEditor(
             label="Paint over what is to be drawn anew", sources=(), layers=False, transforms=(),
             type="numpy", format="png", canvas_size=side, fixed_canvas=True,
             brush=gr.Brush(default_size=24, colors=["#c82828"], color_mode="fixed"),
         )  # fmt: skip
         with gr.Accordion("How to inpaint", open=False):
             mode = gr.Radio(list(MODES), value=own.mode, label="Mode")
-            length = gr.Number(own.jump_length, label="Jump length", info="steps, of repaint")
-            passes = gr.Number(
-                own.num_resamples, label="Passes", info="of each stretch, of repaint"
+            length = gr.Number(
+                own.jump_length, label="Jump length", info="repaint only: steps of a jump"
             )
-            share = gr.Slider(
-                0, 1, own.masked_share, label="Masked share", info="of side_interpolater"
+            passes = gr.Number(
+                own.num_resamples, label="Passes", info="repaint only: passes of each stretch"
+            )
+            share = _Slider(
+                0,
+                1,
+                own.masked_share,
+                label="Masked share",
+                info="side_interpolater only: steps of the masked pass",
             )
         button, stop = _buttons("Inpaint")
         state = _state()
         with gr.Row():
             out, seen = _image("Inpainted"), _image("What the model does not see")
         command = _command()
-    upload.upload(handlers.picture, upload, [image, editor, state], api_name="picture")
-    mask.upload(handlers.mask, [image, mask], [editor, state], api_name="mask")
+
+    def kept(*values):
+        """What is refused leaves what there is."""
+        return [gr.skip() if value is None else value for value in values]
+
+    def picture(upload):
+        return kept(*handlers.picture(upload))
+
+    def mask_of(image, upload):
+        return kept(*handlers.mask(image, upload))
+
+    upload.upload(picture, upload, [image, editor, state], api_name="picture")
+    mask.upload(mask_of, [image, mask], [editor, state], api_name="mask")
     drawn = [image, editor]
     of_sample = [label, seed, *options]
     events = [_on(sample, handlers.sample_picture, of_sample, drawn, (state, unused))]
@@ -273,7 +325,7 @@ def _inpaint(handlers: Handlers, options: list) -> None:
 
     inputs = [image, editor, label, seed, mode, length, passes, share, *options]
     events.append(_on(button, inpaint, inputs, [out, seen], (state, command)))
-    _on_stop(stop, handlers, state, events, api_visibility="private")
+    _on_stop(stop, handlers, state, events, ("sample_picture", "inpaint"))
 
 
 def _run(runs: Runs, page: gr.Blocks, timer: gr.Timer) -> None:
@@ -285,7 +337,7 @@ def _run(runs: Runs, page: gr.Blocks, timer: gr.Timer) -> None:
         state = gr.HTML()
         curves = gr.HTML(label="Curves")
         with gr.Row():
-            number = gr.Slider(0, 1, 0, step=1, label="Sample grid", visible=False)
+            number = _Slider(0, 1, 0, step=1, label="Sample grid", visible=False)
         grid = _image("Samples")
         results, config = gr.HTML(), gr.HTML()
         seen = gr.State(0)  # how many grids there were
@@ -294,13 +346,14 @@ def _run(runs: Runs, page: gr.Blocks, timer: gr.Timer) -> None:
         """A run now. The slider follows the newest grid unless it was moved away from it."""
         shown = runs.show(name)
         last = len(shown.steps) - 1
-        at = last if at >= count - 1 or at > last else at
+        at = clamped(last if at is None or at >= count - 1 else at, last + 1)
         slider = gr.Slider(0, max(last, 1), at, step=1, label=label(shown, at), visible=last > 0)
         path = runs.grid(name, at) if last >= 0 else None
         return shown.state, shown.curves, shown.results, shown.config, slider, path, last + 1
 
     def label(shown: Shown, at: int) -> str:
-        return f"Samples at step {shown.steps[int(at)]:,}" if shown.steps else "Samples"
+        steps = shown.steps
+        return f"Samples at step {steps[clamped(at, len(steps))]:,}" if steps else "Samples"
 
     outputs = [state, curves, results, config, number, grid, seen]
     gr.on(

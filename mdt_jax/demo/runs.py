@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from mdt_jax.demo.handlers import said
 from mdt_jax.runtime.errors import UserError
-from mdt_jax.runtime.files import Path, fetched, is_file, names_in
+from mdt_jax.runtime.files import Path, atomic_write, fetched, is_file, names_in
 from mdt_jax.train import page, record
 
 
@@ -17,6 +17,11 @@ class Shown(NamedTuple):
     results: str
     config: str
     steps: list[int]
+
+
+def clamped(place: float | None, count: int) -> int:
+    """A place among `count` things, for what a slider or a program says."""
+    return min(max(int(place or 0), 0), max(count - 1, 0))
 
 
 class Runs:
@@ -43,7 +48,8 @@ class Runs:
             found = self._record(name)
         except UserError as error:
             return Shown(said(str(error), error=True), "", "", "", [])
-        key = found.step, len(found.grids), found.best, bool(found.report)
+        values = sum(len(steps) for steps, _ in found.series.values())
+        key = found.step, values, len(found.grids), found.best, bool(found.report)
         if self._shown.get(name, (None,))[0] != key:  # plots take a second
             shown = Shown(
                 said(found.state.capitalize() + "."), page.plots(found.series),
@@ -60,8 +66,11 @@ class Runs:
             return None
         if not grids:
             return None
-        grid = fetched(grids[min(int(number), len(grids) - 1)])
-        return shutil.copyfile(grid, f"{self.folder}/run-{name}-{grid.name}")
+        grid = fetched(grids[clamped(number, len(grids))])
+        copy = f"{self.folder}/run-{name}-{grid.name}"
+        with atomic_write(copy) as temporary:  # another session may read it
+            shutil.copyfile(grid, temporary)
+        return copy
 
     def _record(self, name: str) -> record.Record:
         if name not in self.names():

@@ -17,6 +17,8 @@ from mdt_jax.sampling.pipeline import Pipeline
 if TYPE_CHECKING:
     import gradio
 
+# What a checkpoint is loaded with, flags of the commands, too.
+LOADED = ("dtype", "vae", "vae_scale", "num_heads", "decoder_layers")
 UPLOAD = "20mb"  # the largest picture
 
 
@@ -48,16 +50,14 @@ def serve(
     *,
     port: int = 0,
     host: str = "127.0.0.1",
-    dtype: str | None = None,
-    vae: str | None = None,
-    vae_scale: float | None = None,
+    **loaded: str | float | None,
 ) -> Server:
     """Start the page's server in a thread, and print its address; a notebook shows the page.
 
-    checkpoint, dtype, vae, vae_scale: as of `Pipeline.load`; None: the checkpoint of the workdir.
-    workdir: a run to follow, or a folder of runs. port: 0 for a free one. host: the address that
-    the server listens on; "0.0.0.0" is reached from other machines. Raises UserError, also where
-    gradio is not installed.
+    checkpoint: as of `Pipeline.load`; None: that of the workdir. loaded: those of its arguments
+    that LOADED names. workdir: a run to follow, or a folder of runs. port: 0 for a free one. host:
+    the address that the server listens on; "0.0.0.0" is reached from other machines. Raises
+    UserError, also where gradio is not installed.
     """
     if not 0 <= port < 2**16:
         raise UserError(f"port is {port}; ports are 0 to {2**16 - 1}")
@@ -70,11 +70,13 @@ def serve(
 
     runs = None if workdir is None else Runs(as_path(workdir), temporary.name)
     handlers, title = None, str(checkpoint or workdir or "")
-    loaded = {"dtype": dtype, "vae": vae, "vae_scale": vae_scale}
+    given = {name: value for name, value in loaded.items() if value is not None}
+    if unknown := given.keys() - set(LOADED):
+        raise TypeError(f"serve() got unexpected arguments: {', '.join(sorted(unknown))}")
     try:
-        pipeline = Pipeline.from_flags({"checkpoint": title, **loaded})
+        pipeline = Pipeline.from_flags({"checkpoint": title, **given})
         pipeline.image_shape  # noqa: B018 (reads the VAE)
-        handlers = Handlers(pipeline, temporary.name)
+        handlers = Handlers(pipeline, temporary.name, [f"--{n}={v}" for n, v in given.items()])
     except UserError as error:
         if checkpoint or runs is None:
             raise

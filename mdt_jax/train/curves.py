@@ -3,12 +3,14 @@
 import io
 import json
 import os
+import threading
 from html import escape
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mdt_jax.evaluation.card import TITLES
+from mdt_jax.runtime.errors import DamagedError
 from mdt_jax.train.log import read_steps
 
 if TYPE_CHECKING:
@@ -32,6 +34,7 @@ PANELS: dict[str, dict[str, str]] = {
 }
 LOGARITHMIC = ("loss", "mse", "grad_norm")  # the first parts of names of metrics
 HEIGHT = 2.6  # inches of a panel
+RC = threading.Lock()  # matplotlib's settings are of the process
 POINTS = 1000  # the most of a curve that are drawn
 
 Series = dict[str, tuple[np.ndarray, np.ndarray]]
@@ -48,7 +51,10 @@ def read(path: str | os.PathLike) -> Series:
             if name != "step" and (value is None or isinstance(value, (int, float))):
                 steps, values = found.setdefault(name, ([], []))
                 steps.append(step)
-                values.append(np.nan if value is None else value)
+                try:
+                    values.append(np.nan if value is None else float(value))
+                except OverflowError:
+                    raise DamagedError(f"{path}: {name} of step {step} is too large") from None
     return {
         name: (np.array(steps), np.array(values, float)) for name, (steps, values) in found.items()
     }
@@ -114,11 +120,16 @@ def _draw(axes: Any, title: str, curves: Series) -> None:
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter("{x:g}")
     else:
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(bottom=min(0, axes.get_ylim()[0]) if _negative(curves) else 0)
     axes.tick_params(which="both", labelsize=8)
     axes.grid(alpha=0.3)
     if len(curves) > 1:
         axes.legend(fontsize=7, loc="upper right")
+
+
+def _negative(curves: Series) -> bool:
+    """Whether a value is below 0, as an unbiased KID may be."""
+    return any((values < 0).any() for _, values in curves.values())
 
 
 def svg(figure: "Figure", label: str) -> str:
@@ -127,7 +138,7 @@ def svg(figure: "Figure", label: str) -> str:
 
     file = io.StringIO()
     no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": label}):
+    with RC, rc_context({"svg.fonttype": "none", "svg.hashsalt": label}):
         figure.savefig(file, format="svg", metadata=no_metadata)
     text = file.getvalue()
     return f'<svg role="img" aria-label="{escape(label)}"' + text[text.index("<svg") + 4 :]

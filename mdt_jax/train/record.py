@@ -7,7 +7,7 @@ import os
 import re
 from typing import NamedTuple
 
-from mdt_jax.runtime.errors import UserError
+from mdt_jax.runtime.errors import DamagedError, UserError
 from mdt_jax.runtime.files import Path, as_path, is_dir, is_file, names_in, read_json
 from mdt_jax.train import curves
 from mdt_jax.train.mirror import LOG
@@ -35,11 +35,11 @@ class Record(NamedTuple):
     @property
     def steps(self) -> int:
         """How many steps the run is to have."""
-        return self.config.get("train", {}).get("steps", 0)
+        return int(self.config.get("train", {}).get("steps") or 0)
 
     @property
     def state(self) -> str:
-        """How far the run is."""
+        """How far the run has got."""
         if self.report:
             return f"finished after {self.step:,} steps"
         return f"step {self.step:,} of {self.steps:,}"
@@ -69,6 +69,9 @@ def read(workdir: str | os.PathLike) -> Record:
     }
     best = steps_in(workdir / "best")
     report = read_json(workdir / "report.json") or {}
+    whole = isinstance(report.get("steps", 0), int)
+    if not whole or not all(isinstance(group, dict) for group in config.values()):
+        raise DamagedError(f"config.json or report.json of {workdir} was not written by a run")
     logged = [int(steps[-1]) for steps, _ in series.values() if len(steps)]
     return Record(
         workdir, config, series, dict(sorted(grids.items())), best[0] if best else None, report,

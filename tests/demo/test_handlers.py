@@ -2,9 +2,12 @@
 
 import contextlib
 import json
+import os
 import re
 import shlex
+import shutil
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -13,10 +16,11 @@ from PIL import Image
 import mdt_jax
 from mdt_jax import inpaint, sample
 from mdt_jax.demo import forms
-from mdt_jax.demo.handlers import OPTIONS, Handlers
+from mdt_jax.demo.handlers import KEPT, OPTIONS, Handlers
 from mdt_jax.demo.jobs import Jobs, Stopped
 from mdt_jax.demo.runs import Runs
 from mdt_jax.runtime.errors import UserError
+from mdt_jax.weights.kinds import Weights
 from tests.conftest import ROOT, run_here
 from tests.runs import DIGITS
 
@@ -189,9 +193,19 @@ def test_latents_are_hidden_in_blocks(handlers, tmp_path, monkeypatch):
 def test_mistakes_are_red_sentences(handlers, tmp_path):
     chosen = options(handlers)
     assert "seed is -1" in sentence(handlers.draw("a", [], 1, -1, False, *chosen))
-    assert "--seed" in sentence(handlers.draw("a", [], 1, 1.5, False, *chosen))
+    assert "seed is 1.5; it must be a whole number" in sentence(
+        handlers.draw("a", [], 1, 1.5, False, *chosen)
+    )
+    assert "seed is empty" in sentence(handlers.draw("a", [], 1, None, False, *chosen))
+    assert "must be a number" in sentence(handlers.draw("a", [], "4", 0, False, *chosen))
+    for name in ("num_steps", "guidance_scale", "guidance_low"):
+        empty = options(handlers, **{name: None})
+        assert f"{name} is empty" in sentence(handlers.draw("a", [], 1, 0, True, *empty))
+        assert f"{name} is empty" in handlers.weight(*empty)
+    one = options(handlers, guidance_scale=1.0)
+    assert "must be above 1" in sentence(handlers.draw("a", [], 1, 0, True, *one))
     assert "1 to 100" in sentence(handlers.draw("a", [], 101, 0, False, *chosen))
-    assert "1 to 100" in sentence(handlers.draw("a", [], None, 0, False, *chosen))
+    assert "count is empty" in sentence(handlers.draw("a", [], None, 0, False, *chosen))
     assert "outside the classes" in sentence(handlers.draw("a", [77], 1, 0, False, *chosen))
     steps = options(handlers, num_steps=2000)
     assert "num_steps is 2000" in sentence(handlers.draw("a", [], 1, 0, False, *steps))
@@ -208,8 +222,12 @@ def test_mistakes_are_red_sentences(handlers, tmp_path):
 
     path, _, _ = handlers.picture(str(ROOT / "docs" / "three.png"))
     assert "no picture yet" in sentence(inpainted(None, []))
-    assert "hides nothing" in sentence(inpainted(path, mask_of(handlers, slice(0, 0))))
+    assert sentence(inpainted(path, [])).startswith("the mask hides nothing")
     assert "hides everything" in sentence(inpainted(path, mask_of(handlers, slice(0, 8))))
+    half, long = mask_of(handlers, slice(0, 4)), ["repaint", 1, 10_000, 0.3]
+    assert "too many for the page" in sentence(
+        handlers.inpaint("a", path, half, 3, 0, *long, *chosen)
+    )
     other = [np.zeros((10, 10, 4), np.uint8)]
     assert "10×10" in sentence(inpainted(path, other))
 
@@ -235,12 +253,43 @@ def test_pictures_that_are_none(handlers, tmp_path):
     assert (np.asarray(Image.open(path)) == 9).all()
 
 
+def test_the_command_loads_the_checkpoint_as_the_page_does(handlers, tmp_path):
+    loaded = ["--dtype=bfloat16"]
+    other = Handlers(handlers.pipeline, str(tmp_path), loaded)
+    update = last(other.draw("a", [5], 1, 1, False, *options(handlers)))
+    assert loaded[0] in update.command
+
+
+def test_without_classes(handlers, tmp_path):
+    layout = pytest.importorskip("mdt_jax.demo.layout")
+    model, params = handlers.pipeline
+    model = model.clone(num_classes=0)
+    params = {name: value for name, value in params.items() if name != "label_embed"}
+    pipeline = mdt_jax.sampling.pipeline.Pipeline("unconditional", Weights(model, params))
+    handlers = Handlers(pipeline, str(tmp_path))
+    with layout.gr.Blocks():
+        assert layout._classes(handlers, many=False).value is None
+    chosen = options(handlers, guidance_scale=1.0)
+    update = last(handlers.sample_picture("a", None, 0, *chosen))
+    painted = mask_of(handlers, slice(0, 4))
+    last(handlers.inpaint("a", update.result[0], painted, None, 0, *INPAINTING, *chosen))
+
+
+def test_old_pictures_are_deleted(handlers, tmp_path):
+    other = Handlers(handlers.pipeline, str(tmp_path))
+    ((path, _),) = last(other.draw("a", [5], 1, 1, False, *options(handlers))).result
+    folder = os.path.dirname(path)
+    os.utime(folder, (0, time.time() - 2 * KEPT))
+    last(other.draw("a", [5], 1, 1, False, *options(handlers)))
+    assert not os.path.exists(folder)
+
+
 def test_stop_between_two_steps(handlers):
-    updates = handlers.draw("me", [], 4, 0, False, *options(handlers, num_steps=1000))
+    updates = handlers.draw("me/draw", [], 4, 0, False, *options(handlers, num_steps=1000))
     for update in updates:
         if re.search(r"[1-9]\d* of 1,000", update.state):
             break
-    assert "Nothing" in handlers.stop("somebody else") and "Stopped" in handlers.stop("me")
+    assert "Nothing" in handlers.stop("me/watch") and "Stopped" in handlers.stop("me/")
     *_, update = updates
     assert "Stopped." in update.state and update.result is None
     last(handlers.draw("me", [], 1, 0, False, *options(handlers)))
@@ -278,8 +327,6 @@ def test_errors_of_the_code_are_not_hidden():
 
 
 def test_runs(trained, tmp_path):
-    import shutil
-
     shutil.copytree(trained, tmp_path / "one")
     shutil.copytree(trained, tmp_path / "two")
     (tmp_path / "other").mkdir()
@@ -295,6 +342,13 @@ def test_runs(trained, tmp_path):
     ).read_bytes()
     for name in ("..", "../runs", "/etc", "other", "three"):
         assert "there is no run" in runs.show(name).state and runs.grid(name, 0) is None
+    for place in (-1, None, 7):
+        assert runs.grid("two", place) is not None
+    for text in ('{"train": 5}', '{"a": 1}', "[]", "{"):
+        (tmp_path / "two" / "config.json").write_text(text)
+        assert 'class="error"' in runs.show("two").state
+    shutil.rmtree(tmp_path / "one" / "samples")
+    assert runs.show("one").steps == [] and runs.grid("one", 0) is None
     with pytest.raises(UserError, match="is no run, and holds none"):
         Runs(tmp_path / "other", str(copies))
 

@@ -6,6 +6,7 @@ import os
 import pathlib
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -55,8 +56,14 @@ def page_of(process):
 
 
 @pytest.fixture(scope="module")
-def server(trained):
-    with served(f"--checkpoint={DIGITS}", f"--workdir={trained}") as both:
+def server(trained, tmp_path_factory):
+    """Of two runs: `whole`, and `bare`, which has no samples yet."""
+    runs = tmp_path_factory.mktemp("runs")
+    (runs / "whole").symlink_to(trained)
+    (runs / "bare").mkdir()
+    for name in ("config.json", "metrics.jsonl"):
+        shutil.copy(trained / name, runs / "bare")
+    with served(f"--checkpoint={DIGITS}", f"--workdir={runs}") as both:
         yield both
 
 
@@ -107,16 +114,27 @@ def test_a_picture_is_that_of_the_command(client, tmp_path):
         assert file.read() == out.read_bytes()
 
 
+def test_values_that_no_slider_has(client):
+    for scale in (20, None, -1):
+        options = [*OPTIONS[:3], scale, *OPTIONS[4:]]
+        *_, state, _ = last(client.submit([3], 1, 0, False, *options, api_name="/draw"))
+        assert "Done." in state if scale else "guidance_scale is empty" in state
+
+
 def test_a_mistake_is_a_sentence(client):
     *_, state, _ = last(client.submit([3], 4, -1, False, *OPTIONS, api_name="/draw"))
     assert 'class="error"' in state and "seed is -1" in state and "Traceback" not in state
 
 
 def test_the_run(client):
-    state, curves, *_ = client.predict(".", 0, api_name="/run")
+    state, curves, *_ = client.predict("whole", 0, api_name="/run")
     assert "Finished after 4 steps." in state and "<svg" in curves
-    grid = client.predict(".", 1, api_name="/grid")
-    assert Image.open(grid).size[0] > 100
+    for place in (1, 7, -1):
+        grid = client.predict("whole", place, api_name="/grid")
+        assert Image.open(grid).size[0] > 100
+    for _ in range(2):
+        *_, slider, grid = client.predict("bare", 0, api_name="/run")
+        assert slider["value"] == 0 and grid is None
     state, curves, *_ = client.predict("../..", 0, api_name="/run")
     assert 'class="error"' in state and "there is no run" in state and not curves
     assert client.predict("../..", 0, api_name="/grid") is None
@@ -187,6 +205,12 @@ def test_uploads(client, server, tmp_path):
     one = tmp_path / "one.png"
     Image.new("L", (1, 1)).save(one)
     assert "Paint over" in sent(one)
+    mask = gradio_client.handle_file(str(one))
+    _, state = client.predict(mask, api_name="/mask")
+    assert "error" not in state
+    elsewhere = {"path": f"{server[1]}file=x.png", "meta": {"_type": "gradio.FileData"}}
+    with pytest.raises(Exception, match="not its URL"):
+        client.predict(elsewhere, api_name="/picture")
 
 
 def test_stop(client):
