@@ -214,12 +214,12 @@ def _on_stop(
     events: of `_on`; names: of their handlers.
     """
 
-    def stop(request: gr.Request) -> str:
+    def pressed(request: gr.Request) -> str:
         for name in names:
             handlers.stop(f"{request.session_hash}/{name}")
         return said("Stopped.")
 
-    button.click(stop, None, state, queue=False, cancels=events, api_visibility="private")
+    button.click(pressed, None, state, queue=False, cancels=events, api_visibility="private")
 
 
 def _draw(handlers: Handlers, options: list) -> None:
