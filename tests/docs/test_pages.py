@@ -158,7 +158,7 @@ def test_installation(tmp_path):
     (tmp_path / "project").symlink_to(ROOT)
     folder = tmp_path / "project"
     lines = [c for c in ALL_COMMANDS if ".venv" in c]
-    assert len(lines) == 7
+    assert len(lines) == 8
     venv = tmp_path / "venv"
     for line in lines:
         line = line.replace(".venv", str(venv))
