@@ -43,34 +43,23 @@ th { text-align: left; font-weight: normal; padding-right: 1rem }
 DEVICE: dict[str, Any] = {"concurrency_id": "device", "concurrency_limit": 1}
 
 
-class _Slider(gr.Slider):
-    """A slider whose bounds are not checked: what the value is for has a sentence of its own."""
-
-    is_template = True  # for gradio it is a Slider
-
-    def preprocess(self, payload: Any) -> Any:
-        return payload
+def _unchecked(slider: gr.Slider) -> gr.Slider:
+    """A slider whose bounds gradio does not check: the sampling options have their own check."""
+    slider.preprocess = lambda payload: payload
+    return slider
 
 
-def _local(path: Any) -> Any:
-    """A path that was uploaded. A program may send a URL instead, which gradio would fetch."""
-    if str(path).lower().startswith(("http:", "https:")):
-        raise gr.Error("send the picture itself, not its URL", print_exception=False)
-    return path
+def _local(component: Any) -> Any:
+    """A component that takes uploads only. A program may send a URL, which gradio would fetch."""
+    keep = component.async_move_resource_to_block_cache
 
+    async def keep_local(path: Any) -> Any:
+        if str(path).lower().startswith(("http:", "https:")):
+            raise gr.Error("send the picture itself, not its URL", print_exception=False)
+        return await keep(path)
 
-class _UploadButton(gr.UploadButton):
-    is_template = True
-
-    async def async_move_resource_to_block_cache(self, url_or_file_path: Any) -> str | None:
-        return await super().async_move_resource_to_block_cache(_local(url_or_file_path))
-
-
-class _ImageEditor(gr.ImageEditor):
-    is_template = True
-
-    async def async_move_resource_to_block_cache(self, url_or_file_path: Any) -> str | None:
-        return await super().async_move_resource_to_block_cache(_local(url_or_file_path))
+    component.async_move_resource_to_block_cache = keep_local
+    return component
 
 
 def build(title: str, handlers: Handlers | None, runs: Runs | None) -> gr.Blocks:
@@ -125,9 +114,10 @@ def _options(handlers: Handlers) -> list[Any]:
                     ("guidance_low", "Guided from", 1.0),
                     ("guidance_high", "Guided up to", 1.0),
                 ):
-                    fields.append(
-                        _Slider(0, max(high, getattr(own, name)), **about(name, label), step=0.01)
+                    slider = gr.Slider(
+                        0, max(high, getattr(own, name)), **about(name, label), step=0.01
                     )
+                    fields.append(_unchecked(slider))
             curve = gr.HTML(
                 handlers.weight(*(getattr(own, n) for n in OPTIONS)), elem_classes="weight"
             )
@@ -273,15 +263,16 @@ def _inpaint(handlers: Handlers, options: list) -> None:
             seed = _seed()
         with gr.Row():
             upload, mask = (
-                _UploadButton(text, file_types=["image"], type="filepath")
+                _local(gr.UploadButton(text, file_types=["image"], type="filepath"))
                 for text in ("Upload a picture", "Upload a mask")
             )
             sample = gr.Button("Draw a sample to paint on")
-        editor = _ImageEditor(
+        editor = gr.ImageEditor(
             label="Paint over what is to be drawn anew", sources=(), layers=False, transforms=(),
             type="numpy", format="png", canvas_size=side, fixed_canvas=True,
             brush=gr.Brush(default_size=24, colors=["#c82828"], color_mode="fixed"),
         )  # fmt: skip
+        _local(editor)
         with gr.Accordion("How to inpaint", open=False):
             mode = gr.Radio(list(MODES), value=own.mode, label="Mode")
             length = gr.Number(
@@ -290,13 +281,9 @@ def _inpaint(handlers: Handlers, options: list) -> None:
             passes = gr.Number(
                 own.num_resamples, label="Passes", info="repaint only: passes of each stretch"
             )
-            share = _Slider(
-                0,
-                1,
-                own.masked_share,
-                label="Masked share",
-                info="side_interpolater only: steps of the masked pass",
-            )
+            about = "side_interpolater only: steps of the masked pass"
+            share = gr.Slider(0, 1, own.masked_share, label="Masked share", info=about)
+            _unchecked(share)
         button, stop = _buttons("Inpaint")
         state = _state()
         with gr.Row():
@@ -337,7 +324,8 @@ def _run(runs: Runs, page: gr.Blocks, timer: gr.Timer) -> None:
         state = gr.HTML()
         curves = gr.HTML(label="Curves")
         with gr.Row():
-            number = _Slider(0, 1, 0, step=1, label="Sample grid", visible=False)
+            # Until it is shown, a program may name any grid.
+            number = gr.Slider(0, 10**6, 0, step=1, label="Sample grid", visible=False)
         grid = _image("Samples")
         results, config = gr.HTML(), gr.HTML()
         seen = gr.State(0)  # how many grids there were
