@@ -74,7 +74,7 @@ def test_imports_run_downward(path):
 
 @pytest.mark.parametrize("path", MODULES, ids=str)
 def test_heavy_packages_are_imported_where_they_are_used(path):
-    if path.stem in COMMANDS or path.name == "layout.py":  # imported where gradio is needed
+    if path.stem in COMMANDS:
         return
     for name in imports(path, everywhere=False):
         top = name.split(".")[0]

@@ -148,7 +148,7 @@ def fit(pipeline: Pipeline, upload: str, out: Path) -> np.ndarray:
     if height != width and picture.size != (width, height):
         raise UserError(
             f"the picture is {picture.height}×{picture.width}, but the model draws "
-            f"{height}×{width}; only models of squares resize pictures"
+            f"{height}×{width}; upload a picture of that size"
         )
     picture = picture.convert("L") if channels == 1 else picture
     pixels = fitted(picture, (height, width), True, "the picture")

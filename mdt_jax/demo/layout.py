@@ -5,15 +5,8 @@ sample_picture, inpaint, stop, run, grid.
 """
 
 import dataclasses
-import os
 from collections.abc import Callable, Iterator
-from typing import Any
-
-# gradio reads these when it is imported. No request leaves this machine.
-os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-
-import gradio as gr
+from typing import TYPE_CHECKING, Any
 
 from mdt_jax.demo import forms
 from mdt_jax.demo.handlers import KEPT, OPTIONS, Handlers, Update, said
@@ -21,6 +14,9 @@ from mdt_jax.demo.runs import Runs, Shown, clamped
 from mdt_jax.diffusion.options import SAMPLERS_OF, SampleOptions
 from mdt_jax.diffusion.schedule import SPACINGS
 from mdt_jax.sampling.inpainting import MODES, InpaintOptions
+
+if TYPE_CHECKING:
+    import gradio as gr
 
 REFRESH = 5  # seconds between looks at a run
 WAITING = 64  # the most jobs that wait
@@ -43,7 +39,7 @@ th { text-align: left; font-weight: normal; padding-right: 1rem }
 DEVICE: dict[str, Any] = {"concurrency_id": "device", "concurrency_limit": 1}
 
 
-def _unchecked(slider: gr.Slider) -> gr.Slider:
+def _unchecked(slider: "gr.Slider") -> "gr.Slider":
     """A slider whose bounds gradio does not check: the sampling options have their own check."""
     slider.preprocess = lambda payload: payload
     return slider
@@ -51,6 +47,8 @@ def _unchecked(slider: gr.Slider) -> gr.Slider:
 
 def _local(component: Any) -> Any:
     """A component that takes uploads only. A program may send a URL, which gradio would fetch."""
+    import gradio as gr
+
     keep = component.async_move_resource_to_block_cache
 
     async def keep_local(path: Any) -> Any:
@@ -62,8 +60,10 @@ def _local(component: Any) -> Any:
     return component
 
 
-def build(title: str, handlers: Handlers | None, runs: Runs | None) -> gr.Blocks:
+def build(title: str, handlers: Handlers | None, runs: Runs | None) -> "gr.Blocks":
     """The page of a checkpoint, of runs, or of both."""
+    import gradio as gr
+
     with gr.Blocks(title="mdt_jax", analytics_enabled=False, delete_cache=(60, KEPT)) as page:
         gr.Markdown(f"# mdt_jax\n`{title}`")
         options = [] if handlers is None else _options(handlers)
@@ -93,6 +93,8 @@ def build(title: str, handlers: Handlers | None, runs: Runs | None) -> gr.Blocks
 
 def _options(handlers: Handlers) -> list[Any]:
     """Fields for OPTIONS, with the curve of the guidance weight."""
+    import gradio as gr
+
     own, guided = handlers.pipeline.options, handlers.pipeline.model.num_classes > 0
     help_of = {f.name: f.metadata["help"] for f in dataclasses.fields(SampleOptions)}
 
@@ -132,6 +134,7 @@ def _streamed(handler: Callable[..., Iterator[Update]], count: int) -> Callable:
     """A handler for gradio: outputs (results…, state, command); results stay until there are new
     ones. count: of results.
     """
+    import gradio as gr
 
     def stream(request: gr.Request, *values):
         owner = f"{request.session_hash}/{handler.__name__}"
@@ -142,8 +145,10 @@ def _streamed(handler: Callable[..., Iterator[Update]], count: int) -> Callable:
     return stream
 
 
-def _classes(handlers: Handlers, many: bool) -> gr.Dropdown:
+def _classes(handlers: Handlers, many: bool) -> "gr.Dropdown":
     """A field for one class or several, with type-ahead; hidden where there are none."""
+    import gradio as gr
+
     names = forms.class_names(handlers.pipeline)
     choices = [(name if name == str(n) else f"{name} ({n})", n) for n, name in enumerate(names)]
     return gr.Dropdown(
@@ -153,22 +158,30 @@ def _classes(handlers: Handlers, many: bool) -> gr.Dropdown:
     )  # fmt: skip
 
 
-def _seed() -> gr.Number:
+def _seed() -> "gr.Number":
+    import gradio as gr
+
     return gr.Number(0, label="Seed", precision=None, info="The same seed draws the same picture")
 
 
-def _buttons(name: str) -> tuple[gr.Button, gr.Button]:
+def _buttons(name: str) -> "tuple[gr.Button, gr.Button]":
+    import gradio as gr
+
     with gr.Row():
         return gr.Button(name, variant="primary"), gr.Button("Stop")
 
 
-def _state() -> gr.HTML:
+def _state() -> "gr.HTML":
     """A field for the state of an `Update`, as high as a line: there gradio shows the queue."""
+    import gradio as gr
+
     return gr.HTML(elem_classes="state")
 
 
-def _command() -> gr.Textbox:
+def _command() -> "gr.Textbox":
     """A field for the command of an `Update`, with a button that copies it."""
+    import gradio as gr
+
     command = gr.Textbox(label="The same as a command", lines=2, interactive=False, buttons=[])
     copy = gr.Button("Copy the command", size="sm")
     copy.click(
@@ -178,7 +191,9 @@ def _command() -> gr.Textbox:
     return command
 
 
-def _image(label: str, kind: str = "png") -> gr.Image:
+def _image(label: str, kind: str = "png") -> "gr.Image":
+    import gradio as gr
+
     return gr.Image(
         label=label, type="filepath", format=kind, interactive=False, elem_classes="pixels",
         min_width=300, buttons=["download", "fullscreen"],
@@ -186,7 +201,7 @@ def _image(label: str, kind: str = "png") -> gr.Image:
 
 
 def _on(
-    button: gr.Button, handler: Callable[..., Iterator[Update]], inputs: list, results: list,
+    button: "gr.Button", handler: Callable[..., Iterator[Update]], inputs: list, results: list,
     answers: tuple,
 ) -> Any:  # fmt: skip
     """Let a button start a handler of a job; returns gradio's event."""
@@ -197,12 +212,13 @@ def _on(
 
 
 def _on_stop(
-    button: gr.Button, handlers: Handlers, state: gr.HTML, events: list, names: tuple[str, ...]
+    button: "gr.Button", handlers: Handlers, state: "gr.HTML", events: list, names: tuple[str, ...]
 ) -> None:  # fmt: skip
     """Let a button stop jobs of the session, or take them from the queue.
 
     events: of `_on`; names: of their handlers.
     """
+    import gradio as gr
 
     def pressed(request: gr.Request) -> str:
         for name in names:
@@ -213,6 +229,8 @@ def _on_stop(
 
 
 def _draw(handlers: Handlers, options: list) -> None:
+    import gradio as gr
+
     with gr.Tab("Draw"):
         with gr.Row():
             classes = _classes(handlers, many=True)
@@ -233,6 +251,8 @@ def _draw(handlers: Handlers, options: list) -> None:
 
 
 def _watch(handlers: Handlers, options: list) -> None:
+    import gradio as gr
+
     shows = [("From noise to sample (x̂₀)", "trajectory"), ("Between noises", "noise")]
     if handlers.pipeline.model.num_classes:
         shows.append(("Between classes", "classes"))
@@ -255,6 +275,8 @@ def _watch(handlers: Handlers, options: list) -> None:
 
 
 def _inpaint(handlers: Handlers, options: list) -> None:
+    import gradio as gr
+
     own, side = InpaintOptions(), forms.shown_size(handlers.pipeline)
     with gr.Tab("Inpaint"):
         image, unused = gr.State(None), gr.State(None)  # unused: in place of a command
@@ -315,7 +337,9 @@ def _inpaint(handlers: Handlers, options: list) -> None:
     _on_stop(stop, handlers, state, events, ("sample_picture", "inpaint"))
 
 
-def _run(runs: Runs, page: gr.Blocks, timer: gr.Timer) -> None:
+def _run(runs: Runs, page: "gr.Blocks", timer: "gr.Timer") -> None:
+    import gradio as gr
+
     with gr.Tab("Run") as tab:
         names = runs.names()
         name = gr.Dropdown(  # a run that is gone is refused by `runs`

@@ -7,6 +7,7 @@ import tempfile
 import threading
 from typing import TYPE_CHECKING
 
+from mdt_jax.demo import layout
 from mdt_jax.demo.handlers import Handlers
 from mdt_jax.demo.runs import Runs
 from mdt_jax.runtime.errors import UserError
@@ -62,9 +63,12 @@ def serve(
     if not 0 <= port < 2**16:
         raise UserError(f"port is {port}; ports are 0 to {2**16 - 1}")
     temporary = tempfile.TemporaryDirectory(prefix="mdt_jax-demo-")
+    # gradio reads these when it is imported. No request leaves this machine.
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
     os.environ["GRADIO_TEMP_DIR"] = os.path.join(temporary.name, "served")
     try:
-        from mdt_jax.demo import layout
+        import gradio  # noqa: F401
     except ImportError as error:
         raise UserError(f"{error}; install gradio: pip install 'mdt_jax[demo]'") from None
 

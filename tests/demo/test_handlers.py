@@ -15,7 +15,7 @@ from PIL import Image
 
 import mdt_jax
 from mdt_jax import inpaint, sample
-from mdt_jax.demo import forms
+from mdt_jax.demo import forms, layout
 from mdt_jax.demo.handlers import KEPT, OPTIONS, Handlers
 from mdt_jax.demo.jobs import Jobs, Stopped
 from mdt_jax.demo.runs import Runs
@@ -261,13 +261,13 @@ def test_the_command_loads_the_checkpoint_as_the_page_does(handlers, tmp_path):
 
 
 def test_without_classes(handlers, tmp_path):
-    layout = pytest.importorskip("mdt_jax.demo.layout")
+    gradio = pytest.importorskip("gradio")
     model, params = handlers.pipeline
     model = model.clone(num_classes=0)
     params = {name: value for name, value in params.items() if name != "label_embed"}
     pipeline = mdt_jax.sampling.pipeline.Pipeline("unconditional", Weights(model, params))
     handlers = Handlers(pipeline, str(tmp_path))
-    with layout.gr.Blocks():
+    with gradio.Blocks():
         assert layout._classes(handlers, many=False).value is None
     chosen = options(handlers, guidance_scale=1.0)
     update = last(handlers.sample_picture("a", None, 0, *chosen))
