@@ -7,8 +7,7 @@ from collections.abc import Callable, Iterator
 from mdt_jax.data import sources
 from mdt_jax.data.crops import CROPS
 from mdt_jax.diffusion.losses import LOSS_WEIGHTS
-from mdt_jax.diffusion.options import CLIPPING, NOT_IN_SAMPLE, SampleOptions
-from mdt_jax.diffusion.samplers import SAMPLERS
+from mdt_jax.diffusion.options import CLIPPING, NOT_IN_SAMPLE, SAMPLERS_OF, SampleOptions
 from mdt_jax.models.autoencoder import VAE_SCALE
 from mdt_jax.models.xla import ATTENTION, REMAT
 from mdt_jax.runtime import files, hub
@@ -52,8 +51,7 @@ def _sample_fields() -> dict[str, Field]:
         if option.name not in NOT_IN_SAMPLE
     }
     clipping = dataclasses.replace(fields["clip_denoised"], default="auto", bound=one_of(CLIPPING))
-    sampler = dataclasses.replace(fields["sampler"], bound=one_of(SAMPLERS))  # runs predict noise
-    return fields | {"clip_denoised": clipping, "sampler": sampler}
+    return fields | {"clip_denoised": clipping}
 
 
 FIELDS: dict[str, dict[str, Field]] = dict(
@@ -85,6 +83,10 @@ FIELDS: dict[str, dict[str, Field]] = dict(
     diffusion=dict(
         steps=Field(1000, "steps of the linear β schedule",
                     at_least(21, ", or the last β would reach 1")),
+        objective=Field("epsilon", "what the network predicts: epsilon, the noise; v; or flow, the "
+                        "velocity from noise to data", one_of(SAMPLERS_OF)),
+        timesteps=Field("uniform", "times of flow; logit_normal: more in the middle",
+                        one_of(("uniform", "logit_normal"))),
         loss_weight=Field("uniform", "weight of the squared error over time", one_of(LOSS_WEIGHTS)),
     ),
     data=dict(

@@ -24,6 +24,8 @@ WITHOUT_EFFECT = {
     ),
     ("model.side_interpolater", False): ("model.side_layers", "model.masked_shortcut"),
     ("optim.schedule", "constant"): ("optim.end_lr",),
+    ("diffusion.objective", "epsilon"): ("diffusion.timesteps",),
+    ("diffusion.objective", "v"): ("diffusion.timesteps",),
 }  # fmt: skip
 
 # The message for a config that breaks a rule, and the rule. Both take the groups of the config and

@@ -11,7 +11,7 @@ import numpy as np
 
 from mdt_jax.diffusion import schedule as sch
 from mdt_jax.diffusion.guidance import WEIGHTS, limit_to_interval, snap_to_one
-from mdt_jax.diffusion.samplers import FLOW_SAMPLERS, SAMPLERS, Sampler, visited
+from mdt_jax.diffusion.samplers import FLOW_SAMPLERS, SAMPLERS, Sampler
 from mdt_jax.runtime.backend import HIGHEST, PRECISIONS
 from mdt_jax.runtime.bounds import ANY, Bound, at_least, between, check, one_of
 from mdt_jax.runtime.errors import NotFiniteError, UserError
@@ -21,7 +21,8 @@ UNGUIDED: dict[str, Any] = {"guidance_scale": 1.0, "guidance": "power_cosine"}
 # Options that a config has in the groups `diffusion` and `train`, not in `sample`.
 NOT_IN_SAMPLE = ("objective", "diffusion_steps", "precision")
 # What a network predicts → the samplers that it takes, first the one where none is chosen.
-SAMPLERS_OF = {"epsilon": SAMPLERS, "flow": FLOW_SAMPLERS}
+SAMPLERS_OF = {"epsilon": SAMPLERS, "v": SAMPLERS, "flow": FLOW_SAMPLERS}
+PREDICTS = {"epsilon": "noise", "v": "v", "flow": "velocity"}
 # The values of a config's sample.clip_denoised.
 CLIPPING = {"auto": None, "true": True, "false": False}
 
@@ -72,7 +73,7 @@ class SampleOptions:
     )
     objective: str = option(
         "epsilon",
-        "what the network predicts: epsilon, the noise, or flow, the velocity, as SiT does",
+        "what the network predicts: epsilon, the noise; v; or flow, the velocity, as SiT does",
         one_of(SAMPLERS_OF),
     )
     diffusion_steps: int = option(1000, "steps of the training schedule")
@@ -87,7 +88,10 @@ class SampleOptions:
         values = {name: config.sample[name] for name in names}
         values["clip_denoised"] = CLIPPING[config.sample.clip_denoised]
         options = cls(
-            **values, diffusion_steps=config.diffusion.steps, precision=config.train.precision
+            **values,
+            objective=config.diffusion.objective,
+            diffusion_steps=config.diffusion.steps,
+            precision=config.train.precision,
         )
         return options.clipping_for(config.vae.path == "identity")
 
@@ -105,7 +109,7 @@ class SampleOptions:
         if self.sampler not in SAMPLERS_OF[self.objective]:
             raise UserError(
                 f"sampler is {self.sampler}; a network that predicts "
-                f"{'velocity' if self._is_flow else 'noise'} takes one of "
+                f"{PREDICTS[self.objective]} takes one of "
                 f"{', '.join(SAMPLERS_OF[self.objective])}"
             )
         if self._is_flow and self.spacing != "even":
@@ -147,7 +151,8 @@ class SampleOptions:
 
     def make_sampler(self) -> Sampler:
         limit = 1.0 if self.clip_denoised else None
-        return dataclasses.replace(SAMPLERS_OF[self.objective][self.sampler](self.eta), limit=limit)
+        sampler = SAMPLERS_OF[self.objective][self.sampler](self.eta)
+        return dataclasses.replace(sampler, limit=limit, objective=self.objective)
 
     def weight(self, t: jax.Array, scale) -> jax.Array:
         """Guidance's weight at t [B], for a scale or one of each sample [B].
@@ -168,7 +173,7 @@ class SampleOptions:
         scales: of the samples; default: `guidance_scale` for all.
         """
         schedule = self.schedule()
-        t = visited(schedule, self.make_sampler().indices(self.num_steps))
+        t = self.make_sampler().times(schedule)
         each = np.unique([self.guidance_scale] if scales is None else scales)
         if self.guidance != "power_cosine_printed" and (each == 1).all():
             return np.zeros(len(t), bool)

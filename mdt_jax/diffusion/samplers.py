@@ -29,14 +29,20 @@ class Sampler:
     """The base of all samplers: one evaluation for each step of the schedule, and no memory.
 
     limit: each x̂_0 is clipped to ±limit, and ε computed from the clipped x̂_0. None: no clipping.
+    objective: what the network predicts.
     """
 
     limit: float | None = dataclasses.field(default=None, kw_only=True)
+    objective: str = dataclasses.field(default="epsilon", kw_only=True)
     remembers = False  # whether a step depends on earlier ones
 
     def indices(self, num_steps: int) -> np.ndarray:
         """The schedule's step of each evaluation, from the noisiest on: [evaluations] int."""
         return np.arange(num_steps)[::-1]
+
+    def times(self, schedule: sch.Schedule) -> jax.Array:
+        """The network's time at each evaluation: [evaluations] int32, or float32."""
+        return visited(schedule, self.indices(schedule.num_steps))
 
     def start(self, x: jax.Array) -> State:
         """The initial state; x: [B, H, W, C] float32, standard normal."""
@@ -51,8 +57,12 @@ class Sampler:
 
     def predict(self, schedule: sch.Schedule, x, i, out) -> tuple[jax.Array, jax.Array]:
         """(x̂_0, ε) of the network's output [B, H, W, 2C] at steps i [B]."""
-        eps = jnp.split(out, 2, axis=-1)[0]
-        x0 = sch.predict_x0(schedule, x, i, eps)
+        predicted = jnp.split(out, 2, axis=-1)[0]
+        if self.objective == "epsilon":
+            x0, eps = sch.predict_x0(schedule, x, i, predicted), predicted
+        else:
+            x0 = sch.predict_x0_from_v(schedule, x, i, predicted)
+            eps = sch.predict_eps_from_v(schedule, x, i, predicted)
         if self.limit is None:
             return x0, eps
         # Not-finite values are kept: they are reported when sampling ends.
@@ -185,15 +195,58 @@ class FlowEuler(Sampler):
 
     def step(self, schedule: sch.Schedule, state: State, out, k, noise) -> State:
         del noise
-        i = _index(schedule, state, k)
-        t, step = schedule.timesteps, 1 / schedule.num_steps
+        x0, v = self.velocity(schedule, state.x, k, out)
+        return State(state.x + jnp.float32(1 / schedule.num_steps) * v, x0)
+
+    def times(self, schedule: sch.Schedule) -> jax.Array:
+        return jnp.asarray(self._grid(schedule), jnp.float32)
+
+    def _grid(self, schedule: sch.Schedule) -> np.ndarray:
+        """The times of the evaluations, float64."""
+        return schedule.timesteps[self.indices(schedule.num_steps)]
+
+    def velocity(self, schedule: sch.Schedule, x, k, out) -> tuple[jax.Array, jax.Array]:
+        """(x̂_0, v) of the network's output [B, H, W, 2C] at evaluation k."""
+        left = jnp.asarray(1 - self._grid(schedule), jnp.float32)[k]
         v = jnp.split(out, 2, axis=-1)[0]
-        x0 = state.x + sch.extract(1 - t, i) * v
-        if self.limit is not None:
-            clipped = jnp.where(jnp.isfinite(x0), jnp.clip(x0, -self.limit, self.limit), x0)
-            v = jnp.where(clipped == x0, v, (clipped - state.x) / sch.extract(1 - t, i))
-            x0 = clipped
-        return State(state.x + jnp.float32(step) * v, x0)
+        x0 = x + left * v
+        if self.limit is None:
+            return x0, v
+        clipped = jnp.where(jnp.isfinite(x0), jnp.clip(x0, -self.limit, self.limit), x0)
+        # At t = 1 x̂_0 is x itself, whatever v is.
+        return clipped, jnp.where((clipped == x0) | (left == 0), v, (clipped - x) / left)
+
+
+@dataclasses.dataclass(frozen=True)
+class FlowHeun(FlowEuler):
+    """Heun's method for dx/dt = v: order 2, two evaluations a step, the last one at t = 1.
+
+    x' = x + (t' − t)·(v + v')/2, where v' is evaluated at t' after an Euler step.
+    """
+
+    remembers = True
+
+    def indices(self, num_steps: int) -> np.ndarray:
+        return np.arange(num_steps)[::-1].repeat(2)
+
+    def _grid(self, schedule: sch.Schedule) -> np.ndarray:
+        return (np.arange(2 * schedule.num_steps) + 1) // 2 / schedule.num_steps
+
+    def start(self, x: jax.Array) -> State:
+        zeros = jnp.zeros_like(x)
+        return State(x, zeros, (zeros, zeros))
+
+    def step(self, schedule: sch.Schedule, state: State, out, k, noise) -> State:
+        del noise
+        corrects = k % 2 == 1
+        x0, v = self.velocity(schedule, state.x, k, out)
+        begin, v_begin = (
+            jnp.where(corrects, old, new)
+            for old, new in zip(state.memory, (state.x, v), strict=True)
+        )
+        slope = jnp.where(corrects, (v_begin + v) / 2, v)
+        x = begin + jnp.float32(1 / schedule.num_steps) * slope
+        return State(x, x0, (begin, v_begin))
 
 
 def _index(schedule: sch.Schedule, state: State, k) -> jax.Array:
@@ -210,7 +263,7 @@ SAMPLERS = {
     "heun": lambda eta: Heun(),
 }
 # The same for networks that predict velocity.
-FLOW_SAMPLERS = {"euler": lambda eta: FlowEuler()}
+FLOW_SAMPLERS = {"euler": lambda eta: FlowEuler(), "heun": lambda eta: FlowHeun()}
 
 
 def sample(
@@ -228,8 +281,7 @@ def sample(
     noise: number of the evaluation, a scalar from 0 → [B, H, W, C], standard normal.
     start may be traced. After all evaluations `x` is the sample.
     """
-    indices = sampler.indices(schedule.num_steps)
-    timesteps = visited(schedule, indices)
+    timesteps = sampler.times(schedule)
 
     def body(j, state):
         k = start + j
@@ -237,7 +289,7 @@ def sample(
         return sampler.step(schedule, state, network(state.x, t), k, noise(k))
 
     # The trip count is static, so that the host is not asked after each evaluation.
-    return jax.lax.fori_loop(0, len(indices) if count is None else count, body, state)
+    return jax.lax.fori_loop(0, len(timesteps) if count is None else count, body, state)
 
 
 def visited(schedule: sch.Schedule, indices: np.ndarray) -> jax.Array:

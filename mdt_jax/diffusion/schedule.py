@@ -163,6 +163,24 @@ def predict_x0(schedule: Schedule, x: jax.Array, t: jax.Array, eps: jax.Array) -
     return extract(np.sqrt(inverse), t) * x - extract(np.sqrt(inverse - 1), t) * eps
 
 
+def v_target(schedule: Schedule, x0: jax.Array, t: jax.Array, noise: jax.Array) -> jax.Array:
+    """v = √ᾱ_t · ε − √(1 − ᾱ_t) · x_0; Salimans & Ho 2022, arXiv 2202.00512, appendix D."""
+    signal = extract(np.sqrt(schedule.alphas_cumprod), t)
+    return signal * noise - extract(np.sqrt(1 - schedule.alphas_cumprod), t) * x0
+
+
+def predict_x0_from_v(schedule: Schedule, x: jax.Array, t: jax.Array, v: jax.Array) -> jax.Array:
+    """x̂_0 = √ᾱ_t · x_t − √(1 − ᾱ_t) · v, not clipped."""
+    signal = extract(np.sqrt(schedule.alphas_cumprod), t)
+    return signal * x - extract(np.sqrt(1 - schedule.alphas_cumprod), t) * v
+
+
+def predict_eps_from_v(schedule: Schedule, x: jax.Array, t: jax.Array, v: jax.Array) -> jax.Array:
+    """ε = √(1 − ᾱ_t) · x_t + √ᾱ_t · v."""
+    noise = extract(np.sqrt(1 - schedule.alphas_cumprod), t)
+    return noise * x + extract(np.sqrt(schedule.alphas_cumprod), t) * v
+
+
 def predict_eps(schedule: Schedule, x: jax.Array, t: jax.Array, x0: jax.Array) -> jax.Array:
     """ε = (x_t − √ᾱ_t · x_0)/√(1 − ᾱ_t), the noise of x_t given x_0."""
     abar = schedule.alphas_cumprod

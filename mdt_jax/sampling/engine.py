@@ -132,8 +132,7 @@ class Program:
 
     def times(self, segment: Segment, start: jax.Array) -> jax.Array | None:
         """The timesteps [count] of a segment's evaluations; None: not known in advance."""
-        indices = self.options.make_sampler().indices(self.options.num_steps)
-        times = samplers.visited(self.options.schedule(), indices)
+        times = self.options.make_sampler().times(self.options.schedule())
         return jax.lax.dynamic_slice(times, (start,), (segment.count,))
 
     def network(self, params, batch: Batch, segment: Segment, start: jax.Array) -> Network:

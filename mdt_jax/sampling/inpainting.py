@@ -43,8 +43,8 @@ class InpaintOptions:
         """Raise UserError, naming the option, for options that cannot be used together."""
         if self.mode not in MODES:
             raise UserError(f"unknown mode {self.mode!r}; choose one of {', '.join(MODES)}")
-        if options.objective != "epsilon":
-            raise UserError("inpainting takes a network that predicts noise, not velocity")
+        if options.objective == "flow":
+            raise UserError("inpainting takes a network that predicts noise or v, not velocity")
         if options.make_sampler().remembers:
             raise UserError(
                 f"inpainting takes the sampler ddpm or ddim, not {options.sampler}, whose steps "

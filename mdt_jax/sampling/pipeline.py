@@ -66,7 +66,8 @@ class Pipeline(tuple[MDT, dict]):
             own = SampleOptions.from_config(weights.config)
             if options.get("objective", own.objective) != own.objective:
                 raise UserError(
-                    f"objective is {options['objective']}, but {path} was trained to predict noise"
+                    f"objective is {options['objective']}, but {path} was trained with "
+                    f"{own.objective}"
                 )
         if options.get("objective", own.objective) != own.objective:
             samplers = SAMPLERS_OF.get(options["objective"], [own.sampler])

@@ -15,8 +15,8 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from mdt_jax.diffusion.losses import LOSS_WEIGHTS, diffusion_losses
-from mdt_jax.diffusion.schedule import extract, linear_schedule
+from mdt_jax.diffusion.losses import diffusion_losses, flow_losses, weights_of_samples
+from mdt_jax.diffusion.schedule import linear_schedule
 from mdt_jax.models import masking, xla
 from mdt_jax.models.mdt import MDT
 from mdt_jax.runtime import keys, parallel, progress
@@ -25,6 +25,12 @@ from mdt_jax.train.state import TrainState
 from mdt_jax.weights.vae import from_uint8
 
 LABEL_DROPOUT = 0.1
+# diffusion.timesteps → times from 0 to 1. logit_normal: Esser et al. 2024, arXiv 2403.03206, with
+# mean 0 and deviation 1.
+FLOW_TIMES = {
+    "uniform": jax.random.uniform,
+    "logit_normal": lambda key, shape: jax.nn.sigmoid(jax.random.normal(key, shape)),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +43,12 @@ class Objective:
     loss_on: str = "all"
     loss_weight: str = "uniform"
     steps: int = 1000
+    objective: str = "epsilon"
+    timesteps: str = "uniform"
+
+    @property
+    def is_flow(self) -> bool:
+        return self.objective == "flow"
 
     @classmethod
     def from_config(cls, config: ConfigDict) -> "Objective":
@@ -47,7 +59,7 @@ class Objective:
 class Draws(NamedTuple):
     """All the randomness of one step. Both passes share t; the rest is drawn for each."""
 
-    t: jax.Array  # [B] int32, 0…T−1
+    t: jax.Array  # [B] int32, 0…T−1; of flow float32, from 0 (noise) to 1
     noise_full: jax.Array  # [B, H, W, C] float32, standard normal
     noise_masked: jax.Array
     drop_full: jax.Array  # [B] bool: replace the label by the null label
@@ -58,13 +70,23 @@ class Draws(NamedTuple):
 
 
 def draw_step(
-    key: jax.Array, step: jax.Array, model: MDT, batch: int, diffusion_steps: int
+    key: jax.Array,
+    step: jax.Array,
+    model: MDT,
+    batch: int,
+    diffusion_steps: int,
+    flow_times: str | None = None,
 ) -> Draws:
-    """The draws of `step`: a pure function of (key, step), the same on any number of devices."""
+    """The draws of `step`: a pure function of (key, step), the same on any number of devices.
+
+    flow_times: how the times of flow are distributed; None: draw steps of diffusion.
+    """
     subkeys = jax.random.split(jax.random.fold_in(key, step), 8)
     shape = (batch, *model.input_size, model.in_channels)
     return Draws(
-        t=jax.random.randint(subkeys[0], (batch,), 0, diffusion_steps),
+        t=jax.random.randint(subkeys[0], (batch,), 0, diffusion_steps)
+        if flow_times is None
+        else FLOW_TIMES[flow_times](subkeys[0], (batch,)),
         noise_full=jax.random.normal(subkeys[1], shape),
         noise_masked=jax.random.normal(subkeys[2], shape),
         drop_full=jax.random.bernoulli(subkeys[3], LABEL_DROPOUT, (batch,)),
@@ -150,24 +172,27 @@ def sample_losses(
     """The loss, and its terms for each sample. A pure function.
 
     batch: {"latents": [B, H, W, C] float32, "labels": [B] int32}.
-    The loss is the sum over the passes of mean(weight·mse + vb). The terms, [B] float32, are for
-    each pass `loss`, `mse` (not weighted), `vb` and, where the weight is not 1, `weighted_mse`.
+    The loss is the sum over the passes of mean(weight·mse + vb); flow has no vb. The terms, [B]
+    float32, are for each pass `loss`, `mse` (not weighted), `vb` and, where the weight is not 1,
+    `weighted_mse`.
     """
     params = model.prepare(params)
     schedule = linear_schedule(objective.steps)
-    weights = extract(LOSS_WEIGHTS[objective.loss_weight](schedule), draws.t).reshape(-1)
+    weights = weights_of_samples(objective.loss_weight, objective.objective, schedule, draws.t)
     passes = make_passes(model, objective, draws)
     terms = {}
     for name, each in passes.items():
         labels = jnp.where(each.drop, model.num_classes, batch["labels"])
         network = functools.partial(_predict, model, params, labels, each)
-        losses = diffusion_losses(
-            network, schedule, batch["latents"], draws.t, each.noise, each.loss_mask
-        )
+        data = batch["latents"], draws.t, each.noise, each.loss_mask
+        if objective.is_flow:
+            losses = flow_losses(network, *data)
+        else:
+            losses = diffusion_losses(network, schedule, *data, objective.objective)
         weighted = weights * losses["mse"]
         if objective.loss_weight != "uniform":
             losses["weighted_mse"] = weighted
-        losses["loss"] = weighted + losses["vb"]
+        losses["loss"] = weighted + losses["vb"] if "vb" in losses else weighted
         terms |= {f"{term}/{name}": value for term, value in losses.items()}
     loss = sum(terms[f"loss/{name}"].mean() for name in passes)
     return cast(jax.Array, loss), terms
@@ -189,16 +214,22 @@ def summary(
     loss = sum(value for name, value in metrics.items() if name.startswith("loss/"))
     for name, values in terms.items():
         if not name.startswith("loss/"):
-            metrics |= _by_quartile(values, draws.t, objective.steps, name)
+            metrics |= _by_quartile(values, _quartile(objective, draws.t), name)
     kept = _drawn_count(model, objective, draws)
     if kept is not None:
         metrics["kept"] = kept
     return {"loss": cast(jax.Array, loss), **metrics}
 
 
-def _by_quartile(values: jax.Array, t: jax.Array, steps: int, name: str) -> dict[str, jax.Array]:
+def _quartile(objective: Objective, t: jax.Array) -> jax.Array:
+    """The quarter of the times, [B] int32: 0, the least noise, to 3."""
+    if objective.is_flow:
+        return jnp.clip(4 * (1 - t), 0, 3).astype(jnp.int32)
+    return t * 4 // objective.steps
+
+
+def _by_quartile(values: jax.Array, quartile: jax.Array, name: str) -> dict[str, jax.Array]:
     """The mean of the samples in each quarter of the timesteps; NaN where there is none."""
-    quartile = t * 4 // steps
     return {
         f"{name}/q{q + 1}": jnp.where(quartile == q, values, 0).sum() / (quartile == q).sum()
         for q in range(4)
@@ -313,7 +344,8 @@ def trace_step(
     )
 
     def step_with_draws(state, batch, key, learning_rate):
-        draws = draw_step(key, state.step, model, size, objective.steps)
+        flow_times = objective.timesteps if objective.is_flow else None
+        draws = draw_step(key, state.step, model, size, objective.steps, flow_times)
         latents = batch_latents(batch, draws.posterior, config.vae.scale)
         batch = {"latents": latents, "labels": batch["labels"]}
         return train_step(state, batch, draws._replace(posterior=None), learning_rate)

@@ -4,6 +4,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from mdt_jax.diffusion.options import PREDICTS
 from mdt_jax.models.mdt import MDT, init_params
 from mdt_jax.models.resize import resize_grid, with_fixed_positions
 from mdt_jax.runtime import files, hub
@@ -57,8 +58,10 @@ def read_weights(config: ConfigDict, workdir: Path, model: MDT, key: jax.Array) 
             trees[name] = {k: v for k, v in tree.items() if k != "label_embed"} | labels
         counts = f"{source.num_classes} classes there, {model.num_classes} here"
         changes.append(f"a new label table: {counts}")
-    if ema.sampling.get("objective") == "flow":
-        changes.append("they predict velocity at times from 0 to 1, but the run trains for noise")
+    theirs, wanted = ema.objective, PREDICTS[config.diffusion.objective]
+    if theirs != config.diffusion.objective:
+        times = " at times from 0 to 1" if theirs == "flow" else ""
+        changes.append(f"they predict {PREDICTS[theirs]}{times}, but the run trains for {wanted}")
     for line in [f"parameters and EMA are those of {path}", *changes]:
         log0(f"init.checkpoint: {line}")
     # A step donates its state, so that parameters and EMA must not share memory.

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mdt_jax.data.classes import hub_names, imagenet_among
-from mdt_jax.diffusion.options import SampleOptions
+from mdt_jax.diffusion.options import PREDICTS, SampleOptions
 from mdt_jax.models.mdt import MDT
 from mdt_jax.models.resize import with_fixed_positions
 from mdt_jax.runtime import files
@@ -34,7 +34,9 @@ def save(path: files.Path, weights: Weights, vae: Vae | None) -> list[str]:
     if weights.config is not None:
         options = SampleOptions.from_config(weights.config)
     if options.objective != "epsilon":
-        raise UserError("diffusers' DiTPipeline has no place for a SiT, which predicts velocity")
+        kind = "a SiT, which" if options.objective == "flow" else "a network that"
+        predicts = PREDICTS[options.objective]
+        raise UserError(f"diffusers' DiTPipeline has no place for {kind} predicts {predicts}")
     model, params = with_fixed_positions(weights.model, weights.params)
     state = diffusers_dit.to_published(model, params)
     scheduler = diffusers_dit.scheduler_of(options)

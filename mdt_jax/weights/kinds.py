@@ -47,6 +47,13 @@ class Weights(NamedTuple, Generic[SomeNetwork]):
     stored: str | None = None
     vae: str | None = None
 
+    @property
+    def objective(self) -> str:
+        """What a denoiser predicts, as of SampleOptions."""
+        if self.config is not None:
+            return self.config.diffusion.objective
+        return self.sampling.get("objective", "epsilon")
+
 
 class Kind(NamedTuple):
     """A kind of network. names: the module with its published names and layouts."""

@@ -144,6 +144,8 @@ def unrecorded(weights: Weights) -> list[str]:
     if isinstance(model, MDT):
         if not model.decoder_layers:
             return _unrecorded_of_dit(weights)
+        if weights.objective != "epsilon":
+            lines.append(f"it must be sampled with objective={weights.objective}")
         if model.version == "v1" and model.decoder_layers != mdt_names.DECODER_LAYERS:
             lines.append(f"it must be read with decoder_layers={model.decoder_layers}")
         for field in ("masked_shortcut", "asymmetric"):
@@ -164,6 +166,8 @@ def _unrecorded_of_dit(weights: Weights[MDT]) -> list[str]:
         lines.append(f"it must be read with num_heads={model.num_heads}")
     if model.timestep_shift or model.mlp_norm_eps != EPS:
         lines.append("it was a DiT of diffusers, which the published code computes otherwise")
-    if weights.sampling.get("objective") == "flow":
+    if weights.objective == "flow":
         lines.append("it must be sampled with objective=flow, unless SiT is in the file's name")
+    if weights.objective == "v":
+        lines.append("it must be sampled with objective=v")
     return lines
