@@ -221,7 +221,8 @@ class FlowEuler(Sampler):
 class FlowHeun(FlowEuler):
     """Heun's method for dx/dt = v: order 2, two evaluations a step, the last one at t = 1.
 
-    x' = x + (t' − t)·(v + v')/2, where v' is evaluated at t' after an Euler step.
+    x' = x + (t' − t)·(v + v')/2, where v' is evaluated at t' after an Euler step. With a limit the
+    last step is Euler's: at t = 1 there is no x̂_0 to clip.
     """
 
     remembers = True
@@ -245,6 +246,8 @@ class FlowHeun(FlowEuler):
             for old, new in zip(state.memory, (state.x, v), strict=True)
         )
         slope = jnp.where(corrects, (v_begin + v) / 2, v)
+        if self.limit is not None:
+            slope = jnp.where(k == 2 * schedule.num_steps - 1, v_begin, slope)
         x = begin + jnp.float32(1 / schedule.num_steps) * slope
         return State(x, x0, (begin, v_begin))
 

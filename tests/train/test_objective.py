@@ -140,7 +140,41 @@ def test_an_objective_is_read_from_its_config_fields():
     config = configs.default()
     changed = dict(ratio=0.2, ratio_max=0.4, passes="masked", loss_on="masked")
     config.mask.update(changed)
-    config.diffusion.update(steps=500, loss_weight="min_snr_5")
+    fields = dict(steps=500, loss_weight="min_snr_5", objective="flow", timesteps="logit_normal")
+    config.diffusion.update(fields)
     objective = Objective.from_config(config)
-    expected = {**changed, "steps": 500, "loss_weight": "min_snr_5"}
-    assert dataclasses.asdict(objective) == expected
+    assert dataclasses.asdict(objective) == changed | fields
+
+
+@pytest.mark.parametrize("objective", ["v", "flow"])
+def test_a_network_may_predict_something_else(objective, params):
+    """Both passes have a term; flow has no variance to learn."""
+    flow = objective == "flow"
+    draws = draw_step(jax.random.key(0), jnp.int32(0), MODEL, 8, 1000, "uniform" if flow else None)
+    (loss, metrics), gradient = program(Objective(objective=objective))(params, draws)
+    assert np.isfinite(loss) and norm(gradient["side_interpolater"]) > 0
+    names = {"mse"} if flow else {"mse", "vb"}
+    assert {key.split("/")[0] for key in metrics} == {"loss", *names}
+    for name in ("full", "masked"):
+        parts = sum(metrics[f"{term}/{name}"] for term in names)
+        np.testing.assert_allclose(metrics[f"loss/{name}"], parts, rtol=1e-6)
+        quarters = [metrics[f"mse/{name}/q{q}"] for q in range(1, 5)]
+        assert np.isfinite(quarters).any()
+
+
+def test_times_of_flow():
+    """Uniform, or more in the middle; the other draws are those of diffusion."""
+    found = {
+        name: draw_step(jax.random.key(0), jnp.int32(3), MODEL, 4000, 1000, name)
+        for name in ("uniform", "logit_normal")
+    }
+    plain = draw_step(jax.random.key(0), jnp.int32(3), MODEL, 4000, 1000)
+    for name, middle in (("uniform", 0.5), ("logit_normal", 0.7287)):  # P(|N(0, 1)| < ln 3)
+        draws = found[name]
+        assert draws.t.dtype == jnp.float32 and draws.t.min() >= 0 and draws.t.max() <= 1
+        share = ((draws.t > 0.25) & (draws.t < 0.75)).mean()
+        assert abs(share - middle) < 0.03
+        for field in draws._fields:
+            if field != "t":
+                assert (getattr(draws, field) == getattr(plain, field)).all()
+    assert (plain.t == draw_step(jax.random.key(0), jnp.int32(3), MODEL, 4000, 1000).t).all()
