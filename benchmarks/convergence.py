@@ -3,6 +3,7 @@
 python benchmarks/convergence.py --data=mnist       DiT, MDT and MDTv2 of equal size, 3 seeds
 python benchmarks/convergence.py --data=mnist --suite=parts      which part of MDT does it
 python benchmarks/convergence.py --data=mnist --suite=tuning     the same networks, four rates each
+python benchmarks/convergence.py --suite=objectives the same networks predict noise, v or velocity
 python benchmarks/convergence.py --suite=ablations  MDT against each switch of section 5.3
 python benchmarks/convergence.py --suite=finetune   digits 5–9 from scratch, and from 0–4's weights
 
@@ -110,6 +111,16 @@ V2_TRAINING = {
 }
 MDTV2 = {"model.version": "v2", "mask.ratio_max": 0.5} | V2_TRAINING
 MODELS: dict[str, dict] = {"DiT": DIT, "MDT": {}, "MDTv2": MDTV2}
+# What they may predict. Flow is sampled with as many evaluations as the others.
+OBJECTIVES: dict[str, dict] = {
+    "epsilon": {},
+    "v": {"diffusion.objective": "v"},
+    "flow": {
+        "diffusion.objective": "flow",
+        "sample.sampler": "heun",
+        "sample.num_steps": 25,
+    },
+}
 PLAIN = {
     "model.relative_bias": False,
     "model.learned_position": False,
@@ -133,6 +144,11 @@ SUITES: dict[str, dict[str, dict]] = {
         "MDTv2 by AdamW": MDTV2 | {"optim.name": "adamw"},
         "MDTv2, full pass only": MDTV2 | {"mask.passes": "full", "mask.ratio_max": 0.0},
         "MDTv2": MDTV2,
+    },
+    "objectives": {
+        f"{network}, {name}": changes | objective
+        for network, changes in MODELS.items()
+        for name, objective in OBJECTIVES.items()
     },
     "ablations": {
         "MDT": {},

@@ -60,15 +60,14 @@ class Measures:
         options, size = SampleOptions.from_config(config), config.sample.batch_size
         drawn = generate(model, params, labels, batch_size=size, options=options)
         losses = {
-            name: held_loss(model, params, images)
+            name: held_loss(model, params, images, config.diffusion.objective)
             for name, images in (("held_out_loss", self.held_out), ("training_loss", self.train))
         }
         return self._of(to_uint8(drawn), labels) | losses
 
 
 @functools.cache
-def _loss(model: MDT, steps: int):
-    objective = Objective(passes="full", steps=steps)
+def _loss(model: MDT, objective: Objective):
 
     def loss(params, batch, draws):
         batch = {**batch, "latents": batch_latents(batch, None, 1.0)}
@@ -78,13 +77,20 @@ def _loss(model: MDT, steps: int):
 
 
 def held_loss(
-    model: MDT, params: dict, images: Images, steps: int = 1000, size: int = 100
+    model: MDT,
+    params: dict,
+    images: Images,
+    predicts: str = "epsilon",
+    steps: int = 1000,
+    size: int = 100,
 ) -> float:
     """The squared error of a full pass over at most 1,000 images, each at LOSS_DRAWS timesteps.
 
-    The timesteps are spread evenly over each batch and over the draws of an image. They and the
-    noise are the same for every network.
+    predicts: a config's diffusion.objective. Only the losses of one objective can be compared. The
+    timesteps are spread evenly over each batch and over the draws of an image. They and the noise
+    are the same for every network.
     """
+    objective = Objective(passes="full", steps=steps, objective=predicts)
     count = min(len(images), 1000) // size * size or len(images)
     chosen = np.random.RandomState(0).permutation(len(images))[:count]
     size, values = min(size, count), []
@@ -93,8 +99,10 @@ def held_loss(
         draws = draw_step(jax.random.key(0), number, model, size, steps)
         place = np.arange(size) + np.random.RandomState(number).rand(size)
         round_ = number * size // count
-        t = (place + round_ * size / LOSS_DRAWS) % size * steps // size
-        draws = draws._replace(t=t.astype(np.int32), drop_full=np.zeros(size, bool))
+        t = (place + round_ * size / LOSS_DRAWS) % size
+        t = t / size if objective.is_flow else t * steps // size
+        t = t.astype(np.float32 if objective.is_flow else np.int32)
+        draws = draws._replace(t=t, drop_full=np.zeros(size, bool))
         batch = {"images": images.images[rows], "labels": images.labels[rows].astype(np.int32)}
-        values.append(float(_loss(model, steps)(params, batch, draws)))
+        values.append(float(_loss(model, objective)(params, batch, draws)))
     return float(np.mean(values))
