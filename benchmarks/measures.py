@@ -40,9 +40,10 @@ class Measures:
     def real(self) -> dict[str, float]:
         """The measures of training images, as if they were samples: what a perfect model has."""
         chosen = np.random.RandomState(0).permutation(len(self.train))[: self.samples]
-        return self._of(self.train.images[chosen], self.train.labels[chosen])
+        return self.of_images(self.train.images[chosen], self.train.labels[chosen])
 
-    def _of(self, images: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    def of_images(self, images: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+        """The measures of images [N, H, W, C] uint8 of classes [N]."""
         features, classes = self.classifier(images)
         measured = {
             "distance": metrics.frechet(metrics.gaussian(features), self._real),
@@ -63,7 +64,7 @@ class Measures:
             name: held_loss(model, params, images, config.diffusion.objective)
             for name, images in (("held_out_loss", self.held_out), ("training_loss", self.train))
         }
-        return self._of(to_uint8(drawn), labels) | losses
+        return self.of_images(to_uint8(drawn), labels) | losses
 
 
 @functools.cache

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from mdt_jax import config as configs
 from mdt_jax.config.fields import FIELDS
-from mdt_jax.diffusion.options import SampleOptions
+from mdt_jax.diffusion.options import GUIDES, SampleOptions
 from mdt_jax.models.autoencoder import VAE_SCALE
 from mdt_jax.runtime import (
     backend,
@@ -182,6 +182,13 @@ def scales(text: str) -> list[float]:
         raise argparse.ArgumentTypeError(message) from None
 
 
+def guide(text: str) -> str:
+    """null, masked, or the checkpoint of a network."""
+    if text == "network":
+        raise argparse.ArgumentTypeError("say the checkpoint of the network: --guide=CHECKPOINT")
+    return text if text in GUIDES else anywhere_or_hub(text)
+
+
 def yes_or_no(text: str) -> bool:
     """true or false."""
     values = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}
@@ -198,6 +205,7 @@ SWITCH: dict[str, Any] = {
 OPTION_FLAGS: dict[str, dict[str, Any]] = {
     "guidance_scale": {"type": scales, "metavar": "SCALE[,SCALE…]"},
     "guidance_channels": {"type": channels, "metavar": "N|all"},
+    "guide": {"type": guide, "metavar": "null|masked|CHECKPOINT"},
     "clip_denoised": SWITCH,
 }
 

@@ -91,7 +91,7 @@ def draw_rows(pipeline: Pipeline, request: Request, note: dict) -> np.ndarray:
         raise UserError("--show takes one --guidance_scale")
     rows = ROWS[note["show"]](
         *pipeline, request.labels, frames=note["frames"], progress=True, options=pipeline.options,
-        seed=request.seed, batch_size=request.batch_size,
+        guide_network=request.guide, seed=request.seed, batch_size=request.batch_size,
     )  # fmt: skip
     images = pipeline.to_images(rows.reshape(-1, *rows.shape[2:]), request.batch_size)
     return images.reshape(*rows.shape[:2], *pipeline.image_shape)

@@ -16,6 +16,7 @@ from tests.conftest import ROOT, SMOKE, exits_with_one_line, run_here
 from tests.runs import DIGITS, SAMPLE
 
 VAE = ["--config.vae.path=vae", "--config.data.channels=3"]
+FLOW = ["--config.diffusion.objective=flow", "--config.sample.sampler=heun"]
 BAD_CONFIGS = {
     "no config": ([], "required: --config"),
     "missing file": (["--config=configs/nothing.py"], "'configs/nothing.py' does not exist"),
@@ -190,7 +191,36 @@ BAD_CONFIGS = {
     "no path": (["--config="], "config file '' does not exist"),
     "two words": (["--config", "configs/nothing.py"], "nothing.py' does not exist"),
     "classes": ([*SMOKE, "--config.model.num_classes=5"], "has 10 classes"),
-    "sampler": ([*SMOKE, "--config.sample.sampler=euler"], "sample.sampler is 'euler'"),
+    "sampler": (
+        [*SMOKE, "--config.sample.sampler=euler"],
+        "sampler is euler; a network that predicts noise takes one of ddpm, ddim,",
+    ),
+    "sampler of v": (
+        [*SMOKE, "--config.diffusion.objective=v", "--config.sample.sampler=euler"],
+        "sampler is euler; a network that predicts v takes one of ddpm, ddim,",
+    ),
+    "sampler of flow": (
+        [*SMOKE, "--config.diffusion.objective=flow"],
+        "sampler is ddpm; a network that predicts velocity takes one of euler, heun",
+    ),
+    "spacing of flow": (
+        [*SMOKE, *FLOW, "--config.sample.spacing=stride"], "the steps of flow are even"
+    ),
+    "times of noise": (
+        [*SMOKE, "--config.diffusion.timesteps=logit_normal"],
+        "diffusion.timesteps=logit_normal has no effect with diffusion.objective=epsilon",
+    ),
+    "times of v": (
+        [*SMOKE, "--config.diffusion.objective=v", "--config.diffusion.timesteps=logit_normal"],
+        "diffusion.timesteps=logit_normal has no effect with diffusion.objective=v",
+    ),
+    "objective": (
+        [*SMOKE, "--config.diffusion.objective=x0"], "must be one of epsilon, v, flow"
+    ),
+    "times": (
+        [*SMOKE, *FLOW, "--config.diffusion.timesteps=cosine"],
+        "must be one of uniform, logit_normal",
+    ),
     "sampler steps": ([*SMOKE, "--config.sample.num_steps=1001"], "between 1 and the 1000 steps"),
     "guidance": (
         [*SMOKE, "--config.model.num_classes=0", "--config.sample.guidance_scale=2"],

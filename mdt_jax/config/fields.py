@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from mdt_jax.data import sources
 from mdt_jax.data.crops import CROPS
 from mdt_jax.diffusion.losses import LOSS_WEIGHTS
-from mdt_jax.diffusion.options import CLIPPING, NOT_IN_SAMPLE, SAMPLERS_OF, SampleOptions
+from mdt_jax.diffusion.options import CLIPPING, GUIDES, NOT_IN_SAMPLE, SAMPLERS_OF, SampleOptions
 from mdt_jax.models.autoencoder import VAE_SCALE
 from mdt_jax.models.xla import ATTENTION, REMAT
 from mdt_jax.runtime import files, hub
@@ -51,7 +51,8 @@ def _sample_fields() -> dict[str, Field]:
         if option.name not in NOT_IN_SAMPLE
     }
     clipping = dataclasses.replace(fields["clip_denoised"], default="auto", bound=one_of(CLIPPING))
-    return fields | {"clip_denoised": clipping}
+    guide = dataclasses.replace(fields["guide"], bound=one_of(GUIDES[:2]))  # a run has one network
+    return fields | {"clip_denoised": clipping, "guide": guide}
 
 
 FIELDS: dict[str, dict[str, Field]] = dict(

@@ -1,7 +1,7 @@
-"""Classifier-free guidance (Ho & Salimans 2022, arXiv 2207.12598) and its weights.
+"""Guidance by a weaker prediction (Ho & Salimans 2022, arXiv 2207.12598) and its weights.
 
 A weight is a function of timesteps t [B] in 0…T−1 and the scale w, a number or [B], that returns
-[B] float32. Weight 1 is the conditional prediction.
+[B] float32. Weight 1 is the prediction without guidance.
 """
 
 from collections.abc import Callable
@@ -65,28 +65,19 @@ def snap_to_one(weight: jax.Array, tolerance: float) -> jax.Array:
 
 
 def guide(
-    network: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
-    labels: jax.Array,
-    null_label: int,
-    weight: Callable[[jax.Array], jax.Array],
-    channels: int | None = 3,
-) -> Network:
-    """The guided network (x [B, H, W, C], t [B]) → [B, H, W, 2C].
+    strong: jax.Array, weak: jax.Array, weight: jax.Array, channels: int | None = 3
+) -> jax.Array:
+    """The guided output, ε = ε_weak + w·(ε_strong − ε_weak): [B, H, W, 2C].
 
-    ε = ε_null + w(t)·(ε_cond − ε_null) (Ho & Salimans, equation 6, with w for their w + 1) on the
-    first `channels` channels of ε; None: on all. The other channels and the variance are those of
-    the conditional prediction. The published code guides 3 channels.
-    network: (x, t, y) → [2B, H, W, 2C], called with both halves as one batch; labels: [B] int;
-    weight: t [B] → [B].
+    strong, weak: outputs [B, H, W, 2C] of the network and of a weaker one; what they predict may be
+    ε, v or velocity. weight: w [B]. In classifier-free guidance the weaker one does not know the
+    class (Ho & Salimans, equation 6, with w for their w + 1); in autoguidance it is smaller or
+    trained for less long (Karras et al. 2024, arXiv 2406.02507).
+    The first `channels` channels are guided; None: all. The other channels and the variance are
+    those of `strong`. The published code guides 3 channels.
     """
-    batch = labels.shape[0]
-    both_labels = jnp.concatenate([labels, jnp.full_like(labels, null_label)])
-
-    def guided(x: jax.Array, t: jax.Array) -> jax.Array:
-        count = x.shape[-1] if channels is None else min(channels, x.shape[-1])
-        out = network(jnp.concatenate([x, x]), jnp.concatenate([t, t]), both_labels)
-        cond, null = out[:batch], out[batch:, ..., :count]
-        eps = null + weight(t)[:, None, None, None] * (cond[..., :count] - null)
-        return jnp.concatenate([eps, cond[..., count:]], axis=-1)
-
-    return guided
+    half = strong.shape[-1] // 2
+    count = half if channels is None else min(channels, half)
+    weak = weak[..., :count]
+    guided = weak + weight[:, None, None, None] * (strong[..., :count] - weak)
+    return jnp.concatenate([guided, strong[..., count:]], axis=-1)

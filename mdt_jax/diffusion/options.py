@@ -13,7 +13,7 @@ from mdt_jax.diffusion import schedule as sch
 from mdt_jax.diffusion.guidance import WEIGHTS, limit_to_interval, snap_to_one
 from mdt_jax.diffusion.samplers import FLOW_SAMPLERS, SAMPLERS, Sampler
 from mdt_jax.runtime.backend import HIGHEST, PRECISIONS
-from mdt_jax.runtime.bounds import ANY, Bound, at_least, between, check, one_of
+from mdt_jax.runtime.bounds import ANY, Bound, at_least, between, check, half_open, one_of
 from mdt_jax.runtime.errors import NotFiniteError, UserError
 
 # What a model without classes takes.
@@ -23,6 +23,8 @@ NOT_IN_SAMPLE = ("objective", "diffusion_steps", "precision")
 # What a network predicts → the samplers that it takes, first the one where none is chosen.
 SAMPLERS_OF = {"epsilon": SAMPLERS, "v": SAMPLERS, "flow": FLOW_SAMPLERS}
 PREDICTS = {"epsilon": "noise", "v": "v", "flow": "velocity"}
+# The weaker prediction of guidance: without the class, the masked pass, or another network's.
+GUIDES = ("null", "masked", "network")
 # The values of a config's sample.clip_denoised.
 CLIPPING = {"auto": None, "true": True, "false": False}
 
@@ -41,7 +43,7 @@ class SampleOptions:
     """
 
     sampler: str = option(
-        "ddpm", "update rule of a sampling step", one_of([*SAMPLERS, *FLOW_SAMPLERS])
+        "ddpm", "update rule of a sampling step", one_of([*(SAMPLERS | FLOW_SAMPLERS)])
     )
     num_steps: int = option(
         250, "sampling steps; heun evaluates the network twice each", at_least(1)
@@ -68,6 +70,17 @@ class SampleOptions:
     guidance_skip_tolerance: float = option(
         0.0, "guidance weights this close to 1 count as 1 and cost half", at_least(0)
     )
+    guide: str = option(
+        "null",
+        "what guidance leads away from: null, the prediction without a class; masked, the masked "
+        "pass; network, a weaker network",
+        one_of(GUIDES),
+    )
+    guide_ratio: float = option(0.5, "share of tokens that guide=masked masks", half_open(0, 1))
+    encoder_every: int = option(
+        1, "evaluate the encoder in each n-th evaluation, and extrapolate between", at_least(1)
+    )
+    encoder_order: int = option(1, "degree of the extrapolation", between(0, 2))
     clip_denoised: bool | None = option(
         None, "clip the predicted clean sample to [-1, 1] at each step (default: pixels only)"
     )
@@ -127,7 +140,19 @@ class SampleOptions:
             raise UserError(f"eta is {self.eta}; the sampler {self.sampler} has no eta")
         if low > high:
             raise UserError(f"guidance_low {low} is above guidance_high {high}; swap them")
-        if self.guided and not num_classes:
+        for name, used, why in (
+            ("guide_ratio", self.guide == "masked", f"guide={self.guide}"),
+            ("encoder_order", self.encoder_every > 1, "encoder_every=1"),
+        ):
+            value, default = getattr(self, name), getattr(SampleOptions, name)
+            if value != default and not used:
+                raise UserError(f"{name}={value} has no effect with {why}; leave it at {default}")
+        if self.encoder_every > 1 and self.guide == "masked":
+            raise UserError(
+                f"encoder_every is {self.encoder_every}; with guide=masked the encoder has other "
+                "tokens in each evaluation, so that nothing can be extrapolated"
+            )
+        if self.guided and not num_classes and self.guide == "null":
             raise UserError(
                 "an unconditional model takes no guidance: set guidance_scale to 1 and guidance to "
                 "power_cosine"
@@ -184,6 +209,29 @@ class SampleOptions:
             weights = [np.asarray(self.weight(t, float(scale))) for scale in each]
             needed &= (np.stack(weights) != 1).any(0)
         return needed
+
+    def encoder_schedule(self, guided: Sequence[bool]) -> tuple[np.ndarray, np.ndarray]:
+        """When the encoder is evaluated: (fresh [E] bool, weights [E, encoder_order + 1] float32).
+
+        guided: of each evaluation. An evaluation that is not fresh takes the residual Σ_j
+        weights[k, j]·residual_j of the last fresh evaluations, the newest first: the polynomial
+        through them, in the number of the evaluation. Where guidance begins, the unguided
+        evaluations before have no residual of the weaker prediction, and all starts anew.
+        Liu et al. 2025, arXiv 2503.06923, extrapolate by finite differences.
+        """
+        fresh = np.zeros(len(guided), bool)
+        weights = np.zeros((len(guided), self.encoder_order + 1), np.float32)
+        known: list[int] = []
+        for k, now in enumerate(guided):
+            if not k or (now and not guided[k - 1]):
+                known = []
+            fresh[k] = not known or k - known[0] >= self.encoder_every
+            if fresh[k]:
+                known = [k, *known][: self.encoder_order + 1]
+            for j, place in enumerate(known):
+                others = np.array([other for other in known if other != place], float)
+                weights[k, j] = np.prod((k - others) / (place - others))
+        return fresh, weights
 
 
 SampleOptions.__doc__ = "\n    ".join(

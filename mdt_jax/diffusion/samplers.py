@@ -6,7 +6,7 @@ next, less noisy step. After the last step x' is the sample: α' = 1, σ' = 0.
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +17,12 @@ from mdt_jax.diffusion import schedule as sch
 
 class State(NamedTuple):
     """x: [B, H, W, C] float32, the network's next input; x0: the last x̂_0 predicted, like x;
-    memory: further arrays of the sampler."""
+    memory: further arrays of the sampler; cache: arrays of the network, if it has any."""
 
     x: jax.Array
     x0: jax.Array
     memory: tuple[jax.Array, ...] = ()
+    cache: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -270,7 +271,7 @@ FLOW_SAMPLERS = {"euler": lambda eta: FlowEuler(), "heun": lambda eta: FlowHeun(
 
 
 def sample(
-    network: Callable[[jax.Array, jax.Array], jax.Array],
+    network: Callable[..., Any],
     sampler: Sampler,
     schedule: sch.Schedule,
     state: State,
@@ -280,7 +281,8 @@ def sample(
 ) -> State:
     """The state after `count` evaluations of the network (None: all), from number `start` on.
 
-    network: (x [B, H, W, C], t [B] training timesteps) → [B, H, W, 2C].
+    network: (x [B, H, W, C], t [B] training timesteps) → [B, H, W, 2C]; where the state has a
+    cache, (x, t, number of the evaluation, cache) → ([B, H, W, 2C], the new cache).
     noise: number of the evaluation, a scalar from 0 → [B, H, W, C], standard normal.
     start may be traced. After all evaluations `x` is the sample.
     """
@@ -289,7 +291,10 @@ def sample(
     def body(j, state):
         k = start + j
         t = jnp.full(state.x.shape[:1], timesteps[k])
-        return sampler.step(schedule, state, network(state.x, t), k, noise(k))
+        if state.cache is None:
+            return sampler.step(schedule, state, network(state.x, t), k, noise(k))
+        out, cache = network(state.x, t, k, state.cache)
+        return sampler.step(schedule, state, out, k, noise(k))._replace(cache=cache)
 
     # The trip count is static, so that the host is not asked after each evaluation.
     return jax.lax.fori_loop(0, len(timesteps) if count is None else count, body, state)

@@ -13,13 +13,12 @@ import einops
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from mdt_jax.models import masking, xla
-from mdt_jax.models.attention import Attention, bias_at
+from mdt_jax.models.attention import bias_at
+from mdt_jax.models.blocks import Block, FinalLayer
 from mdt_jax.models.embeddings import LabelEmbedder, TimestepEmbedder, sincos_positions
-from mdt_jax.models.layers import EPS, Linear, add_gated, gelu, modulated_norm
-from mdt_jax.models.masking import Kept
+from mdt_jax.models.layers import EPS, Linear
 from mdt_jax.models.xla import Ops
 
 SIZES = {
@@ -55,87 +54,6 @@ def unpatchify(tokens: jax.Array, grid: tuple[int, int], patch_size: int) -> jax
     h, w = grid
     p = patch_size
     return einops.rearrange(tokens, "b (h w) (p q c) -> b (h p) (w q) c", h=h, w=w, p=p, q=p)
-
-
-class Modulation(nn.Module):
-    """`count` zero-initialised modulations [B, 1, D] of the conditioning c [B, D].
-
-    adaLN-Zero of DiT (Peebles & Xie 2023).
-    """
-
-    count: int
-    ops: Ops = Ops()
-
-    @nn.compact
-    def __call__(self, c: jax.Array) -> list[jax.Array]:
-        modulation = self.get_variable("params", xla.MODULATION)
-        if modulation is None:
-            features, zeros = self.count * c.shape[-1], nn.initializers.zeros
-            modulation = Linear(features, self.ops, zeros, name="linear")(nn.silu(c))
-            modulation = checkpoint_name(modulation, xla.LINEAR_OUTPUT)  # small
-        return jnp.split(modulation[:, None, :], self.count, axis=-1)
-
-
-class Block(nn.Module):
-    """An adaLN-Zero transformer block whose attention has a relative position bias."""
-
-    num_heads: int
-    grid: tuple[int, int]
-    relative_bias: bool = True
-    ops: Ops = Ops()
-    mlp_norm_eps: float = EPS
-    qk_norm: bool = False
-
-    @nn.compact
-    def __call__(
-        self,
-        x: jax.Array,
-        c: jax.Array,
-        kept: Kept | None = None,
-        skip: jax.Array | None = None,
-    ) -> tuple[jax.Array, jax.Array]:
-        """x, skip: [B, N, D]; c: [B, D]; kept: the N tokens of x; None: all of the grid.
-
-        A block with a skip begins with Linear(2D → D) of [x, skip]. Returns the new x twice, since
-        nn.scan expects (carry, output): later blocks take the stacked outputs as skips.
-        """
-        dim = x.shape[-1]
-        if skip is not None:
-            x = Linear(dim, self.ops, name="skip_linear")(jnp.concatenate([x, skip], axis=-1))
-        modulation = Modulation(6, self.ops, name="modulation")(c)
-        shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = modulation
-
-        x = xla.gradient_barrier(x)
-        h = modulated_norm(x, shift_attn, scale_attn, self.ops)
-        attention = Attention(
-            self.num_heads,
-            self.grid,
-            self.relative_bias,
-            self.ops,
-            self.qk_norm,
-            name="attention",
-        )
-        x = add_gated(x, gate_attn, attention(h, kept))
-
-        x = xla.gradient_barrier(x)
-        h = modulated_norm(x, shift_mlp, scale_mlp, self.ops, self.mlp_norm_eps)
-        h = gelu(Linear(4 * dim, self.ops, name="mlp_in")(h), self.ops)
-        h = Linear(dim, self.ops, name="mlp_out")(h)
-        x = add_gated(x, gate_mlp, h)
-        return x, x
-
-
-class FinalLayer(nn.Module):
-    """Tokens [B, L, D] → [B, L, features], zero at initialisation."""
-
-    features: int
-    ops: Ops = Ops()
-
-    @nn.compact
-    def __call__(self, x: jax.Array, c: jax.Array) -> jax.Array:
-        shift, scale = Modulation(2, self.ops, name="modulation")(c)
-        linear = Linear(self.features, self.ops, nn.initializers.zeros, name="linear")
-        return linear(modulated_norm(x, shift, scale, self.ops))
 
 
 class MDT(nn.Module):
@@ -282,17 +200,42 @@ class MDT(nn.Module):
             of keep_ids. One program of static length K thus serves every length up to K.
         Returns [B, H, W, 2C] float32: noise in the first C channels, variance in the others.
         """
-        c = self.conditioning(t, y)
-        inputs = self.patch_embed(patchify(x, self.patch_size))
-        inputs = inputs + self.pos_embed.astype(inputs.dtype)
+        c, inputs = self._inputs(x, t, y)
         if keep_ids is not None:
             kept = masking.kept_tokens(keep_ids, keep_count, self.num_tokens)
-            tokens = self._masked_pass(inputs, c, kept)
-        else:
-            tokens = self._encode(inputs, c)
-            if self.decoder_layers:
-                tokens = tokens + self.decoder_pos_embed.astype(tokens.dtype)
-                tokens = self._decode(tokens, inputs, c)
+            return self._output(self._masked_pass(inputs, c, kept), c)
+        return self._output(self._decode_all(self._encode(inputs, c), inputs, c), c)
+
+    def reusing(
+        self,
+        x: jax.Array,
+        t: jax.Array,
+        y: jax.Array | None = None,
+        residual: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array]:
+        """(the full pass, the residual of the encoder): what the encoder adds to its input.
+
+        x, t, y: as of a call. residual: [B, L, D], to be added instead of evaluating the encoder.
+        """
+        c, inputs = self._inputs(x, t, y)
+        if residual is None:
+            residual = self._encode(inputs, c) - inputs
+        return self._output(self._decode_all(inputs + residual, inputs, c), c), residual
+
+    def _inputs(self, x, t, y):
+        """(the conditioning [B, D], the tokens of x [B, L, D] with their positions)."""
+        c = self.conditioning(t, y)
+        inputs = self.patch_embed(patchify(x, self.patch_size))
+        return c, inputs + self.pos_embed.astype(inputs.dtype)
+
+    def _decode_all(self, tokens, inputs, c):
+        """The decoder of a full pass; a DiT has none."""
+        if not self.decoder_layers:
+            return tokens
+        return self._decode(tokens + self.decoder_pos_embed.astype(tokens.dtype), inputs, c)
+
+    def _output(self, tokens, c):
+        """Tokens [B, L, D] → noise and variance [B, H, W, 2C] float32."""
         out = self.final_layer(tokens, c).astype(jnp.float32)
         out = unpatchify(out, self.grid, self.patch_size)
         return out if self.learn_sigma else jnp.concatenate([out, jnp.ones_like(out)], axis=-1)

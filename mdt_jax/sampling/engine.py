@@ -14,10 +14,11 @@ import jax
 import jax.numpy as jnp
 
 from mdt_jax.diffusion import samplers
-from mdt_jax.diffusion.guidance import Network, guide
+from mdt_jax.diffusion.guidance import guide
 from mdt_jax.diffusion.inpainting import Known
 from mdt_jax.diffusion.options import SampleOptions
 from mdt_jax.diffusion.samplers import State
+from mdt_jax.models import masking
 from mdt_jax.models.mdt import MDT
 from mdt_jax.sampling.noise import Noise, draw
 
@@ -77,14 +78,18 @@ def _cut(segment: Segment, least: int) -> list[Segment]:
 class Batch:
     """The samples that are drawn together.
 
-    key: of the seed. labels: [B] int32. scales: [B] float32, guidance scales. For inpainting also
-    `known`, and keep_ids: [K] int32, the tokens that are known completely.
+    key: of the seed. labels: [B] int32. scales: [B] float32, guidance scales. guide: parameters of
+    the program's. encoder: where it is not evaluated each time, the `encoder_schedule` of the
+    options. For inpainting also `known`, and keep_ids: [K] int32, the tokens that are known
+    completely.
     """
 
     key: jax.Array
     noise: Noise
     labels: jax.Array
     scales: jax.Array
+    guide: dict | None = None
+    encoder: tuple[jax.Array, jax.Array] | None = None
     known: Known | None = None
     keep_ids: jax.Array | None = None
 
@@ -96,26 +101,44 @@ jax.tree_util.register_dataclass(Batch)
 class Program:
     """A model and its sampling options, as jit's static argument: equal programs compile once.
 
-    options: without the guidance scale, which a batch has for each sample.
+    options: without the guidance scale, which a batch has for each sample. guide: the network of
+    guide=network.
     """
 
     model: MDT
     options: SampleOptions
+    guide: MDT | None = dataclasses.field(default=None, kw_only=True)
+
+    def start(self, batch: Batch) -> State:
+        """The state of pure noise before the first evaluation."""
+        state = self.options.make_sampler().start(draw(self.model, batch.key, batch.noise, 0))
+        if batch.encoder is None:
+            return state
+        networks = [self.model] if self.guide is None else [self.model, self.guide]
+        rows = len(batch.labels) * (2 if self.options.guide == "null" else 1)
+        return state._replace(
+            cache=tuple(
+                jnp.zeros(
+                    (self.options.encoder_order + 1, rows, each.num_tokens, each.hidden_size),
+                    each.dtype,
+                )
+                for each in networks
+            )
+        )
 
     def advance(
-        self, network: Network, batch: Batch, segment: Segment, state: State, start: jax.Array
+        self, network: Callable, batch: Batch, segment: Segment, state: State, start: jax.Array
     ) -> State:
         """Make the evaluations of a segment, the first of which is number `start`."""
         sampler, schedule = self.options.make_sampler(), self.options.schedule()
         noise = self.noise(batch)
         return samplers.sample(network, sampler, schedule, state, noise, start, segment.count)
 
-    def _modulations(self, params, labels: jax.Array, times: jax.Array | None) -> dict | None:
+    def _modulations(self, model: MDT, params, labels: jax.Array, times) -> dict | None:
         """The blocks' modulations at all times: {stack: [blocks, times, B, 6D]}.
 
         None: without times, and where they would take too much memory.
         """
-        model = self.model
         width = 6 * model.hidden_size * jnp.dtype(model.dtype).itemsize
         if times is None or len(times) * len(labels) * model.depth * width > MODULATION_BYTES:
             return None
@@ -135,23 +158,49 @@ class Program:
         times = self.options.make_sampler().times(self.options.schedule())
         return jax.lax.dynamic_slice(times, (start,), (segment.count,))
 
-    def network(self, params, batch: Batch, segment: Segment, start: jax.Array) -> Network:
-        """The network (x [B, H, W, C], t [B]) → [B, H, W, 2C] of a batch in a segment.
+    def network(self, params, batch: Batch, segment: Segment, start: jax.Array) -> Callable:
+        """The network of a batch in a segment, as `samplers.sample` takes it."""
+        count, labels, by = len(batch.labels), batch.labels, self.options.guide
+        if segment.guided and by == "null":
+            labels = jnp.concatenate([labels, jnp.full_like(labels, self.model.num_classes)])
+        strong, weaker = self._evaluator(self.model, params, labels, batch, segment, start), None
+        if segment.guided and by != "null":
+            model = self.guide or self.model
+            weights = params if batch.guide is None else batch.guide
+            weaker = self._evaluator(model, weights, batch.labels, batch, segment, start)
+        keep_ids = batch.keep_ids if segment.masked else None
+
+        def evaluate(x, t, k=None, cache=(None, None)):
+            if not segment.guided:
+                out, first = strong(x, t, keep_ids, k, cache[0])
+                return out, (first, *cache[1:])
+            if weaker is None:
+                twice = jnp.concatenate([x, x]), jnp.concatenate([t, t])
+                both, first = strong(*twice, keep_ids, k, cache[0])
+                out, weak, cache = both[:count], both[count:], (first,)
+            else:
+                hidden = self._hidden(batch, t) if by == "masked" else keep_ids
+                out, first = strong(x, t, keep_ids, k, cache[0])
+                weak, second = weaker(x, t, hidden, k, cache[-1])
+                cache = first, second
+            weight = self.options.weight(t, batch.scales)
+            return guide(out, weak, weight, self.options.guidance_channels or None), cache
+
+        return evaluate if batch.encoder is not None else lambda x, t: evaluate(x, t)[0]
+
+    def _evaluator(
+        self, model: MDT, params, labels, batch: Batch, segment: Segment, start
+    ) -> Callable:
+        """(x, t, keep_ids, k, cache) → (output, cache) of a network for labels.
 
         What does not change within the segment is computed here, before its loop.
         """
-        model, labels = self.model, batch.labels
         params = model.prepare(params)
-        if segment.guided:
-            labels = jnp.concatenate([labels, jnp.full_like(labels, model.num_classes)])
         times = self.times(segment, start) if model.modulate_first else None
-        modulations = self._modulations(params, labels, times)
+        modulations = self._modulations(model, params, labels, times)
         of_step = model.unstack_blocks(params)
 
-        def apply(x, t, y) -> Any:  # Flax annotates `apply` with all that it may return
-            keep_ids = batch.keep_ids if segment.masked else None
-            if keep_ids is not None:
-                keep_ids = jnp.broadcast_to(keep_ids, (len(x), len(keep_ids)))
+        def apply(x, t, **others) -> Any:  # Flax annotates `apply` with all that it may return
             params = of_step()
             if modulations is not None:
                 step = jnp.argmax(times == t[0])
@@ -159,20 +208,49 @@ class Program:
                     params, {name: values[:, step] for name, values in modulations.items()}
                 )
             with jax.default_matmul_precision(self.options.precision):
-                return model.apply({"params": params}, x, t, y, keep_ids=keep_ids)
+                return model.apply({"params": params}, x, t, labels, **others)
 
-        if not segment.guided:
-            return functools.partial(apply, y=batch.labels)
-        weight = functools.partial(self.options.weight, scale=batch.scales)
-        channels = self.options.guidance_channels or None
-        return guide(apply, batch.labels, self.model.num_classes, weight, channels)
+        def evaluate(x, t, keep_ids, k, cache):
+            if cache is None:
+                if keep_ids is not None:
+                    keep_ids = jnp.broadcast_to(keep_ids, (len(x), keep_ids.shape[-1]))
+                return apply(x, t, keep_ids=keep_ids), None
+            fresh, weights = batch.encoder
+            known = cache[:, : len(x)]  # without guidance, those of the first half
+
+            def encode():
+                out, residual = apply(x, t, method="reusing")
+                return out, jnp.concatenate([residual[None], known[:-1]])
+
+            def extrapolate():
+                residual = (weights[k][:, None, None, None] * known).sum(0).astype(known.dtype)
+                return apply(x, t, residual=residual, method="reusing")[0], known
+
+            out, known = jax.lax.cond(fresh[k], encode, extrapolate)
+            return out, cache.at[:, : len(x)].set(known)
+
+        return evaluate
+
+    def _hidden(self, batch: Batch, t: jax.Array) -> jax.Array:
+        """The tokens that the masked pass of guide=masked keeps at t: [B, K] int32.
+
+        They depend on the seed, the sample's number and t.
+        """
+        bits = jax.lax.bitcast_convert_type(t[0].astype(jnp.float32), jnp.uint32)
+
+        def uniform(number):
+            key = jax.random.fold_in(jax.random.fold_in(batch.key, number), bits)
+            # Folded once more, so that it is none of the keys of `draw`.
+            return jax.random.uniform(jax.random.fold_in(key, 0), (self.model.num_tokens,))
+
+        length = masking.keep_length(self.model.num_tokens, self.options.guide_ratio)
+        return masking.keep_ids(jax.vmap(uniform)(batch.noise.number), length)
 
 
 @functools.partial(jax.jit, static_argnames="program")
 def start(program: Program, batch: Batch) -> State:
-    """The state of pure noise before the first evaluation."""
-    noise = draw(program.model, batch.key, batch.noise, 0)
-    return program.options.make_sampler().start(noise)
+    """As `Program.start`."""
+    return program.start(batch)
 
 
 @functools.partial(jax.jit, static_argnames=("program", "segment"), donate_argnames="state")

@@ -18,6 +18,7 @@ from mdt_jax.diffusion.options import (
     defaults,
 )
 from mdt_jax.models import xla
+from mdt_jax.models.masking import keep_length
 from mdt_jax.models.mdt import MDT
 from mdt_jax.runtime import hosts, keys, parallel, progress
 from mdt_jax.runtime.errors import UserError
@@ -46,7 +47,7 @@ class Request:
     """Samples to draw, checked.
 
     labels, scales: [N] int32 and float32. noise: of N samples. batch_size: the most that are drawn
-    at a time.
+    at a time. guide: the network and parameters of guide=network.
     """
 
     model: MDT
@@ -57,6 +58,7 @@ class Request:
     noise: Noise
     seed: int
     batch_size: int
+    guide: tuple[MDT, dict] | None = dataclasses.field(default=None, kw_only=True)
     purpose: ClassVar[keys.Purpose] = keys.Purpose.SAMPLES
     title: ClassVar[str] = "sampling"
 
@@ -79,12 +81,13 @@ class Request:
         total = len(guided)
         moments = [round(total * frame / frames) for frame in range(1, frames + 1)]
         chain = engine.segments(guided, masked, moments, progress)
+        shared = self.shared(guided, mesh)
         starts = range(0, len(self.labels), self.batch_size)
         left = [start for start in starts if start not in done]
         show, drawn = progress and hosts.is_first(), len(starts) - len(left)
         with progress_bar(len(starts) * total, show, self.title, "step", drawn * total) as bar:
             for start in left:
-                batch, arrays = self.batch(start, key, mesh), []
+                batch, arrays = dataclasses.replace(self.batch(start, key, mesh), **shared), []
                 for count, state in engine.run(program, chain, params, batch, bar):
                     if count in moments:
                         arrays.append(self.fetch(state.x if count == total else state.x0, start))
@@ -96,8 +99,11 @@ class Request:
         platform = jax.default_backend()
         progress.log_once(xla.refusal(self.model, platform))
         mesh = parallel.mesh_of(self.params)
-        model = xla.for_devices(self.model, platform, mesh.size, mesh)
-        return Program(model, dataclasses.replace(self.options, guidance_scale=1.0))
+        model, guide = (
+            each and xla.for_devices(each, platform, mesh.size, mesh)
+            for each in (self.model, self.guide and self.guide[0])
+        )
+        return Program(model, dataclasses.replace(self.options, guidance_scale=1.0), guide=guide)
 
     def evaluations(self) -> tuple[list[bool], list[bool]]:
         """For each evaluation of the network: whether it is guided, and whether it is masked."""
@@ -111,6 +117,15 @@ class Request:
         of_seed = functools.partial(keys.of, purpose=self.purpose)
         key = jax.jit(of_seed, out_shardings=whole)(self.seed)
         return mesh, parallel.put(self.params, whole), key
+
+    def shared(self, guided: Sequence[bool], mesh: Mesh) -> dict[str, Any]:
+        """The fields of all batches that are alike, on every device of the mesh."""
+        fields: dict[str, Any] = {}
+        if self.guide is not None:
+            fields["guide"] = self.guide[1]
+        if self.options.encoder_every > 1:
+            fields["encoder"] = self.options.encoder_schedule(guided)
+        return parallel.put(fields, parallel.replicated(mesh))
 
     def rows(self, start: int, mesh: Mesh) -> np.ndarray:
         """The numbers of a batch's samples, the last one repeated.
@@ -143,6 +158,7 @@ def request(
     batch_size: int = 64,
     options: SampleOptions | None = None,
     guidance_scale: float | Sequence[float] | np.ndarray | None = None,
+    guide_network: tuple[MDT, dict] | None = None,
     numbers: Sequence[int] | np.ndarray | None = None,
     **changes,
 ) -> Request:
@@ -151,6 +167,7 @@ def request(
         changes["guidance_scale"] = guidance_scale
     options = changed(options or defaults(model.num_classes), changes)
     options = options.clipping_for(model.in_channels in (1, 3))
+    guide = _checked_guide(model, options, guide_network)
     scales = [options.guidance_scale]
     if guidance_scale is not None and np.ndim(guidance_scale):
         scales = np.asarray(guidance_scale)
@@ -168,7 +185,36 @@ def request(
     scales = np.resize(scales, len(labels)).astype(np.float32)
     noise = Noise(_checked_numbers(numbers, len(labels)))
     labels = np.asarray(labels, np.int32)
-    return Request(model, params, options, labels, scales, noise, seed, int(batch_size))
+    return Request(
+        model, params, options, labels, scales, noise, seed, int(batch_size), guide=guide
+    )
+
+
+def _checked_guide(
+    model: MDT, options: SampleOptions, network: tuple[MDT, dict] | None
+) -> tuple[MDT, dict] | None:
+    """The network of guide=network. Raises UserError for one that cannot guide a model."""
+    if options.guide == "masked":
+        if not model.decoder_layers:
+            raise UserError("guide=masked: a DiT has no masked pass")
+        if keep_length(model.num_tokens, options.guide_ratio) < 1:
+            raise UserError(
+                f"guide_ratio {options.guide_ratio} leaves none of the {model.num_tokens} tokens"
+            )
+    if options.guide != "network":
+        return None
+    if network is None:
+        raise UserError("guide=network takes guide_network, a model and its parameters")
+    guide = network[0]
+    for name in ("input_size", "in_channels"):
+        theirs, wanted = getattr(guide, name), getattr(model, name)
+        if theirs != wanted:
+            raise UserError(f"the guide has {name} {theirs}, but the network has {wanted}")
+    if guide.num_classes not in (0, model.num_classes):
+        raise UserError(
+            f"the guide has {guide.num_classes} classes, but the network has {model.num_classes}"
+        )
+    return guide, network[1]
 
 
 def changed(options: SampleOptions, changes: Mapping[str, Any]) -> SampleOptions:
@@ -202,6 +248,7 @@ def generate(
     progress: bool = False,
     options: SampleOptions | None = None,
     guidance_scale: float | Sequence[float] | np.ndarray | None = None,
+    guide_network: tuple[MDT, dict] | None = None,
     numbers: Sequence[int] | np.ndarray | None = None,
     **changes,
 ) -> np.ndarray:
@@ -213,8 +260,9 @@ def generate(
     the same noise.
     options, changes: SampleOptions, for example the `options` of `mdt_jax.load`'s result (default:
     the published ones), and fields of it by name, for example num_steps=250 or sampler="ddim".
-    guidance_scale: one scale, or one for each sample. clip_denoised: unless given, on for a model
-    of 1 or 3 channels, whose samples are taken for pixels.
+    guidance_scale: one scale, or one for each sample. guide_network: with guide="network", a weaker
+    network and its parameters, which predicts what the model predicts. clip_denoised: unless given,
+    on for a model of 1 or 3 channels, whose samples are taken for pixels.
     Returns [N, H, W, C] float32 of the kind that the model was trained on: pixels, about in
     [−1, 1] (`mdt_jax.to_uint8` converts them to images), or latents. `model.clone(
     dtype=jnp.bfloat16)` computes in bfloat16. Raises UserError for invalid arguments, and
@@ -222,5 +270,5 @@ def generate(
     """
     return request(
         model, params, labels, seed=seed, batch_size=batch_size, options=options,
-        guidance_scale=guidance_scale, numbers=numbers, **changes,
+        guidance_scale=guidance_scale, guide_network=guide_network, numbers=numbers, **changes,
     ).draw(progress)  # fmt: skip

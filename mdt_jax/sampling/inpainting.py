@@ -1,13 +1,13 @@
 """Images with a hidden part → complete images, with any checkpoint, in two modes."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import ClassVar, cast
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from mdt_jax.diffusion.guidance import Network
 from mdt_jax.diffusion.inpainting import Known, RePaint, resampling_walk
 from mdt_jax.diffusion.options import SampleOptions, defaults
 from mdt_jax.diffusion.samplers import State
@@ -45,6 +45,9 @@ class InpaintOptions:
             raise UserError(f"unknown mode {self.mode!r}; choose one of {', '.join(MODES)}")
         if options.objective == "flow":
             raise UserError("inpainting takes a network that predicts noise or v, not velocity")
+        for name, plain in (("guide", "null"), ("encoder_every", 1)):
+            if getattr(options, name) != plain:
+                raise UserError(f"{name}={getattr(options, name)} is for sampling, not inpainting")
         if options.make_sampler().remembers:
             raise UserError(
                 f"inpainting takes the sampler ddpm or ddim, not {options.sampler}, whose steps "
@@ -91,7 +94,7 @@ class InpaintProgram(Program):
         """A walk visits steps several times."""
 
     def advance(
-        self, network: Network, batch: Batch, segment: Segment, state: State, start: jax.Array
+        self, network: Callable, batch: Batch, segment: Segment, state: State, start: jax.Array
     ) -> State:
         sampler, schedule = self.options.make_sampler(), self.options.schedule()
         if segment.masked and sampler.limit is None:
@@ -118,7 +121,7 @@ class InpaintRequest(Request):
 
     def program(self) -> InpaintProgram:
         plain = super().program()
-        return InpaintProgram(plain.model, plain.options, self.how, self.limit)
+        return InpaintProgram(plain.model, plain.options, self.how, self.limit, guide=plain.guide)
 
     def evaluations(self) -> tuple[list[bool], list[bool]]:
         """If any step is guided, all are: a walk passes each step several times."""

@@ -74,6 +74,8 @@ def interpolate_classes(
     mix = _fractions(frames, sampling)
     if not model.num_classes:
         raise UserError("an unconditional model has no classes to interpolate between")
+    if sampling.get("guide_network"):
+        raise UserError("interpolation between classes takes no other network as guide")
     check_labels(labels, model.num_classes)
     if len(labels) < 2:
         raise UserError(f"{len(labels)} label; interpolating between classes takes two or more")

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from mdt_jax import __version__
 from mdt_jax.data.classes import parse_label
 from mdt_jax.data.images import UINT8_RULE, to_uint8
-from mdt_jax.diffusion.options import SAMPLERS_OF, SampleOptions, check_labels, defaults
+from mdt_jax.diffusion.options import GUIDES, SAMPLERS_OF, SampleOptions, check_labels, defaults
 from mdt_jax.models.mdt import MDT
 from mdt_jax.runtime import hosts
 from mdt_jax.runtime.backend import keep_compilations
@@ -34,13 +34,15 @@ class Pipeline(tuple[MDT, dict]):
 
     path: the checkpoint's name. weights: all that was read from it, for example its step. options:
     SampleOptions, as the run's config has them or as published. scales: guidance scales that
-    samples take in turn; empty if all have `options.guidance_scale`.
+    samples take in turn; empty if all have `options.guidance_scale`. guide: the pipeline of the
+    network that guides this one, or None.
     """
 
     path: str
     weights: Weights[MDT]
     options: SampleOptions
     scales: tuple[float, ...]
+    guide: "Pipeline | None"
     _vae: Vae | str | None
     _vae_scale: float | None
 
@@ -51,9 +53,10 @@ class Pipeline(tuple[MDT, dict]):
         *,
         vae: Vae | str | None = None,
         vae_scale: float | None = None,
+        guide: "str | os.PathLike | Pipeline | None" = None,
         **options: Any,
     ) -> "Pipeline":
-        """Of weights in memory; vae, vae_scale, options: as `load` takes them."""
+        """Of weights in memory; vae, vae_scale, guide, options: as `load` takes them."""
         pipeline = super().__new__(cls, (weights.model, weights.params))
         pipeline.path, pipeline.weights = path, weights
         pipeline._vae, pipeline._vae_scale = vae, vae_scale
@@ -73,7 +76,13 @@ class Pipeline(tuple[MDT, dict]):
             samplers = SAMPLERS_OF.get(options["objective"], [own.sampler])
             own = changed(own, {"sampler": next(iter(samplers))})
         own = own.clipping_for(_is_pixels(weights.model, vae))
+        pipeline.guide = None
         pipeline.options = changed(own, options)
+        if isinstance(guide, str) and guide in GUIDES[:2]:
+            pipeline.options = changed(pipeline.options, {"guide": guide})
+        elif guide is not None:
+            pipeline.options = changed(pipeline.options, {"guide": "network"})
+            pipeline.guide = pipeline._load_guide(guide)
         return pipeline
 
     @classmethod
@@ -88,6 +97,7 @@ class Pipeline(tuple[MDT, dict]):
         dtype: str | None = None,
         vae: str | None = None,
         vae_scale: float | None = None,
+        guide: "str | os.PathLike | Pipeline | None" = None,
         **options: Any,
     ) -> "Pipeline":
         """Load a network and its parameters, on the default device.
@@ -103,7 +113,10 @@ class Pipeline(tuple[MDT, dict]):
         dtype: of matmuls and activations, "float32" or "bfloat16"; None: the run's.
         vae, vae_scale: of a model of latents, the path of its VAE and the factor of its latents;
         None: as the run's config says. The VAE is read on first use.
-        options: fields of SampleOptions that replace the checkpoint's; guidance_scale may be
+        guide: what guidance leads away from: "null", "masked", or a weaker network, as a path like
+        the first or a pipeline. It predicts what this network predicts, for the same input size,
+        and has the same classes, or none.
+        options: other fields of SampleOptions that replace the checkpoint's; guidance_scale may be
         several scales, which samples take in turn.
         From now on compiled programs are cached on disk, as by the commands, unless JAX is
         configured otherwise.
@@ -114,7 +127,7 @@ class Pipeline(tuple[MDT, dict]):
         weights = load_weights(path, params, decoder_layers, input_size, num_heads)
         if dtype is not None:
             weights = weights._replace(model=weights.model.clone(dtype=jnp.dtype(dtype)))
-        pipeline = cls(str(path), weights, vae=vae, vae_scale=vae_scale, **options)
+        pipeline = cls(str(path), weights, vae=vae, vae_scale=vae_scale, guide=guide, **options)
         pipeline.options.check(pipeline.model.num_classes)
         return pipeline
 
@@ -136,6 +149,23 @@ class Pipeline(tuple[MDT, dict]):
         pipeline.options.check(self.model.num_classes)
         pipeline.__dict__["params_sha256"] = self.params_sha256
         return pipeline
+
+    def _load_guide(self, guide: "str | os.PathLike | Pipeline") -> "Pipeline":
+        """The weaker network. Raises UserError for one that predicts something else."""
+        if not isinstance(guide, Pipeline):
+            weights = load_weights(guide, input_size=self.model.input_size)
+            model = weights.model.clone(dtype=self.model.dtype)
+            guide = type(self)(str(guide), weights._replace(model=model))
+            if weights.config is None and not weights.sampling:  # the file does not say
+                return guide
+        for name in ("objective", "diffusion_steps"):
+            theirs, wanted = getattr(guide.options, name), getattr(self.options, name)
+            if theirs != wanted:
+                raise UserError(
+                    f"{guide.path} has {name} {theirs}, but {self.path}, which it is to guide, has "
+                    f"{wanted}"
+                )
+        return guide
 
     def __repr__(self) -> str:
         return f"Pipeline({self.path!r})"
@@ -283,8 +313,12 @@ class Pipeline(tuple[MDT, dict]):
 
     def _sampling(self, count: int) -> dict[str, Any]:
         """The pipeline's own arguments for `count` samples."""
-        scales = {"guidance_scale": np.resize(self.scales, count)} if self.scales else {}
-        return {"options": self.options, **scales}
+        own: dict[str, Any] = {"options": self.options}
+        if self.scales:
+            own["guidance_scale"] = np.resize(self.scales, count)
+        if self.guide is not None:
+            own["guide_network"] = tuple(self.guide)
+        return own
 
     def note(self, request: Request | None = None, text: str | None = None) -> dict[str, Any]:
         """How samples are made: network, parameters, options and VAE; and which, with a request.
@@ -308,6 +342,8 @@ class Pipeline(tuple[MDT, dict]):
         note |= {"dtype": jnp.dtype(model.dtype).name, **dataclasses.asdict(self.options)}
         if self.scales:
             note["guidance_scale"] = list(self.scales)
+        if self.guide is not None:
+            note |= {"guide": self.guide.path, "guide_sha256": self.guide.params_sha256}
         note["uint8"] = UINT8_RULE
         if vae is not None:
             note |= {"vae": vae.path, "vae_scale": vae.scale, "vae_sha256": vae.sha256}

@@ -1,0 +1,225 @@
+"""What guidance by a weaker prediction gains, and what it costs not to evaluate the encoder.
+
+python benchmarks/guidance.py --checkpoint=runs/mnist --guide=runs/mnist-small
+python benchmarks/guidance.py --checkpoint=runs/mnist --suite=encoder
+
+guidance: the distance and the class agreement of samples for each kind of guidance and each scale.
+All kinds cost as much as --steps of classifier-free guidance: one that evaluates less takes more
+steps. encoder: the same for samples whose encoder is evaluated in each n-th evaluation only, with
+their root mean square difference from the samples of --steps of the sampler, and 250 steps of DDPM.
+Distances are Fréchet distances in features of a small classifier (benchmarks/features.py).
+Prints a table, and leaves SUITE.json and SUITE.png in --out. Stopped, it goes on with the same
+command.
+"""
+
+import dataclasses
+import json
+import pathlib
+import sys
+
+import matplotlib.pyplot as plt
+import numpy as np
+from measures import Measures
+
+import mdt_jax
+from mdt_jax import cli
+from mdt_jax.data.images import to_uint8
+from mdt_jax.diffusion.options import SampleOptions, balanced_labels
+from mdt_jax.models.masking import keep_length
+from mdt_jax.models.mdt import MDT
+from mdt_jax.runtime.errors import UserError
+from mdt_jax.sampling.pipeline import Pipeline
+from mdt_jax.train.costs import pass_macs
+from mdt_jax.train.workdir import make, write_json
+
+SETS = ("digits", "mnist")
+CONSTANT = {"guidance": "constant"}
+# Kinds of guidance; "network" takes part where there is a --guide.
+GUIDANCE: dict[str, dict] = {
+    "without the class": CONSTANT,
+    "without the class, power-cosine": {"guidance": "power_cosine", "guidance_power": 2.0},
+    "without the class, in an interval": CONSTANT | {"guidance_low": 0.1, "guidance_high": 0.6},
+    "masked pass, ratio 0.3": CONSTANT | {"guide": "masked", "guide_ratio": 0.3},
+    "masked pass, ratio 0.5": CONSTANT | {"guide": "masked"},
+    "masked pass, ratio 0.7": CONSTANT | {"guide": "masked", "guide_ratio": 0.7},
+    "a weaker network": CONSTANT | {"guide": "network"},
+}
+SCALES = (1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0)
+ENCODER: dict[str, dict] = {"always": {}} | {
+    f"each {every}{ending}, degree {order}": {"encoder_every": every, "encoder_order": order}
+    for every, ending in ((2, "nd"), (3, "rd"), (4, "th"))
+    for order in (0, 1, 2)
+}  # fmt: skip
+SKIPPING = {"guidance_skip_tolerance": 0.05}
+
+
+def encoder_macs(model: MDT) -> int:
+    """Multiply-accumulates of the encoder for one image: those of its blocks."""
+    two_blocks = pass_macs(model) - pass_macs(model.clone(depth=model.depth - 2))
+    return two_blocks * (model.depth - model.decoder_layers) // 2
+
+
+def passes(pipeline: Pipeline, options: SampleOptions) -> float:
+    """What samples cost, in full passes of the network."""
+    model, guided = pipeline.model, options.guided_evaluations()
+    whole = pass_macs(model)
+    weaker = whole
+    if options.guide == "masked":
+        weaker = pass_macs(model, keep_length(model.num_tokens, options.guide_ratio))
+    elif options.guide == "network":
+        weaker = pass_macs(pipeline.guide.model)
+    saved = 0
+    if options.encoder_every > 1:
+        fresh, _ = options.encoder_schedule(guided)
+        saved = encoder_macs(model) * int((~fresh * (1 + guided)).sum())
+    return (len(guided) * whole + int(guided.sum()) * weaker - saved) / whole
+
+
+def equal_cost(pipeline: Pipeline, options: SampleOptions, budget: float):
+    """The options with as many steps as cost no more than `budget` full passes."""
+    steps = int(budget)
+    while passes(pipeline, dataclasses.replace(options, num_steps=steps)) > budget:
+        steps -= 1
+    return dataclasses.replace(options, num_steps=steps)
+
+
+class Bench:
+    """Samples of a checkpoint, measured once for each setting."""
+
+    def __init__(self, pipeline: Pipeline, samples: int, path: pathlib.Path):
+        self.pipeline, self.path, self.samples = pipeline, path, samples
+        self.measures = Measures(pipeline.config.data.name, "", samples)
+        known = {"parameters": pipeline.params_sha256, **self.measures.known}
+        saved = json.loads(path.read_text()) if path.is_file() else {}
+        if {name: saved.get(name) for name in known} != known:
+            saved = {**known, "points": {}}
+        self.saved = saved
+        self.labels = balanced_labels(samples, pipeline.model.num_classes)
+
+    def draw(self, options: SampleOptions) -> np.ndarray:
+        """The samples [N, H, W, C] float32."""
+        return self.pipeline.generate(self.labels, options=options, batch_size=100)
+
+    def point(self, kind: str, options: SampleOptions, reference=None) -> dict:
+        """The measures of samples; reference: samples that they are compared with."""
+        key = json.dumps([kind, dataclasses.asdict(options), reference is not None])
+        if key not in self.saved["points"]:
+            print(f"{kind}, scale {options.guidance_scale:g}", file=sys.stderr)
+            drawn = self.draw(options)
+            found = self.measures.of_images(to_uint8(drawn), self.labels)
+            found |= {"passes": passes(self.pipeline, options), "steps": options.num_steps}
+            found |= {"kind": kind, "scale": options.guidance_scale}
+            if reference is not None:
+                found["difference"] = float(np.sqrt(np.mean(np.square(drawn - reference))))
+            self.saved["points"][key] = found
+            write_json(self.path, self.saved)
+        return self.saved["points"][key]
+
+
+def guidance(bench: Bench, options: SampleOptions, scales) -> dict[str, list[dict]]:
+    """The points of each kind of guidance."""
+    kinds = GUIDANCE if bench.pipeline.guide else {k: GUIDANCE[k] for k in list(GUIDANCE)[:-1]}
+    budget = 2.0 * options.num_steps
+    points = {}
+    for kind, changes in kinds.items():
+        # At scale 1 there is no guidance, and all kinds are one.
+        points[kind] = [
+            bench.point(
+                "no guidance" if scale == 1 else kind,
+                dataclasses.replace(options, guidance_scale=1.0, num_steps=int(budget))
+                if scale == 1
+                else equal_cost(
+                    bench.pipeline,
+                    dataclasses.replace(options, guidance_scale=scale, **changes),
+                    budget,
+                ),
+            )
+            for scale in scales
+        ]
+    return points
+
+
+def encoder(bench: Bench, options: SampleOptions) -> dict[str, list[dict]]:
+    """The points of each way to reuse the encoder, at --steps and twice as many."""
+    own = SampleOptions.from_config(bench.pipeline.config)
+    ddpm = dataclasses.replace(own, sampler="ddpm", num_steps=250, spacing="even")
+    points = {"DDPM, 250 steps": [bench.point("DDPM, 250 steps", ddpm)]}
+    guided = dataclasses.replace(
+        options, **{name: getattr(own, name) for name in ("guidance", "guidance_power")},
+        guidance_scale=own.guidance_scale,
+    )  # fmt: skip
+    for skip in ({}, SKIPPING):
+        reference = bench.draw(guided)
+        for kind, changes in ENCODER.items():
+            name = f"{kind}, guidance skipped" if skip else kind
+            changed = dataclasses.replace(guided, **changes, **skip)
+            points[name] = [bench.point(name, changed, reference)]
+    return points
+
+
+def draw(path: pathlib.Path, points: dict[str, list[dict]], real: dict) -> None:
+    """Distance against class agreement, or against what samples cost."""
+    by_scale = max(len(of_kind) for of_kind in points.values()) > 1
+    figure, axes = plt.subplots(figsize=(7, 5), layout="constrained")
+    for kind, of_kind in points.items():
+        x = [point["class_agreement" if by_scale else "passes"] for point in of_kind]
+        axes.plot(x, [point["distance"] for point in of_kind], marker="o", ms=4, label=kind)
+    axes.axhline(real["distance"], color="0.6", lw=1, ls="--", label="real training images")
+    axes.set(
+        xlabel="class agreement" if by_scale else "cost, in full passes of the network",
+        ylabel="Fréchet distance in features",
+        yscale="log",
+    )
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def table(points: dict[str, list[dict]]) -> str:
+    """The points as a Markdown table."""
+    names = ("scale", "steps", "passes", "distance", "class_agreement", "difference")
+    lines = ["| | " + " | ".join(name.replace("_", " ") for name in names) + " |"]
+    lines.append("| --- " * (len(names) + 1) + "|")
+    for kind, of_kind in points.items():
+        for point in of_kind:
+            cells = [f"{point[name]:.4g}" if name in point else "" for name in names]
+            lines.append(f"| {kind} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def numbers(text: str) -> list[float]:
+    return [float(part) for part in text.split(",")]
+
+
+def bench(argv: list[str]) -> None:
+    """Read the flags, draw, write and print."""
+    parser = cli.Parser(prog="python benchmarks/guidance.py", description=__doc__.split("\n")[0])
+    parser.add_argument("--checkpoint", required=True, help="a run on digits or MNIST")
+    parser.add_argument("--guide", default="", help="the run of a weaker network")
+    parser.add_argument("--suite", choices=["guidance", "encoder"], default="guidance")
+    parser.add_argument("--sampler", default="dpmpp_2m_sde")
+    parser.add_argument("--steps", type=cli.count, default=25)
+    parser.add_argument("--scales", type=numbers, default=list(SCALES), help="such as 1,2,4")
+    parser.add_argument("--samples", type=cli.count, default=1000)
+    parser.add_argument("--out", default="", help="folder; default: runs/guidance-DATA")
+    flags = parser.parse_args(argv[1:])
+    pipeline = mdt_jax.load(flags.checkpoint, guide=flags.guide or None)
+    name = pipeline.config.data.name if pipeline.config is not None else None
+    if name not in SETS or not pipeline.model.num_classes:
+        raise UserError(f"{flags.checkpoint} is not a run on {' or '.join(SETS)} and its classes")
+    out = pathlib.Path(flags.out or f"runs/guidance-{name}")
+    make(out)
+    options = dataclasses.replace(
+        pipeline.options, sampler=flags.sampler, num_steps=flags.steps, guide="null"
+    )
+    measured = Bench(pipeline, flags.samples, out / f"{flags.suite}.json")
+    if flags.suite == "guidance":
+        points = guidance(measured, options, flags.scales)
+    else:
+        points = encoder(measured, options)
+    draw(out / f"{flags.suite}.png", points, measured.measures.real())
+    print(table(points))
+
+
+if __name__ == "__main__":
+    cli.run(bench)
