@@ -166,8 +166,12 @@ def _pass_errors(version: str, model: MDT) -> dict[str, float]:
         return model.apply({"params": params}, x, t, y, keep_ids)
 
     def guided(params, y, scale, power):
-        apply = functools.partial(network, params)
-        return guide(apply, y, 10, lambda t: power_cosine(t, scale, power))
+        def evaluate(x, t):
+            both = jnp.concatenate([y, jnp.full_like(y, 10)])
+            out = network(params, jnp.concatenate([x, x]), jnp.concatenate([t, t]), both)
+            return guide(*jnp.split(out, 2), power_cosine(t, scale, power))
+
+        return evaluate
 
     @jax.jit
     def passes(params):

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mdt_jax.diffusion.guidance import guide
 from mdt_jax.models.inception import Inception
 from mdt_jax.models.mdt import MDT
 from mdt_jax.train.step import Draws, Objective
@@ -110,3 +111,14 @@ def dit_state(name: str) -> dict[str, np.ndarray]:
         {n: tuple(map(int, s.split())) for n, s in zip(names, shapes, strict=True)}
     )
     return {n: state[n] for n in names} | {"pos_embed": numbers["pos_embed"]}
+
+
+def guided_network(network, labels, null_label, weight, channels=3):
+    """(x, t) → classifier-free guidance of network (x, t, y), both halves as one batch."""
+
+    def guided(x, t):
+        both = jnp.concatenate([labels, jnp.full_like(labels, null_label)])
+        out = network(jnp.concatenate([x, x]), jnp.concatenate([t, t]), both)
+        return guide(*jnp.split(out, 2), weight(t), channels)
+
+    return guided

@@ -167,7 +167,6 @@ def request(
         changes["guidance_scale"] = guidance_scale
     options = changed(options or defaults(model.num_classes), changes)
     options = options.clipping_for(model.in_channels in (1, 3))
-    guide = _checked_guide(model, options, guide_network)
     scales = [options.guidance_scale]
     if guidance_scale is not None and np.ndim(guidance_scale):
         scales = np.asarray(guidance_scale)
@@ -178,6 +177,7 @@ def request(
             )
     for scale in dict.fromkeys(np.asarray(scales, object)):
         dataclasses.replace(options, guidance_scale=scale).check(model.num_classes)
+    guide = _checked_guide(model, options, guide_network)
     check_labels(labels, model.num_classes)
     if not isinstance(batch_size, Integral) or batch_size < 1:
         raise UserError(f"batch_size is {batch_size}; it must be a whole number from 1")

@@ -45,7 +45,8 @@ def check_same_run(meta: dict, config: ConfigDict, workdir: Path, identity: dict
         )
     changes = _changes(configs.complete(meta["config"]), config)
     fixed = (
-        "model.", "data.image_size", "data.channels", "vae.", "diffusion.steps", "optim.name"
+        "model.", "data.image_", "data.channels", "vae.", "diffusion.steps",
+        "diffusion.objective", "optim.name",
     )  # fmt: skip
     other = [f"{name} is {old}, not {new}" for name, old, new in changes if name.startswith(fixed)]
     if other:

@@ -31,13 +31,8 @@ def test_power_zero_is_a_constant_weight():
 
 @pytest.mark.parametrize("channels, guided", [(3, 3), (None, 4), (9, 4)])
 def test_which_channels_are_guided(channels, guided):
-    null = 10
-
-    def network(x, t, y):
-        return jnp.broadcast_to(jnp.where(y == null, 1.0, 2.0)[:, None, None, None], (4, 2, 2, 8))
-
-    run = guide(network, jnp.array([3, 4]), null, lambda t: jnp.full(2, 5.0), channels)
-    out = run(jnp.zeros((2, 2, 2, 4)), jnp.array([7, 7]))
+    strong, weak = jnp.full((2, 2, 2, 8), 2.0), jnp.full((2, 2, 2, 8), 1.0)
+    out = guide(strong, weak, jnp.full(2, 5.0), channels)
     assert out.shape == (2, 2, 2, 8)
     assert np.all(out[..., :guided] == 1 + 5 * (2 - 1)) and np.all(out[..., guided:] == 2)
 

@@ -7,10 +7,17 @@ import numpy as np
 import pytest
 
 from mdt_jax.diffusion import schedule as sch
-from mdt_jax.diffusion.guidance import guide, power_cosine
+from mdt_jax.diffusion.guidance import power_cosine
 from mdt_jax.diffusion.samplers import FLOW_SAMPLERS, SAMPLERS, sample
 from tests.conftest import FULL_COMPILE
-from tests.published import MODELS, VERSIONS, published_numbers, published_params, relative_error
+from tests.published import (
+    MODELS,
+    VERSIONS,
+    guided_network,
+    published_numbers,
+    published_params,
+    relative_error,
+)
 
 
 @pytest.mark.parametrize("version", VERSIONS)
@@ -28,7 +35,7 @@ def test_guided_sampling_is_the_published_one(name, version):
         def network(x, t, y):
             return MODELS[version].apply({"params": params}, x, t, y)
 
-        guided = guide(network, y, 10, lambda t: power_cosine(t, 3.8, 4.0))
+        guided = guided_network(network, y, 10, lambda t: power_cosine(t, 3.8, 4.0))
         return sample(guided, sampler, schedule, sampler.start(z), lambda k: noise[k]).x
 
     out = run(jnp.asarray(golden["sample_z"]), jnp.asarray(golden["sample_y"]))
@@ -208,7 +215,9 @@ def test_clipping_keeps_each_prediction_within_the_limit(name):
         eps = (1 - factor) * x / jnp.sqrt(1 - a)
         return jnp.concatenate([eps, jnp.zeros_like(eps)], axis=-1)
 
-    guided = guide(network, jnp.zeros(1, jnp.int32), 1, lambda t: power_cosine(t, 3.0, 1.0))
+    guided = guided_network(
+        network, jnp.zeros(1, jnp.int32), 1, lambda t: power_cosine(t, 3.0, 1.0)
+    )
 
     def draw(k):
         return jax.random.normal(jax.random.fold_in(jax.random.key(1), k), z.shape)

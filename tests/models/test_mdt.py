@@ -3,14 +3,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mdt_jax.diffusion.guidance import guide, power_cosine
+from mdt_jax.diffusion.guidance import power_cosine
 from mdt_jax.models import masking
 from mdt_jax.models.attention import relative_index
 from mdt_jax.models.embeddings import sincos_positions
 from mdt_jax.models.mdt import MDT, init_params, patchify, unpatchify
 from tests.conftest import FULL_COMPILE
 from tests.models.common import apply, random_params
-from tests.published import MODELS, VERSIONS, published_numbers, published_params, relative_error
+from tests.published import (
+    MODELS,
+    VERSIONS,
+    guided_network,
+    published_numbers,
+    published_params,
+    relative_error,
+)
 
 SMALL = dict(hidden_size=16, depth=4, num_heads=2, num_classes=3)
 
@@ -65,7 +72,7 @@ def test_guided_forward_is_the_published_one(version):
             return MODELS[version].apply({"params": params}, x, t, y)
 
         scale, power = float(golden["cfg_scale"]), float(golden["cfg_power"])
-        return guide(network, y, 10, lambda t: power_cosine(t, scale, power))(x, t)
+        return guided_network(network, y, 10, lambda t: power_cosine(t, scale, power))(x, t)
 
     out = jax.jit(guided, compiler_options=FULL_COMPILE)(x[:batch], t[:batch], y[:batch])
     assert relative_error(out, golden["cfg_out"][:batch]) < 2e-6

@@ -159,7 +159,7 @@ def test_unconditional_model():
             dict(objective="flow"),
             "sampler is ddpm; a network that predicts velocity takes one of eu",
         ),
-        ([1], dict(objective="v"), "objective is 'v'; it must be one of epsilon, flow"),
+        ([1], dict(objective="x0"), "objective is 'x0'; it must be one of epsilon, v, flow"),
         (
             [1],
             dict(objective="flow", sampler="euler", spacing="karras"),

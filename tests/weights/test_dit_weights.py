@@ -9,7 +9,6 @@ import pytest
 
 import mdt_jax
 from mdt_jax import convert
-from mdt_jax.diffusion.guidance import guide
 from mdt_jax.models.autoencoder import AutoencoderKL
 from mdt_jax.models.mdt import MDT
 from mdt_jax.models.resize import with_fixed_positions
@@ -17,7 +16,7 @@ from mdt_jax.runtime.errors import UserError
 from mdt_jax.train import loop, warm_start
 from mdt_jax.weights import diffusers_dit, kinds, mdt_names, networks, torch_files
 from tests.models.common import apply, random_params
-from tests.published import dit_numbers, dit_state, relative_error
+from tests.published import dit_numbers, dit_state, guided_network, relative_error
 
 NAMES = ("dit", "sit", "dit_no_sigma")
 LABELS = np.array([1, 7, 10, 10])
@@ -50,7 +49,7 @@ def test_outputs_are_the_published_ones(name):
     def network(x, t, y):
         return apply(model, params, x, t, y)
 
-    guided = guide(network, jnp.asarray(LABELS[:2]), 10, lambda t: jnp.full(t.shape, 4.0))
+    guided = guided_network(network, jnp.asarray(LABELS[:2]), 10, lambda t: jnp.full(t.shape, 4.0))
     expected = nhwc(numbers[f"{name}_guided"])[:2]
     out = guided(x[:2], t[:2])[..., : expected.shape[-1]]
     assert relative_error(out, expected) < 2e-6
@@ -85,7 +84,7 @@ def sampled(pipeline, noise, labels, null_label):
     def weight(t):
         return options.weight(t, options.guidance_scale)
 
-    guided = guide(network, labels, null_label, weight, options.guidance_channels or None)
+    guided = guided_network(network, labels, null_label, weight, options.guidance_channels or None)
     if not options.guided:
         guided = lambda x, t: network(x, t, labels)  # noqa: E731
     sampler = options.make_sampler()
