@@ -14,6 +14,7 @@ from mdt_jax.diffusion.options import SampleOptions, balanced_labels
 from mdt_jax.evaluation import metrics, references
 from mdt_jax.evaluation.evaluator import Evaluator
 from mdt_jax.evaluation.image_sets import ArrayImages
+from mdt_jax.models.autoencoder import LatentNorm
 from mdt_jax.models.mdt import MDT
 from mdt_jax.sampling.generation import generate
 from mdt_jax.train.step import Objective, batch_latents, draw_step, sample_losses
@@ -71,7 +72,7 @@ class Measures:
 def _loss(model: MDT, objective: Objective):
 
     def loss(params, batch, draws):
-        batch = {**batch, "latents": batch_latents(batch, None, 1.0)}
+        batch = {**batch, "latents": batch_latents(batch, None, LatentNorm())}
         return sample_losses(model, objective, params, batch, draws)[1]["mse/full"].mean()
 
     return jax.jit(loss)

@@ -166,6 +166,12 @@ def positive(text: str) -> float:
     return float(text)
 
 
+def sides(text: str) -> tuple[int, int]:
+    """(height, width) of 256, a square, or of 256x384."""
+    height, _, width = text.partition("x")
+    return count(height), count(width or height)
+
+
 def channels(text: str) -> int:
     """A number of channels, or "all", which is 0."""
     if text != "all" and not text.isdigit():

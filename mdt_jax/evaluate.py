@@ -75,7 +75,12 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, str]:
         **dict(cli.SWITCH, default=None),
         help="keep the networks' features, of slices of the images, in OUT.features",
     )
-    add("--image_size", type=cli.count, help="crop image files to this size, as for training")
+    add(
+        "--image_size",
+        type=cli.sides,
+        metavar="H|HxW",
+        help="crop image files to this size, as for training",
+    )
     add(
         "--out", type=cli.anywhere, help="JSON card (default: beside the samples), or new reference"
     )

@@ -327,7 +327,7 @@ def make_images(folder: pathlib.Path) -> None:
 
 
 def squares_of(files):
-    found = CroppedImages(files, 8)
+    found = CroppedImages(files, (8, 8))
     taken = found.take(np.arange(len(found)), np.zeros(len(found)))
     found.warnings()
     if taken["status"].any():

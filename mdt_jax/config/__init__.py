@@ -35,9 +35,9 @@ def variant(config: ConfigDict, name: str) -> ConfigDict:
         config.model.update(hidden_size=16, depth=3, num_heads=2, decoder_layers=decoder_layers)
         config.data.batch_size = 16
         if config.vae.path != "identity" or config.data.name in sources.STORED:
-            config.vae.path = "identity"
+            config.vae.update(path="identity", factor=8, channels=4, shift="", std="")
             config.evaluation.update(reference="", inception="")
-            config.data.update(name="digits", path="", image_size=8, channels=1)
+            config.data.update(name="digits", path="", image_size=8, image_width=0, channels=1)
             config.model.num_classes = min(config.model.num_classes, 10)
         config.optim.warmup_steps = min(config.optim.warmup_steps, 1)
         config.train.update(steps=2, log_every=1, sample_every=1, checkpoint_every=1)

@@ -1,6 +1,7 @@
 """Every field of a config: its default, its meaning, and what its value must be."""
 
 import dataclasses
+import math
 import textwrap
 from collections.abc import Callable, Iterator
 
@@ -38,6 +39,25 @@ class Field:
     @property
     def default_text(self) -> str:
         return "empty" if self.default == "" else str(self.default)
+
+
+def numbers_of(text: str) -> tuple[float, ...]:
+    """The numbers in a text, with commas between them; none in an empty one. Raises ValueError."""
+    return tuple(float(part) for part in text.split(",")) if text else ()
+
+
+def _numbers(least: float, words: str) -> Bound:
+    def holds(text: str) -> bool:
+        try:
+            return all(least < number < math.inf for number in numbers_of(text))
+        except ValueError:
+            return False
+
+    return Bound(holds, words)
+
+
+NUMBERS = _numbers(-math.inf, "a number, several with commas between them, or empty")
+POSITIVE = _numbers(0.0, "a positive number, several with commas between them, or empty")
 
 
 def _sample_fields() -> dict[str, Field]:
@@ -96,7 +116,8 @@ FIELDS: dict[str, dict[str, Field]] = dict(
         path=Field("", "path of what is read; for tfds also the set's name",
                    path=sources.place),
         split=Field("train", "split of a tfds set"),
-        image_size=Field(8, "height and width to which images are cropped", at_least(1)),
+        image_size=Field(8, "height to which images are cropped, and width", at_least(1)),
+        image_width=Field(0, "width, where it is not the height; 0: it is", at_least(0)),
         channels=Field(1, "colour channels: 3, or 1 for grey", at_least(1)),
         batch_size=Field(256, "global batch size, over all devices", at_least(1)),
         flip=Field(False, "mirror half of the images"),
@@ -108,6 +129,11 @@ FIELDS: dict[str, dict[str, Field]] = dict(
         path=Field("identity", "file, folder or hf://OWNER/REPOSITORY; identity: train on pixels",
                    path=hub.anywhere_or_hub),
         scale=Field(VAE_SCALE, "factor by which latents are multiplied", above(0)),
+        factor=Field(8, "side of an image over the side of its latents", at_least(1)),
+        channels=Field(4, "channels of the latents", at_least(1)),
+        shift=Field("", "what is subtracted from latents: a number, or 1.5,2,… for each channel; "
+                    "empty: as the VAE records", NUMBERS),
+        std=Field("", "what latents are divided by, likewise", POSITIVE),
     ),
     init=dict(
         checkpoint=Field("", "weights a new run starts from: a run, a file, hf://…",

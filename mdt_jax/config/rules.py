@@ -6,12 +6,12 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from mdt_jax.config.fields import FIELDS, flat_fields
+from mdt_jax.config.fields import FIELDS, flat_fields, numbers_of
 from mdt_jax.data import sources
 from mdt_jax.diffusion.options import SampleOptions
 from mdt_jax.models.inception import WHERE
 from mdt_jax.models.masking import keep_length
-from mdt_jax.models.mdt import VAE_FACTOR, input_shape
+from mdt_jax.models.mdt import image_sides, input_shape
 from mdt_jax.runtime import bounds, limits
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.runtime.parallel import mesh_shape
@@ -26,6 +26,7 @@ WITHOUT_EFFECT = {
     ("optim.schedule", "constant"): ("optim.end_lr",),
     ("diffusion.objective", "epsilon"): ("diffusion.timesteps",),
     ("diffusion.objective", "v"): ("diffusion.timesteps",),
+    ("vae.path", "identity"): ("vae.factor", "vae.channels", "vae.shift", "vae.std"),
 }  # fmt: skip
 
 # The message for a config that breaks a rule, and the rule. Both take the groups of the config and
@@ -41,10 +42,14 @@ RULES: dict[str, Callable[[Any], bool]] = {
         lambda c: c.data.channels in (1, 3) or c.packaged,
     "data.channels is {data.channels}; the VAE requires 3":
         lambda c: c.on_pixels or c.data.channels == 3,
-    f"data.image_size {{data.image_size}} must be a multiple of {VAE_FACTOR} for the VAE":
-        lambda c: c.on_pixels or c.data.image_size % VAE_FACTOR == 0,
+    "data.image_size {image_size} must be a multiple of {vae.factor} for the VAE":
+        lambda c: c.on_pixels or all(side % c.vae.factor == 0 for side in c.sides),
     "model.patch_size {model.patch_size} does not divide {input_name} {input_size}":
-        lambda c: c.input_size % c.model.patch_size == 0,
+        lambda c: all(side % c.model.patch_size == 0 for side in c.input_sides),
+    "vae.shift has {shifts} numbers; it must be one, or {vae.channels}, one for each channel":
+        lambda c: c.shifts in (0, 1, c.vae.channels),
+    "vae.std has {stds} numbers; it must be one, or {vae.channels}, one for each channel":
+        lambda c: c.stds in (0, 1, c.vae.channels),
     "model.hidden_size {model.hidden_size} is not divisible by model.num_heads {model.num_heads}":
         lambda c: c.model.hidden_size % c.model.num_heads == 0,
     "model.hidden_size {model.hidden_size} must be a multiple of 4: sine and cosine of two axes":
@@ -86,20 +91,31 @@ RULES: dict[str, Callable[[Any], bool]] = {
 
 def _derived(config: ConfigDict) -> types.SimpleNamespace:
     """The groups of a config and the values that rules compare, by name."""
-    model, mask, size = config.model, config.mask, input_shape(config)[0]
+    model, mask, vae = config.model, config.mask, config.vae
+    sides, (height, width, _) = image_sides(config), input_shape(config)
     on_pixels, masked_pass = config.vae.path == "identity", mask.passes != "full"
     return types.SimpleNamespace(
         **{group: config[group] for group in FIELDS},
         on_pixels=on_pixels,
         packaged=config.data.name in sources.PACKAGED,
-        input_size=size,
-        input_name="data.image_size" if on_pixels else f"data.image_size / {VAE_FACTOR}, which is",
-        tokens=(size // model.patch_size) ** 2,
+        sides=sides,
+        image_size=_by(sides),
+        input_sides=(height, width),
+        input_size=_by((height, width)),
+        input_name="data.image_size" if on_pixels else f"data.image_size / {vae.factor}, which is",
+        tokens=(height // model.patch_size) * (width // model.patch_size),
+        shifts=len(numbers_of(vae.shift)),
+        stds=len(numbers_of(vae.std)),
         encoder_layers=model.depth - model.decoder_layers,
         highest_ratio=max(mask.ratio, mask.ratio_max),
         masked_pass=masked_pass,
         masked_loss=masked_pass and mask.loss_on == "masked",
     )
+
+
+def _by(sides: tuple[int, int]) -> str:
+    """A size in words: 64, or 64×96."""
+    return str(sides[0]) if sides[0] == sides[1] else "×".join(map(str, sides))
 
 
 def get(config: ConfigDict, name: str) -> Any:

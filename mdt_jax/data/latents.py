@@ -24,6 +24,7 @@ from etils import epath
 
 from mdt_jax.data.in_buckets import unreached
 from mdt_jax.data.protocols import Status
+from mdt_jax.models.autoencoder import LatentNorm
 from mdt_jax.runtime import buckets, files
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.runtime.files import file_sha256, is_text, read_json
@@ -141,37 +142,84 @@ class Latents:
 
 @dataclasses.dataclass(frozen=True)
 class Sums:
-    """Sums over latents z drawn from posteriors, for their deviation.
+    """Sums over latents z drawn from posteriors, for their mean and deviation.
 
-    records: the number of images; sum: Σ E[z] and squares: Σ E[z²], over all values of both views.
+    records: the number of images; values: that of values of a channel, of both views; sum: Σ E[z]
+    and squares: Σ E[z²] of each channel, [C] float64. In shards of versions that did not tell
+    channels apart, all count as one.
     """
 
     records: int = 0
-    sum: float = 0.0
-    squares: float = 0.0
+    values: float = 0.0
+    sum: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(1))
+    squares: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(1))
 
     @classmethod
     def of_moments(cls, moments: np.ndarray) -> "Sums":
         """The sums over moments [n, 4, h, w, c]."""
-        sum_of_means = float(moments[:, ::2].sum(dtype=np.float64))
+        axes, values = (0, 1, 2, 3), moments[:, ::2, :, :, 0].size
+        sum_of_means = moments[:, ::2].sum(axes, dtype=np.float64)
         # E[z²] = mean² + std²
-        return cls(len(moments), sum_of_means, float(np.square(moments, dtype=np.float64).sum()))
-
-    @classmethod
-    def of_shards(cls, shards: Iterable[dict]) -> "Sums":
-        """The sums over all shards of a manifest."""
-        fields = [field.name for field in dataclasses.fields(cls)]
-        return sum((cls(*(shard[name] for name in fields)) for shard in shards), cls())
-
-    def __add__(self, other: "Sums") -> "Sums":
-        return Sums(
-            self.records + other.records, self.sum + other.sum, self.squares + other.squares
+        return cls(
+            len(moments), values, sum_of_means, np.square(moments, dtype=np.float64).sum(axes)
         )
 
-    def deviation(self, shape: tuple[int, int, int]) -> float:
-        """Standard deviation of all values of latents [h, w, c]."""
-        values = max(VIEWS * math.prod(shape) * self.records, 1)
-        return math.sqrt(max(self.squares / values - (self.sum / values) ** 2, 0.0))
+    @classmethod
+    def of_shards(cls, shards: Iterable[dict], shape: tuple[int, int, int]) -> "Sums":
+        """The sums over shards of a manifest, of latents [h, w, c]."""
+        total = cls()
+        for shard in shards:
+            of_channels, squares = (np.atleast_1d(shard[name]) for name in ("sum", "squares"))
+            values = VIEWS * math.prod(shape) * shard["records"] / len(of_channels)
+            total += cls(shard["records"], values, of_channels, squares)
+        return total
+
+    def to_json(self) -> dict:
+        """What a shard's entry in the manifest has."""
+        sums = {"sum": self.sum.tolist(), "squares": self.squares.tolist()}
+        return {"records": self.records, **sums}
+
+    def __add__(self, other: "Sums") -> "Sums":
+        if not (self.values and other.values):
+            return self if self.values else other
+        if len(self.sum) != len(other.sum):
+            return self._pooled() + other._pooled()
+        return Sums(
+            self.records + other.records,
+            self.values + other.values,
+            self.sum + other.sum,
+            self.squares + other.squares,
+        )
+
+    def _pooled(self) -> "Sums":
+        sums = (np.sum(each, keepdims=True) for each in (self.sum, self.squares))
+        return Sums(self.records, self.values * len(self.sum), *sums)
+
+    @property
+    def mean(self) -> np.ndarray:
+        """The mean of each channel, [C] float64."""
+        return self.sum / max(self.values, 1)
+
+    @property
+    def std(self) -> np.ndarray:
+        """The standard deviation of each channel, [C] float64."""
+        return np.sqrt(np.maximum(self.squares / max(self.values, 1) - self.mean**2, 0))
+
+    def deviation(self, norm: LatentNorm) -> float:
+        """The standard deviation of all values, normalised.
+
+        NaN where channels were not told apart, but the norm does so.
+        """
+        shift, factor = np.array(norm.shift or 0.0), norm.scale / np.array(norm.std or 1.0)
+        if max(shift.size, factor.size) > len(self.sum):
+            return math.nan
+        mean, std = (self.mean - shift) * factor, self.std * factor
+        return math.sqrt(max(np.mean(std**2 + mean**2) - np.mean(mean) ** 2, 0.0))
+
+
+def sums_of(manifest: dict) -> Sums:
+    """The sums over all latents of a cache."""
+    return Sums.of_shards(manifest["shards"], manifest["latents"])
 
 
 def load(path: str | os.PathLike, flip: bool = False) -> Latents:
@@ -223,7 +271,7 @@ def check_shard(cache: Latents, number: int) -> Sums:
             if status.any():
                 raise UserError(f"{path} does not hold the {len(alone)} records of the manifest")
             sums += Sums.of_moments(moments)
-    if not math.isfinite(sums.squares):
+    if not np.isfinite(sums.squares).all():
         raise UserError(f"{path} holds values that are not finite")
     return sums
 

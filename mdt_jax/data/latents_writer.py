@@ -15,13 +15,14 @@ import numpy as np
 from mdt_jax.data import latents
 from mdt_jax.data.latents import MANIFEST, UNFINISHED, Sums
 from mdt_jax.data.protocols import Status
+from mdt_jax.models.autoencoder import LatentNorm
 from mdt_jax.runtime import files, locks
 from mdt_jax.runtime.errors import DamagedError, UserError
 
 OPTIONS = "group_size:1,uncompressed"  # for random access; compression saves a few per cent
-# Fields of a description that change no byte of a shard: places, and the scale, which is not
+# Fields of a description that change no byte of a shard: places, and the norm, which is not
 # applied here.
-UNCOMPARED = ("source", "vae", "scale")
+UNCOMPARED = ("source", "vae", "scale", "shift", "std")
 # Files of processes that write or have been killed: locks, files cut short.
 PASSING = re.compile(r"\.part-.*|.*\.tmp")
 KEPT = "; finished shards are kept, and the same command resumes"
@@ -188,7 +189,7 @@ class CacheWriter:
                         "sha256": files.file_sha256(temporary),
                         "crc32": base64.b64encode(np.array(crcs, latents.CRC).tobytes()).decode(),
                         "damaged": damaged,
-                        **dataclasses.asdict(sums),
+                        **sums.to_json(),
                     }
         except UserError as error:
             if not sidecar:
@@ -202,9 +203,12 @@ class CacheWriter:
         shards = [sidecar for sidecar in sidecars if sidecar is not None]
         if len(shards) < self.num_shards:
             return latents.read_manifest(self.folder)  # another host may just have finished
+        sums = Sums.of_shards(shards, self.description["latents"])
         manifest = {
             **(files.read_json(self.folder / UNFINISHED) or self.description),
-            "latent_std": Sums.of_shards(shards).deviation(self.description["latents"]),
+            "latent_std": sums.deviation(LatentNorm(1.0)),
+            "channel_mean": sums.mean.tolist(),
+            "channel_std": sums.std.tolist(),
             "shards": shards,
         }
         manifest["checksum"] = latents.checksum(manifest)

@@ -83,6 +83,4 @@ def fitted(image, size: tuple[int, int], resize: bool, name: str) -> np.ndarray:
             f"{name} is {image.height}×{image.width}, but the model draws {height}×{width}; "
             "--resize makes it fit"
         )
-    if height != width:
-        raise UserError(f"--resize makes squares, but the model draws {height}×{width}")
-    return center_crop(image, height)
+    return center_crop(image, size)

@@ -156,7 +156,8 @@ def cropped(data, num_classes: int, at_random: bool = False, **options) -> Cropp
         found = tfds_sets.load(data.path, data.split)
     if num_classes == 0:
         found = dataclasses.replace(found, classes=[])
-    return CroppedImages(found, data.image_size, data.channels, data.crop, data.flip, **options)
+    sides = data.image_size, data.image_width or data.image_size
+    return CroppedImages(found, sides, data.channels, data.crop, data.flip, **options)
 
 
 def _check_path(data) -> None:

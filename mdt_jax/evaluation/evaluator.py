@@ -241,15 +241,15 @@ def fid(
     reference: str | os.PathLike | np.ndarray,
     inception: str | os.PathLike,
     *,
-    image_size: int | None = None,
+    image_size: int | tuple[int, int] | None = None,
     progress: bool = False,
 ) -> float:
     """FID of samples against real images or their statistics, as `mdt_jax.evaluate` computes it.
 
     samples, reference: images [N, H, W, C] uint8, or a path as of --samples and --reference.
     inception: weights of FID's Inception: a file, a folder that `convert` wrote, or hf://….
-    image_size: the side to which image files are cropped. Raises UserError for images that cannot
-    be compared.
+    image_size: (H, W), or a square's side, to which image files are cropped. Raises UserError for
+    images that cannot be compared.
     """
     if isinstance(samples, np.ndarray):
         images = _array_images("the samples", samples)

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import functools
 import hashlib
+import math
 import os
 import zipfile
 from collections.abc import Collection, Generator, Iterable, Sequence
@@ -13,7 +14,7 @@ from typing import IO, Protocol, Self
 import numpy as np
 
 from mdt_jax.data import folders, parquet_sets, sample_notes, sources, tars, tfds_sets
-from mdt_jax.data.crops import center_crop
+from mdt_jax.data.crops import Sides, center_crop
 from mdt_jax.data.image_files import ImageFiles
 from mdt_jax.data.images import MAX_PIXELS, open_image, to_rgb
 from mdt_jax.evaluation.npz_files import Header, read_array, read_headers, reading
@@ -198,15 +199,14 @@ class FileImages(StoredImages):
     Images are cropped as for training if there is an image_size; else all must have one size.
     """
 
-    def __init__(self, path: str, image_size: int | None, labelled: bool, generated: bool):
+    def __init__(self, path: str, image_size: Sides | None, labelled: bool, generated: bool):
         """Arguments as of `open_images`. Reads headers only. Raises UserError."""
         self._files, self._image_size = _list_files(path, labelled), image_size
         if generated and isinstance(self._files, folders.FolderFiles):
             self._files = sample_notes.in_order(self._files)
         count = len(self._files)
         grey = all(self._header(i)[0] in ("L", "1") for i in range(count))
-        side = (image_size, image_size) if image_size else self._header(0)[1]
-        super().__init__(path, count, (*side, 1 if grey else 3))
+        super().__init__(path, count, (*(image_size or self._header(0)[1]), 1 if grey else 3))
         if image_size is None:
             with ThreadPoolExecutor(os.cpu_count()) as pool:
                 list(pool.map(self._check_size, range(count)))
@@ -298,7 +298,7 @@ def _list_files(path: str, labelled: bool) -> ImageFiles:
 
 def open_images(
     path: str,
-    image_size: int | None = None,
+    image_size: int | Sides | None = None,
     labelled: bool = False,
     num: int | None = None,
     generated: bool = False,
@@ -307,13 +307,17 @@ def open_images(
 
     path: an npz file with arr_0, a folder, a list (.csv, .jsonl), a .tar, a .parquet or a glob of
     them, tfds:NAME[:SPLIT], or the name of a packaged set (digits, mnist, …), of which the held-out
-    images are used. image_size: the side to which image files are cropped as for training.
+    images are used. image_size: (H, W) to which image files are cropped as for training, or the
+    side of a square.
     labelled: read the labels, too, if there are any. num: use the first `num` images only.
     generated: the images are samples, so that files named LABEL_NUMBER.png are ordered by NUMBER,
     and LABEL is the number of a class and not its name. Raises UserError.
     """
-    if image_size is not None and image_size**2 > MAX_PIXELS:
-        raise UserError(f"image_size is {image_size}, larger than images that are read")
+    if isinstance(image_size, int):
+        image_size = image_size, image_size
+    if image_size is not None and math.prod(image_size) > MAX_PIXELS:
+        size = "×".join(map(str, image_size))
+        raise UserError(f"image_size is {size}, larger than images that are read")
     as_path(path)  # refuses URLs of other kinds
     if path.endswith(".npz"):
         images = NpzImages(path, labelled)
@@ -322,9 +326,9 @@ def open_images(
         images = ArrayImages(path, held_out.images, held_out.labels, held_out.classes)
     else:
         images = FileImages(path, image_size, labelled, generated)
-    if image_size is not None and images.shape[:2] != (image_size, image_size):
+    if image_size is not None and images.shape[:2] != image_size:
         raise UserError(
-            f"{path} has images of {images.shape[0]}×{images.shape[1]}; --image_size={image_size} "
-            "crops image files only"
+            f"{path} has images of {images.shape[0]}×{images.shape[1]}; --image_size crops image "
+            "files only"
         )
     return images if num is None else images.first(num)

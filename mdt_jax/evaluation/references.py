@@ -51,7 +51,9 @@ class Reference:
         return self.images
 
 
-def load(path: str, image_size: int | None = None, labelled: bool = False) -> Reference:
+def load(
+    path: str, image_size: int | tuple[int, int] | None = None, labelled: bool = False
+) -> Reference:
     """Read a reference: an npz file with the arrays of STATISTICS, or images.
 
     path, image_size, labelled: as of `open_images`. Raises UserError.

@@ -31,16 +31,18 @@ SIZES = {
 # The parameters that are stacks of blocks.
 STACKS = ("encoder", "encoder_in", "encoder_out", "decoder", "side_interpolater")
 
-# The Stable Diffusion VAE: latents of 4 channels, an eighth of the image's height and width.
-VAE_FACTOR, VAE_CHANNELS = 8, 4
+
+def image_sides(config) -> tuple[int, int]:
+    """(H, W) of a config's images."""
+    return config.data.image_size, config.data.image_width or config.data.image_size
 
 
 def input_shape(config) -> tuple[int, int, int]:
     """(H, W, C) of a config's training data: of its images, or of the VAE's latents."""
-    size = config.data.image_size
+    height, width = image_sides(config)
     if config.vae.path == "identity":
-        return size, size, config.data.channels
-    return size // VAE_FACTOR, size // VAE_FACTOR, VAE_CHANNELS
+        return height, width, config.data.channels
+    return height // config.vae.factor, width // config.vae.factor, config.vae.channels
 
 
 def patchify(x: jax.Array, patch_size: int) -> jax.Array:

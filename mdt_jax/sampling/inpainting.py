@@ -173,8 +173,8 @@ def inpaint(
     """Draw the hidden part of each image.
 
     images: [N, H, W, C] float32 of the kind that the model was trained on: pixels in [−1, 1], or
-    scaled latents. hidden: [H, W] bool, for all images. labels: N ints; an unconditional model uses
-    only their number. options: as in `generate`, with the sampler ddpm or ddim;
+    normalised latents. hidden: [H, W] bool, for all images. labels: N ints; an unconditional model
+    uses only their number. options: as in `generate`, with the sampler ddpm or ddim;
     guidance_skip_tolerance has no effect. pixels: whether images are pixels, within [−1, 1]; by
     default where they have 1 or 3 channels. sampling: seed, batch_size, guidance_scale and the
     fields of SampleOptions, as in `generate`. Sample n depends on the seed, n, its image and label
@@ -205,9 +205,9 @@ def inpaint(
 def encode_known(
     image: np.ndarray, hidden: np.ndarray, vae: Vae, precision: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Encode the known part of an image: scaled latents [h, w, c], and the hidden ones [h, w] bool.
+    """Encode the known part of an image.
 
-    image: [H, W, 3] uint8; hidden: [H, W] bool. The mean of the known pixels replaces the hidden
+    Returns normalised latents [h, w, c], and which are hidden, [h, w] bool. image: [H, W, 3] uint8; hidden: [H, W] bool. The mean of the known pixels replaces the hidden
     ones, so that they do not influence the latents. A latent is hidden if one of its pixels is.
     Raises UserError if all are.
     """
@@ -222,4 +222,4 @@ def encode_known(
             f"the mask leaves no {side}×{side} pixels whole, so that no latent is known; use one "
             "that leaves larger parts"
         )
-    return np.asarray(mean[0]) * np.float32(vae.scale), hidden_latents
+    return np.asarray(vae.norm.apply(mean[0])), hidden_latents

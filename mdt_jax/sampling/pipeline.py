@@ -24,7 +24,7 @@ from mdt_jax.sampling.generation import Request, changed
 from mdt_jax.sampling.labels import describe_labels
 from mdt_jax.weights.kinds import Weights, describe, params_sha256
 from mdt_jax.weights.networks import load_weights
-from mdt_jax.weights.vae import Vae, recorded_scale, slice_size
+from mdt_jax.weights.vae import RECORDED, Vae, norm_of, recorded_norm, slice_size, text_of
 
 PIXELS = "identity"  # vae.path of a model of pixels
 
@@ -218,12 +218,13 @@ class Pipeline(tuple[MDT, dict]):
                 f"{self.path} draws latents of {channels} channels; to make pictures of them say "
                 "--vae=hf://stabilityai/sd-vae-ft-mse, or the path of the VAE"
             )
-        trained = config.vae.scale if config is not None else None
-        if trained is not None and self._vae_scale not in (None, trained):
+        trained = norm_of(config) if config is not None else None
+        if trained is not None and self._vae_scale not in (None, trained.scale):
             raise UserError(
-                f"--vae_scale={self._vae_scale}, but {self.path} was trained with {trained}"
+                f"--vae_scale={self._vae_scale}, but {self.path} was trained with {trained.scale}"
             )
-        vae = Vae.load(path, trained or self._vae_scale)
+        norm = {} if self._vae_scale is None else {"scale": self._vae_scale}
+        vae = Vae.load(path, **(norm if trained is None else trained._asdict()))
         if self.weights.vae_sha256 not in (None, vae.sha256):
             hosts.log0(f"warning: {self.path} was trained with another VAE than {path}")
         if vae.network.latent_channels != channels:
@@ -231,13 +232,15 @@ class Pipeline(tuple[MDT, dict]):
                 f"the latents of {path} have {vae.network.latent_channels} channels, but the "
                 f"model draws {channels}"
             )
-        # A run's own VAE has the scale of the training, whatever the VAE's folder records.
-        recorded = recorded_scale(path) if given is not None or trained is None else None
-        if recorded not in (None, vae.scale):
-            other = f"{self.path} was trained with" if trained else "--vae_scale is"
-            raise UserError(
-                f"the scaling_factor of --vae={path} is {recorded}, but {other} {vae.scale}"
-            )
+        # A run's own VAE has the norm of the training, whatever the VAE's folder records.
+        own = given is None and trained is not None
+        for name, value in ({} if own else recorded_norm(path, channels)).items():
+            if value != getattr(vae.norm, name):
+                other = f"{self.path} was trained with" if trained else "--vae_scale is"
+                raise UserError(
+                    f"the {RECORDED[name]} of --vae={path} is {text_of(value)}, but {other} "
+                    f"{text_of(getattr(vae.norm, name)) or 'none'}"
+                )
         return vae
 
     @property
@@ -346,7 +349,9 @@ class Pipeline(tuple[MDT, dict]):
             note |= {"guide": self.guide.path, "guide_sha256": self.guide.params_sha256}
         note["uint8"] = UINT8_RULE
         if vae is not None:
-            note |= {"vae": vae.path, "vae_scale": vae.scale, "vae_sha256": vae.sha256}
+            note |= {"vae": vae.path, "vae_scale": vae.norm.scale, "vae_sha256": vae.sha256}
+            if vae.norm.shift or vae.norm.std:
+                note |= {"vae_shift": vae.norm.shift, "vae_std": vae.norm.std}
         if request is not None:
             note |= describe_labels(request.labels, text)
             note |= {"seed": request.seed, "batch_size": request.batch_size}

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from mdt_jax.models import attend
 from mdt_jax.models.masking import keep_length
-from mdt_jax.models.mdt import MDT, init_params
+from mdt_jax.models.mdt import MDT, image_sides, init_params
 from mdt_jax.runtime import keys, parallel
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.train.optimizers import make_optimizer
@@ -180,7 +180,7 @@ def check_memory(config: ConfigDict, model: MDT, state: TrainState) -> None:
     activations = microbatch * model.num_tokens * model.hidden_size * model.depth
     sizes = {
         "parameters, EMA and optimiser": _state_size(state),
-        "the images of a batch": images * data.image_size**2 * data.channels,
+        "the images of a batch": images * math.prod(image_sides(config)) * data.channels,
         "the inputs of the blocks": activations * jnp.dtype(model.dtype).itemsize,
     }
     least, available = sum(sizes.values()), _device_memory()

@@ -13,7 +13,8 @@ from mdt_jax.data import latents, pipeline, sources
 from mdt_jax.data.crops import CroppedImages
 from mdt_jax.data.latents_writer import CacheWriter
 from mdt_jax.data.protocols import Status
-from mdt_jax.models.mdt import input_shape
+from mdt_jax.models.autoencoder import LatentNorm
+from mdt_jax.models.mdt import image_sides, input_shape
 from mdt_jax.runtime import files, parallel
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.runtime.progress import log, print_result, progress_bar
@@ -37,7 +38,7 @@ def encode(config: ConfigDict, out: files.Path, shard_images: int, part: tuple[i
     inputs.check_classes(name, len(images.classes), config.model.num_classes, left_out)
     inputs.complete_config(config, len(images.classes))
     vae = _load_vae(config)
-    vae.check_scale()
+    vae.check_norm()
     writer = CacheWriter(out, _describe(config, images, vae, shard_images))
     with writer.lock(part) as check:
         if writer.start():
@@ -56,7 +57,7 @@ def encode(config: ConfigDict, out: files.Path, shard_images: int, part: tuple[i
     damaged = _count_damaged(manifest)
     print_result(
         f"{out}: {len(images) - damaged} images in {writer.num_shards} shards, {damaged} damaged "
-        f"left out; {inputs.describe_scale(manifest['latent_std'], config.vae.scale)}"
+        f"left out; {inputs.describe_norm(latents.sums_of(manifest), vae.norm)}"
     )
 
 
@@ -65,7 +66,7 @@ def verify(config: ConfigDict, out: files.Path) -> None:
     cache = latents.load(out)
     vae = _load_vae(config)
     inputs.check_cache(cache, config, vae)
-    vae.check_scale()
+    vae.check_norm()
     manifest, sums, errors = cache.manifest, latents.Sums(), []
     with progress_bar(len(cache), True, "verifying", "image") as bar:
         for number, shard in enumerate(manifest["shards"]):
@@ -80,17 +81,17 @@ def verify(config: ConfigDict, out: files.Path) -> None:
     count = len(cache) + _count_damaged(manifest)
     if count != manifest["images"]:
         raise UserError(f"{out} accounts for {count} of {manifest['images']} images")
-    std = sums.deviation(manifest["latents"])
-    if doubt := inputs.doubt_scale(std, config.vae.scale):
+    if doubt := inputs.doubt_norm(sums, vae.norm):
         raise UserError(f"{out}: {doubt}")
     print_result(
         f"{out} is sound: {len(cache)} images in {len(manifest['shards'])} shards; "
-        f"{inputs.describe_scale(std, config.vae.scale)}"
+        f"{inputs.describe_norm(sums, vae.norm)}"
     )
 
 
 def estimate_scale(config: ConfigDict) -> None:
-    """Print 1/deviation of the latents of MEASURED images from all over the set."""
+    """Print 1/deviation of the latents of MEASURED images from all over the set, and each channel's
+    mean and deviation."""
     images = _open_images(config)
     vae = _load_vae(config)
     count = min(MEASURED, len(images))
@@ -101,11 +102,14 @@ def estimate_scale(config: ConfigDict) -> None:
         for batch in batches:
             sums += latents.Sums.of_moments(batch["moments"][batch["status"] == Status.READ])
             bar.update(len(batch["labels"]))
-    std = sums.deviation(input_shape(config))
-    if not std:
+    if not sums.records:
         raise UserError(f"none of {count} images could be read")
+    std = sums.deviation(LatentNorm(1.0))
+    shift, each = (",".join(f"{x:.5g}" for x in values) for values in (sums.mean, sums.std))
     print_result(
-        f"vae.scale: {1 / std:.5g}, one over the deviation of the latents of {count} images"
+        f"vae.scale: {1 / std:.5g}, one over the deviation of the latents of {count} images\n"
+        f"or, with each channel by itself: --config.vae.scale=1 --config.vae.shift={shift} "
+        f"--config.vae.std={each}"
     )
 
 
@@ -133,17 +137,17 @@ def _open_images(config: ConfigDict) -> CroppedImages:
 
 def _describe(config: ConfigDict, images: CroppedImages, vae: Vae, shard_images: int) -> dict:
     """The fields of the manifest that describe a cache."""
-    data = config.data
+    data, (height, width) = config.data, image_sides(config)
     return {
         "format": latents.FORMAT,
         "images": len(images),
         "shard_images": shard_images,
         "latents": list(input_shape(config)),
-        "image_size": data.image_size,
+        "image_size": data.image_size if height == width else [height, width],
         "crop": data.crop,
         "vae": vae.path,
         "vae_sha256": vae.sha256,
-        "scale": config.vae.scale,
+        **vae.norm._asdict(),
         "precision": config.train.precision,
         "classes": images.classes if config.model.num_classes else [],
         "images_sha256": images.identity,

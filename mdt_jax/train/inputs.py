@@ -1,6 +1,7 @@
 """What a run is trained on: a config's images or latents, checked, as batches on the devices."""
 
 import dataclasses
+import math
 from collections.abc import Collection, Generator
 
 import jax
@@ -12,10 +13,12 @@ from mdt_jax.data.crops import CroppedImages
 from mdt_jax.data.protocols import Source
 from mdt_jax.diffusion.options import UNGUIDED, SampleOptions
 from mdt_jax.evaluation.evaluator import Evaluator
+from mdt_jax.models.autoencoder import LatentNorm
+from mdt_jax.models.mdt import image_sides
 from mdt_jax.runtime import hosts, parallel
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.runtime.hosts import log0
-from mdt_jax.weights.vae import Vae
+from mdt_jax.weights.vae import Vae, text_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,10 +57,11 @@ def open_inputs(config: ConfigDict, set_fields: Collection[str] = ()) -> Inputs:
     complete_config(config, len(source.classes), set_fields)
     vae = Vae.from_config(config)
     if vae is not None:
-        vae.check_scale()
+        vae.check_norm()
+        record_norm(config, vae)
     if isinstance(source, latents.Latents) and vae is not None:  # a config of latents has a VAE
         check_cache(source, config, vae)
-        if doubt := doubt_scale(source.manifest["latent_std"], config.vae.scale):
+        if doubt := doubt_norm(latents.sums_of(source.manifest), vae.norm):
             log0(f"warning: {source.folder}: {doubt}")
     return Inputs(source, held_out, vae)
 
@@ -71,10 +75,11 @@ def open_data(config: ConfigDict) -> tuple[Source, sources.Images | None]:
     if data.name in sources.PACKAGED:
         source, held_out = sources.load(data.name)
         _, height, width, channels = source.images.shape
-        if (height, width, channels) != (data.image_size, data.image_size, data.channels):
+        wanted_height, wanted_width = image_sides(config)
+        if (height, width, channels) != (wanted_height, wanted_width, data.channels):
             raise UserError(
-                f"{data.name} holds {height}×{width} images with {channels} channels, but "
-                f"data.image_size is {data.image_size} and data.channels {data.channels}"
+                f"{data.name} holds {height}×{width} images with {channels} channels, but the "
+                f"config has {wanted_height}×{wanted_width} and data.channels {data.channels}"
             )
         source = dataclasses.replace(source, flip=data.flip)
     else:
@@ -145,6 +150,15 @@ def complete_config(config: ConfigDict, classes: int, set_fields: Collection[str
         config.sample[name] = value
 
 
+def record_norm(config: ConfigDict, vae: Vae) -> None:
+    """Set the empty vae.shift and vae.std of a config to what its VAE records, with a line each."""
+    for name in ("shift", "std"):
+        text = text_of(getattr(vae.norm, name))
+        if text and not config.vae[name]:
+            log0(f"vae.{name} is {text}, as {vae.path} records")
+            config.vae[name] = text
+
+
 def check_cache(cache: latents.Latents, config: ConfigDict, vae: Vae) -> None:
     """Raise UserError where latents were made with another VAE or image size than the config's.
 
@@ -152,8 +166,9 @@ def check_cache(cache: latents.Latents, config: ConfigDict, vae: Vae) -> None:
     warning.
     """
     manifest, different = cache.manifest, []
-    if manifest["image_size"] != config.data.image_size:
-        different.append(f"data.image_size {manifest['image_size']}, not {config.data.image_size}")
+    theirs, wanted = manifest["image_size"], list(image_sides(config))
+    if (theirs if isinstance(theirs, list) else [theirs, theirs]) != wanted:
+        different.append(f"data.image_size {theirs}, not {'×'.join(map(str, wanted))}")
     if manifest["vae_sha256"] != vae.sha256:
         different.append(
             f"vae.path {manifest['vae']} (SHA-256 {manifest['vae_sha256'][:12]}), not {vae.path} "
@@ -173,21 +188,25 @@ def check_cache(cache: latents.Latents, config: ConfigDict, vae: Vae) -> None:
 USUAL_STD = (2 / 3, 3 / 2)
 
 
-def doubt_scale(std: float, scale: float) -> str:
-    """A warning where latents with standard deviation `std` have an unusual one when scaled; else
-    "".
-    """
-    if USUAL_STD[0] < std * scale < USUAL_STD[1]:
+def doubt_norm(sums: latents.Sums, norm: LatentNorm) -> str:
+    """A warning where latents have an unusual deviation when they are normalised; else ""."""
+    std = sums.deviation(norm)
+    if math.isnan(std) or USUAL_STD[0] < std < USUAL_STD[1]:
         return ""
     return (
-        f"{describe_scale(std, scale)}, which should be about 1; measure vae.scale with "
+        f"{describe_norm(sums, norm)}, which should be about 1; measure vae.scale with "
         "--estimate_scale of mdt_jax.encode"
     )
 
 
-def describe_scale(std: float, scale: float) -> str:
-    """The standard deviation of latents, before and after they are scaled, in words."""
-    return f"latents have a deviation of {std:.4f}, times vae.scale {scale:g} is {std * scale:.3f}"
+def describe_norm(sums: latents.Sums, norm: LatentNorm) -> str:
+    """The standard deviation of latents, before and after they are normalised, in words."""
+    before, after = sums.deviation(LatentNorm(1.0)), sums.deviation(norm)
+    if norm.shift or norm.std:
+        return f"latents have a deviation of {before:.4f}, normalised {after:.3f}"
+    return (
+        f"latents have a deviation of {before:.4f}, times vae.scale {norm.scale:g} is {after:.3f}"
+    )
 
 
 def feed(

@@ -16,7 +16,7 @@ from mdt_jax.diffusion.options import balanced_labels
 from mdt_jax.evaluation import references
 from mdt_jax.evaluation.evaluator import Evaluator
 from mdt_jax.evaluation.image_sets import Slices, open_images
-from mdt_jax.models.mdt import MDT
+from mdt_jax.models.mdt import MDT, image_sides
 from mdt_jax.runtime import hosts
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.runtime.files import Path
@@ -99,19 +99,19 @@ def open_evaluator(
     labelled = not path and config.model.num_classes > 0
     if path:
         is_files = not path.endswith(".npz") and path not in sources.PACKAGED
-        reference = references.load(path, config.data.image_size if is_files else None)
+        reference = references.load(path, image_sides(config) if is_files else None)
     elif held_out and isinstance(data, sources.Images):
         reference = references.of_split(config.data.name, data, held_out)
     else:
         return None
-    size, images = config.data.image_size, reference.images
+    (height, width), images = image_sides(config), reference.images
     if images is not None and images.summary:
         log0(f"evaluation.reference {images.summary}")
-    if images is not None and images.shape != (size, size, config.data.channels):
+    if images is not None and images.shape != (height, width, config.data.channels):
         shape = "×".join(map(str, images.shape))
         raise UserError(
             f"evaluation.reference {path} has images of {shape}, but the config's are "
-            f"{size}×{size}×{config.data.channels}"
+            f"{height}×{width}×{config.data.channels}"
         )
     pixels = ("pixels", "classifier") if labelled else ("pixels",)
     features = ("inception",) if evaluation.inception else pixels

@@ -18,11 +18,12 @@ from ml_collections import ConfigDict
 from mdt_jax.diffusion.losses import diffusion_losses, flow_losses, weights_of_samples
 from mdt_jax.diffusion.schedule import linear_schedule
 from mdt_jax.models import masking, xla
+from mdt_jax.models.autoencoder import LatentNorm
 from mdt_jax.models.mdt import MDT
 from mdt_jax.runtime import keys, parallel, progress
 from mdt_jax.train.optimizers import ema_schedule, rate_schedule
 from mdt_jax.train.state import TrainState
-from mdt_jax.weights.vae import from_uint8
+from mdt_jax.weights.vae import from_uint8, norm_of
 
 LABEL_DROPOUT = 0.1
 # diffusion.timesteps → times from 0 to 1. logit_normal: Esser et al. 2024, arXiv 2403.03206, with
@@ -113,15 +114,15 @@ def batch_shapes(config: ConfigDict, model: MDT, sharding) -> dict[str, jax.Shap
     return {name: jax.ShapeDtypeStruct(*array, sharding=sharding) for name, array in arrays.items()}
 
 
-def batch_latents(batch: dict, noise: jax.Array | None, scale: float) -> jax.Array:
+def batch_latents(batch: dict, noise: jax.Array | None, norm: LatentNorm) -> jax.Array:
     """The training data of a batch (see `batch_shapes`), [B, H, W, C] float32.
 
-    Pixels in [−1, 1], or (mean + std·noise)·scale, a sample of the VAE's posterior.
+    Pixels in [−1, 1], or mean + std·noise, a sample of the VAE's posterior, normalised.
     """
     if "images" in batch:
         return from_uint8(batch["images"])
     mean, std = (batch[name].astype(jnp.float32) for name in ("mean", "std"))
-    return (mean + std * noise) * scale
+    return norm.apply(mean + std * noise)
 
 
 class Pass(NamedTuple):
@@ -333,6 +334,7 @@ def trace_step(
     The schedule is a part of the program, and with it the ratio of optim.end_lr to the rate.
     """
     objective, size = Objective.from_config(config), config.data.batch_size
+    norm = norm_of(config)
     platform = mesh.devices.flat[0].platform
     progress.log_once(xla.refusal(model, platform))
     model = xla.for_devices(model, platform, mesh.size, mesh)
@@ -346,7 +348,7 @@ def trace_step(
     def step_with_draws(state, batch, key, learning_rate):
         flow_times = objective.timesteps if objective.is_flow else None
         draws = draw_step(key, state.step, model, size, objective.steps, flow_times)
-        latents = batch_latents(batch, draws.posterior, config.vae.scale)
+        latents = batch_latents(batch, draws.posterior, norm)
         batch = {"latents": latents, "labels": batch["labels"]}
         return train_step(state, batch, draws._replace(posterior=None), learning_rate)
 

@@ -15,6 +15,7 @@ from mdt_jax.weights import picking
 from mdt_jax.weights.kinds import Weights, fields_of
 from mdt_jax.weights.networks import describe_resize, load_weights
 from mdt_jax.weights.step_folders import steps_in
+from mdt_jax.weights.vae import norm_of
 
 # Fields of a network that may differ: handled here, or without parameters of their own.
 _FREE = ("input_size", "num_classes", "asymmetric", "masked_shortcut")
@@ -79,7 +80,8 @@ def _check_fits(weights: Weights[MDT], config: ConfigDict, model: MDT) -> None:
     source_fields = fields_of(source)
     pairs = [(n, source_fields[n], ours) for n, ours in fields_of(model).items() if n not in _FREE]
     if theirs is not None:
-        pairs.append(("vae.scale", theirs.vae.scale, config.vae.scale))
+        norms = norm_of(theirs)._asdict(), norm_of(config)._asdict()
+        pairs += [(f"vae.{name}", old, norms[1][name]) for name, old in norms[0].items()]
         pairs.append(("diffusion.steps", theirs.diffusion.steps, config.diffusion.steps))
     different = [f"{name} is {old} there and {new} here" for name, old, new in pairs if old != new]
     if different:

@@ -56,7 +56,7 @@ def save(path: files.Path, weights: Weights, vae: Vae | None) -> list[str]:
         _write_json(part / SCHEDULER, scheduler)
         if vae is not None:
             index["vae"] = ["diffusers", "AutoencoderKL"]
-            config = vae_names.config_of(vae.network, vae.scale)
+            config = vae_names.config_of(vae.network, vae.norm)
             _write(part / VAE, config, vae_names.to_published(vae.network, vae.params))
         _write_json(part / INDEX, index)
         os.rename(part, path)

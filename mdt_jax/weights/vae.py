@@ -1,10 +1,11 @@
-"""Stable Diffusion's VAE: its files, and images ⇄ latents in slices on all devices."""
+"""A VAE: its files, and images ⇄ latents in slices on all devices."""
 
 import dataclasses
 import functools
 import os
 import pathlib
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,38 +13,45 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 from ml_collections import ConfigDict
 
+from mdt_jax.config.fields import numbers_of
 from mdt_jax.data.images import to_float
 from mdt_jax.diffusion.options import check_finite
-from mdt_jax.models.autoencoder import VAE_SCALE, AutoencoderKL
-from mdt_jax.models.mdt import VAE_CHANNELS, VAE_FACTOR
+from mdt_jax.models.autoencoder import AutoencoderKL, LatentNorm
 from mdt_jax.runtime import files, hub, parallel
 from mdt_jax.runtime.backend import HIGHEST
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.weights import kinds, networks, orbax_folders, picking, step_folders, vae_names
 
 SUFFIXES = (".safetensors", ".bin")  # of a VAE's file in a folder of diffusers
+# Fields of LatentNorm → those of diffusers' config.json.
+RECORDED = {
+    "scale": "scaling_factor",
+    "shift": "shift_factor plus latents_mean",
+    "std": "latents_std",
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Vae:
     """A VAE with its parameters, between images and the latents of a diffusion model.
 
-    path: as the user gave it. scale: the factor of its latents, which are scaled in training and
-    sampling. params: float32.
+    path: as the user gave it. norm: of its latents, which are normalised in training and sampling.
+    params: float32.
     """
 
     path: str
-    scale: float
+    norm: LatentNorm
     network: AutoencoderKL
     params: dict
 
     @classmethod
-    def load(cls, path: str | os.PathLike, scale: float | None = None) -> "Vae":
+    def load(cls, path: str | os.PathLike, **norm: Any) -> "Vae":
         """Read a VAE.
 
         path: a file (.safetensors, .bin, .pt, .ckpt; in diffusers' or CompVis's layout), a folder
-        of diffusers or of `convert`, or hf://…, as of `picking.resolve`. scale: None means
-        `recorded_scale`, or Stable Diffusion's. Raises UserError where there is no VAE.
+        of diffusers or of `convert`, or hf://…, as of `picking.resolve`. norm: fields of LatentNorm
+        that replace those of `recorded_norm`; where there are neither, Stable Diffusion's scale.
+        Raises UserError where there is no VAE.
         """
         path = str(path)
         file = picking.resolve(path, "vae")
@@ -51,34 +59,43 @@ class Vae:
             expected = " or ".join(f"{picking.DIFFUSERS}{suffix}" for suffix in SUFFIXES)
             raise UserError(f"{path} holds no VAE: expected {expected}")
         network, params = networks.read_network(path, kind="vae")[:2]
-        return cls(path, scale or recorded_scale(path) or VAE_SCALE, network, params)
+        recorded = recorded_norm(path, network.latent_channels)
+        return cls(path, LatentNorm(**{**recorded, **norm}), network, params)
 
     @classmethod
     def from_config(cls, config: ConfigDict) -> "Vae | None":
         """The VAE of a config; None where it trains on pixels.
 
-        Raises UserError where there is none, or MDT's networks cannot take its latents.
+        Raises UserError where there is none, or its latents are not those of the config.
         """
         if config.vae.path == "identity":
             return None
-        vae = cls.load(config.vae.path, config.vae.scale)
+        given = norm_of(config)
+        # An empty shift or std is the VAE's own.
+        norm = {name: value for name, value in given._asdict().items() if value != ()}
+        vae = cls.load(config.vae.path, **norm)
         channels, factor = vae.network.latent_channels, vae.network.factor
-        if (channels, factor) != (VAE_CHANNELS, VAE_FACTOR):
+        if (channels, factor) != (config.vae.channels, config.vae.factor):
             raise UserError(
                 f"vae.path {vae.path} has latents of {channels} channels at 1/{factor} of the "
-                f"size; they must have {VAE_CHANNELS} at 1/{VAE_FACTOR}"
+                f"size, but vae.channels is {config.vae.channels} and vae.factor "
+                f"{config.vae.factor}: set --config.vae.channels={channels} "
+                f"--config.vae.factor={factor}"
             )
         return vae
 
-    def check_scale(self) -> None:
-        """Raise UserError where the VAE's folder records another scale than the config."""
-        recorded = recorded_scale(self.path)
-        if recorded not in (None, self.scale):
-            raise UserError(
-                f"vae.scale is {self.scale}, but the scaling_factor of {self.path} is {recorded}: "
-                "set vae.scale to it, or to train with your own take scaling_factor out of the "
-                "VAE's config.json"
-            )
+    def check_norm(self) -> None:
+        """Raise UserError where the VAE's folder records another norm than the config."""
+        recorded = recorded_norm(self.path, self.network.latent_channels)
+        for name, value in recorded.items():
+            ours = getattr(self.norm, name)
+            if ours != value:
+                field = RECORDED[name]
+                raise UserError(
+                    f"vae.{name} is {text_of(ours)}, but the {field} of {self.path} is "
+                    f"{text_of(value)}: set vae.{name} to it, or to train with your own take "
+                    f"{field} out of the VAE's config.json"
+                )
 
     @functools.cached_property
     def sha256(self) -> str:
@@ -88,7 +105,7 @@ class Vae:
     def encoder(
         self, mesh: Mesh, precision: str = HIGHEST
     ) -> Callable[..., tuple[jax.Array, jax.Array]]:
-        """A compiled function from images to the (mean, std) of their posteriors, not scaled.
+        """A compiled function from images to the (mean, std) of their posteriors, not normalised.
 
         It takes images [B, H, W, 3] uint8 and returns [B, h, w, c] float32, all split over the
         mesh. Memory does not grow with B. precision: one of PRECISIONS.
@@ -104,7 +121,7 @@ class Vae:
         precision: str = HIGHEST,
         name: Callable[[int], str] = "sample {}".format,
     ) -> np.ndarray:
-        """Scaled latents [N, h, w, c] → images [N, H, W, 3] float32, about in [−1, 1].
+        """Normalised latents [N, h, w, c] → images [N, H, W, 3] float32, about in [−1, 1].
 
         batch_size: how many to decode at a time, on all devices together; None means `slice_size`
         on each. precision: one of PRECISIONS. name: what a message calls image i. Raises UserError
@@ -122,18 +139,18 @@ class Vae:
             batch_size = slice_size(height, width) * mesh.size
         size = -(-batch_size // mesh.size) * mesh.size
         decode = functools.partial(_decode, self.network, precision, params)
-        batches = parallel.map_in_batches(decode, latents / np.float32(self.scale), size, mesh)
+        batches = parallel.map_in_batches(decode, self.norm.invert(latents), size, mesh)
         images = np.concatenate([np.zeros((0, height, width, 3), np.float32), *batches])
         check_finite(images, lambda i: f"{name(i)}, decoded by the VAE,")
         return images
 
 
-def recorded_scale(path: str | os.PathLike) -> float | None:
-    """What a VAE's folder says its latents are multiplied by: scaling_factor in diffusers'
-    config.json, which `convert` keeps.
+def recorded_norm(path: str | os.PathLike, channels: int) -> dict[str, Any]:
+    """The fields of LatentNorm that a VAE's folder records: those of diffusers' config.json, which
+    `convert` keeps.
 
-    path: as of `Vae.load`, which can read it. Returns None where nothing is recorded. Raises
-    UserError where the latents need more than a factor.
+    path: as of `Vae.load`, which can read it; channels: of its latents. Raises UserError where they
+    are no numbers.
     """
     file = hub.local_path(picking.resolve(str(path), "vae"))
     try:
@@ -141,9 +158,20 @@ def recorded_scale(path: str | os.PathLike) -> float | None:
             latents = orbax_folders.read_meta(file).get("latents") or {}
         else:
             latents = vae_names.about_latents(vae_names.read_config(pathlib.Path(file)))
-        return vae_names.scaling_factor(latents)
+        return vae_names.recorded_norm(latents, channels)
     except UserError as error:
         raise UserError(f"the VAE {path}: {error}") from None
+
+
+def norm_of(config: ConfigDict) -> LatentNorm:
+    """The norm of latents that a config has."""
+    shift, std = (numbers_of(config.vae[name]) for name in ("shift", "std"))
+    return LatentNorm(config.vae.scale, shift, std)
+
+
+def text_of(values: float | tuple[float, ...]) -> str:
+    """Numbers as a config's field has them."""
+    return ",".join(f"{value!r}" for value in np.atleast_1d(values).tolist())
 
 
 def slice_size(height: int, width: int) -> int:

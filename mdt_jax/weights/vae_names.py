@@ -1,15 +1,16 @@
-"""Weights of Stable Diffusion's VAE in the layouts of diffusers (both namings) and CompVis."""
+"""Weights of VAEs in the layouts of diffusers (both namings) and CompVis, and their config.json."""
 
 import pathlib
 import re
 import sys
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mdt_jax.models.autoencoder import AutoencoderKL
+from mdt_jax.models.autoencoder import AutoencoderKL, LatentNorm
 from mdt_jax.runtime import keys
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.runtime.files import read_json
@@ -21,22 +22,23 @@ _RENAMED = [
     (r"\.down\.(\d+)\.downsample\.", r".down_blocks.\1.downsamplers.0."),
     (r"\.up\.(\d+)\.block\.", r".up_blocks.\1.resnets."),
     (r"\.up\.(\d+)\.upsample\.", r".up_blocks.\1.upsamplers.0."),
+    (r"\.down\.(\d+)\.attn\.", r".down_blocks.\1.attentions."),
+    (r"\.up\.(\d+)\.attn\.", r".up_blocks.\1.attentions."),
     (r"\.mid\.block_1\.", ".mid_block.resnets.0."),
     (r"\.mid\.block_2\.", ".mid_block.resnets.1."),
-    (r"\.mid\.attn_1\.norm\.", ".mid_block.attentions.0.group_norm."),
     (r"\.mid\.attn_1\.", ".mid_block.attentions.0."),
+    (r"\.attentions\.(\d+)\.norm\.", r".attentions.\1.group_norm."),
     (r"\.nin_shortcut\.", ".conv_shortcut."),
     (r"coder\.norm_out\.", "coder.conv_norm_out."),
-    (r"\.attentions\.0\.(query|q)\.", ".attentions.0.to_q."),
-    (r"\.attentions\.0\.(key|k)\.", ".attentions.0.to_k."),
-    (r"\.attentions\.0\.(value|v)\.", ".attentions.0.to_v."),
-    (r"\.attentions\.0\.(proj_attn|proj_out)\.", ".attentions.0.to_out.0."),
+    (r"\.attentions\.(\d+)\.(query|q)\.", r".attentions.\1.to_q."),
+    (r"\.attentions\.(\d+)\.(key|k)\.", r".attentions.\1.to_k."),
+    (r"\.attentions\.(\d+)\.(value|v)\.", r".attentions.\1.to_v."),
+    (r"\.attentions\.(\d+)\.(proj_attn|proj_out)\.", r".attentions.\1.to_out.0."),
 ]
 
-# What diffusers' config.json may do to latents besides the scaling_factor, and the values that do
-# nothing. A model is trained on scaling_factor · (latents − latents_mean − shift_factor) /
-# latents_std.
-_NEUTRAL = {"shift_factor": 0, "latents_mean": 0, "latents_std": 1}
+# The fields of diffusers' config.json that say what a diffusion model is trained on:
+# scaling_factor · (latents − latents_mean − shift_factor) / latents_std.
+NORM = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
 
 
 def read_config(file: pathlib.Path) -> dict:
@@ -60,61 +62,89 @@ def norm_groups(config: dict) -> int | None:
     return groups
 
 
-def config_of(model: AutoencoderKL, scale: float) -> dict:
+def config_of(model: AutoencoderKL, norm: LatentNorm) -> dict:
     """The config.json of diffusers' AutoencoderKL."""
-    levels = len(model.channels)
+
+    def blocks(plain: str, attentive: str) -> list[str]:
+        return [
+            attentive if i in model.attention_levels else plain for i in range(len(model.channels))
+        ]
+
     return {
         "_class_name": "AutoencoderKL",
         "act_fn": "silu",
         "block_out_channels": list(model.channels),
-        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "down_block_types": blocks("DownEncoderBlock2D", "AttnDownEncoderBlock2D"),
         "in_channels": 3,
         "latent_channels": model.latent_channels,
         "layers_per_block": model.layers,
         "norm_num_groups": model.groups,
         "out_channels": 3,
-        "scaling_factor": scale,
-        "up_block_types": ["UpDecoderBlock2D"] * levels,
+        "up_block_types": blocks("UpDecoderBlock2D", "AttnUpDecoderBlock2D")[::-1],
+        "use_post_quant_conv": model.use_quant_conv,
+        "use_quant_conv": model.use_quant_conv,
+        **config_of_norm(norm),
     }
+
+
+def config_of_norm(norm: LatentNorm) -> dict:
+    """The fields of diffusers' config.json that describe a norm."""
+    fields: dict[str, object] = {"scaling_factor": norm.scale}
+    if len(norm.shift) == 1:
+        fields["shift_factor"] = norm.shift[0]
+    elif norm.shift:
+        fields["latents_mean"] = list(norm.shift)
+    if norm.std:
+        fields["latents_std"] = list(norm.std)
+    return fields
 
 
 def about_latents(config: dict) -> dict:
     """The fields of a config that describe latents."""
-    names = ("scaling_factor", *_NEUTRAL)
-    return {name: config[name] for name in names if config.get(name) is not None}
+    return {name: config[name] for name in NORM if config.get(name) is not None}
 
 
-def scaling_factor(latents: dict) -> float | None:
-    """The factor of the latents; None where there is none.
+def recorded_norm(latents: dict, channels: int) -> dict[str, Any]:
+    """The fields of LatentNorm that a VAE's config.json has, without those that do nothing.
 
-    latents: as of `about_latents`. Raises UserError where the factor is no positive number, or the
-    latents are shifted or divided as well.
+    latents: as of `about_latents`; channels: of the latents. Raises UserError for a scaling_factor
+    or a latents_std that is not positive, and for lists of another length.
     """
-    for name, neutral in _NEUTRAL.items():
-        if name in latents and not _equals(latents[name], neutral):
-            raise UserError(
-                f"{name} is {str(latents[name])[:100]}, but mdt_jax only multiplies latents by one "
-                f"number; to ignore it take {name} out of the VAE's config.json"
-            )
-    factor = latents.get("scaling_factor")
-    if factor is None:
+    scale, shift, mean, std = (_numbers(latents, name, channels) for name in NORM)
+    found: dict[str, Any] = {}
+    if scale is not None:
+        found["scale"] = scale[0]
+    together = sum(np.float64(each) for each in (shift, mean) if each is not None)
+    if np.any(together):
+        found["shift"] = tuple(np.atleast_1d(together).tolist())
+    if std is not None and any(each != 1 for each in std):
+        found["std"] = tuple(std)
+    return found
+
+
+def _numbers(latents: dict, name: str, channels: int) -> list[float] | None:
+    """A field of a VAE's config.json as a list; None where there is none. Raises UserError."""
+    if (value := latents.get(name)) is None:
         return None
-    if type(factor) not in (int, float) or not 0 < factor <= sys.float_info.max:
-        raise UserError(f"scaling_factor is {str(factor)[:100]}; it must be a positive number")
-    return float(factor)
-
-
-def _equals(value: object, number: float) -> bool:
-    """Whether a number, or all of a list of numbers, equal one."""
-    try:
-        return bool((np.asarray(value, np.float64) == number).all())
-    except (OverflowError, TypeError, ValueError):
-        return False
+    many, positive = name.startswith("latents_"), name in ("scaling_factor", "latents_std")
+    values = value if many and isinstance(value, list) else [value]
+    what = "a positive number" if positive else "a number"
+    if many:
+        what += f", or {channels} in a list, one of each channel of the latents"
+    if (isinstance(value, list) and len(value) not in (1, channels)) or not all(
+        type(each) in (int, float)
+        and abs(each) <= sys.float_info.max
+        and (each > 0 or not positive)
+        for each in values
+    ):
+        raise UserError(f"{name} is {str(value)[:100]}; it must be {what}")
+    return [float(each) for each in values]
 
 
 def is_vae(state: Mapping[str, np.ndarray]) -> bool:
     """Whether a state_dict has the names of such a VAE."""
-    return any(name.endswith("post_quant_conv.weight") for name in state)
+    ends = ("decoder.mid.block_1.conv1.weight", "decoder.mid_block.resnets.0.conv1.weight")
+    return any(name.endswith(ends) for name in state)
 
 
 def _current_names(state: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -168,12 +198,15 @@ def from_published(
     while (name := f"encoder.down_blocks.{len(widths)}.resnets.0.conv1.weight") in names:
         widths.append(len(names[name]))
     first = r"encoder\.down_blocks\.0\.resnets\.\d+\.conv1\.weight"
-    latents = names.get("post_quant_conv.weight")
+    latents = names.get("decoder.conv_in.weight")
+    attention = (rf"encoder.down_blocks.{i}.attentions.0.to_q.weight" for i in range(len(widths)))
     model = AutoencoderKL(
         channels=tuple(widths) or AutoencoderKL.channels,
         layers=sum(bool(re.fullmatch(first, name)) for name in names) or AutoencoderKL.layers,
-        latent_channels=AutoencoderKL.latent_channels if latents is None else len(latents),
+        latent_channels=AutoencoderKL.latent_channels if latents is None else latents.shape[1],
         groups=min([groups or 32, *widths]),
+        use_quant_conv="quant_conv.weight" in names,
+        attention_levels=tuple(i for i, name in enumerate(attention) if name in names),
     )
     if model.groups < 1 or any(width % model.groups for width in widths):
         raise UserError(

@@ -31,7 +31,7 @@ SIDES = [1, 3, 17, 31, 32, 33, 63, 64, 65, 127, 300, 513]
 def test_center_crop(width, height):
     pixels = np.random.default_rng([width, height]).integers(0, 256, (height, width, 3))
     image = Image.fromarray(pixels.astype(np.uint8))
-    out = crops.center_crop(image, 32)
+    out = crops.center_crop(image, (32, 32))
     assert out.shape == (32, 32, 3) and out.dtype == np.uint8
     np.testing.assert_array_equal(out, reference(image, 32))
 
@@ -41,12 +41,12 @@ def test_a_long_picture_is_cut_before_it_is_enlarged(width, height, monkeypatch)
     y, x, channel = np.indices((height, width, 3))  # smooth: Pillow rounds and clips between axes
     waves = 128 + 100 * np.sin(y / 5 + channel) * np.cos(x / 7)
     image = Image.fromarray(waves.astype(np.uint8))
-    whole = crops.center_crop(image, 32).astype(int)
-    random = crops.random_crop(image, 32, np.random.default_rng(3)).astype(int)
+    whole = crops.center_crop(image, (32, 32)).astype(int)
+    random = crops.random_crop(image, (32, 32), np.random.default_rng(3)).astype(int)
     monkeypatch.setattr(crops, "MAX_ENLARGED", 0)
     monkeypatch.setattr(Image.Image, "resize", watched := Watched(Image.Image.resize))
-    assert np.abs(crops.center_crop(image, 32) - whole).max() <= 1
-    cut = crops.random_crop(image, 32, np.random.default_rng(3))
+    assert np.abs(crops.center_crop(image, (32, 32)) - whole).max() <= 1
+    cut = crops.random_crop(image, (32, 32), np.random.default_rng(3))
     assert np.abs(cut - random).max() <= 1
     assert watched.most <= 4 * 40**2  # the random crop is out of up to 40
 
@@ -80,7 +80,7 @@ def test_a_random_crop_is_a_square_from_anywhere():
     random = np.random.default_rng(0)
     firsts = []
     for _ in range(50):
-        out = crops.random_crop(image, 32, random)
+        out = crops.random_crop(image, (32, 32), random)
         assert out.shape == (32, 32, 3)
         firsts.append(int(out[0, 0, 0]))
         steps = np.diff(out[0, :, 0].astype(int)).mean()  # pixels of the original for one of ours

@@ -38,7 +38,7 @@ def test_every_image_once_an_epoch_in_a_new_order():
 @pytest.fixture(scope="module")
 def squares(tmp_path_factory):
     files = folders.load(write_pictures(tmp_path_factory.mktemp("pictures"), 22))
-    return CroppedImages(files, size=16, crop="random", flip=True)
+    return CroppedImages(files, sides=(16, 16), crop="random", flip=True)
 
 
 def read(source, steps, start=0, hosts=1, workers=0, batch_size=8):
@@ -110,7 +110,7 @@ def test_damaged_images_are_named_counted_and_replaced(tmp_path, capfd):
     (folder / "2" / "000.jpg").write_bytes(b"no picture")
     whole = (folder / "9" / "001.jpg").read_bytes()
     (folder / "9" / "001.jpg").write_bytes(whole[: len(whole) // 2])
-    source = CroppedImages(folders.load(folder), size=16)
+    source = CroppedImages(folders.load(folder), sides=(16, 16))
     plan = pipeline.Shuffled(12, 0, 6, np.arange(6))
     for workers in (0, 1):
         stream = pipeline.batches(source, plan, workers, max_damaged=2)
@@ -131,7 +131,7 @@ def test_damaged_images_are_named_counted_and_replaced(tmp_path, capfd):
 def test_a_picture_that_is_too_long_is_not_called_damaged(tmp_path, capfd):
     Image.new("L", (500_000, 1)).save(tmp_path / "0.png")
     Image.new("L", (20, 20)).save(tmp_path / "1.png")
-    source, plan = CroppedImages(folders.load(tmp_path), size=8), [(np.arange(2), np.ones(2))]
+    source, plan = CroppedImages(folders.load(tmp_path), sides=(8, 8)), [(np.arange(2), np.ones(2))]
     with pytest.raises(UserError, match="read: 1, the last .*0.png: it is too long: 1×500000"):
         next(pipeline.batches(source, plan))
     assert "damaged" not in capfd.readouterr().err
@@ -141,7 +141,7 @@ def test_a_picture_that_is_too_long_is_not_called_damaged(tmp_path, capfd):
 def test_where_no_image_can_be_read(tmp_path):
     for n in range(4):
         (tmp_path / f"{n}.png").write_bytes(b"")
-    source = CroppedImages(folders.load(tmp_path), size=8)
+    source = CroppedImages(folders.load(tmp_path), sides=(8, 8))
     with pytest.raises(UserError, match=r"\d.png cannot be read: cannot identify image"):
         next(pipeline.batches(source, pipeline.Shuffled(4, 0, 2, np.arange(2)), 0, 100))
 
@@ -195,17 +195,17 @@ def test_grey_and_wide_images(tmp_path):
     Image.fromarray(np.full((9, 40), 257 * 5, np.uint16)).save(tmp_path / "c.png")
     Image.new("CMYK", (33, 7), (0, 255, 255, 0)).save(tmp_path / "d.tiff")
     files = folders.load(tmp_path)
-    rgb = CroppedImages(files, size=8).take(np.arange(4), np.ones(4))["images"]
+    rgb = CroppedImages(files, sides=(8, 8)).take(np.arange(4), np.ones(4))["images"]
     assert [tuple(image[4, 4].tolist()) for image in rgb] == [
         (77, 77, 77), (9, 9, 9), (5, 5, 5), (255, 0, 0),
     ]  # fmt: skip
-    grey = CroppedImages(files, size=8, channels=1).take(np.arange(4), np.ones(4))["images"]
+    grey = CroppedImages(files, sides=(8, 8), channels=1).take(np.arange(4), np.ones(4))["images"]
     assert grey.shape == (4, 8, 8, 1) and grey[:, 4, 4, 0].tolist() == [77, 9, 5, 76]
 
 
 def test_what_is_not_the_images_fault_is_an_error(tmp_path):
     folder = write_pictures(tmp_path / "pictures", 12)
-    source = CroppedImages(folders.load(folder), size=16)
+    source = CroppedImages(folders.load(folder), sides=(16, 16))
     (folder / "2" / "000.jpg").unlink()
     plan = pipeline.Shuffled(12, 0, 12, np.arange(12))
     for workers in (0, 1):
