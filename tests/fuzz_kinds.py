@@ -31,7 +31,7 @@ from mdt_jax.train.log import MetricsLog
 from mdt_jax.train.state import TrainState
 from mdt_jax.weights import kinds, mdt_names, networks, publishing, torch_files
 from mdt_jax.weights.picking import DIFFUSERS
-from mdt_jax.weights.vae import Vae, recorded_scale
+from mdt_jax.weights.vae import Vae, recorded_norm
 from tests.models.common import random_params
 from tests.small_data import VAE, write_parquet, write_pictures, write_vae
 
@@ -138,7 +138,7 @@ def make_vae(folder: pathlib.Path) -> None:
 
 def read_vae(folder: pathlib.Path):
     vae = Vae.load(folder)
-    return bits(vae.params), vae.network.groups, recorded_scale(folder)
+    return bits(vae.params), vae.network.groups, recorded_norm(folder).get("scale")
 
 
 def make_samples(folder: pathlib.Path) -> None:

@@ -217,8 +217,8 @@ def test_a_folder_of_diffusers_in_a_bucket(gcs, tmp_path):
     for path in file.parent.iterdir():
         gcs.write(f"vae/{path.name}", path.read_bytes())
     there, here = Vae.load(f"{gcs.root}/vae"), Vae.load(tmp_path / "vae")
-    assert there.scale == 0.25
-    assert (there.scale, there.network, there.sha256) == (here.scale, here.network, here.sha256)
+    assert there.norm.scale == 0.25
+    assert (there.norm, there.network, there.sha256) == (here.norm, here.network, here.sha256)
 
 
 MISTAKES = {

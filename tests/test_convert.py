@@ -13,7 +13,7 @@ import mdt_jax
 from mdt_jax import config as configs
 from mdt_jax import convert, sample
 from mdt_jax.data.classes import imagenet_label
-from mdt_jax.models.autoencoder import VAE_SCALE, AutoencoderKL
+from mdt_jax.models.autoencoder import AutoencoderKL, LatentNorm
 from mdt_jax.models.inception import Inception
 from mdt_jax.models.mdt import MDT
 from mdt_jax.models.resize import resize_grid
@@ -179,7 +179,9 @@ def latent_model(tmp_path_factory):
 
 def test_pictures_from_a_file_of_latents(latent_model, tmp_path, monkeypatch):
     folder, model, vae, params = latent_model
-    monkeypatch.setattr(Vae, "load", lambda path, scale: Vae(path, scale or VAE_SCALE, vae, params))
+    monkeypatch.setattr(
+        Vae, "load", lambda path, **norm: Vae(path, LatentNorm(**norm), vae, params)
+    )
     common = [f"--checkpoint={folder / 'mdt.pt'}", "--vae=vae", "--num_steps=3", "--seed=5"]
     run(
         sample, monkeypatch, *common, "--labels=golden retriever,387, 12", f"--out={tmp_path}/a.npz"
@@ -216,7 +218,7 @@ def test_the_scale_of_a_files_latents(latent_model, tmp_path, monkeypatch, capsy
     of_run = model._replace(config=configs.default())
 
     def scale(name, weights, **how):
-        return Pipeline(name, weights, **how).vae.scale
+        return Pipeline(name, weights, **how).vae.norm.scale
 
     for path in (tmp_path, tmp_path / "saved", file):
         assert scale("mdt.pt", model, vae=str(path)) == 0.13025
@@ -257,7 +259,7 @@ def test_bad_latents(name, latent_model, tmp_path, capsys, monkeypatch):
 def test_a_vae_of_other_latents(latent_model, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     vae = AutoencoderKL(latent_channels=16)
-    monkeypatch.setattr(Vae, "load", lambda path, scale: Vae(path, VAE_SCALE, vae, {}))
+    monkeypatch.setattr(Vae, "load", lambda path, **norm: Vae(path, LatentNorm(), vae, {}))
     argv = [f"--checkpoint={latent_model[0] / 'mdt.pt'}", "--out=a.png", "--vae=x"]
     printed = exits_with_one_line(sample.main, argv, capsys, monkeypatch)
     assert "the latents of x have 16 channels, but the model draws 4" in printed

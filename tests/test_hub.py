@@ -14,7 +14,7 @@ from mdt_jax.models.mdt import MDT
 from mdt_jax.runtime import hub
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.weights import kinds, networks, picking, torch_files
-from mdt_jax.weights.vae import Vae, recorded_scale
+from mdt_jax.weights.vae import Vae, recorded_norm
 from tests.conftest import exits_with_one_line, run_here
 from tests.hub_protocol import Repository
 from tests.hub_server import serve, use_here
@@ -160,7 +160,7 @@ def test_a_vae_comes_back_with_its_norms_and_factor(tmp_path, server):
     run_here(convert.main, f"--src={tmp_path}/vae", f"--dst={PLACE}")
     found = Vae.load(PLACE)
     assert found.network == vae and same(found.params, params)
-    assert recorded_scale(PLACE) == found.scale == 0.5
+    assert recorded_norm(PLACE).get("scale") == found.norm.scale == 0.5
 
 
 def test_a_run_is_private_with_its_figures(trained, tmp_path, server):
@@ -302,7 +302,7 @@ def test_a_pipeline_of_diffusers(tmp_path, server):
         assert found.model == model.clone(timestep_shift=1) and found.classes == names
     assert found.sampling == networks.load_weights("hf://someone/other").sampling != {}
     for place in ("hf://someone/other", "hf://someone/other/vae", str(tmp_path / "b")):
-        assert Vae.load(place).network == vae and recorded_scale(place) == 0.5
+        assert Vae.load(place).network == vae and recorded_norm(place).get("scale") == 0.5
 
 
 # --- What is refused

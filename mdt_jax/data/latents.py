@@ -16,7 +16,7 @@ import os
 import pathlib
 import tempfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -24,7 +24,6 @@ from etils import epath
 
 from mdt_jax.data.in_buckets import unreached
 from mdt_jax.data.protocols import Status
-from mdt_jax.models.autoencoder import LatentNorm
 from mdt_jax.runtime import buckets, files
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.runtime.files import file_sha256, is_text, read_json
@@ -205,16 +204,18 @@ class Sums:
         """The standard deviation of each channel, [C] float64."""
         return np.sqrt(np.maximum(self.squares / max(self.values, 1) - self.mean**2, 0))
 
-    def deviation(self, norm: LatentNorm) -> float:
-        """The standard deviation of all values, normalised.
+    def deviation(
+        self, scale: float = 1.0, shift: Sequence[float] = (), std: Sequence[float] = ()
+    ) -> float:
+        """The standard deviation of all values of scale·(z − shift)/std.
 
-        NaN where channels were not told apart, but the norm does so.
+        shift, std: as of a VAE's norm. NaN where they tell channels apart, but the sums do not.
         """
-        shift, factor = np.array(norm.shift or 0.0), norm.scale / np.array(norm.std or 1.0)
+        shift, factor = np.array(shift or 0.0), scale / np.array(std or 1.0)
         if max(shift.size, factor.size) > len(self.sum):
             return math.nan
-        mean, std = (self.mean - shift) * factor, self.std * factor
-        return math.sqrt(max(np.mean(std**2 + mean**2) - np.mean(mean) ** 2, 0.0))
+        mean, deviation = (self.mean - shift) * factor, self.std * factor
+        return math.sqrt(max(np.mean(deviation**2 + mean**2) - np.mean(mean) ** 2, 0.0))
 
 
 def sums_of(manifest: dict) -> Sums:

@@ -15,7 +15,6 @@ import numpy as np
 from mdt_jax.data import latents
 from mdt_jax.data.latents import MANIFEST, UNFINISHED, Sums
 from mdt_jax.data.protocols import Status
-from mdt_jax.models.autoencoder import LatentNorm
 from mdt_jax.runtime import files, locks
 from mdt_jax.runtime.errors import DamagedError, UserError
 
@@ -206,7 +205,7 @@ class CacheWriter:
         sums = Sums.of_shards(shards, self.description["latents"])
         manifest = {
             **(files.read_json(self.folder / UNFINISHED) or self.description),
-            "latent_std": sums.deviation(LatentNorm(1.0)),
+            "latent_std": sums.deviation(),
             "channel_mean": sums.mean.tolist(),
             "channel_std": sums.std.tolist(),
             "shards": shards,

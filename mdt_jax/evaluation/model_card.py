@@ -11,7 +11,8 @@ from mdt_jax import config as configs
 from mdt_jax.config.rules import get
 from mdt_jax.data import sample_notes
 from mdt_jax.evaluation.card import TITLES
-from mdt_jax.models.mdt import MDT, VAE_CHANNELS
+from mdt_jax.models.autoencoder import AutoencoderKL
+from mdt_jax.models.mdt import MDT
 from mdt_jax.runtime import files
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.runtime.progress import escape, log
@@ -144,7 +145,7 @@ def _usage(path: str, weights: Weights[MDT]) -> str:
     model, config = weights.model, weights.config
     own = config.vae.path if config is not None else weights.vae or ""
     vae = own if config is None and own.startswith("hf://") else ""
-    if model.in_channels == VAE_CHANNELS and not own.startswith("hf://"):
+    if model.in_channels == AutoencoderKL.latent_channels and not own.startswith("hf://"):
         vae = "hf://stabilityai/sd-vae-ft-mse"  # which a path on another machine does not name
     python, flag = (f', vae="{vae}"', f" --vae={vae}") if vae else ("", "")
     labels = [number % max(1, model.num_classes) for number in range(3)]

@@ -207,9 +207,10 @@ def encode_known(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Encode the known part of an image.
 
-    Returns normalised latents [h, w, c], and which are hidden, [h, w] bool. image: [H, W, 3] uint8; hidden: [H, W] bool. The mean of the known pixels replaces the hidden
-    ones, so that they do not influence the latents. A latent is hidden if one of its pixels is.
-    Raises UserError if all are.
+    image: [H, W, 3] uint8; hidden: [H, W] bool. Returns normalised latents [h, w, c], and which of
+    them are hidden, [h, w] bool. The mean of the known pixels replaces the hidden ones, so that
+    they do not influence the latents. A latent is hidden if one of its pixels is. Raises UserError
+    if all are.
     """
     known = np.where(hidden[:, :, None], image[~hidden].mean(0).astype(np.uint8), image)
     encode = vae.encoder(parallel.make_mesh(devices=jax.local_devices()[:1]), precision)
@@ -222,4 +223,4 @@ def encode_known(
             f"the mask leaves no {side}×{side} pixels whole, so that no latent is known; use one "
             "that leaves larger parts"
         )
-    return np.asarray(vae.norm.apply(mean[0])), hidden_latents
+    return vae.norm.apply(np.asarray(mean[0])), hidden_latents

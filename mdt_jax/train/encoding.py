@@ -13,7 +13,6 @@ from mdt_jax.data import latents, pipeline, sources
 from mdt_jax.data.crops import CroppedImages
 from mdt_jax.data.latents_writer import CacheWriter
 from mdt_jax.data.protocols import Status
-from mdt_jax.models.autoencoder import LatentNorm
 from mdt_jax.models.mdt import image_sides, input_shape
 from mdt_jax.runtime import files, parallel
 from mdt_jax.runtime.errors import UserError
@@ -104,7 +103,7 @@ def estimate_scale(config: ConfigDict) -> None:
             bar.update(len(batch["labels"]))
     if not sums.records:
         raise UserError(f"none of {count} images could be read")
-    std = sums.deviation(LatentNorm(1.0))
+    std = sums.deviation()
     shift, each = (",".join(f"{x:.5g}" for x in values) for values in (sums.mean, sums.std))
     print_result(
         f"vae.scale: {1 / std:.5g}, one over the deviation of the latents of {count} images\n"

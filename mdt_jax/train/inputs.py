@@ -190,7 +190,7 @@ USUAL_STD = (2 / 3, 3 / 2)
 
 def doubt_norm(sums: latents.Sums, norm: LatentNorm) -> str:
     """A warning where latents have an unusual deviation when they are normalised; else ""."""
-    std = sums.deviation(norm)
+    std = sums.deviation(*norm)
     if math.isnan(std) or USUAL_STD[0] < std < USUAL_STD[1]:
         return ""
     return (
@@ -201,7 +201,7 @@ def doubt_norm(sums: latents.Sums, norm: LatentNorm) -> str:
 
 def describe_norm(sums: latents.Sums, norm: LatentNorm) -> str:
     """The standard deviation of latents, before and after they are normalised, in words."""
-    before, after = sums.deviation(LatentNorm(1.0)), sums.deviation(norm)
+    before, after = sums.deviation(), sums.deviation(*norm)
     if norm.shift or norm.std:
         return f"latents have a deviation of {before:.4f}, normalised {after:.3f}"
     return (

@@ -145,12 +145,12 @@ class Vae:
         return images
 
 
-def recorded_norm(path: str | os.PathLike, channels: int) -> dict[str, Any]:
+def recorded_norm(path: str | os.PathLike, channels: int | None = None) -> dict[str, Any]:
     """The fields of LatentNorm that a VAE's folder records: those of diffusers' config.json, which
     `convert` keeps.
 
-    path: as of `Vae.load`, which can read it; channels: of its latents. Raises UserError where they
-    are no numbers.
+    path: as of `Vae.load`, which can read it; channels: of its latents, where they are known.
+    Raises UserError where the fields are no numbers.
     """
     file = hub.local_path(picking.resolve(str(path), "vae"))
     try:

@@ -104,11 +104,11 @@ def about_latents(config: dict) -> dict:
     return {name: config[name] for name in NORM if config.get(name) is not None}
 
 
-def recorded_norm(latents: dict, channels: int) -> dict[str, Any]:
+def recorded_norm(latents: dict, channels: int | None = None) -> dict[str, Any]:
     """The fields of LatentNorm that a VAE's config.json has, without those that do nothing.
 
-    latents: as of `about_latents`; channels: of the latents. Raises UserError for a scaling_factor
-    or a latents_std that is not positive, and for lists of another length.
+    latents: as of `about_latents`; channels: of the latents, where they are known. Raises UserError
+    for a scaling_factor or a latents_std that is not positive, and for lists of another length.
     """
     scale, shift, mean, std = (_numbers(latents, name, channels) for name in NORM)
     found: dict[str, Any] = {}
@@ -122,7 +122,7 @@ def recorded_norm(latents: dict, channels: int) -> dict[str, Any]:
     return found
 
 
-def _numbers(latents: dict, name: str, channels: int) -> list[float] | None:
+def _numbers(latents: dict, name: str, channels: int | None) -> list[float] | None:
     """A field of a VAE's config.json as a list; None where there is none. Raises UserError."""
     if (value := latents.get(name)) is None:
         return None
@@ -130,8 +130,9 @@ def _numbers(latents: dict, name: str, channels: int) -> list[float] | None:
     values = value if many and isinstance(value, list) else [value]
     what = "a positive number" if positive else "a number"
     if many:
-        what += f", or {channels} in a list, one of each channel of the latents"
-    if (isinstance(value, list) and len(value) not in (1, channels)) or not all(
+        what += f", or {channels or 'several'} in a list, one of each channel of the latents"
+    wrong = isinstance(value, list) and channels and len(value) not in (1, channels)
+    if wrong or not all(
         type(each) in (int, float)
         and abs(each) <= sys.float_info.max
         and (each > 0 or not positive)

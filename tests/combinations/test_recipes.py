@@ -2,15 +2,21 @@ import json
 
 import numpy as np
 import pytest
+from PIL import Image
 
+import mdt_jax
 from mdt_jax import config as configs
 from mdt_jax.models.mdt import MDT
 from mdt_jax.train import costs
 from tests.conftest import ROOT, train_here
+from tests.small_data import write_pictures
 
 RECIPES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
 # Ours throughout; the others follow a paper.
-OWN = {"digits", "mnist", "finetune_digits", "pictures64", "emoji"}
+OWN = {
+    "digits", "mnist", "finetune_digits", "pictures64", "pictures_wide", "emoji", "v2_xl2_512",
+    "vavae_xl1",
+}  # fmt: skip
 PARAMETERS = {
     "s2": 35_797_208,
     "b2": 141_488_528,
@@ -49,7 +55,7 @@ def test_recipes_of_one_family_are_one_network_when_small():
     found = small_networks()
     assert sum(found.values(), []) and sorted(sum(found.values(), [])) == RECIPES
     assert ["b2", "l2", "s2", "xl2"] in found.values()
-    assert ["v2_b2", "v2_l2", "v2_xl2"] in found.values()
+    assert ["v2_b2", "v2_l2", "v2_xl2", "v2_xl2_512"] in found.values()
     assert ["dit_b2", "dit_s2", "dit_xl2"] in found.values()
     assert ["ffhq", "lsun_bedroom"] in found.values()
 
@@ -86,6 +92,43 @@ def test_parameter_counts(name):
     model = MDT.from_config(recipe(name))
     assert model.num_tokens == 256
     assert costs.parameter_counts(model)[0] == PARAMETERS[name]
+
+
+@pytest.mark.parametrize(
+    "name, changes, grid, channels",
+    [
+        ("v2_xl2_512", {}, (32, 32), 4),
+        ("v2_xl2_512", {"model.patch_size": 4}, (16, 16), 4),
+        ("vavae_xl1", {}, (16, 16), 32),
+        ("pictures_wide", {}, (16, 24), 3),
+        ("v2_xl2", {"data.image_size": 512, "data.image_width": 768}, (32, 48), 4),
+    ],
+)
+def test_grids_of_tokens(name, changes, grid, channels):
+    config = recipe(name)
+    configs.override(config, changes)
+    configs.validate(config)
+    model = MDT.from_config(config)
+    assert (model.grid, model.in_channels) == (grid, channels)
+
+
+def test_pictures_that_are_not_square_are_trained_on(tmp_path):
+    """Of the recipe's size; the network is small."""
+    write_pictures(tmp_path / "pictures")
+    printed = train_here(
+        "--config=configs/pictures_wide.py", f"--config.data.path={tmp_path / 'pictures'}",
+        "--config.model.hidden_size=16", "--config.model.depth=3", "--config.model.num_heads=2",
+        "--config.model.decoder_layers=1", "--config.data.batch_size=8", "--config.train.steps=4",
+        "--config.train.sample_every=4", "--config.train.log_every=1",
+        "--config.sample.num_steps=4", "--config.sample.num_samples=0",
+        "--config.sample.batch_size=6", f"--workdir={tmp_path / 'run'}",
+    )  # fmt: skip
+    assert "step 4/4" in printed
+    grid = Image.open(tmp_path / "run" / "samples" / "0000004.png")
+    assert grid.width % 96 == 0 and grid.height % 64 == 0
+    pipeline = mdt_jax.load(tmp_path / "run", num_steps=4)
+    assert pipeline.image_shape == (64, 96, 3)
+    assert pipeline.to_images(pipeline.generate([0, 1])).shape == (2, 64, 96, 3)
 
 
 @pytest.mark.parametrize("name", sorted(set(RECIPES) - OWN))

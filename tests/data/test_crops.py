@@ -65,12 +65,36 @@ class Watched:
         return resize
 
 
+@pytest.mark.parametrize("size", [(300, 500), (500, 300), (40, 700), (130, 61), (64, 96)])
+@pytest.mark.parametrize("sides", [(32, 48), (48, 32), (32, 64)])
+def test_a_crop_that_is_not_square_covers_its_sides(size, sides):
+    """It is as large a part as its ratio allows, from the middle, without distortion."""
+    width, height = size
+    across, down = np.meshgrid(np.arange(width) / width, np.arange(height) / height)
+    image = Image.fromarray(np.uint8(255 * np.stack([across, down, across], axis=-1)))
+    out = crops.center_crop(image, sides).astype(float) / 255
+    assert out.shape == (*sides, 3)
+    scale = max(sides[0] / height, sides[1] / width)
+    seen = sides[1] / (width * scale), sides[0] / (height * scale)
+    assert max(seen) == pytest.approx(1.0)
+    for channel, share in enumerate(seen):
+        values = out[:, :, channel]
+        assert abs(np.ptp(values) - share) < 0.08 and abs(values.mean() - 0.5) < 0.04
+    for step in range(4):
+        random = np.random.default_rng(step)
+        assert crops.random_crop(image, sides, random).shape == (*sides, 3)
+
+
 @pytest.mark.parametrize("crop", [crops.center_crop, crops.random_crop])
 def test_the_memory_of_a_long_picture(crop, monkeypatch):
     monkeypatch.setattr(Image.Image, "resize", watched := Watched(Image.Image.resize))
     random = [np.random.default_rng(0)] * (crop is crops.random_crop)
     for size in ((1, 4000), (65_535, 1)):
-        assert crop(Image.new("RGB", size, (9, 8, 7)), 256, *random).tolist()[255][0] == [9, 8, 7]
+        assert crop(Image.new("RGB", size, (9, 8, 7)), (256, 256), *random).tolist()[255][0] == [
+            9,
+            8,
+            7,
+        ]
     assert watched.most < 2**24
 
 

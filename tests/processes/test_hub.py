@@ -15,7 +15,7 @@ from tests.runs import DIGITS
 pytest.importorskip("huggingface_hub")
 WEIGHTS = bytes(range(256)) * 1000
 VAE = "diffusion_pytorch_model.safetensors"
-SCALE = "weights.vae.recorded_scale"
+NORM = "weights.vae.recorded_norm"
 FILES = {
     "/someone/model/resolve/main/weights.pt": WEIGHTS,
     f"/someone/vae/resolve/main/{VAE}": WEIGHTS,
@@ -84,13 +84,14 @@ def test_download_then_cache_then_offline(server, ask):
 
 
 def test_a_vaes_config_comes_with_it(ask):
-    for path, scale in (
-        ("hf://someone/vae", "0.13025"), (f"hf://someone/vae/{VAE}", "0.13025"),
-        ("hf://someone/bare", "None"),
+    for path, norm in (
+        ("hf://someone/vae", "{'scale': 0.13025}"),
+        (f"hf://someone/vae/{VAE}", "{'scale': 0.13025}"),
+        ("hf://someone/bare", "{}"),
     ):  # fmt: skip
-        assert ask(path, function=SCALE) == (0, scale)
+        assert ask(path, function=NORM) == (0, norm)
     offline = {"HF_HUB_OFFLINE": "1"}
-    assert ask("hf://someone/vae", function=SCALE, **offline) == (0, "0.13025")
+    assert ask("hf://someone/vae", function=NORM, **offline) == (0, "{'scale': 0.13025}")
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,11 @@ def test_it_knows_its_classes_and_its_vae(folder):
             run.labels(wrong)
     with pytest.raises(UserError, match="label 0.5 is not a whole number"):
         run.generate([0.5])
-    assert run.vae is run.vae and run.vae.scale == 0.5 and run.vae.network.channels == VAE.channels
+    assert (
+        run.vae is run.vae
+        and run.vae.norm.scale == 0.5
+        and run.vae.network.channels == VAE.channels
+    )
 
 
 def test_a_file_of_pixels_and_one_of_latents(folder, tmp_path):

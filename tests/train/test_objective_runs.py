@@ -49,7 +49,7 @@ def test_a_run_is_measured_and_goes_on(run, tmp_path):
 def test_a_file_says_nothing_of_it_but_takes_the_option(run, tmp_path):
     objective, _, workdir, _ = run
     file = tmp_path / "w.safetensors"
-    printed = run_here(convert.main, f"--input={workdir}", f"--output={file}")
+    printed = run_here(convert.main, f"--src={workdir}", f"--dst={file}")
     assert f"it must be sampled with objective={objective}" in printed
     known = {"sampler": "heun", "num_steps": 3, "guidance_scale": 2.0, "clip_denoised": True}
     of_run = mdt_jax.load(workdir, **known)
@@ -90,7 +90,8 @@ def test_inpainting_takes_v_and_refuses_velocity(run, tmp_path):
     Image.fromarray(np.full((8, 8), 128, np.uint8)).save(image)
     Image.fromarray(np.uint8(255 * (np.indices((8, 8))[1] >= 4))).save(mask)
     flags = [f"--checkpoint={workdir}", f"--image={image}", f"--mask={mask}", f"--out={out}"]
-    flags += ["--sampler=heun", "--num_steps=2", "--label=3"]
+    sampler = "heun" if objective == "flow" else "ddim"
+    flags += [f"--sampler={sampler}", "--num_steps=12", "--label=3"]
     printed = run_here(inpaint.main, *flags, expect=2 if objective == "flow" else 0)
     assert ("a network that predicts noise or v, not velocity" in printed) == (objective == "flow")
     assert out.exists() == (objective == "v")
