@@ -45,11 +45,7 @@ GUIDANCE: dict[str, dict] = {
     "a weaker network": CONSTANT | {"guide": "network"},
 }
 SCALES = (1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0)
-ENCODER: dict[str, dict] = {"always": {}} | {
-    f"each {every}{ending}, degree {order}": {"encoder_every": every, "encoder_order": order}
-    for every, ending in ((2, "nd"), (3, "rd"), (4, "th"))
-    for order in (0, 1, 2)
-}  # fmt: skip
+EVERY, DEGREES = (1, 2, 3, 4), (0, 1, 2)
 SKIPPING = {"guidance_skip_tolerance": 0.05}
 
 
@@ -144,40 +140,54 @@ def encoder(bench: Bench, options: SampleOptions) -> dict[str, list[dict]]:
     own = SampleOptions.from_config(bench.pipeline.config)
     ddpm = dataclasses.replace(own, sampler="ddpm", num_steps=250, spacing="even")
     points = {"DDPM, 250 steps": [bench.point("DDPM, 250 steps", ddpm)]}
-    guided = dataclasses.replace(
-        options, **{name: getattr(own, name) for name in ("guidance", "guidance_power")},
-        guidance_scale=own.guidance_scale,
-    )  # fmt: skip
-    for skip in ({}, SKIPPING):
+    for steps in (options.num_steps, 2 * options.num_steps):
+        guided = dataclasses.replace(own, sampler=options.sampler, num_steps=steps)
         reference = bench.draw(guided)
-        for kind, changes in ENCODER.items():
-            name = f"{kind}, guidance skipped" if skip else kind
-            changed = dataclasses.replace(guided, **changes, **skip)
-            points[name] = [bench.point(name, changed, reference)]
+        for degree in DEGREES:
+            for skip in {}, SKIPPING:
+                name = f"{steps} steps, degree {degree}" + (", guidance skipped" if skip else "")
+                points[name] = []
+                for every in EVERY:
+                    reuse = {"encoder_every": every, "encoder_order": degree} if every > 1 else {}
+                    changed = dataclasses.replace(guided, **reuse, **skip)
+                    kind = f"each {every}, degree {degree}" if every > 1 else "always"
+                    points[name].append(bench.point(kind, changed, reference) | {"every": every})
     return points
 
 
 def draw(path: pathlib.Path, points: dict[str, list[dict]], real: dict) -> None:
-    """Distance against class agreement, or against what samples cost."""
-    by_scale = max(len(of_kind) for of_kind in points.values()) > 1
-    figure, axes = plt.subplots(figsize=(7, 5), layout="constrained")
-    for kind, of_kind in points.items():
-        x = [point["class_agreement" if by_scale else "passes"] for point in of_kind]
-        axes.plot(x, [point["distance"] for point in of_kind], marker="o", ms=4, label=kind)
-    axes.axhline(real["distance"], color="0.6", lw=1, ls="--", label="real training images")
-    axes.set(
-        xlabel="class agreement" if by_scale else "cost, in full passes of the network",
-        ylabel="Fréchet distance in features",
-        yscale="log",
+    """Distance against class agreement; or distance, and difference, against what samples cost."""
+    reused = any("difference" in point for of_kind in points.values() for point in of_kind)
+    panels = ("distance", "difference") if reused else ("distance",)
+    size = (6 * len(panels) + 1, 5)
+    figure, all_axes = plt.subplots(
+        1, len(panels), figsize=size, layout="constrained", squeeze=False
     )
-    axes.legend(fontsize=8)
+    for axes, measure in zip(all_axes[0], panels, strict=True):
+        for kind, of_kind in points.items():
+            found = [point for point in of_kind if measure in point]
+            x = [point["passes" if reused else "class_agreement"] for point in found]
+            axes.plot(x, [point[measure] for point in found], marker="o", ms=4, label=kind)
+        axes.set(
+            xlabel="cost, in full passes of the network" if reused else "class agreement",
+            ylabel="Fréchet distance in features"
+            if measure == "distance"
+            else "root mean square difference from samples of as many steps",
+            yscale="log" if measure == "distance" else "linear",
+        )
+        if reused:
+            axes.set_xscale("log")
+    all_axes[0][0].axhline(
+        real["distance"], color="0.6", lw=1, ls="--", label="real training images"
+    )
+    all_axes[0][0].legend(fontsize=7 if reused else 8)
     figure.savefig(path, dpi=100)
     plt.close(figure)
 
 
 def table(points: dict[str, list[dict]]) -> str:
     """The points as a Markdown table."""
-    names = ("scale", "steps", "passes", "distance", "class_agreement", "difference")
+    names = ("scale", "steps", "every", "passes", "distance", "class_agreement", "difference")
     lines = ["| | " + " | ".join(name.replace("_", " ") for name in names) + " |"]
     lines.append("| --- " * (len(names) + 1) + "|")
     for kind, of_kind in points.items():
