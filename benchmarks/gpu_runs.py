@@ -29,7 +29,7 @@ import train_step
 from gpu_items import chosen_attention
 
 from mdt_jax.models import xla
-from mdt_jax.models.autoencoder import AutoencoderKL
+from mdt_jax.models.autoencoder import AutoencoderKL, LatentNorm
 from mdt_jax.models.mdt import MDT
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.runtime.files import read_json
@@ -165,7 +165,7 @@ def vae(small: bool, out: str) -> Iterator[dict]:
     network, side = AutoencoderKL(**size), 8 if small else 32
     image = np.zeros((1, 8, 8, 3), np.float32)
     init = jax.jit(lambda key: network.init(key, image)["params"])
-    decoder = Vae("random", 1.0, network, init(jax.random.key(0)))
+    decoder = Vae("random", LatentNorm(1.0), network, init(jax.random.key(0)))
     random = np.random.default_rng(0)
     precisions = ("highest",) if small else ("highest", "default")
     for precision, count in itertools.product(precisions, (8, 64)):

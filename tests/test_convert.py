@@ -368,7 +368,7 @@ def test_a_resized_run_is_kept_as_what_it_is(trained, tmp_path):
 
 def test_decoding_in_slices_is_decoding_at_once(latent_model):
     _, _, network, params = latent_model
-    vae, other = (Vae("vae", scale, network, params) for scale in (0.18215, 0.5))
+    vae, other = (Vae("vae", LatentNorm(scale), network, params) for scale in (0.18215, 0.5))
     latents = np.random.default_rng(0).normal(size=(5, 4, 2, 4)).astype(np.float32)
     run = functools.partial(vae.decode, batch_size=2)
     whole = run(latents, batch_size=5)
@@ -385,7 +385,7 @@ def test_any_number_of_latents_is_decoded_by_one_program(latent_model):
     latents = np.random.default_rng(0).normal(size=(20, *model.input_size, 4)).astype(np.float32)
     alone = jax.jit(functools.partial(vae.apply, method="decode"))
     expected = mdt_jax.to_uint8(alone({"params": params}, latents / 0.5)).astype(int)
-    scaled = Vae("vae", 0.5, vae, params)
+    scaled = Vae("vae", LatentNorm(0.5), vae, params)
     to_images = Pipeline("mdt", kinds.Weights(model, {}), vae=scaled).to_images
     before = _decode._cache_size()
     for count in (20, 3, 5, 7):

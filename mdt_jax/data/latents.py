@@ -211,10 +211,10 @@ class Sums:
 
         shift, std: as of a VAE's norm. NaN where they tell channels apart, but the sums do not.
         """
-        shift, factor = np.array(shift or 0.0), scale / np.array(std or 1.0)
-        if max(shift.size, factor.size) > len(self.sum):
+        offset, factor = np.array(shift or 0.0), scale / np.array(std or 1.0)
+        if max(offset.size, factor.size) > len(self.sum):
             return math.nan
-        mean, deviation = (self.mean - shift) * factor, self.std * factor
+        mean, deviation = (self.mean - offset) * factor, self.std * factor
         return math.sqrt(max(np.mean(deviation**2 + mean**2) - np.mean(mean) ** 2, 0.0))
 
 

@@ -30,17 +30,17 @@ class LatentNorm(NamedTuple):
     def apply(self, z):
         """Latents [..., C] float32, of NumPy or JAX → normalised."""
         if self.shift:
-            z = z - np.float32(self.shift)
+            z = z - np.asarray(self.shift, np.float32)
         return z * self._factor
 
     def invert(self, x):
         """Normalised latents [..., C] float32 → latents of the VAE."""
         z = x / self._factor
-        return z + np.float32(self.shift) if self.shift else z
+        return z + np.asarray(self.shift, np.float32) if self.shift else z
 
     @property
     def _factor(self) -> np.ndarray:
-        return np.float32(np.float64(self.scale) / (self.std or 1.0))
+        return np.asarray(self.scale / np.asarray(self.std or 1.0), np.float32)
 
 
 class ResnetBlock(nn.Module):

@@ -220,9 +220,8 @@ class MDT(nn.Module):
         x, t, y: as of a call. residual: [B, L, D], to be added instead of evaluating the encoder.
         """
         c, inputs = self._inputs(x, t, y)
-        if residual is None:
-            residual = self._encode(inputs, c) - inputs
-        return self._output(self._decode_all(inputs + residual, inputs, c), c), residual
+        added = self._encode(inputs, c) - inputs if residual is None else residual
+        return self._output(self._decode_all(inputs + added, inputs, c), c), added
 
     def _inputs(self, x, t, y):
         """(the conditioning [B, D], the tokens of x [B, L, D] with their positions)."""

@@ -211,7 +211,7 @@ class Program:
                 return model.apply({"params": params}, x, t, labels, **others)
 
         def evaluate(x, t, keep_ids, k, cache):
-            if cache is None:
+            if cache is None or batch.encoder is None:
                 if keep_ids is not None:
                     keep_ids = jnp.broadcast_to(keep_ids, (len(x), keep_ids.shape[-1]))
                 return apply(x, t, keep_ids=keep_ids), None

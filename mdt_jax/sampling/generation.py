@@ -99,10 +99,8 @@ class Request:
         platform = jax.default_backend()
         progress.log_once(xla.refusal(self.model, platform))
         mesh = parallel.mesh_of(self.params)
-        model, guide = (
-            each and xla.for_devices(each, platform, mesh.size, mesh)
-            for each in (self.model, self.guide and self.guide[0])
-        )
+        model = xla.for_devices(self.model, platform, mesh.size, mesh)
+        guide = self.guide and xla.for_devices(self.guide[0], platform, mesh.size, mesh)
         return Program(model, dataclasses.replace(self.options, guidance_scale=1.0), guide=guide)
 
     def evaluations(self) -> tuple[list[bool], list[bool]]:

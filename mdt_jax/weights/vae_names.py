@@ -114,7 +114,7 @@ def recorded_norm(latents: dict, channels: int | None = None) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if scale is not None:
         found["scale"] = scale[0]
-    together = sum(np.float64(each) for each in (shift, mean) if each is not None)
+    together = sum(np.array(each) for each in (shift, mean) if each is not None)
     if np.any(together):
         found["shift"] = tuple(np.atleast_1d(together).tolist())
     if std is not None and any(each != 1 for each in std):

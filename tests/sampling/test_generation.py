@@ -21,14 +21,20 @@ from tests.conftest import ROOT, XLA_FLAGS, run_command
 from tests.lively import LABELS, OPTIONS, load_lively, with_a_broken_class
 from tests.published import relative_error
 
-EIGHT_DEVICES = """
+# Options that samples do not depend on the devices with, either.
+OTHER = {"masked": {"guide": "masked"}, "reused": {"encoder_every": 2}}
+EIGHT_DEVICES = f"""
+OTHER = {OTHER}
 import sys, jax, numpy as np, mdt_jax
 from tests.lively import LABELS, OPTIONS, load_lively
 assert jax.device_count() == 8
 model, params = load_lively(sys.argv[1])
 for size in (1, 7, 64):
     samples = mdt_jax.generate(model, params, LABELS, batch_size=size, **OPTIONS)
-    np.save(f"{sys.argv[2]}/{size}.npy", samples)
+    np.save(sys.argv[2] + f"/{{size}}.npy", samples)
+for name, options in OTHER.items():
+    samples = mdt_jax.generate(model, params, LABELS, batch_size=7, **OPTIONS, **options)
+    np.save(sys.argv[2] + f"/{{name}}.npy", samples)
 """
 
 
@@ -59,7 +65,7 @@ def test_samples_do_not_depend_on_jaxs_default_generator(lively, reference):
     assert_same_samples(samples, reference)
 
 
-def test_samples_do_not_depend_on_the_number_of_devices(trained, reference, tmp_path):
+def test_samples_do_not_depend_on_the_number_of_devices(trained, lively, reference, tmp_path):
     flags = f"{XLA_FLAGS} --xla_force_host_platform_device_count=8"
     process = subprocess.run(
         [sys.executable, "-c", EIGHT_DEVICES, str(trained), str(tmp_path)],
@@ -71,6 +77,9 @@ def test_samples_do_not_depend_on_the_number_of_devices(trained, reference, tmp_
     assert process.returncode == 0, process.stderr
     for size in (1, 7, 64):
         assert_same_samples(np.load(tmp_path / f"{size}.npy"), reference)
+    for name, options in OTHER.items():
+        alone = mdt_jax.generate(*lively, LABELS, batch_size=64, **OPTIONS, **options)
+        assert_same_samples(np.load(tmp_path / f"{name}.npy"), alone)
 
 
 def test_a_sample_depends_on_seed_number_and_label_alone(lively, reference):
@@ -102,6 +111,10 @@ def test_a_sample_depends_on_seed_number_and_label_alone(lively, reference):
         dict(guidance_scale=5.0),
         dict(guidance_power=1.0),
         dict(guidance="power_cosine_printed"),
+        dict(guide="masked"),
+        dict(guide="masked", guide_ratio=0.2),
+        dict(encoder_every=2),
+        dict(encoder_every=2, encoder_order=0),
     ],
 )
 def test_every_option_changes_the_samples(lively, changes):

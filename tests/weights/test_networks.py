@@ -11,6 +11,7 @@ import pytest
 
 import mdt_jax
 from mdt_jax import convert
+from mdt_jax.models.autoencoder import LatentNorm
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.sampling.pipeline import Pipeline
 from mdt_jax.weights import networks, published_files, torch_files
@@ -79,7 +80,7 @@ def test_halves_are_float32_in_memory_and_noted(name, tmp_path, capsys):
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(weights.params))
     expected = jax.tree.map(lambda x: x.astype(FLOATS[name]), published_params("v1_state"))
     assert same(weights.params, jax.tree.map(lambda x: x.astype(np.float32), expected))
-    vae = Vae("a VAE", 1.0, VAE, random_params(VAE))
+    vae = Vae("a VAE", LatentNorm(1.0), VAE, random_params(VAE))
     assert Pipeline(str(path), weights, vae=vae).note()["stored"] == name
     convert.main(["convert", f"--src={path}", f"--dst={tmp_path}/whole.safetensors"])
     assert f"{path} stores {name}; whole.safetensors has float32\n" in capsys.readouterr().out
