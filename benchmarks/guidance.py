@@ -151,6 +151,7 @@ def encoder(bench: Bench, options: SampleOptions) -> dict[str, list[dict]]:
                     reuse = {"encoder_every": every, "encoder_order": degree} if every > 1 else {}
                     changed = dataclasses.replace(guided, **reuse, **skip)
                     kind = f"each {every}, degree {degree}" if every > 1 else "always"
+                    kind += ", guidance skipped" if skip else ""
                     points[name].append(bench.point(kind, changed, reference) | {"every": every})
     return points
 

@@ -38,6 +38,7 @@ def encode(config: ConfigDict, out: files.Path, shard_images: int, part: tuple[i
     inputs.complete_config(config, len(images.classes))
     vae = _load_vae(config)
     vae.check_norm()
+    inputs.record_norm(config, vae)
     writer = CacheWriter(out, _describe(config, images, vae, shard_images))
     with writer.lock(part) as check:
         if writer.start():
