@@ -172,7 +172,8 @@ def make_reference(args) -> None:
 def evaluate_vae(args) -> None:
     """Measure what a VAE loses of images."""
     out = output_path(args.out, ".json") if args.out else None
-    vae = Vae.load(args.vae, scale=1.0)  # latents stay as the encoder gives them
+    # Latents stay as the encoder gives them.
+    vae = Vae.load(args.vae, scale=1.0, shift=(), std=())
     images = open_images(args.images, args.image_size, num=args.num_samples)
     inception = load_inception(args.inception) if args.inception else None
     check_reconstructible(vae, images)

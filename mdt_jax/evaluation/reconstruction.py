@@ -54,7 +54,7 @@ class Reconstruction:
 def measure_vae(
     vae: Vae, images: ImageSet, inception: InceptionFeatures | None, progress: bool = False
 ) -> dict[str, float]:
-    """Measure what a VAE, whose scale must be 1, loses of images that passed the check.
+    """Measure what a VAE, whose norm must do nothing, loses of images that passed the check.
 
     Every process returns psnr (dB) and ssim, means over images, and with an Inception rfid, the
     Fréchet distance between images and reconstructions.

@@ -12,6 +12,7 @@ MOST = {
     "side_layers": 1_000,
     "num_classes": 10_000_000,
     "image_size": 16_384,
+    "image_width": 16_384,
     "channels": 1_024,
     "batch_size": 131_072,
     "workers": 1_024,

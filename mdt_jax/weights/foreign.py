@@ -70,10 +70,4 @@ def from_arrays(arrays: Mapping[str, np.ndarray]) -> str | None:
     for pattern, what in _NAMES.items():
         if any(re.search(rf"(^|[._])({pattern})", name) for name in arrays):
             return what
-    last = arrays.get("encoder.conv_out.weight")
-    if last is not None and last.ndim and "quant_conv.weight" not in arrays:
-        return (
-            f"a VAE with latents of {len(last) // 2} channels and without quant_conv, as of Flux "
-            "and Stable Diffusion 3; mdt_jax reads those of Stable Diffusion 1, 2 and XL"
-        )
     return None

@@ -14,7 +14,7 @@ from mdt_jax import convert
 from mdt_jax.models.autoencoder import LatentNorm
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.sampling.pipeline import Pipeline
-from mdt_jax.weights import networks, published_files, torch_files
+from mdt_jax.weights import kinds, networks, published_files, torch_files
 from mdt_jax.weights.vae import Vae
 from tests.models.common import random_params
 from tests.published import MODELS, VERSIONS, dit_state, published_params, published_state
@@ -143,18 +143,14 @@ def test_other_programs_networks_are_named(what, tmp_path):
 
 
 def test_a_vae_of_flux(tmp_path):
+    """It has no quant_conv; the kind and the latents are told by the names and shapes."""
     path = tmp_path / "ae.safetensors"
-    write_vae(path)
-    state = torch_files.read_file(path).arrays
-    wide = state["encoder.conv_out.weight"]
-    state["encoder.conv_out.weight"] = np.ones((32, *wide.shape[1:]), np.float32)
-    state = {name: array for name, array in state.items() if "quant_conv" not in name}
-    torch_files.write_arrays(path, state)
-    said = "is a VAE with latents of 16 channels and without quant_conv, as of Flux"
-    with pytest.raises(UserError, match=said):
-        networks.read_network(path)
-    with pytest.raises(UserError, match=said):
-        Vae.load(path)
+    vae = VAE.clone(latent_channels=16, use_quant_conv=False)
+    networks.save(path, kinds.Weights(vae, random_params(vae)))
+    (tmp_path / "config.json").write_text('{"norm_num_groups": 4, "shift_factor": 0.1159}')
+    assert not any("quant_conv" in name for name in torch_files.read_file(path).arrays)
+    assert networks.read_network(path).model == Vae.load(path).network == vae
+    assert Vae.load(path).norm == LatentNorm(shift=(0.1159,))
 
 
 @pytest.mark.parametrize("name", ["weights.gguf", "weights.onnx", "weights.txt", "weights"])
