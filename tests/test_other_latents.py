@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 import mdt_jax
-from mdt_jax import cli, encode, inpaint, main, sample
+from mdt_jax import cli, encode, evaluate, inpaint, main, sample
 from mdt_jax.data import latents
 from mdt_jax.evaluation import image_sets
 from mdt_jax.models.autoencoder import AutoencoderKL, LatentNorm
@@ -172,6 +172,20 @@ def test_pictures_of_a_run_are_decoded_with_its_norm(place, run, tmp_path):
     sides = cli.sides("32x48")
     assert (sides, cli.sides("32")) == ((32, 48), (32, 32))
     assert image_sets.open_images(str(place / "pictures"), sides).take([3]).shape == (1, *sides, 3)
+
+
+def test_what_a_vae_loses_does_not_depend_on_its_norm(place, tmp_path):
+    file = "diffusion_pytorch_model.safetensors"
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / file).write_bytes((place / "vae" / file).read_bytes())
+    (tmp_path / "bare" / "config.json").write_text('{"norm_num_groups": 4}')
+    lines = [
+        run_here(evaluate.main, f"--vae={vae}", f"--images={place / 'pictures'}",
+                 "--image_size=32x48").splitlines()
+        for vae in (place / "vae", tmp_path / "bare")
+    ]  # fmt: skip
+    psnr = [[line for line in each if "psnr" in line.lower()] for each in lines]
+    assert psnr[0] == psnr[1] != []
 
 
 def test_inpainting_takes_it(place, run, tmp_path):

@@ -18,7 +18,7 @@ from mdt_jax.weights import kinds, networks, published_files, torch_files
 from mdt_jax.weights.vae import Vae
 from tests.models.common import random_params
 from tests.published import MODELS, VERSIONS, dit_state, published_params, published_state
-from tests.small_data import VAE, write_vae
+from tests.small_data import VAE
 
 FLOATS = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
