@@ -1,7 +1,7 @@
 """What guidance by a weaker prediction gains, and what it costs not to evaluate the encoder.
 
 python benchmarks/guidance.py --checkpoint=runs/mnist --guide=runs/mnist-small
-python benchmarks/guidance.py --checkpoint=runs/mnist --suite=encoder
+python benchmarks/guidance.py --checkpoint=runs/mnist --suite=encoder --spacing=log_snr
 
 guidance: the distance and the class agreement of samples for each kind of guidance and each scale.
 All kinds cost as much as --steps of classifier-free guidance: one that evaluates less takes more
@@ -141,7 +141,9 @@ def encoder(bench: Bench, options: SampleOptions) -> dict[str, list[dict]]:
     ddpm = dataclasses.replace(own, sampler="ddpm", num_steps=250, spacing="even")
     points = {"DDPM, 250 steps": [bench.point("DDPM, 250 steps", ddpm)]}
     for steps in (options.num_steps, 2 * options.num_steps):
-        guided = dataclasses.replace(own, sampler=options.sampler, num_steps=steps)
+        guided = dataclasses.replace(
+            own, sampler=options.sampler, spacing=options.spacing, num_steps=steps
+        )
         reference = bench.draw(guided)
         for degree in DEGREES:
             for skip in {}, SKIPPING:
@@ -209,6 +211,7 @@ def bench(argv: list[str]) -> None:
     parser.add_argument("--guide", default="", help="the run of a weaker network")
     parser.add_argument("--suite", choices=["guidance", "encoder"], default="guidance")
     parser.add_argument("--sampler", default="dpmpp_2m_sde")
+    parser.add_argument("--spacing", default="even")
     parser.add_argument("--steps", type=cli.count, default=25)
     parser.add_argument("--scales", type=numbers, default=list(SCALES), help="such as 1,2,4")
     parser.add_argument("--samples", type=cli.count, default=1000)
@@ -221,7 +224,11 @@ def bench(argv: list[str]) -> None:
     out = pathlib.Path(flags.out or f"runs/guidance-{name}")
     make(out)
     options = dataclasses.replace(
-        pipeline.options, sampler=flags.sampler, num_steps=flags.steps, guide="null"
+        pipeline.options,
+        sampler=flags.sampler,
+        spacing=flags.spacing,
+        num_steps=flags.steps,
+        guide="null",
     )
     measured = Bench(pipeline, flags.samples, out / f"{flags.suite}.json")
     if flags.suite == "guidance":
