@@ -67,7 +67,9 @@ def passes(pipeline: Pipeline, options: SampleOptions) -> float:
     saved = 0
     if options.encoder_every > 1:
         fresh, _ = options.encoder_schedule(guided)
-        saved = encoder_macs(model) * int((~fresh * (1 + guided)).sum())
+        weak = pipeline.guide.model if options.guide == "network" else model
+        saved = encoder_macs(model) * int((~fresh).sum())
+        saved += encoder_macs(weak) * int((~fresh & guided).sum())
     return (len(guided) * whole + int(guided.sum()) * weaker - saved) / whole
 
 
@@ -85,7 +87,8 @@ class Bench:
     def __init__(self, pipeline: Pipeline, samples: int, path: pathlib.Path):
         self.pipeline, self.path, self.samples = pipeline, path, samples
         self.measures = Measures(pipeline.config.data.name, "", samples)
-        known = {"parameters": pipeline.params_sha256, **self.measures.known}
+        guide = pipeline.guide.params_sha256 if pipeline.guide else ""
+        known = {"parameters": pipeline.params_sha256, "guide": guide, **self.measures.known}
         saved = json.loads(path.read_text()) if path.is_file() else {}
         if {name: saved.get(name) for name in known} != known:
             saved = {**known, "points": {}}

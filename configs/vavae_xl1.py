@@ -14,5 +14,5 @@ def get_config(variant=""):
     config.vae.update(path="vavae-imagenet256-f16d32-dinov2.pt")
     config.vae.update(factor=16, channels=32, scale=1.0)
     config.diffusion.update(objective="flow", timesteps="logit_normal", loss_weight="uniform")
-    config.sample.update(sampler="heun", num_steps=50)
+    config.sample.update(sampler="heun", num_steps=50, guidance_channels=0)
     return configs.variant(config, variant)

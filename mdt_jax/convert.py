@@ -15,7 +15,7 @@ from mdt_jax.runtime.errors import UserError
 from mdt_jax.runtime.progress import print_result
 from mdt_jax.weights import diffusers_folders, kinds, networks, publishing, torch_files
 from mdt_jax.weights.step_folders import check_arrays_possible, check_path
-from mdt_jax.weights.vae import Vae
+from mdt_jax.weights.vae import Vae, norm_of
 
 FORMATS = ("orbax", "diffusers")
 
@@ -86,10 +86,10 @@ def find_vae(path: str | None, weights: kinds.Weights) -> Vae | None:
 
     Raises UserError.
     """
-    path = path or weights.vae
+    path, config = path or weights.vae, weights.config
     if path:
-        return Vae.load(path)
-    return None if weights.config is None else Vae.from_config(weights.config)
+        return Vae.load(path, **({} if config is None else norm_of(config)._asdict()))
+    return None if config is None else Vae.from_config(config)
 
 
 def upload(args: argparse.Namespace) -> None:

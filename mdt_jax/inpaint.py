@@ -101,6 +101,9 @@ def check(args: argparse.Namespace) -> Path:
         raise UserError(f"--out={out}: unknown suffix {out.suffix!r}; use .png")
     if args.guidance_skip_tolerance:
         raise UserError("--guidance_skip_tolerance saves nothing here; it is for mdt_jax.sample")
+    for name in ("guide", "guide_ratio", "encoder_every", "encoder_order"):
+        if getattr(args, name) is not None:
+            raise UserError(f"--{name} is for mdt_jax.sample, not for inpainting")
     check_seed(args.seed)
     return out
 

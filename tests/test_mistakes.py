@@ -214,6 +214,19 @@ BAD_CONFIGS = {
         [*SMOKE, "--config.diffusion.objective=v", "--config.diffusion.timesteps=logit_normal"],
         "diffusion.timesteps=logit_normal has no effect with diffusion.objective=v",
     ),
+    "guide": ([*SMOKE, "--config.sample.guide=network"], "must be one of null, masked"),
+    "guide of a full pass": (
+        [*SMOKE, "--config.mask.passes=full", "--config.sample.guide=masked"],
+        "sample.guide=masked requires a decoder, and masked passes in training",
+    ),
+    "guide of nothing": (
+        [*SMOKE, "--config.sample.guide=masked", "--config.sample.guide_ratio=0.99"],
+        "sample.guide_ratio 0.99 leaves none of the 16 tokens",
+    ),
+    "guide without guidance": (
+        [*SMOKE, "--config.sample.guide=masked", "--config.sample.guidance_scale=1"],
+        "sample.guide=masked has no effect with sample.guidance_scale=1; raise the scale",
+    ),
     "objective": (
         [*SMOKE, "--config.diffusion.objective=x0"], "must be one of epsilon, v, flow"
     ),

@@ -8,10 +8,11 @@ import pytest
 from PIL import Image
 
 import mdt_jax
-from mdt_jax import cli, encode, evaluate, inpaint, main, sample
+from mdt_jax import cli, convert, encode, evaluate, inpaint, main, sample
 from mdt_jax.data import latents
 from mdt_jax.evaluation import image_sets
 from mdt_jax.models.autoencoder import AutoencoderKL, LatentNorm
+from mdt_jax.models.mdt import MDT
 from mdt_jax.runtime import parallel
 from mdt_jax.train import inputs
 from mdt_jax.weights import kinds, networks, vae_names
@@ -114,6 +115,10 @@ def test_the_deviation_is_that_of_normalised_draws(place):
 
 def test_estimated_channels_make_latents_of_mean_0_and_deviation_1(place):
     said = run_here(encode.main, *flags(place), "--estimate_scale")
+    scale = float(said.partition("vae.scale: ")[2].split(",")[0])
+    assert "less vae.shift and divided by vae.std" in said
+    sums = latents.sums_of(latents.load(place / "cache").manifest)
+    assert sums.deviation(scale, NORM.shift, NORM.std) == pytest.approx(1, rel=1e-2)
     found = dict(part.removeprefix("--config.vae.").split("=") for part in said.split()
                  if part.startswith("--config.vae."))  # fmt: skip
     shift, std = (tuple(map(float, found[name].split(","))) for name in ("shift", "std"))
@@ -222,6 +227,25 @@ def test_norms_that_cannot_be(place, flag, message, tmp_path):
     argv = [*flags(place), f"--config.vae.{flag}", *RUN, f"--workdir={tmp_path / 'run'}"]
     said = train_here(*argv, expect=2)
     assert message in said and not (tmp_path / "run").exists()
+
+
+def test_a_file_of_the_run_says_what_its_vae_must_record(place, run, tmp_path):
+    said = run_here(convert.main, f"--src={run}", f"--dst={tmp_path / 'w.safetensors'}")
+    fields = said.partition("with a config.json of ")[2].partition(" beside it")[0]
+    assert json.loads(fields) == vae_names.config_of_norm(NORM)
+    assert f"it draws latents of {place / 'vae'}: give it by --vae" in said
+
+
+def test_diffusers_pipeline_has_no_place_for_a_shift(place, tmp_path):
+    """It only divides by the scaling_factor."""
+    config = mdt_jax.load(place / "run").config.copy_and_resolve_references()
+    config.model.update(decoder_layers=0, relative_bias=False, learned_position=False)
+    config.mask.passes, model = "full", MDT.from_config(config)
+    networks.save(tmp_path / "dit", kinds.Weights(model, random_params(model), config))
+    argv = [f"--src={tmp_path / 'dit'}", f"--dst={tmp_path / 'out'}", "--format=diffusers"]
+    said = run_here(convert.main, *argv, expect=2)
+    assert "are also shifted, or divided by a deviation" in said
+    assert not (tmp_path / "out").exists()
 
 
 def test_without_a_vae_its_fields_have_no_effect(tmp_path):

@@ -72,6 +72,14 @@ RULES: dict[str, Callable[[Any], bool]] = {
     "mask.loss_on=masked requires a higher mask.ratio than {mask.ratio}: none of the {tokens} "
     "tokens is masked":
         lambda c: not c.masked_loss or keep_length(c.tokens, c.mask.ratio) < c.tokens,
+    "sample.guide=masked requires a decoder, and masked passes in training: mask.passes is "
+    "{mask.passes} and model.decoder_layers {model.decoder_layers}":
+        lambda c: c.sample.guide != "masked" or (c.masked_pass and c.model.decoder_layers > 0),
+    "sample.guide_ratio {sample.guide_ratio} leaves none of the {tokens} tokens":
+        lambda c: c.sample.guide != "masked" or keep_length(c.tokens, c.sample.guide_ratio) >= 1,
+    "sample.guide={sample.guide} has no effect with sample.guidance_scale=1; raise the scale":
+        lambda c: c.sample.guide == "null" or c.sample.guidance_scale != 1
+        or c.sample.guidance == "power_cosine_printed",
     "optim.warmup_steps is {optim.warmup_steps}; it must be below train.steps {train.steps}":
         lambda c: c.optim.warmup_steps < c.train.steps,
     "optim.end_lr is {optim.end_lr}; it must be at most optim.lr {optim.lr}":

@@ -145,11 +145,6 @@ def fit(pipeline: Pipeline, upload: str, out: Path) -> np.ndarray:
     """
     height, width, channels = pipeline.image_shape
     picture = open_picture(upload, "the picture")
-    if height != width and picture.size != (width, height):
-        raise UserError(
-            f"the picture is {picture.height}×{picture.width}, but the model draws "
-            f"{height}×{width}; upload a picture of that size"
-        )
     picture = picture.convert("L") if channels == 1 else picture
     pixels = fitted(picture, (height, width), True, "the picture")
     save_image(out, pixels.reshape(height, width, channels))

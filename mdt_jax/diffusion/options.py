@@ -60,7 +60,7 @@ class SampleOptions:
         "paper of MDT",
         one_of(WEIGHTS),
     )
-    guidance_channels: int = option(3, "first channels of ε to guide; 0: all", at_least(0))
+    guidance_channels: int = option(3, "first channels to guide; 0: all", at_least(0))
     guidance_low: float = option(
         0.0, "guidance acts from this share of the timesteps (0: clean)", between(0, 1)
     )
@@ -127,7 +127,7 @@ class SampleOptions:
             )
         if self._is_flow and self.spacing != "even":
             raise UserError(f"spacing is {self.spacing}; the steps of flow are even")
-        if steps > self.diffusion_steps:
+        if steps > self.diffusion_steps and not self._is_flow:
             raise UserError(
                 f"num_steps is {steps}; it must be between 1 and the {self.diffusion_steps} steps "
                 "of the training schedule"
@@ -215,12 +215,14 @@ class SampleOptions:
 
         guided: of each evaluation. An evaluation that is not fresh takes the residual Σ_j
         weights[k, j]·residual_j of the last fresh evaluations, the newest first: the polynomial
-        through them, in the number of the evaluation. Where guidance begins, the unguided
-        evaluations before have no residual of the weaker prediction, and all starts anew.
+        through them, in the number of the step at whose time they are. Where guidance begins, the
+        unguided evaluations before have no residual of the weaker prediction: all starts anew.
         Liu et al. 2025, arXiv 2503.06923, extrapolate by finite differences.
         """
         fresh = np.zeros(len(guided), bool)
         weights = np.zeros((len(guided), self.encoder_order + 1), np.float32)
+        # Two of Heun's evaluations may have one time: of these the newer one counts.
+        step = np.cumsum(np.diff(self.make_sampler().times(self.schedule()), prepend=-1) != 0)
         known: list[int] = []
         for k, now in enumerate(guided):
             if not k or (now and not guided[k - 1]):
@@ -228,9 +230,11 @@ class SampleOptions:
             fresh[k] = not known or k - known[0] >= self.encoder_every
             if fresh[k]:
                 known = [k, *known][: self.encoder_order + 1]
-            for j, place in enumerate(known):
-                others = np.array([other for other in known if other != place], float)
-                weights[k, j] = np.prod((k - others) / (place - others))
+            places = step[known]
+            for j, place in enumerate(places):
+                if place not in places[:j]:
+                    others = np.setdiff1d(places, place).astype(float)
+                    weights[k, j] = np.prod((step[k] - others) / (place - others))
         return fresh, weights
 
 

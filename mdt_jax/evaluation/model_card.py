@@ -11,12 +11,13 @@ from mdt_jax import config as configs
 from mdt_jax.config.rules import get
 from mdt_jax.data import sample_notes
 from mdt_jax.evaluation.card import TITLES
-from mdt_jax.models.autoencoder import AutoencoderKL
+from mdt_jax.models.autoencoder import AutoencoderKL, LatentNorm
 from mdt_jax.models.mdt import MDT
 from mdt_jax.runtime import files
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.runtime.progress import escape, log
 from mdt_jax.weights.kinds import Weights, describe, kind_of
+from mdt_jax.weights.vae import norm_of
 
 # Tags of other networks than MDT and DiT.
 KINDS = {"vae": "autoencoder", "inception": "inception", "dinov2": "dinov2"}
@@ -145,7 +146,9 @@ def _usage(path: str, weights: Weights[MDT]) -> str:
     model, config = weights.model, weights.config
     own = config.vae.path if config is not None else weights.vae or ""
     vae = own if config is None and own.startswith("hf://") else ""
-    if model.in_channels == AutoencoderKL.latent_channels and not own.startswith("hf://"):
+    known = config is None or norm_of(config) == LatentNorm()
+    is_sd = known and model.in_channels == AutoencoderKL.latent_channels
+    if is_sd and not own.startswith("hf://"):
         vae = "hf://stabilityai/sd-vae-ft-mse"  # which a path on another machine does not name
     python, flag = (f', vae="{vae}"', f" --vae={vae}") if vae else ("", "")
     labels = [number % max(1, model.num_classes) for number in range(3)]

@@ -59,7 +59,7 @@ def unpatchify(tokens: jax.Array, grid: tuple[int, int], patch_size: int) -> jax
 
 
 class MDT(nn.Module):
-    """The network that predicts noise and variance.
+    """The network that predicts noise, or what else it is trained for, and variance.
 
     input_size: (H, W) of x, both divisible by patch_size; in_channels: C of x.
     depth: blocks of encoder and decoder together; decoder_layers: blocks of the decoder. With
@@ -193,7 +193,7 @@ class MDT(nn.Module):
         keep_ids: jax.Array | None = None,
         keep_count: jax.Array | None = None,
     ) -> jax.Array:
-        """Predict noise and variance.
+        """Predict noise, or what else the network is trained for, and variance.
 
         x: [B, H, W, C] noisy images or latents; t: [B] timesteps in 0…T−1; y: [B] int labels,
             `num_classes` being the null label (an unconditional model ignores them).
@@ -236,7 +236,7 @@ class MDT(nn.Module):
         return self._decode(tokens + self.decoder_pos_embed.astype(tokens.dtype), inputs, c)
 
     def _output(self, tokens, c):
-        """Tokens [B, L, D] → noise and variance [B, H, W, 2C] float32."""
+        """Tokens [B, L, D] → what is predicted, and variance: [B, H, W, 2C] float32."""
         out = self.final_layer(tokens, c).astype(jnp.float32)
         out = unpatchify(out, self.grid, self.patch_size)
         return out if self.learn_sigma else jnp.concatenate([out, jnp.ones_like(out)], axis=-1)

@@ -176,6 +176,8 @@ def request(
     for scale in dict.fromkeys(np.asarray(scales, object)):
         dataclasses.replace(options, guidance_scale=scale).check(model.num_classes)
     guide = _checked_guide(model, options, guide_network)
+    if options.guide != "null" and not options.guided_evaluations(scales).any():
+        raise UserError(f"guide={options.guide} has no effect without guidance; raise the scale")
     check_labels(labels, model.num_classes)
     if not isinstance(batch_size, Integral) or batch_size < 1:
         raise UserError(f"batch_size is {batch_size}; it must be a whole number from 1")
@@ -200,6 +202,8 @@ def _checked_guide(
                 f"guide_ratio {options.guide_ratio} leaves none of the {model.num_tokens} tokens"
             )
     if options.guide != "network":
+        if network is not None:
+            raise UserError(f"guide_network has no effect with guide={options.guide}")
         return None
     if network is None:
         raise UserError("guide=network takes guide_network, a model and its parameters")
@@ -221,6 +225,12 @@ def changed(options: SampleOptions, changes: Mapping[str, Any]) -> SampleOptions
     unknown = changes.keys() - known
     if unknown:
         raise UserError(f"unknown option {min(unknown)!r}; choose from {', '.join(known)}")
+    # An option that belongs to one that is switched off goes with it.
+    published = SampleOptions()
+    if changes.get("guide", "masked") != "masked":
+        changes = {"guide_ratio": published.guide_ratio, **changes}
+    if changes.get("encoder_every") == 1:
+        changes = {"encoder_order": published.encoder_order, **changes}
     return dataclasses.replace(options, **changes)
 
 

@@ -9,13 +9,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from mdt_jax.diffusion.inpainting import Known, RePaint, resampling_walk
-from mdt_jax.diffusion.options import SampleOptions, defaults
+from mdt_jax.diffusion.options import UNGUIDED, SampleOptions, defaults
 from mdt_jax.diffusion.samplers import State
 from mdt_jax.models.mdt import MDT
 from mdt_jax.runtime import keys, limits, parallel
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.sampling.engine import Batch, Program, Segment
-from mdt_jax.sampling.generation import Labels, Request, request
+from mdt_jax.sampling.generation import Labels, Request, changed, request
 from mdt_jax.weights.vae import Vae
 
 MODES = ("repaint", "side_interpolater")
@@ -45,9 +45,6 @@ class InpaintOptions:
             raise UserError(f"unknown mode {self.mode!r}; choose one of {', '.join(MODES)}")
         if options.objective == "flow":
             raise UserError("inpainting takes a network that predicts noise or v, not velocity")
-        for name, plain in (("guide", "null"), ("encoder_every", 1)):
-            if getattr(options, name) != plain:
-                raise UserError(f"{name}={getattr(options, name)} is for sampling, not inpainting")
         if options.make_sampler().remembers:
             raise UserError(
                 f"inpainting takes the sampler ddpm or ddim, not {options.sampler}, whose steps "
@@ -139,6 +136,13 @@ class InpaintRequest(Request):
         return dataclasses.replace(batch, known=Known(images, hidden), keep_ids=keep_ids)
 
 
+def plain_options(options: SampleOptions, num_classes: int) -> SampleOptions:
+    """The options without those that inpainting does not take: other guides, a reused encoder."""
+    if options.guide != "null" and not num_classes:  # such a model takes no other guidance
+        options = changed(options, UNGUIDED)
+    return changed(options, {"guide": "null", "encoder_every": 1})
+
+
 def check_hidden(hidden: np.ndarray, size: tuple[int, int], name: str = "the mask") -> None:
     """Raise UserError for a mask that is not of the size (H, W), or hides nothing or everything."""
     if hidden.shape != size:
@@ -174,10 +178,10 @@ def inpaint(
 
     images: [N, H, W, C] float32 of the kind that the model was trained on: pixels in [−1, 1], or
     normalised latents. hidden: [H, W] bool, for all images. labels: N ints; an unconditional model
-    uses only their number. options: as in `generate`, with the sampler ddpm or ddim;
-    guidance_skip_tolerance has no effect. pixels: whether images are pixels, within [−1, 1]; by
-    default where they have 1 or 3 channels. sampling: seed, batch_size, guidance_scale and the
-    fields of SampleOptions, as in `generate`. Sample n depends on the seed, n, its image and label
+    uses only their number. options: as in `generate`, with the sampler ddpm or ddim; its guide,
+    encoder_every and guidance_skip_tolerance have no effect. pixels: whether images are pixels,
+    within [−1, 1]; by default where they have 1 or 3 channels. sampling: seed, batch_size,
+    guidance_scale and the fields of SampleOptions, as in `generate`. Sample n depends on the seed, n, its image and label
     and the mask alone.
     Returns [N, H, W, C] float32, the known part unchanged. Raises UserError for invalid arguments,
     and NotFiniteError for samples that are not finite.
@@ -185,6 +189,10 @@ def inpaint(
     how = how or InpaintOptions()
     pixels = model.in_channels in (1, 3) if pixels is None else pixels
     options = (options or defaults(model.num_classes)).clipping_for(pixels)
+    for name in ("guide", "guide_ratio", "encoder_every", "encoder_order"):
+        if name in sampling:
+            raise UserError(f"{name} is for sampling, not inpainting")
+    options = plain_options(options, model.num_classes)
     plain = request(model, params, labels, options=options, **sampling)
     images, hidden = np.asarray(images, np.float32), np.asarray(hidden, bool)
     shape = (len(plain.labels), *model.input_size, model.in_channels)

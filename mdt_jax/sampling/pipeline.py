@@ -14,7 +14,14 @@ from ml_collections import ConfigDict
 from mdt_jax import __version__
 from mdt_jax.data.classes import parse_label
 from mdt_jax.data.images import UINT8_RULE, to_uint8
-from mdt_jax.diffusion.options import GUIDES, SAMPLERS_OF, SampleOptions, check_labels, defaults
+from mdt_jax.diffusion.options import (
+    GUIDES,
+    PREDICTS,
+    SAMPLERS_OF,
+    SampleOptions,
+    check_labels,
+    defaults,
+)
 from mdt_jax.models.mdt import MDT
 from mdt_jax.runtime import hosts
 from mdt_jax.runtime.backend import keep_compilations
@@ -27,6 +34,7 @@ from mdt_jax.weights.networks import load_weights
 from mdt_jax.weights.vae import RECORDED, Vae, norm_of, recorded_norm, slice_size, text_of
 
 PIXELS = "identity"  # vae.path of a model of pixels
+SD_VAE = "hf://stabilityai/sd-vae-ft-mse"  # the released models'
 
 
 class Pipeline(tuple[MDT, dict]):
@@ -153,13 +161,24 @@ class Pipeline(tuple[MDT, dict]):
     def _load_guide(self, guide: "str | os.PathLike | Pipeline") -> "Pipeline":
         """The weaker network. Raises UserError for one that predicts something else."""
         if not isinstance(guide, Pipeline):
-            weights = load_weights(guide, input_size=self.model.input_size)
+            weights = load_weights(guide)
             model = weights.model.clone(dtype=self.model.dtype)
             guide = type(self)(str(guide), weights._replace(model=model))
-            if weights.config is None and not weights.sampling:  # the file does not say
-                return guide
-        for name in ("objective", "diffusion_steps"):
-            theirs, wanted = getattr(guide.options, name), getattr(self.options, name)
+        objective, steps = self.options.objective, self.options.diffusion_steps
+        pairs = []
+        if guide.config is None and "objective" not in guide.weights.sampling:
+            hosts.log0(
+                f"{guide.path} does not record what it predicts: taken for {PREDICTS[objective]}"
+            )
+        else:
+            pairs.append(("objective", guide.options.objective, objective))
+        if guide.config is not None and objective != "flow":
+            pairs.append(("diffusion_steps", guide.options.diffusion_steps, steps))
+        if guide.config is not None and self.config is not None:
+            pairs.append(("latents normalised by", *map(norm_of, (guide.config, self.config))))
+        if guide.classes and self.classes:
+            pairs.append(("the classes", *(",".join(p.classes)[:99] for p in (guide, self))))
+        for name, theirs, wanted in pairs:
             if theirs != wanted:
                 raise UserError(
                     f"{guide.path} has {name} {theirs}, but {self.path}, which it is to guide, has "
@@ -216,7 +235,7 @@ class Pipeline(tuple[MDT, dict]):
         if path is None:
             raise UserError(
                 f"{self.path} draws latents of {channels} channels; to make pictures of them say "
-                "--vae=hf://stabilityai/sd-vae-ft-mse, or the path of the VAE"
+                f"--vae={SD_VAE if channels == 4 else 'PATH'}, or the path of the VAE"
             )
         trained = norm_of(config) if config is not None else None
         if trained is not None and self._vae_scale not in (None, trained.scale):
@@ -288,7 +307,9 @@ class Pipeline(tuple[MDT, dict]):
         labels: numbers or names of classes. Raises UserError.
         """
         labels = self.labels(labels)
-        return generation.request(*self, labels, **{**self._sampling(len(labels)), **sampling})
+        options = sampling.get("options") or self.options
+        own = self._sampling(len(labels), sampling.get("guide", options.guide))
+        return generation.request(*self, labels, **{**own, **sampling})
 
     def generate(
         self, labels: Sequence[int | str] | np.ndarray, progress: bool = False, **sampling: Any
@@ -311,15 +332,16 @@ class Pipeline(tuple[MDT, dict]):
         labels: numbers or names of classes. Returns [N, h, w, c] float32. Raises UserError.
         """
         labels = self.labels(labels)
-        sampling = {**self._sampling(len(labels)), "pixels": self.vae is None, **sampling}
+        own = self._sampling(len(labels), "null")
+        sampling = {**own, "pixels": self.vae is None, **sampling}
         return inpainting.inpaint(*self, images, hidden, labels, **sampling)
 
-    def _sampling(self, count: int) -> dict[str, Any]:
-        """The pipeline's own arguments for `count` samples."""
+    def _sampling(self, count: int, guide: str) -> dict[str, Any]:
+        """The pipeline's own arguments for `count` samples, guided as an option says."""
         own: dict[str, Any] = {"options": self.options}
         if self.scales:
             own["guidance_scale"] = np.resize(self.scales, count)
-        if self.guide is not None:
+        if self.guide is not None and guide == "network":
             own["guide_network"] = tuple(self.guide)
         return own
 

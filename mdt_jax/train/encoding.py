@@ -13,6 +13,7 @@ from mdt_jax.data import latents, pipeline, sources
 from mdt_jax.data.crops import CroppedImages
 from mdt_jax.data.latents_writer import CacheWriter
 from mdt_jax.data.protocols import Status
+from mdt_jax.models.autoencoder import LatentNorm
 from mdt_jax.models.mdt import image_sides, input_shape
 from mdt_jax.runtime import files, parallel
 from mdt_jax.runtime.errors import UserError
@@ -104,12 +105,15 @@ def estimate_scale(config: ConfigDict) -> None:
             bar.update(len(batch["labels"]))
     if not sums.records:
         raise UserError(f"none of {count} images could be read")
-    std = sums.deviation()
+    own = vae.norm._replace(scale=1.0)
+    std, how = sums.deviation(*own), ""
+    if own != LatentNorm(1.0):
+        how = ", less vae.shift and divided by vae.std"
     shift, each = (",".join(f"{x:.5g}" for x in values) for values in (sums.mean, sums.std))
     print_result(
-        f"vae.scale: {1 / std:.5g}, one over the deviation of the latents of {count} images\n"
+        f"vae.scale: {1 / std:.5g}, one over the deviation of the latents of {count} images{how}\n"
         f"or, with each channel by itself: --config.vae.scale=1 --config.vae.shift={shift} "
-        f"--config.vae.std={each}"
+        f"--config.vae.std={each} (a config.json beside the VAE must say the same, or nothing)"
     )
 
 

@@ -129,14 +129,15 @@ def complete_config(config: ConfigDict, classes: int, set_fields: Collection[str
     """Set the config fields that depend on the number of classes in the data, with a line for each.
 
     model.num_classes=-1 becomes that number, or 0 for fewer than two. Without classes there is no
-    guidance. set_fields: the fields that the user set, for example sample.guidance_scale. Raises
-    UserError where guidance is among them and there are no classes.
+    guidance but by the masked pass. set_fields: the fields that the user set, for example
+    sample.guidance_scale. Raises UserError where guidance is among them and there are no classes.
     """
     if config.model.num_classes < 0:
         config.model.num_classes = classes if classes > 1 else 0
         text = {0: "no labels", 1: "a single class"}.get(classes, f"{classes} classes")
         log0(f"model.num_classes is {config.model.num_classes}: the data has {text}")
-    if config.model.num_classes or not SampleOptions.from_config(config).guided:
+    options = SampleOptions.from_config(config)
+    if config.model.num_classes or not options.guided or options.guide != "null":
         return
     for name, value in UNGUIDED.items():
         if config.sample[name] in (value, "constant"):  # constant guidance of scale 1 is none
@@ -202,6 +203,8 @@ def doubt_norm(sums: latents.Sums, norm: LatentNorm) -> str:
 def describe_norm(sums: latents.Sums, norm: LatentNorm) -> str:
     """The standard deviation of latents, before and after they are normalised, in words."""
     before, after = sums.deviation(), sums.deviation(*norm)
+    if math.isnan(after):
+        return f"latents have a deviation of {before:.4f}; the cache does not record their channels"
     if norm.shift or norm.std:
         return f"latents have a deviation of {before:.4f}, normalised {after:.3f}"
     return (

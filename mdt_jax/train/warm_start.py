@@ -82,7 +82,8 @@ def _check_fits(weights: Weights[MDT], config: ConfigDict, model: MDT) -> None:
     if theirs is not None:
         norms = norm_of(theirs)._asdict(), norm_of(config)._asdict()
         pairs += [(f"vae.{name}", old, norms[1][name]) for name, old in norms[0].items()]
-        pairs.append(("diffusion.steps", theirs.diffusion.steps, config.diffusion.steps))
+        if config.diffusion.objective != "flow":
+            pairs.append(("diffusion.steps", theirs.diffusion.steps, config.diffusion.steps))
     different = [f"{name} is {old} there and {new} here" for name, old, new in pairs if old != new]
     if different:
         raise UserError(f"init.checkpoint {path} is of another network: {'; '.join(different)}")

@@ -37,6 +37,11 @@ def save(path: files.Path, weights: Weights, vae: Vae | None) -> list[str]:
         kind = "a SiT, which" if options.objective == "flow" else "a network that"
         predicts = PREDICTS[options.objective]
         raise UserError(f"diffusers' DiTPipeline has no place for {kind} predicts {predicts}")
+    if vae is not None and (vae.norm.shift or vae.norm.std):
+        raise UserError(
+            "diffusers' DiTPipeline only divides latents by scaling_factor, but those of "
+            f"{vae.path} are also shifted, or divided by a deviation"
+        )
     model, params = with_fixed_positions(weights.model, weights.params)
     state = diffusers_dit.to_published(model, params)
     scheduler = diffusers_dit.scheduler_of(options)

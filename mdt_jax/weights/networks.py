@@ -7,15 +7,24 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 
-from mdt_jax.models.autoencoder import AutoencoderKL
+from mdt_jax.config.fields import numbers_of
+from mdt_jax.models.autoencoder import AutoencoderKL, LatentNorm
 from mdt_jax.models.layers import EPS
 from mdt_jax.models.mdt import MDT
 from mdt_jax.models.resize import resize_grid
 from mdt_jax.runtime import files, hub
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.runtime.progress import log
-from mdt_jax.weights import mdt_names, orbax_folders, picking, published_files, torch_files
+from mdt_jax.weights import (
+    mdt_names,
+    orbax_folders,
+    picking,
+    published_files,
+    torch_files,
+    vae_names,
+)
 from mdt_jax.weights.kinds import (
     ITEMS,
     KINDS,
@@ -140,10 +149,10 @@ def save(path: str | os.PathLike, weights: Weights) -> None:
 
 def unrecorded(weights: Weights) -> list[str]:
     """What a published file of a network cannot record, a line each."""
-    lines, model = [], weights.model
+    lines, model = _unrecorded_latents(weights.config), weights.model
     if isinstance(model, MDT):
         if not model.decoder_layers:
-            return _unrecorded_of_dit(weights)
+            return lines + _unrecorded_of_dit(weights)
         if weights.objective != "epsilon":
             lines.append(f"it must be sampled with objective={weights.objective}")
         if model.version == "v1" and model.decoder_layers != mdt_names.DECODER_LAYERS:
@@ -158,6 +167,21 @@ def unrecorded(weights: Weights) -> list[str]:
         if config:
             lines.append(f"it needs, beside it, a config.json of {json.dumps(config)}")
     return lines
+
+
+def _unrecorded_latents(config: ConfigDict | None) -> list[str]:
+    """What a file of a run does not record of its latents, where it is not Stable Diffusion's."""
+    if config is None or config.vae.path == "identity":
+        return []
+    shift, std = (numbers_of(config.vae[name]) for name in ("shift", "std"))
+    norm = LatentNorm(config.vae.scale, shift, std)
+    if norm == LatentNorm() and config.vae.channels == AutoencoderKL.latent_channels:
+        return []
+    fields = json.dumps(vae_names.config_of_norm(norm))
+    return [
+        f"it draws latents of {config.vae.path}: give it by --vae, with a config.json of {fields} "
+        "beside it"
+    ]
 
 
 def _unrecorded_of_dit(weights: Weights[MDT]) -> list[str]:

@@ -166,6 +166,21 @@ def test_the_extrapolation_is_the_polynomial_through_the_last_residuals():
     assert weights[:3].tolist() == [[1, 0, 0]] * 3
 
 
+@pytest.mark.parametrize("objective", ["epsilon", "flow"])
+def test_of_two_evaluations_at_one_time_the_newer_counts(objective):
+    """A residual that is linear in time is found exactly by Heun's method, too."""
+    options = SampleOptions(
+        "heun", num_steps=8, encoder_every=3, encoder_order=2, objective=objective
+    )
+    times = np.asarray(options.make_sampler().times(options.schedule()), float)
+    step = np.cumsum(np.diff(times, prepend=-1) != 0)
+    fresh, weights = options.encoder_schedule([True] * len(times))
+    assert fresh.sum() == -(-len(times) // 3)
+    for k in range(6, len(times)):
+        known = [j for j in np.flatnonzero(fresh)[::-1] if j <= k][:3]
+        assert step[known] @ weights[k, : len(known)] == pytest.approx(step[k], abs=1e-4)
+
+
 @pytest.mark.parametrize("version, layers", [("v1", 2), ("v2", 2), ("v1", 0)])
 def test_a_residual_given_replaces_the_encoder(version, layers):
     model = MDT(**SMALL, version=version, num_classes=3, decoder_layers=layers)
@@ -222,6 +237,8 @@ def test_it_composes_with_skipped_guidance_and_another_network(lively, other):
         (dict(encoder_every=0), "encoder_every is 0; it must be at least 1"),
         (dict(encoder_every=2, encoder_order=3), r"encoder_order is 3; it must be in \[0, 2\]"),
         (dict(encoder_every=2, guide="masked"), "has other tokens in each evaluation"),
+        (dict(guide="masked", guidance_scale=1.0), "guide=masked has no effect without guidance"),
+        (dict(guide_network=(1, 2)), "guide_network has no effect with guide=null"),
     ],
 )
 def test_what_means_nothing_is_refused(lively, changes, message):
@@ -292,8 +309,32 @@ def test_a_guide_predicts_what_the_network_predicts(trained, tmp_path):
         UserError, match="has objective v, but .* which it is to guide, has epsilon"
     ):
         mdt_jax.load(trained, guide=tmp_path / "v")
+    config.diffusion.objective, other = "epsilon", ("a", *weights.classes[1:])
+    networks.save(tmp_path / "c", weights._replace(config=config, classes=other))
+    with pytest.raises(UserError, match="has the classes a,1,.* which it is to guide, has 0,1,"):
+        mdt_jax.load(trained, guide=tmp_path / "c")
     networks.save(tmp_path / "w.pt", kinds.Weights(weights.model, weights.params))
     assert mdt_jax.load(tmp_path / "v", guide=tmp_path / "w.pt").options.guide == "network"
+
+
+def test_a_runs_own_guide_can_be_replaced(trained, tmp_path):
+    """And it is left out where an image is completed."""
+    weights = networks.load_weights(trained)
+    config = weights.config.copy_and_resolve_references()
+    config.sample.update(guide="masked", guide_ratio=0.25, num_steps=12)
+    networks.save(tmp_path / "run", weights._replace(config=config))
+    run = mdt_jax.load(tmp_path / "run")
+    assert (run.options.guide, run.options.guide_ratio) == ("masked", 0.25)
+    plain = mdt_jax.load(tmp_path / "run", guide="null")
+    np.testing.assert_array_equal(run.generate([1, 2], guide="null"), plain.generate([1, 2]))
+    other = mdt_jax.load(tmp_path / "run", guide=trained)
+    assert (other.options.guide, other.options.guide_ratio) == ("network", 0.5)
+    assert other.generate([1, 2], guide="masked").shape == (2, 8, 8, 1)
+    hidden = np.indices((8, 8))[1] >= 4
+    images = np.zeros((1, 8, 8, 1), np.float32)
+    for pipeline in (run, other, plain):
+        filled = pipeline.inpaint(images, hidden, [3])
+        np.testing.assert_array_equal(filled, plain.inpaint(images, hidden, [3]))
 
 
 def test_inpainting_takes_neither():
