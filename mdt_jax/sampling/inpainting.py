@@ -181,8 +181,8 @@ def inpaint(
     uses only their number. options: as in `generate`, with the sampler ddpm or ddim; its guide,
     encoder_every and guidance_skip_tolerance have no effect. pixels: whether images are pixels,
     within [−1, 1]; by default where they have 1 or 3 channels. sampling: seed, batch_size,
-    guidance_scale and the fields of SampleOptions, as in `generate`. Sample n depends on the seed, n, its image and label
-    and the mask alone.
+    guidance_scale and the fields of SampleOptions, as in `generate`. Sample n depends on the seed,
+    n, its image and label and the mask alone.
     Returns [N, H, W, C] float32, the known part unchanged. Raises UserError for invalid arguments,
     and NotFiniteError for samples that are not finite.
     """
