@@ -165,7 +165,7 @@ def draw(path: pathlib.Path, points: dict[str, list[dict]], real: dict) -> None:
     """Distance against class agreement; or distance, and difference, against what samples cost."""
     reused = any("difference" in point for of_kind in points.values() for point in of_kind)
     panels = ("distance", "difference") if reused else ("distance",)
-    size = (6 * len(panels) + 1, 5)
+    size = (11, 4.5) if reused else (7, 5)
     figure, all_axes = plt.subplots(
         1, len(panels), figsize=size, layout="constrained", squeeze=False
     )
@@ -173,22 +173,42 @@ def draw(path: pathlib.Path, points: dict[str, list[dict]], real: dict) -> None:
         for kind, of_kind in points.items():
             found = [point for point in of_kind if measure in point]
             x = [point["passes" if reused else "class_agreement"] for point in found]
-            axes.plot(x, [point[measure] for point in found], marker="o", ms=4, label=kind)
+            y = [point[measure] for point in found]
+            axes.plot(x, y, label=kind, ms=5, **(_style(kind) if reused else {"marker": "o"}))
         axes.set(
             xlabel="cost, in full passes of the network" if reused else "class agreement",
             ylabel="Fréchet distance in features"
             if measure == "distance"
-            else "root mean square difference from samples of as many steps",
-            yscale="log" if measure == "distance" else "linear",
+            else "root mean square difference\nfrom samples of as many steps",
         )
         if reused:
             axes.set_xscale("log")
-    all_axes[0][0].axhline(
-        real["distance"], color="0.6", lw=1, ls="--", label="real training images"
-    )
-    all_axes[0][0].legend(fontsize=7 if reused else 8)
+            axes.set_xticks([20, 30, 50, 100, 200, 500], ["20", "30", "50", "100", "200", "500"])
+            axes.minorticks_off()
+        else:
+            axes.set_yscale("log")
+    first = all_axes[0][0]
+    first.axhline(real["distance"], color="0.6", lw=1, ls="--", label="real training images")
+    if reused:
+        figure.legend(*first.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+    else:
+        first.legend(fontsize=8)
     figure.savefig(path, dpi=100)
     plt.close(figure)
+
+
+def _style(kind: str) -> dict:
+    """Colours are degrees, dashes skipped guidance, and squares twice the steps."""
+    degree = kind.partition("degree ")[2][:1]
+    if not degree:
+        return {"marker": "*", "color": "black", "ls": ""}
+    small = kind.startswith("25 steps")
+    return {
+        "color": f"C{degree}",
+        "ls": "--" if "skipped" in kind else "-",
+        "marker": "o" if small else "s",
+        "mfc": "white" if "skipped" in kind else f"C{degree}",
+    }
 
 
 def table(points: dict[str, list[dict]]) -> str:

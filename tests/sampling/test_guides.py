@@ -290,13 +290,20 @@ def test_the_command_takes_a_checkpoint_as_guide(trained, tmp_path):
         (["--guide=network"], "say the checkpoint of the network: --guide=CHECKPOINT"),
         (["--guide=runs/nothing"], "runs/nothing"),
         (["--guide=masked", "--encoder_every=2"], "nothing can be extrapolated"),
-        (["--show=classes", "--labels=1,2", f"--guide={DIGITS}"], "no other network as guide"),
     ],
 )
 def test_mistakes_of_the_command(flags, message, capsys, monkeypatch, tmp_path):
     argv = [*SAMPLE, *flags, f"--out={tmp_path / 'a.png'}"]
     assert message in exits_with_one_line(sample.main, argv, capsys, monkeypatch)
     assert not any(tmp_path.iterdir())
+
+
+def test_classes_are_not_interpolated_with_another_network(tmp_path):
+    flags = ["--show=classes", "--labels=1,2", f"--guide={DIGITS}", f"--out={tmp_path / 'a.png'}"]
+    printed = run_here(sample.main, *SAMPLE, *flags, expect=2)
+    assert "digits.safetensors does not record what it predicts: taken for noise" in printed
+    assert "interpolation between classes takes no other network as guide" in printed
+    assert not (tmp_path / "a.png").exists()
 
 
 def test_a_guide_predicts_what_the_network_predicts(trained, tmp_path):
