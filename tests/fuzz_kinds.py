@@ -131,7 +131,7 @@ def make_vae(folder: pathlib.Path) -> None:
         "norm_num_groups": 4,
         "scaling_factor": 0.3,
         "shift_factor": None,
-        "latents_mean": [0, 0],
+        "latents_mean": [0, 0, 0, 0],
     }
     (folder / "config.json").write_text(json.dumps(told))
 

@@ -18,6 +18,7 @@ from mdt_jax.data.crops import Sides, center_crop
 from mdt_jax.data.image_files import ImageFiles
 from mdt_jax.data.images import MAX_PIXELS, open_image, to_rgb
 from mdt_jax.evaluation.npz_files import Header, read_array, read_headers, reading
+from mdt_jax.runtime import limits
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.runtime.files import as_path, fetched, file_sha256, in_bucket
 
@@ -313,10 +314,11 @@ def open_images(
     generated: the images are samples, so that files named LABEL_NUMBER.png are ordered by NUMBER,
     and LABEL is the number of a class and not its name. Raises UserError.
     """
-    if isinstance(image_size, int):
-        image_size = image_size, image_size
-    if image_size is not None and math.prod(image_size) > MAX_PIXELS:
-        size = "×".join(map(str, image_size))
+    sides = image_size if isinstance(image_size, tuple | None) else (image_size, image_size)
+    for side in sides or ():
+        limits.check_number("image_size", side)
+    if sides is not None and math.prod(sides) > MAX_PIXELS:
+        size = "×".join(map(str, sides))
         raise UserError(f"image_size is {size}, larger than images that are read")
     as_path(path)  # refuses URLs of other kinds
     if path.endswith(".npz"):
@@ -325,10 +327,11 @@ def open_images(
         held_out = sources.load(path)[1]
         images = ArrayImages(path, held_out.images, held_out.labels, held_out.classes)
     else:
-        images = FileImages(path, image_size, labelled, generated)
-    if image_size is not None and images.shape[:2] != image_size:
+        images = FileImages(path, sides, labelled, generated)
+    if sides is not None and images.shape[:2] != sides:
+        flag = "x".join(map(str, dict.fromkeys(sides)))
         raise UserError(
-            f"{path} has images of {images.shape[0]}×{images.shape[1]}; --image_size crops image "
-            "files only"
+            f"{path} has images of {images.shape[0]}×{images.shape[1]}; --image_size={flag} crops "
+            "image files only"
         )
     return images if num is None else images.first(num)

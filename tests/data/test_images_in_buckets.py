@@ -36,9 +36,9 @@ def test_a_tar_is_that_of_a_disk(gcs, tar, monkeypatch):
     monkeypatch.setattr(tars, "_scan", None)  # the index is kept
     again = pickle.loads(pickle.dumps(tars.load(tar[0])))
     items, u = np.arange(24)[::-1].copy(), np.linspace(0, 0.99, 24)
-    expected = CroppedImages(here, 8, crop="random", flip=True).take(items, u)
+    expected = CroppedImages(here, (8, 8), crop="random", flip=True).take(items, u)
     for source in (there, again):
-        found = CroppedImages(source, 8, crop="random", flip=True).take(items, u)
+        found = CroppedImages(source, (8, 8), crop="random", flip=True).take(items, u)
         for name, values in expected.items():
             np.testing.assert_array_equal(found[name], values)
     asked = [line for line in gcs.requests if line.endswith("all.tar?alt=media")]
@@ -65,7 +65,7 @@ def test_nested_tars(gcs, imagenet):  # noqa: F811
 def test_batches_of_worker_processes(tar):
     plan = pipeline.Shuffled(24, 0, 8, np.arange(8))
     here, there = (
-        pipeline.batches(CroppedImages(tars.load(path), 8), plan, workers=2)
+        pipeline.batches(CroppedImages(tars.load(path), (8, 8)), plan, workers=2)
         for path in reversed(tar)
     )
     for _ in range(4):
@@ -78,14 +78,14 @@ def test_batches_of_worker_processes(tar):
 
 @pytest.mark.parametrize("fields", [{"status": 503}, {"cut": "down"}, {"wait": 0.3}], ids=str)
 def test_a_fault_that_passes_is_not_seen(gcs, tar, fields):
-    source = CroppedImages(tars.load(tar[0]), 8)
+    source = CroppedImages(tars.load(tar[0]), (8, 8))
     gcs.set_faults(dict(**fields, target="all.tar", times=2))
     assert (source.take(np.arange(24), np.ones(24))["status"] == Status.READ).all()
     assert [each.times for each in gcs.faults] == [0]
 
 
 def test_what_cannot_be_read_now_is_not_damaged(gcs, tar):
-    source = CroppedImages(tars.load(tar[0]), 8)
+    source = CroppedImages(tars.load(tar[0]), (8, 8))
     for workers in (0, 1):
         gcs.set_faults(dict(status=403, target="all.tar"))
         with pytest.raises(UserError, match="the data cannot be read: .*all.tar.*Forbidden"):
@@ -194,12 +194,12 @@ for name in ("tiny_shapes", f"{server.root}/sets/tiny_shapes/1.0.0"):
         (file, label), (other, number) = found.read(i), here.read(i)
         assert file.read() == other.read() and label == number
     server.set_faults(Fault(status=503, target="array_record", times=2))
-    one, other = (CroppedImages(each, 8).take(np.arange(10), np.ones(10)) for each in (here, found))
+    one, other = (CroppedImages(each, (8, 8)).take(np.arange(10), np.ones(10)) for each in (here, found))
     assert all((one[key] == other[key]).all() for key in one) and not other["status"].any()
     assert server.faults[0].times == 0
     server.set_faults(Fault(status=403, target="array_record"))
     try:
-        CroppedImages(tfds_sets.load(name, "train"), 8).take(np.arange(10), np.ones(10))
+        CroppedImages(tfds_sets.load(name, "train"), (8, 8)).take(np.arange(10), np.ones(10))
         raise SystemExit(f"{name} was read")
     except OSError as error:
         assert "reading gs://" in str(error), error
@@ -223,7 +223,7 @@ name = f"sets/tiny_shapes/1.0.0/tiny_shapes-train.array_record-00000-of-00001"
 server.write(name, b"x" * len(server.read(name)))
 found = tfds_sets.load("tiny_shapes", "train")
 try:
-    CroppedImages(found, 8).take(np.arange(10), np.ones(10))
+    CroppedImages(found, (8, 8)).take(np.arange(10), np.ones(10))
     raise SystemExit("damage was read")
 except UserError as error:
     assert "record 0 is damaged" in str(error), error
