@@ -192,11 +192,15 @@ def bench(argv: list[str]) -> None:
         write_images(place, flags.images)
         write_latents(place, flags.latents)
         sources = {
-            "images of a folder": CroppedImages(folders.load(place / "folder"), 256, flip=True),
-            "images of a tar": CroppedImages(tars.load(place / "tar"), 256, flip=True),
+            "images of a folder": CroppedImages(
+                folders.load(place / "folder"), (256, 256), flip=True
+            ),
+            "images of a tar": CroppedImages(tars.load(place / "tar"), (256, 256), flip=True),
             **{
                 f"images of parquet, {rows:,} in a row group": CroppedImages(
-                    parquet_sets.load(place / f"parquet{rows}", at_random=True), 256, flip=True
+                    parquet_sets.load(place / f"parquet{rows}", at_random=True),
+                    (256, 256),
+                    flip=True,
                 )
                 for rows in GROUPS
             },

@@ -194,7 +194,9 @@ for name in ("tiny_shapes", f"{server.root}/sets/tiny_shapes/1.0.0"):
         (file, label), (other, number) = found.read(i), here.read(i)
         assert file.read() == other.read() and label == number
     server.set_faults(Fault(status=503, target="array_record", times=2))
-    one, other = (CroppedImages(each, (8, 8)).take(np.arange(10), np.ones(10)) for each in (here, found))
+    one, other = (
+        CroppedImages(each, (8, 8)).take(np.arange(10), np.ones(10)) for each in (here, found)
+    )
     assert all((one[key] == other[key]).all() for key in one) and not other["status"].any()
     assert server.faults[0].times == 0
     server.set_faults(Fault(status=403, target="array_record"))

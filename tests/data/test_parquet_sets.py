@@ -67,10 +67,10 @@ def batches(source, hosts, workers=0):
 @pytest.mark.parametrize("rows", [1, 5, 1000])
 def test_the_batches_are_those_of_a_folder_on_any_number_of_hosts(rows, pictures, tmp_path):
     write_parquet(pictures, tmp_path / "data", rows=rows)
-    expected = batches(CroppedImages(folders.load(pictures), 16, crop="random", flip=True), 1)
+    expected = batches(CroppedImages(folders.load(pictures), (16, 16), crop="random", flip=True), 1)
     for at_random in (False, True):
         found = parquet_sets.load(tmp_path / "data", at_random=at_random)
-        source = CroppedImages(found, 16, crop="random", flip=True)
+        source = CroppedImages(found, (16, 16), crop="random", flip=True)
         # A folder sorts its classes, and these shards have them in the same order.
         assert found.classes == CLASSES
         for hosts, workers in ((1, 0), (2, 0), (4, 0), (2, 1)):
@@ -275,7 +275,7 @@ def test_rows_without_an_image_are_damaged_images(tmp_path, capfd):
     columns = {"image": [None, {"bytes": None}, {"bytes": b""}, {"bytes": b"x"}], "label": [0] * 4}
     path = write(tmp_path / "s.parquet", columns, {"image": BYTES})
     for at_random in (False, True):
-        source = CroppedImages(parquet_sets.load(path, at_random=at_random), 8, stand_ins=0)
+        source = CroppedImages(parquet_sets.load(path, at_random=at_random), (8, 8), stand_ins=0)
         plan = [(np.arange(4), np.zeros(4))]
         list(pipeline.batches(source, plan, max_damaged=4))
         assert capfd.readouterr().err.count("is left out: cannot identify image") == 4
