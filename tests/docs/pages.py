@@ -51,7 +51,9 @@ REPLACED = {
 
 def smoke(command: str) -> str:
     """The same command on a recipe's smoke variant and small data, in this interpreter."""
-    if "latents/" in command:  # the images and the VAE of the fixture `folder`
+    if (
+        "latents/" in command or "--estimate_scale" in command
+    ):  # the images and the VAE of the fixture `folder`
         if "data.name" not in command and "--verify" not in command:
             command += " --config.data.name=folder --config.data.path=imagenet/train"
         command += " --config.data.image_size=32 --config.data.channels=3 --config.vae.path=vae"

@@ -114,6 +114,9 @@ def test_module_commands(command, folder, hub):
     if "mdt_jax.evaluate" in command and "--out" not in command:
         assert "rFID" in printed or "wrote these and all settings to" in printed
         return
+    if "--estimate_scale" in command:
+        assert "vae.scale: " in printed and "--config.vae.shift=" in printed
+        return
     if "--dst=hf://" in command:
         assert "uploaded" in printed
         return
