@@ -176,7 +176,8 @@ def request(
     for scale in dict.fromkeys(np.asarray(scales, object)):
         dataclasses.replace(options, guidance_scale=scale).check(model.num_classes)
     guide = _checked_guide(model, options, guide_network)
-    if options.guide != "null" and not options.guided_evaluations(scales).any():
+    each = (dataclasses.replace(options, guidance_scale=scale) for scale in scales)
+    if options.guide != "null" and not any(one.guided for one in each):
         raise UserError(f"guide={options.guide} has no effect without guidance; raise the scale")
     check_labels(labels, model.num_classes)
     if not isinstance(batch_size, Integral) or batch_size < 1:

@@ -51,6 +51,8 @@ VALUES = {
     "mask.loss_on": ("all", "masked"),
     "mask.asymmetric": (True, False),
     "diffusion.steps": (1000, 21),
+    "diffusion.objective": ("epsilon", "v", "flow"),
+    "diffusion.timesteps": ("uniform", "logit_normal"),
     "diffusion.loss_weight": ("uniform", "min_snr_5"),
     "data.channels": (1, 3),
     "optim.name": ("adamw", "adan"),
@@ -67,7 +69,7 @@ VALUES = {
     "train.precision": ("highest", "high", "default"),
     "train.remat": ("none", "dots", "full"),
     "train.accumulate": (1, 2, BATCH),
-    "sample.sampler": ("ddpm", "ddim", "dpmpp_2m", "dpmpp_2m_sde", "heun"),
+    "sample.sampler": ("ddpm", "ddim", "dpmpp_2m", "dpmpp_2m_sde", "heun", "euler"),
     "sample.num_steps": (3, 1, 2, 21),
     "sample.spacing": ("even", "stride", "karras", "log_snr"),
     "sample.eta": (0.0, 1.0),
@@ -79,6 +81,10 @@ VALUES = {
     "sample.guidance_low": (0.0, 0.5, 1.0),
     "sample.guidance_high": (1.0, 0.5, 0.0),
     "sample.guidance_skip_tolerance": (0.0, 9.0),
+    "sample.guide": ("null", "masked"),
+    "sample.guide_ratio": (0.5, 0.0),
+    "sample.encoder_every": (1, 2),
+    "sample.encoder_order": (1, 0, 2),
 }
 FIELDS = list(VALUES)
 FIRST = {field: values[0] for field, values in VALUES.items()}
@@ -153,6 +159,9 @@ def covering() -> tuple[dict, ...]:
         {**FIRST, "mask.passes": "full", "model.decoder_layers": 0},
         {**FIRST, "model.num_classes": 0, "sample.guidance_scale": 1.0},
         {**FIRST, "model.patch_size": 4, "mask.ratio": 0.0},
+        {**FIRST, "diffusion.objective": "flow", "sample.sampler": "euler"},
+        {**FIRST, "sample.guide": "masked"},
+        {**FIRST, "sample.encoder_every": 2},
         {**FIRST, "model.depth": 4, "model.version": "v2", "model.decoder_layers": 2},
     ]
     with pytest.MonkeyPatch.context() as patch:
@@ -184,7 +193,13 @@ def trace(config: ConfigDict) -> None:
     )
     state = abstract_state(model, optimizer, mesh)
     key = jax.eval_shape(keys.key, 0)
-    drawn = functools.partial(draw_step, model=model, batch=BATCH, diffusion_steps=objective.steps)
+    drawn = functools.partial(
+        draw_step,
+        model=model,
+        batch=BATCH,
+        diffusion_steps=objective.steps,
+        flow_times=objective.timesteps if objective.is_flow else None,
+    )
     draws = jax.eval_shape(drawn, key, state.step)
     batch = {
         "latents": draws.noise_full,
@@ -195,9 +210,10 @@ def trace(config: ConfigDict) -> None:
 
     asked = requested(config, model, {})
     program, chain = asked.program(), engine.segments(*asked.evaluations())
+    shared = asked.shared(asked.evaluations()[0], mesh)
 
     def sampled(params, key, labels, scales):
-        batch = engine.Batch(key, Noise(labels), labels, scales)
+        batch = engine.Batch(key, Noise(labels), labels, scales, **shared)
         state, done = engine.start(program, batch), 0
         for segment in chain:
             state, done = engine.run_segment(program, segment, params, batch, state, done)
