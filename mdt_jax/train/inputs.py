@@ -136,8 +136,9 @@ def complete_config(config: ConfigDict, classes: int, set_fields: Collection[str
         config.model.num_classes = classes if classes > 1 else 0
         text = {0: "no labels", 1: "a single class"}.get(classes, f"{classes} classes")
         log0(f"model.num_classes is {config.model.num_classes}: the data has {text}")
-    options = SampleOptions.from_config(config)
-    if config.model.num_classes or not options.guided or options.guide != "null":
+    if config.model.num_classes or config.sample.guide != "null":
+        return
+    if not SampleOptions.from_config(config).guided:
         return
     for name, value in UNGUIDED.items():
         if config.sample[name] in (value, "constant"):  # constant guidance of scale 1 is none
