@@ -166,6 +166,7 @@ def draw(path: pathlib.Path, points: dict[str, list[dict]], real: dict) -> None:
     reused = any("difference" in point for of_kind in points.values() for point in of_kind)
     panels = ("distance", "difference") if reused else ("distance",)
     size = (11, 4.5) if reused else (7, 5)
+    fewest = min(point["steps"] for of_kind in points.values() for point in of_kind)
     figure, all_axes = plt.subplots(
         1, len(panels), figsize=size, layout="constrained", squeeze=False
     )
@@ -174,7 +175,9 @@ def draw(path: pathlib.Path, points: dict[str, list[dict]], real: dict) -> None:
             found = [point for point in of_kind if measure in point]
             x = [point["passes" if reused else "class_agreement"] for point in found]
             y = [point[measure] for point in found]
-            axes.plot(x, y, label=kind, ms=5, **(_style(kind) if reused else {"marker": "o"}))
+            axes.plot(
+                x, y, label=kind, ms=5, **(_style(kind, fewest) if reused else {"marker": "o"})
+            )
         axes.set(
             xlabel="cost, in full passes of the network" if reused else "class agreement",
             ylabel="Fréchet distance in features"
@@ -197,12 +200,12 @@ def draw(path: pathlib.Path, points: dict[str, list[dict]], real: dict) -> None:
     plt.close(figure)
 
 
-def _style(kind: str) -> dict:
+def _style(kind: str, fewest: int) -> dict:
     """Colours are degrees, dashes skipped guidance, and squares twice the steps."""
     degree = kind.partition("degree ")[2][:1]
     if not degree:
         return {"marker": "*", "color": "black", "ls": ""}
-    small = kind.startswith("25 steps")
+    small = kind.startswith(f"{fewest} steps")
     return {
         "color": f"C{degree}",
         "ls": "--" if "skipped" in kind else "-",

@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from mdt_jax import config as configs
 from mdt_jax.config.fields import FIELDS
-from mdt_jax.diffusion.options import GUIDES, SampleOptions
+from mdt_jax.diffusion.options import OWN_GUIDES, SampleOptions
 from mdt_jax.models.autoencoder import VAE_SCALE
 from mdt_jax.runtime import (
     backend,
@@ -192,7 +192,7 @@ def guide(text: str) -> str:
     """null, masked, or the checkpoint of a network."""
     if text == "network":
         raise argparse.ArgumentTypeError("say the checkpoint of the network: --guide=CHECKPOINT")
-    return text if text in GUIDES else anywhere_or_hub(text)
+    return text if text in OWN_GUIDES else anywhere_or_hub(text)
 
 
 def yes_or_no(text: str) -> bool:

@@ -8,7 +8,13 @@ from collections.abc import Callable, Iterator
 from mdt_jax.data import sources
 from mdt_jax.data.crops import CROPS
 from mdt_jax.diffusion.losses import LOSS_WEIGHTS
-from mdt_jax.diffusion.options import CLIPPING, GUIDES, NOT_IN_SAMPLE, SAMPLERS_OF, SampleOptions
+from mdt_jax.diffusion.options import (
+    CLIPPING,
+    NOT_IN_SAMPLE,
+    OWN_GUIDES,
+    SAMPLERS_OF,
+    SampleOptions,
+)
 from mdt_jax.models.autoencoder import VAE_SCALE
 from mdt_jax.models.xla import ATTENTION, REMAT
 from mdt_jax.runtime import files, hub
@@ -71,7 +77,7 @@ def _sample_fields() -> dict[str, Field]:
         if option.name not in NOT_IN_SAMPLE
     }
     clipping = dataclasses.replace(fields["clip_denoised"], default="auto", bound=one_of(CLIPPING))
-    guide = dataclasses.replace(fields["guide"], bound=one_of(GUIDES[:2]))  # a run has one network
+    guide = dataclasses.replace(fields["guide"], bound=one_of(OWN_GUIDES))
     return fields | {"clip_denoised": clipping, "guide": guide}
 
 
@@ -116,8 +122,8 @@ FIELDS: dict[str, dict[str, Field]] = dict(
         path=Field("", "path of what is read; for tfds also the set's name",
                    path=sources.place),
         split=Field("train", "split of a tfds set"),
-        image_size=Field(8, "height to which images are cropped, and width", at_least(1)),
-        image_width=Field(0, "width, where it is not the height; 0: it is", at_least(0)),
+        image_size=Field(8, "height of images, and width unless image_width is set", at_least(1)),
+        image_width=Field(0, "width of images; 0: that of a square", at_least(0)),
         channels=Field(1, "colour channels: 3, or 1 for grey", at_least(1)),
         batch_size=Field(256, "global batch size, over all devices", at_least(1)),
         flip=Field(False, "mirror half of the images"),

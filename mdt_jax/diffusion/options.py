@@ -23,8 +23,9 @@ NOT_IN_SAMPLE = ("objective", "diffusion_steps", "precision")
 # What a network predicts → the samplers that it takes, first the one where none is chosen.
 SAMPLERS_OF = {"epsilon": SAMPLERS, "v": SAMPLERS, "flow": FLOW_SAMPLERS}
 PREDICTS = {"epsilon": "noise", "v": "v", "flow": "velocity"}
-# The weaker prediction of guidance: without the class, the masked pass, or another network's.
-GUIDES = ("null", "masked", "network")
+# The weaker prediction of guidance: without the class, by the masked pass; or another network's.
+OWN_GUIDES = ("null", "masked")
+GUIDES = (*OWN_GUIDES, "network")
 # The values of a config's sample.clip_denoised.
 CLIPPING = {"auto": None, "true": True, "false": False}
 

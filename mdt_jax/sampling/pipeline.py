@@ -15,7 +15,7 @@ from mdt_jax import __version__
 from mdt_jax.data.classes import parse_label
 from mdt_jax.data.images import UINT8_RULE, to_uint8
 from mdt_jax.diffusion.options import (
-    GUIDES,
+    OWN_GUIDES,
     PREDICTS,
     SAMPLERS_OF,
     SampleOptions,
@@ -86,7 +86,7 @@ class Pipeline(tuple[MDT, dict]):
         own = own.clipping_for(_is_pixels(weights.model, vae))
         pipeline.guide = None
         pipeline.options = changed(own, options)
-        if isinstance(guide, str) and guide in GUIDES[:2]:
+        if isinstance(guide, str) and guide in OWN_GUIDES:
             pipeline.options = changed(pipeline.options, {"guide": guide})
         elif guide is not None:
             pipeline.options = changed(pipeline.options, {"guide": "network"})
@@ -177,12 +177,14 @@ class Pipeline(tuple[MDT, dict]):
         if guide.config is not None and self.config is not None:
             pairs.append(("latents normalised by", *map(norm_of, (guide.config, self.config))))
         if guide.classes and self.classes:
-            pairs.append(("the classes", *(",".join(p.classes)[:99] for p in (guide, self))))
+            pairs.append(("the classes", *(",".join(p.classes) for p in (guide, self))))
+        if None not in (hashes := [p.weights.vae_sha256 for p in (guide, self)]):
+            pairs.append(("a VAE of SHA-256", *hashes))
         for name, theirs, wanted in pairs:
             if theirs != wanted:
                 raise UserError(
-                    f"{guide.path} has {name} {theirs}, but {self.path}, which it is to guide, has "
-                    f"{wanted}"
+                    f"{guide.path} has {name} {str(theirs)[:100]}, but {self.path}, which it is to "
+                    f"guide, has {str(wanted)[:100]}"
                 )
         return guide
 

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from mdt_jax.config.fields import numbers_of
 from mdt_jax.models.autoencoder import AutoencoderKL, LatentNorm
 from mdt_jax.models.layers import EPS
 from mdt_jax.models.mdt import MDT
@@ -173,8 +172,7 @@ def _unrecorded_latents(config: ConfigDict | None) -> list[str]:
     """What a file of a run does not record of its latents, where it is not Stable Diffusion's."""
     if config is None or config.vae.path == "identity":
         return []
-    shift, std = (numbers_of(config.vae[name]) for name in ("shift", "std"))
-    norm = LatentNorm(config.vae.scale, shift, std)
+    norm = vae_names.norm_of(config)
     if norm == LatentNorm() and config.vae.channels == AutoencoderKL.latent_channels:
         return []
     fields = json.dumps(vae_names.config_of_norm(norm))

@@ -13,7 +13,6 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 from ml_collections import ConfigDict
 
-from mdt_jax.config.fields import numbers_of
 from mdt_jax.data.images import to_float
 from mdt_jax.diffusion.options import check_finite
 from mdt_jax.models.autoencoder import AutoencoderKL, LatentNorm
@@ -21,6 +20,7 @@ from mdt_jax.runtime import files, hub, parallel
 from mdt_jax.runtime.backend import HIGHEST
 from mdt_jax.runtime.errors import UserError
 from mdt_jax.weights import kinds, networks, orbax_folders, picking, step_folders, vae_names
+from mdt_jax.weights.vae_names import norm_of
 
 SUFFIXES = (".safetensors", ".bin")  # of a VAE's file in a folder of diffusers
 # Fields of LatentNorm → those of diffusers' config.json.
@@ -161,12 +161,6 @@ def recorded_norm(path: str | os.PathLike, channels: int | None = None) -> dict[
         return vae_names.recorded_norm(latents, channels)
     except UserError as error:
         raise UserError(f"the VAE {path}: {error}") from None
-
-
-def norm_of(config: ConfigDict) -> LatentNorm:
-    """The norm of latents that a config has."""
-    shift, std = (numbers_of(config.vae[name]) for name in ("shift", "std"))
-    return LatentNorm(config.vae.scale, shift, std)
 
 
 def text_of(values: float | tuple[float, ...]) -> str:

@@ -9,7 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
+from mdt_jax.config.fields import numbers_of
 from mdt_jax.models.autoencoder import AutoencoderKL, LatentNorm
 from mdt_jax.runtime import keys
 from mdt_jax.runtime.errors import UserError
@@ -97,6 +99,12 @@ def config_of_norm(norm: LatentNorm) -> dict:
     if norm.std:
         fields["latents_std"] = list(norm.std)
     return fields
+
+
+def norm_of(config: ConfigDict) -> LatentNorm:
+    """The norm of latents that the config of a run has."""
+    shift, std = (numbers_of(config.vae[name]) for name in ("shift", "std"))
+    return LatentNorm(config.vae.scale, shift, std)
 
 
 def about_latents(config: dict) -> dict:
